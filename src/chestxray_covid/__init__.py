@@ -1,0 +1,126 @@
+"""COVID-19 classification of chest radiographs that tells lungs from data sets.
+
+Importing this package imports nothing else: every public name is loaded when it is first used
+(PEP 562), so that neither torch nor an optional package is paid for before it is needed.
+
+This is a research library. It is not a medical device and makes no diagnosis.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from chestxray_covid._version import __version__
+
+if TYPE_CHECKING:  # what type checkers and editors see
+    from chestxray_covid.augment import Augmentation as Augmentation
+    from chestxray_covid.checkpoint import ModelConfig as ModelConfig
+    from chestxray_covid.classifier import Classifier as Classifier
+    from chestxray_covid.classifier import FailedPrediction as FailedPrediction
+    from chestxray_covid.classifier import Prediction as Prediction
+    from chestxray_covid.datasets.base import ChestXrayDataset as ChestXrayDataset
+    from chestxray_covid.datasets.base import Sample as Sample
+    from chestxray_covid.datasets.base import concatenate as concatenate
+    from chestxray_covid.datasets.base import lung_mask as lung_mask
+    from chestxray_covid.datasets.cohen import CohenCovidDataset as CohenCovidDataset
+    from chestxray_covid.datasets.download import download_cohen as download_cohen
+    from chestxray_covid.datasets.download import download_kermany as download_kermany
+    from chestxray_covid.datasets.duplicates import find_duplicates as find_duplicates
+    from chestxray_covid.datasets.duplicates import patient_groups as patient_groups
+    from chestxray_covid.datasets.folder import FolderDataset as FolderDataset
+    from chestxray_covid.datasets.folder import HannoverCovidDataset as HannoverCovidDataset
+    from chestxray_covid.datasets.folder import ManifestDataset as ManifestDataset
+    from chestxray_covid.datasets.folder import open_dataset as open_dataset
+    from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset as KermanyPneumoniaDataset
+    from chestxray_covid.datasets.report import DatasetReport as DatasetReport
+    from chestxray_covid.datasets.synthetic import SyntheticChestXray as SyntheticChestXray
+    from chestxray_covid.errors import ArchiveError as ArchiveError
+    from chestxray_covid.errors import CheckpointError as CheckpointError
+    from chestxray_covid.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from chestxray_covid.errors import ChestXrayError as ChestXrayError
+    from chestxray_covid.errors import ConfigError as ConfigError
+    from chestxray_covid.errors import DatasetError as DatasetError
+    from chestxray_covid.errors import DatasetNotFoundError as DatasetNotFoundError
+    from chestxray_covid.errors import DownloadError as DownloadError
+    from chestxray_covid.errors import ImageError as ImageError
+    from chestxray_covid.errors import ImageNotFoundError as ImageNotFoundError
+    from chestxray_covid.errors import IntegrityError as IntegrityError
+    from chestxray_covid.errors import MissingExtraError as MissingExtraError
+    from chestxray_covid.errors import SplitError as SplitError
+    from chestxray_covid.errors import TrainingError as TrainingError
+    from chestxray_covid.errors import TrainingInterrupted as TrainingInterrupted
+    from chestxray_covid.errors import WeightsUnavailableError as WeightsUnavailableError
+    from chestxray_covid.evaluation import EvaluationReport as EvaluationReport
+    from chestxray_covid.evaluation import cross_validate as cross_validate
+    from chestxray_covid.evaluation import evaluate as evaluate
+    from chestxray_covid.image import Preprocess as Preprocess
+    from chestxray_covid.image import load_image as load_image
+    from chestxray_covid.models import build_densenet121 as build_densenet121
+    from chestxray_covid.models import set_trainable as set_trainable
+    from chestxray_covid.splits import Confounding as Confounding
+    from chestxray_covid.splits import Split as Split
+    from chestxray_covid.splits import confounding as confounding
+    from chestxray_covid.splits import split_by_patient as split_by_patient
+    from chestxray_covid.training import Trainer as Trainer
+    from chestxray_covid.training_config import Callback as Callback
+    from chestxray_covid.training_config import EpochRecord as EpochRecord
+    from chestxray_covid.training_config import History as History
+    from chestxray_covid.training_config import TrainingConfig as TrainingConfig
+
+#: Module → the public names that it defines.
+_MODULES = {
+    "augment": ("Augmentation",),
+    "checkpoint": ("ModelConfig",),
+    "classifier": ("Classifier", "FailedPrediction", "Prediction"),
+    "datasets.base": ("ChestXrayDataset", "Sample", "concatenate", "lung_mask"),
+    "datasets.cohen": ("CohenCovidDataset",),
+    "datasets.download": ("download_cohen", "download_kermany"),
+    "datasets.duplicates": ("find_duplicates", "patient_groups"),
+    "datasets.folder": (
+        "FolderDataset",
+        "HannoverCovidDataset",
+        "ManifestDataset",
+        "open_dataset",
+    ),
+    "datasets.kermany": ("KermanyPneumoniaDataset",),
+    "datasets.report": ("DatasetReport",),
+    "datasets.synthetic": ("SyntheticChestXray",),
+    "errors": (
+        "ArchiveError",
+        "CheckpointError",
+        "CheckpointNotFoundError",
+        "ChestXrayError",
+        "ConfigError",
+        "DatasetError",
+        "DatasetNotFoundError",
+        "DownloadError",
+        "ImageError",
+        "ImageNotFoundError",
+        "IntegrityError",
+        "MissingExtraError",
+        "SplitError",
+        "TrainingError",
+        "TrainingInterrupted",
+        "WeightsUnavailableError",
+    ),
+    "evaluation": ("EvaluationReport", "cross_validate", "evaluate"),
+    "image": ("Preprocess", "load_image"),
+    "models": ("build_densenet121", "set_trainable"),
+    "splits": ("Confounding", "Split", "confounding", "split_by_patient"),
+    "training": ("Trainer",),
+    "training_config": ("Callback", "EpochRecord", "History", "TrainingConfig"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,136 @@
+"""Augmentation of batches on the device, each sample with random numbers of its own.
+
+Every transform is one of torchvision's v2 functionals, applied per sample, so that its numbers are
+a function of (seed, epoch, sample) alone: batch size, order, resuming and the number of processes
+change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual name
+
+#: Domain of the random numbers, so that order and augmentation never share a stream.
+_STREAM = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How training images are varied; a value of 0 (or a range of width 0) leaves a thing alone.
+
+    Attributes:
+        rotation_deg: Largest rotation to either side, in degrees, in [0, 45]. Corners that turn in
+            are filled with the image's own border: black ones ruin batch-norm statistics.
+        horizontal_flip: Probability of a mirror image, in [0, 1]. The heart then lies right.
+        crop_min: Smallest side of a random crop, as a fraction in (0, 1]; the crop is scaled back.
+        gamma: Largest factor by which the exponent of the grey scale moves up or down, at least 1.
+        contrast: Largest factor by which contrast moves up or down, at least 1.
+        brightness: Largest shift of the grey level, as a fraction of white, in [0, 1).
+        blur: Probability of a slight Gaussian blur, in [0, 1].
+        noise: Largest deviation of added Gaussian noise, as a fraction of white, in [0, 1).
+    """
+
+    rotation_deg: float = 7.0
+    horizontal_flip: float = 0.0
+    crop_min: float = 0.8
+    gamma: float = 1.3
+    contrast: float = 1.3
+    brightness: float = 0.1
+    blur: float = 0.2
+    noise: float = 0.02
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "rotation_deg": (0, 45),
+            "horizontal_flip": (0, 1),
+            "crop_min": (0.05, 1),
+            "gamma": (1, 10),
+            "contrast": (1, 10),
+            "brightness": (0, 0.99),
+            "blur": (0, 1),
+            "noise": (0, 0.99),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+    @classmethod
+    def none(cls) -> Augmentation:
+        """Return an augmentation that changes nothing."""
+        return cls(rotation_deg=0, crop_min=1, gamma=1, contrast=1, brightness=0, blur=0, noise=0)
+
+    def to_dict(self) -> dict[str, float]:
+        """Return JSON-able data."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __call__(self, pixels: Tensor, *, seed: int, epoch: int, draws: Sequence[int]) -> Tensor:
+        """Return varied images.
+
+        Args:
+            pixels: ``(N, 1, S, S)`` uint8 on any device.
+            seed: Seed of the training.
+            epoch: Epoch, from 0.
+            draws: ``(N,)`` numbers that identify each sample (and its repetition) in the epoch.
+
+        Returns:
+            ``(N, 1, S, S)`` float32 in [0, 255] on the same device.
+        """
+        images = pixels.to(torch.float32)
+        if self == Augmentation.none():
+            return images
+        generators = [np.random.default_rng([seed, epoch, _STREAM, draw]) for draw in draws]
+        varied = [self._vary(i, g) for i, g in zip(images, generators, strict=True)]
+        return torch.stack(varied).clamp_(0, 255)
+
+    def _vary(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        # Every number is drawn, used or not: one option leaves the numbers of the others alone.
+        flip, blur, sigma = rng.random(), rng.random(), rng.uniform(0.3, 1.2)
+        angle, side, across, down = rng.uniform(-1, 1), rng.random(), rng.random(), rng.random()
+        log_gamma, log_contrast, shift = rng.uniform(-1, 1, 3)
+        noise = rng.random() * self.noise
+        if flip < self.horizontal_flip:
+            image = F.horizontal_flip(image)
+        if self.rotation_deg:
+            image = _rotate(image, angle * self.rotation_deg)
+        if self.crop_min < 1:
+            image = _crop(image, self.crop_min + side * (1 - self.crop_min), across, down)
+        if self.gamma > 1:
+            image = 255 * F.adjust_gamma(image / 255, self.gamma**log_gamma)
+        if self.contrast > 1:
+            mean = image.mean()
+            image = (image - mean) * self.contrast**log_contrast + mean
+        image = image + 255 * self.brightness * shift
+        if blur < self.blur:
+            image = F.gaussian_blur(image, [5, 5], [sigma, sigma])
+        if self.noise:
+            pattern = rng.standard_normal(image.shape, dtype=np.float32)
+            image = image + torch.from_numpy(pattern).to(image.device) * (255 * noise)
+        return image
+
+
+def _rotate(image: Tensor, angle: float) -> Tensor:
+    """Rotate by degrees about the centre; the border's own pixels fill the corners."""
+    side = image.shape[-1]
+    radians = math.radians(abs(angle))
+    margin = math.ceil(side / 2 * (math.sin(radians) + math.cos(radians) - 1)) + 1
+    padded = F.pad(image, [margin], padding_mode="edge")
+    turned = F.rotate(padded, angle, interpolation=F.InterpolationMode.BILINEAR)
+    centre: Tensor = F.center_crop(turned, [side, side])
+    return centre
+
+
+def _crop(image: Tensor, fraction: float, across: float, down: float) -> Tensor:
+    side = image.shape[-1]
+    width = max(1, round(side * fraction))
+    top, left = round(down * (side - width)), round(across * (side - width))
+    cropped: Tensor = F.resized_crop(image, top, left, width, width, [side, side], antialias=True)
+    return cropped

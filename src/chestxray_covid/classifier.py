@@ -1,0 +1,379 @@
+"""From an image to a prediction."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
+from chestxray_covid.datasets.base import IMAGE_SUFFIXES, ChestXrayDataset
+from chestxray_covid.datasets.loading import decoder, in_batches, map_ahead
+from chestxray_covid.engines import open_engine
+from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError, ImageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a model says of one image. It is no diagnosis.
+
+    Attributes:
+        label: The class of the highest probability.
+        probabilities: Class → probability, in the model's order; they sum to 1.
+        threshold: Of :attr:`score`, from which a case counts as positive.
+        source: The image's path, or what it was given as, for example ``"<array>"``.
+    """
+
+    label: str
+    probabilities: Mapping[str, float]
+    threshold: float
+    source: str
+
+    @property
+    def score(self) -> float | None:
+        """p(covid19) / (p(covid19) + p(normal)), in [0, 1]; ``None`` if the model lacks one."""
+        p = self.probabilities
+        if "covid19" not in p or "normal" not in p:
+            return None
+        total = p["covid19"] + p["normal"]
+        return p["covid19"] / total if total > 0 else 0.5
+
+    @property
+    def is_positive(self) -> bool | None:
+        """Whether :attr:`score` reaches the threshold; ``None`` without a score."""
+        score = self.score
+        return None if score is None else score >= self.threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        return {
+            "source": self.source,
+            "label": self.label,
+            "probabilities": dict(self.probabilities),
+            "score": self.score,
+            "threshold": self.threshold,
+            "is_positive": self.is_positive,
+        }
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as one line of JSON."""
+        return json.dumps(self.to_dict())
+
+    def __str__(self) -> str:
+        ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])
+        return f"{self.source}: " + ", ".join(f"{name} {p:.3f}" for name, p in ranked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedPrediction:
+    """An image that could not be judged.
+
+    Attributes:
+        source: The image's path, or what it was given as.
+        error: Why.
+    """
+
+    source: str
+    error: ImageError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        return {"source": self.source, "error": str(self.error)}
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as one line of JSON."""
+        return json.dumps(self.to_dict())
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.error}"
+
+
+class Classifier:
+    """Judges chest radiographs with a checkpoint; stateless, thread-safe, deterministic.
+
+    Images may be paths, bytes, binary streams, PIL images, arrays, tensors and DICOM files
+    (see :func:`load_image`); a folder stands for the image files below it, an array or tensor of
+    four dimensions for a batch, and a list for all that is in it.
+
+    Args:
+        config: Config of the checkpoint.
+        tensors: Weights of the checkpoint.
+        classes: See :meth:`from_pretrained`.
+        device: See :meth:`from_pretrained`.
+        engine: See :meth:`from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, NDArray[Any]],
+        *,
+        classes: Sequence[str] | None = None,
+        device: str | None = None,
+        engine: str = "auto",
+    ) -> None:
+        if classes is not None:
+            config, tensors = _restrict(config, tensors, classes)
+        self.config = config
+        self._engine = open_engine(config, tensors, engine=engine, device=device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str] | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+        device: str | None = None,
+        engine: str = "auto",
+    ) -> Self:
+        """Return the classifier of a checkpoint, whose integrity is verified first.
+
+        Args:
+            name_or_path: Checkpoint folder, for example the output of a training run.
+            classes: Restrict the model to these of its classes, at least two, in this order;
+                their probabilities are renormalised to sum to 1.
+            device: Torch device such as ``"cpu"`` (if not given), ``"cuda"`` or ``"mps"``.
+            engine: ``"auto"`` or ``"torch"``.
+
+        Raises:
+            CheckpointNotFoundError: If there is no such checkpoint.
+            CheckpointError: If it is damaged or of another kind.
+            ValueError: If ``classes``, ``device`` or ``engine`` do not fit.
+        """
+        if name_or_path is None or not Path(name_or_path).is_dir():
+            raise CheckpointNotFoundError(
+                f"{name_or_path} is no checkpoint folder. Pass a folder with config.json and "
+                "model.safetensors, for example the output of chestxray-covid train; this version "
+                "comes without weights of its own."
+            )
+        config, tensors = load_checkpoint(name_or_path)
+        return cls(config, tensors, classes=classes, device=device, engine=engine)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Labels in the order of the probabilities."""
+        return self.config.classes
+
+    @overload
+    def predict(self, images: bytes | Image.Image, *, batch_size: int = ...) -> Prediction: ...
+    @overload
+    def predict(
+        self, images: list[Any] | tuple[Any, ...] | ChestXrayDataset, *, batch_size: int = ...
+    ) -> list[Prediction]: ...
+    @overload
+    def predict(self, images: Any, *, batch_size: int = ...) -> Any: ...
+    def predict(self, images: Any, *, batch_size: int = 16) -> Any:
+        """Return the prediction of one image, or a list of them for several.
+
+        Args:
+            images: One image; or a list, a folder or a batch of them.
+            batch_size: Images computed at once.
+
+        Raises:
+            ImageError: If an image cannot be decoded.
+            TypeError: If something is no image.
+        """
+        found = list(self.predict_stream(_several(images), batch_size=batch_size))
+        return found[0] if _is_single(images) else found
+
+    def predict_proba(
+        self, images: Any, *, batch_size: int = 16, workers: int = 2, progress: bool = False
+    ) -> NDArray[np.float64]:
+        """Return ``(N, K)`` probabilities, rows summing to 1, columns in the order of ``classes``.
+
+        Args:
+            images: One image; a list, a folder or a batch of them; or a data set, whose own
+                transform is applied first.
+            batch_size: Images computed at once.
+            workers: Threads that decode.
+            progress: Show a progress bar.
+
+        Raises:
+            ImageError: If an image cannot be decoded.
+            TypeError: If something is no image.
+        """
+        if isinstance(images, ChestXrayDataset):
+            load, items = decoder(images, self.config.preprocess), range(len(images))
+            pixels = map_ahead(load, items, workers=workers, ahead=4 * batch_size)
+        else:
+            items = list(_expand(_several(images)))  # type: ignore[assignment]
+            preprocess = self.config.preprocess
+            pixels = map_ahead(preprocess, items, workers=workers, ahead=4 * batch_size)
+        rows = []
+        with tqdm(desc="predict", total=len(items), unit="img", disable=not progress) as bar:
+            for batch in in_batches(pixels, batch_size):
+                rows.append(self._probabilities(np.stack(batch)))
+                bar.update(len(batch))
+        return np.concatenate(rows) if rows else np.zeros((0, len(self.classes)))
+
+    def __call__(self, images: Any, *, top_k: int = 5, batch_size: int = 16) -> Any:
+        """Return labels and scores in the shape of the Hugging Face image-classification pipeline.
+
+        Args:
+            images: As for :meth:`predict`.
+            top_k: Most classes per image.
+            batch_size: Images computed at once.
+
+        Returns:
+            For one image a list of ``{"label": str, "score": float}`` by falling score, for
+            several a list of such lists.
+        """
+        found = self.predict_proba(images, batch_size=batch_size)
+        shaped = [
+            [{"label": self.classes[k], "score": float(row[k])} for k in np.argsort(-row)[:top_k]]
+            for row in found
+        ]
+        return shaped[0] if _is_single(images) else shaped
+
+    @overload
+    def predict_stream(
+        self,
+        images: Iterable[Any],
+        batch_size: int = ...,
+        on_error: Literal["raise"] = ...,
+        *,
+        workers: int = ...,
+    ) -> Iterator[Prediction]: ...
+    @overload
+    def predict_stream(
+        self,
+        images: Iterable[Any],
+        batch_size: int = ...,
+        on_error: Literal["return"] = ...,
+        *,
+        workers: int = ...,
+    ) -> Iterator[Prediction | FailedPrediction]: ...
+    def predict_stream(
+        self,
+        images: Iterable[Any],
+        batch_size: int = 16,
+        on_error: Literal["raise", "return"] = "raise",
+        *,
+        workers: int = 2,
+    ) -> Iterator[Prediction | FailedPrediction]:
+        """Yield a prediction per image, in order, in constant memory.
+
+        Threads decode ahead while the model computes, so ``images`` is read somewhat ahead too.
+
+        Args:
+            images: Any number of images and folders of images.
+            batch_size: Images computed at once.
+            on_error: ``"raise"`` at an image that cannot be decoded, or ``"return"`` a
+                :class:`FailedPrediction` in its place and go on.
+            workers: Threads that decode.
+
+        Raises:
+            ImageError: If an image cannot be decoded and ``on_error="raise"``.
+            ValueError: If ``on_error`` is unknown or ``batch_size`` not positive.
+        """
+        if on_error not in ("raise", "return"):
+            raise ValueError(f"on_error must be 'raise' or 'return', got {on_error!r}")
+        if not batch_size > 0:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        return self._stream(images, batch_size, on_error == "raise", workers)
+
+    def _stream(
+        self, images: Iterable[Any], batch_size: int, raising: bool, workers: int
+    ) -> Iterator[Prediction | FailedPrediction]:
+        def decode(image: Any) -> tuple[str, NDArray[np.uint8] | ImageError]:
+            try:
+                return _name(image), self.config.preprocess(image)
+            except ImageError as error:
+                if raising:
+                    raise
+                return _name(image), error
+
+        decoded = map_ahead(decode, _expand(images), workers=workers, ahead=4 * batch_size)
+        for batch in in_batches(decoded, batch_size):
+            good = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
+            rows = iter(self._probabilities(np.stack(good)) if good else ())
+            for name, pixels in batch:
+                if isinstance(pixels, ImageError):
+                    yield FailedPrediction(source=name, error=pixels)
+                else:
+                    yield self._prediction(name, next(rows))
+
+    def _prediction(self, source: str, row: NDArray[np.float64]) -> Prediction:
+        return Prediction(
+            label=self.classes[int(row.argmax())],
+            probabilities=dict(zip(self.classes, row.tolist(), strict=True)),
+            threshold=self.config.threshold,
+            source=source,
+        )
+
+    def _probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+        logits = self._engine(pixels)[0].astype(np.float64)
+        if not np.isfinite(logits).all():
+            raise CheckpointError(
+                "The model gave a value that is not finite: its weights overflow. "
+                "Train it again with a lower learning rate."
+            )
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        shares: NDArray[np.float64] = powers / powers.sum(1, keepdims=True)
+        return shares
+
+
+def _restrict(
+    config: ModelConfig, tensors: Mapping[str, NDArray[Any]], classes: Sequence[str]
+) -> tuple[ModelConfig, dict[str, NDArray[Any]]]:
+    """Return the checkpoint with these classes only; softmax over them is the renormalisation."""
+    chosen = tuple(classes)
+    strange = [c for c in chosen if c not in config.classes]
+    if isinstance(classes, str) or strange or len(set(chosen)) != len(chosen) or len(chosen) < 2:
+        raise ValueError(
+            f"classes must be at least two different ones of {config.classes}, got {classes!r}"
+        )
+    rows = [config.classes.index(c) for c in chosen]
+    head = {k: tensors[k][rows] for k in ("classifier.weight", "classifier.bias")}
+    return replace(config, classes=chosen), {**tensors, **head}
+
+
+def _is_batch(images: Any) -> bool:
+    return getattr(images, "ndim", None) == 4
+
+
+def _is_single(images: Any) -> bool:
+    if isinstance(images, (str, os.PathLike)):
+        return not Path(images).is_dir()
+    several = isinstance(images, (list, tuple, ChestXrayDataset, Iterator)) or _is_batch(images)
+    return not several
+
+
+def _several(images: Any) -> Iterable[Any]:
+    if isinstance(images, (list, tuple, Iterator)) or _is_batch(images):
+        return cast(Iterable[Any], images)
+    if isinstance(images, ChestXrayDataset):
+        return (images.image(i) for i in range(len(images)))
+    return [images]
+
+
+def _expand(images: Iterable[Any]) -> Iterator[Any]:
+    """Yield the images, and for a folder the image files below it."""
+    for image in images:
+        if isinstance(image, (str, os.PathLike)) and Path(image).is_dir():
+            yield from image_files(Path(image))
+        else:
+            yield image
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder whose names are those of images, sorted within each folder."""
+    for here, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(files):
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                yield Path(here, name)
+
+
+def _name(image: Any) -> str:
+    if isinstance(image, (str, os.PathLike)):
+        return os.fsdecode(image)
+    return f"<{type(image).__name__}>"

@@ -1,0 +1,427 @@
+"""Thin subcommands over the public API; what is heavy is imported when a command runs."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+
+from chestxray_covid._version import __version__
+from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
+
+if TYPE_CHECKING:
+    from chestxray_covid.classifier import FailedPrediction, Prediction
+    from chestxray_covid.datasets.base import ChestXrayDataset
+    from chestxray_covid.splits import Split
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+NOT_A_DEVICE = "For research only. This is not a medical device and makes no diagnosis."
+SPLIT_NAME = "split.json"
+
+_DATA = click.option(
+    "--data",
+    "data",
+    multiple=True,
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder or CSV of a data set; may be given several times.",
+)
+_MODEL = click.option(
+    "--model",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Checkpoint folder, for example the output of train.",
+)
+_DEVICE = click.option("--device", default=None, help="Torch device, for example cpu or cuda.")
+_BATCH = click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+
+
+def _translated(command: Command) -> Command:
+    """Turn the library's errors into a message and an exit status."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except TrainingInterrupted as stop:
+            click.echo(str(stop), err=True)
+            sys.exit(128 + stop.signal_number)
+        except (ChestXrayError, ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+    return run  # type: ignore[return-value]
+
+
+@click.group(epilog=NOT_A_DEVICE, context_settings={"max_content_width": 100})
+@click.version_option(__version__, prog_name="chestxray-covid")
+def main() -> None:
+    """COVID-19 classification of chest radiographs with DenseNet-121."""
+
+
+@main.command()
+@click.argument("source", type=click.Choice(["cohen", "kermany", "phantoms"]))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--ref", default="master", show_default=True, help="Cohen: branch, tag or commit.")
+@click.option("--all-views", is_flag=True, help="Cohen: also lateral views and CT slices.")
+@click.option(
+    "--archive",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Kermany: a zip that you have already, instead of fetching it from Kaggle.",
+)
+@click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Phantoms.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Phantoms.")
+@_translated
+def download(
+    source: str,
+    folder: Path,
+    ref: str,
+    all_views: bool,
+    archive: Path | None,
+    count: int,
+    seed: int,
+) -> None:
+    """Fetch a public data set into FOLDER, or draw phantoms there."""
+    if source == "cohen":
+        from chestxray_covid.datasets.download import download_cohen
+
+        include = None if all_views else _is_frontal_row
+        place = download_cohen(folder, ref=ref, include=include)
+    elif source == "kermany":
+        from chestxray_covid.datasets.download import download_kermany
+
+        place = download_kermany(folder, archive=archive)
+    else:
+        from chestxray_covid.datasets.base import LABELS
+        from chestxray_covid.datasets.synthetic import SyntheticChestXray
+
+        place = SyntheticChestXray(count, classes=LABELS, seed=seed).save(folder)
+    click.echo(f"{source} is in {place}")
+
+
+def _is_frontal_row(row: dict[str, str]) -> bool:
+    from chestxray_covid.datasets.cohen import is_frontal_radiograph
+
+    return is_frontal_radiograph(row)
+
+
+@main.command()
+@_DATA
+@click.option(
+    "--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Run folder."
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(["recommended", "baseline"]),
+    default="recommended",
+    show_default=True,
+    help="The recommended recipe, or the classic one of the field's first notebooks.",
+)
+@click.option(
+    "--no-pretrained", is_flag=True, help="Start from random weights instead of ImageNet's."
+)
+@click.option(
+    "--pretrained",
+    "checkpoint",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Start from a checkpoint folder instead of ImageNet's weights.",
+)
+@click.option(
+    "--trainable",
+    default="all",
+    show_default=True,
+    help="all, head, or the first block that trains, for example denseblock4.",
+)
+@click.option(
+    "--classes",
+    default="normal,covid19",
+    show_default=True,
+    help="Labels to learn, separated by commas; also known: pneumonia.",
+)
+@click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's number.")
+@click.option("--batch-size", type=click.IntRange(1), help="Instead of the recipe's.")
+@click.option("--learning-rate", type=float, help="Instead of the recipe's.")
+@click.option("--size", type=click.IntRange(32), help="Side of the input in pixels.")
+@click.option("--limit", type=click.IntRange(1), help="Images per class, for a trial run.")
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for decoded pixels, so that later epochs and runs need not decode.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+@_translated
+def train(
+    data: tuple[Path, ...],
+    output: Path,
+    recipe: str,
+    no_pretrained: bool,
+    checkpoint: Path | None,
+    trainable: str,
+    classes: str,
+    epochs: int | None,
+    batch_size: int | None,
+    learning_rate: float | None,
+    size: int | None,
+    limit: int | None,
+    cache: Path | None,
+    device: Literal["auto", "cpu"],
+    seed: int,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Train on data sets, split by patient, and judge the model on patients it never saw."""
+    if no_pretrained and checkpoint is not None:
+        raise click.UsageError("--no-pretrained and --pretrained exclude each other.")
+    if (output / "config.json").exists() and not resume:
+        raise click.UsageError(f"{output} already holds a run: use --resume or another folder.")
+    labels = _labels(classes)
+    dataset = _open(data, labels)
+    if limit is not None:
+        dataset = dataset.limit(limit, seed=seed)
+
+    from chestxray_covid.classifier import Classifier
+    from chestxray_covid.evaluation import evaluate
+    from chestxray_covid.image import Preprocess
+    from chestxray_covid.models import build_densenet121
+    from chestxray_covid.splits import confounding
+    from chestxray_covid.training import Trainer
+    from chestxray_covid.training_config import TrainingConfig
+
+    make = TrainingConfig.baseline if recipe == "baseline" else TrainingConfig
+    wanted: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "preprocess": None if size is None else Preprocess(size_px=size),
+        "cache_dir": None if cache is None else str(cache),
+    }
+    given = {name: value for name, value in wanted.items() if value is not None}
+    config = make(**given, device=device, seed=seed, progress=not quiet)
+    model = build_densenet121(
+        checkpoint if checkpoint is not None else not no_pretrained,
+        trainable=trainable,
+        num_classes=len(labels),
+    )
+    split = _split(dataset, output, seed=seed, progress=not quiet)
+    found = confounding(dataset)
+    _write_json(output / "confounding.json", found.to_dict())
+    click.echo(f"\n{found}\n")
+    history = Trainer(model, split.train, split.val, config, output=output).fit(resume=resume)
+    best = history.best
+    click.echo(f"\nBest epoch: {best.epoch} of {len(history)}, val loss {best.val_loss:.4f}")
+    classifier = Classifier.from_pretrained(output)
+    report = evaluate(classifier, split.test, progress=not quiet)
+    report.save(output / "evaluation.json")
+    click.echo(f"\n{report}\n\nEverything is in {output}. {NOT_A_DEVICE}")
+
+
+@main.command()
+@_MODEL
+@_DATA
+@click.option(
+    "--split",
+    "side",
+    type=click.Choice(["train", "val", "test"]),
+    help="Judge only this side of the split that the run was trained with.",
+)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
+@_BATCH
+@_DEVICE
+@_translated
+def evaluate(
+    model: Path,
+    data: tuple[Path, ...],
+    side: str | None,
+    output: Path | None,
+    batch_size: int,
+    device: str | None,
+) -> None:
+    """Judge a model on data sets, with intervals by patient, per source and per view."""
+    from chestxray_covid.classifier import Classifier
+    from chestxray_covid.evaluation import evaluate as judge
+    from chestxray_covid.splits import Split
+
+    classifier = Classifier.from_pretrained(model, device=device)
+    dataset = _open(data, classifier.classes)
+    saved = model / SPLIT_NAME
+    if side is not None:
+        dataset = getattr(Split.load(saved, dataset), side)
+    elif saved.is_file():
+        seen = _count_seen(saved, dataset)
+        if seen:
+            click.echo(
+                f"Caution: the model was trained on {seen} of these {len(dataset)} images; "
+                "use --split test for those that it never saw.",
+                err=True,
+            )
+    report = judge(classifier, dataset, batch_size=batch_size, progress=True)
+    if output is not None:
+        report.save(output)
+    click.echo(str(report))
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_MODEL
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write CSV, or JSON lines where the name ends in .jsonl, instead of a table.",
+)
+@_BATCH
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+@_DEVICE
+@_translated
+def predict(
+    paths: tuple[Path, ...],
+    model: Path,
+    output: Path | None,
+    batch_size: int,
+    workers: int,
+    device: str | None,
+) -> None:
+    """Judge radiographs: files, and folders with all image files below them.
+
+    Exits with status 1 if a file could not be judged, and names it.
+    """
+    from tqdm import tqdm
+
+    from chestxray_covid.classifier import Classifier, FailedPrediction
+
+    classifier = Classifier.from_pretrained(model, device=device)
+    results = classifier.predict_stream(paths, batch_size, "return", workers=workers)
+    failed: list[FailedPrediction] = []
+    with _writer(output, classifier.classes) as write:
+        for result in tqdm(results, "predict", unit="img", disable=output is None):
+            write(result)
+            if isinstance(result, FailedPrediction):
+                failed.append(result)
+    for failure in failed:
+        click.echo(f"failed: {failure}", err=True)
+    click.echo(NOT_A_DEVICE, err=True)
+    if failed:
+        sys.exit(1)
+
+
+@main.command()
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Also describe this checkpoint.",
+)
+@_translated
+def info(model: Path | None) -> None:
+    """Show versions, devices and optional packages, and what a checkpoint is."""
+    import importlib.metadata as metadata
+    import platform
+
+    import torch
+
+    from chestxray_covid.models import native_bfloat16
+
+    click.echo(f"chestxray-covid {__version__}, Python {platform.python_version()}")
+    for name in ("torch", "torchvision", "numpy", "pillow", "huggingface-hub", "pydicom"):
+        try:
+            click.echo(f"  {name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            click.echo(f"  {name} not installed")
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    fast = "native" if native_bfloat16(torch.device(kind)) else "not native"
+    click.echo(f"  device {kind}, bfloat16 {fast}, {torch.get_num_threads()} threads")
+    if model is not None:
+        from chestxray_covid.checkpoint import load_checkpoint
+
+        config, _ = load_checkpoint(model)
+        click.echo(json.dumps(config.to_dict(), indent=2))
+    click.echo(NOT_A_DEVICE)
+
+
+def _labels(classes: str) -> tuple[str, ...]:
+    labels = tuple(name.strip() for name in classes.split(",") if name.strip())
+    if len(labels) < 2:
+        raise click.UsageError(f"--classes needs at least two labels, got {classes!r}.")
+    return labels
+
+
+def _open(data: tuple[Path, ...], classes: tuple[str, ...]) -> ChestXrayDataset:
+    from chestxray_covid.datasets.base import concatenate
+    from chestxray_covid.datasets.folder import open_dataset
+
+    parts = [open_dataset(path, classes=classes) for path in data]
+    for part in parts:
+        click.echo(str(part.report()))
+    return parts[0] if len(parts) == 1 else concatenate(parts)
+
+
+def _split(dataset: ChestXrayDataset, output: Path, *, seed: int, progress: bool) -> Split:
+    """Return the run's split: the saved one if there is one, else a new one, saved."""
+    from chestxray_covid.splits import Split, split_by_patient
+
+    saved = output / SPLIT_NAME
+    if saved.is_file():
+        return Split.load(saved, dataset)
+    split = split_by_patient(dataset, seed=seed, progress=progress)
+    output.mkdir(parents=True, exist_ok=True)
+    split.save(saved)
+    return split
+
+
+def _count_seen(saved: Path, dataset: ChestXrayDataset) -> int:
+    from chestxray_covid.splits import saved_side
+
+    trained = saved_side(saved, "train")
+    return sum(s.content_hash() in trained for s in dataset.samples)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    from chestxray_covid.checkpoint import write_files
+
+    write_files(path.parent, {path.name: json.dumps(data, indent=1).encode()})
+
+
+@contextmanager
+def _writer(
+    output: Path | None, classes: tuple[str, ...]
+) -> Iterator[Callable[[Prediction | FailedPrediction], None]]:
+    """Yield what takes results: a table on the screen, or a file that appears when complete."""
+    if output is None:
+        yield lambda result: click.echo(str(result))
+        return
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            if output.suffix.lower() == ".jsonl":
+                yield lambda result: _write_line(file, result)
+            else:
+                table = csv.writer(file)
+                names = (f"p_{name}" for name in classes)
+                table.writerow(["path", "label", *names, "score", "is_positive", "error"])
+                yield lambda result: table.writerow(_cells(result, classes))
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_line(file: IO[str], result: Prediction | FailedPrediction) -> None:
+    file.write(result.to_json() + "\n")
+
+
+def _cells(result: Prediction | FailedPrediction, classes: tuple[str, ...]) -> list[Any]:
+    row = result.to_dict()
+    if "error" in row:
+        return [row["source"], "", *("" for _ in classes), "", "", row["error"]]
+    shares = [f"{row['probabilities'][name]:.6f}" for name in classes]
+    score = "" if row["score"] is None else f"{row['score']:.6f}"
+    return [row["source"], row["label"], *shares, score, row["is_positive"], ""]

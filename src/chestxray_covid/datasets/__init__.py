@@ -1,0 +1,1 @@
+"""The public sources as samples with provenance; public names are in :mod:`chestxray_covid`."""

@@ -1,0 +1,372 @@
+"""Samples with provenance, and the data set that all sources share.
+
+No torch here: a :class:`ChestXrayDataset` has ``__len__`` and ``__getitem__``, which is all that
+``torch.utils.data.DataLoader`` asks of a map-style data set.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import operator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from chestxray_covid.datasets.report import DatasetReport, summarise
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.image import load_image
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Canonical labels, in canonical order. ``pneumonia`` is any pneumonia other than COVID-19.
+LABELS = ("normal", "pneumonia", "covid19")
+#: What a data set keeps unless told otherwise: the binary question of the field.
+DEFAULT_CLASSES = ("normal", "covid19")
+#: Canonical names of frontal projections.
+FRONTAL_VIEWS = ("PA", "AP", "AP Supine", "AP Erect", "AP Semi Erect")
+#: Canonical view of a radiograph whose projection nobody wrote down.
+UNKNOWN_VIEW = "unknown"
+#: Columns of the interchange CSV that every data set writes and :class:`ManifestDataset` reads.
+MANIFEST_COLUMNS = ("path", "label", "finding", "patient_id", "source", "view")
+
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".dcm"}
+)
+
+
+def read_file(sample: Sample, min_size: tuple[int, int] | None = None) -> Image.Image:
+    """Return the radiograph that a sample's path names, see :func:`image.load_image`."""
+    return load_image(sample.path, min_size=min_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One radiograph with its label and where it comes from.
+
+    Attributes:
+        path: Image file; for a phantom, a name that identifies it.
+        label: Canonical label, one of :data:`LABELS` or a label of the user's own.
+        finding: What the source itself says, for example ``"Pneumonia/Viral/SARS"``.
+        patient_id: Patient as the source numbers them, unique only within ``source``.
+        source: Collection that the radiograph comes from, for example ``"cohen"``.
+        view: Projection, ``"PA"``, ``"AP"``, ``"AP Supine"``, ``"L"``, …, or ``"unknown"``.
+        metadata: Everything else the source says, as text. ``origin`` and ``image_id``, where
+            present, identify the image in the collection that it was taken over from.
+        read: How the pixels come about; ``read_file`` unless the sample is a phantom.
+    """
+
+    path: Path
+    label: str
+    finding: str
+    patient_id: str
+    source: str
+    view: str = UNKNOWN_VIEW
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    read: Callable[[Sample, tuple[int, int] | None], Image.Image] = field(
+        default=read_file, repr=False
+    )
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the pixels come from ``path`` on disk (a phantom's do not)."""
+        return self.read is read_file
+
+    @property
+    def is_frontal(self) -> bool:
+        """Whether the view is known to be frontal."""
+        return self.view in FRONTAL_VIEWS
+
+    def content_hash(self) -> str:
+        """Return 32 hex digits (BLAKE2b-128) of the file's bytes, or of a phantom's recipe.
+
+        Raises:
+            DatasetError: If the file cannot be read.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        if not self.is_file:
+            digest.update(repr((str(self.path), sorted(self.metadata.items()))).encode())
+            return digest.hexdigest()
+        try:
+            digest.update(self.path.read_bytes())
+        except OSError as error:
+            raise DatasetError(f"{self.path} cannot be read: {error}") from error
+        return digest.hexdigest()
+
+
+def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
+    """Return the annotated lungs of a sample, or ``None`` where nobody drew them.
+
+    The mask is ``(H, W)`` bool, true inside the lungs, of the size of the image on disk.
+
+    Raises:
+        ImageError: If the mask or the image cannot be decoded.
+    """
+    path = sample.metadata.get("lung_mask")
+    if path is None:
+        return None
+    size = sample.read(sample, None).size
+    mask = load_image(path).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(mask) > 127
+
+
+class ChestXrayDataset:
+    """Radiographs with labels and provenance; ``dataset[i]`` is ``(PIL image mode L, int)``.
+
+    Subsets, filters and concatenations share the samples and copy no pixels. Instances hold no
+    open files and can be sent to other processes.
+
+    Args:
+        samples: The samples, in order; ``dataset.samples[i]`` is the same item as ``dataset[i]``.
+        classes: Labels in the order of their integer targets.
+        transform: Applied to the PIL image.
+        target_transform: Applied to the integer target.
+        report: What was dropped on the way; made from the samples if not given.
+
+    Raises:
+        DatasetError: If a sample's label is not in ``classes``.
+    """
+
+    def __init__(
+        self,
+        samples: Iterable[Sample],
+        *,
+        classes: Sequence[str],
+        transform: Callable[[Image.Image], Any] | None = None,
+        target_transform: Callable[[int], Any] | None = None,
+        report: DatasetReport | None = None,
+    ) -> None:
+        self.samples: tuple[Sample, ...] = tuple(samples)
+        self.classes = check_classes(classes)
+        self.class_to_idx: dict[str, int] = {name: i for i, name in enumerate(self.classes)}
+        self.transform = transform
+        self.target_transform = target_transform
+        self._report = report
+        strange = {s.label for s in self.samples} - set(self.classes)
+        if strange:
+            raise DatasetError(
+                f"Labels {sorted(strange)} are not among the classes {list(self.classes)}. "
+                "Pass classes= with all labels, or map labels to canonical ones."
+            )
+        self.targets: list[int] = [self.class_to_idx[s.label] for s in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: SupportsIndex) -> tuple[Any, Any]:
+        position = operator.index(index)
+        target: Any = self.targets[position]
+        if self.target_transform is not None:
+            target = self.target_transform(target)
+        return self.image(position), target
+
+    def __add__(self, other: ChestXrayDataset) -> ChestXrayDataset:
+        return concatenate([self, other])
+
+    def __repr__(self) -> str:
+        counts = Counter(s.label for s in self.samples)
+        parts = ", ".join(f"{name}: {counts[name]}" for name in self.classes)
+        sources = ", ".join(self.sources) or "empty"
+        return f"<{type(self).__name__} of {len(self)} radiographs ({parts}) from {sources}>"
+
+    def image(self, index: int, min_size: tuple[int, int] | None = None) -> Any:
+        """Return one radiograph, transformed where a transform was given.
+
+        Args:
+            index: Position of the sample.
+            min_size: ``(width, height)`` in pixels below which the image need not be decoded;
+                ignored with a transform, which may depend on the full resolution.
+
+        Raises:
+            ImageError: If the file cannot be decoded.
+        """
+        sample = self.samples[index]
+        if self.transform is not None:
+            return self.transform(sample.read(sample, None))
+        return sample.read(sample, min_size)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the collections in this data set, sorted."""
+        return tuple(sorted({s.source for s in self.samples}))
+
+    @cached_property
+    def metadata(self) -> pd.DataFrame:
+        """One row per sample, in order: the sample's fields and its source's own columns."""
+        import pandas as pd
+
+        names = ("path", "label", "finding", "patient_id", "source", "view")
+        rows = [
+            {**s.metadata, **{n: getattr(s, n) for n in names}, "path": str(s.path)}
+            for s in self.samples
+        ]
+        frame = pd.DataFrame(rows, columns=None if rows else list(names))
+        return frame[[*names, *(c for c in frame.columns if c not in names)]]
+
+    def report(self) -> DatasetReport:
+        """Return what was found, kept and dropped, and why."""
+        if self._report is not None:
+            return self._report
+        return summarise(self.samples, self.classes, source="+".join(self.sources), root="")
+
+    def subset(self, indices: Iterable[SupportsIndex]) -> ChestXrayDataset:
+        """Return the samples at these positions, in that order.
+
+        Raises:
+            IndexError: If a position is outside the data set.
+        """
+        return self._with(self.samples[operator.index(i)] for i in indices)
+
+    def filter(self, keep: Callable[[Sample], bool]) -> ChestXrayDataset:
+        """Return the samples for which ``keep(sample)`` is true."""
+        return self._with(s for s in self.samples if keep(s))
+
+    def limit(self, per_class: int, *, seed: int = 0) -> ChestXrayDataset:
+        """Return at most ``per_class`` random samples of each class, in their original order.
+
+        Raises:
+            ValueError: If ``per_class`` is not positive.
+        """
+        if not per_class > 0:
+            raise ValueError(f"per_class must be positive, got {per_class}")
+        order = np.random.default_rng(seed).permutation(len(self))
+        taken: Counter[int] = Counter()
+        kept = []
+        for i in order:
+            taken[self.targets[i]] += 1
+            if taken[self.targets[i]] <= per_class:
+                kept.append(int(i))
+        return self.subset(sorted(kept))
+
+    def to_manifest(self, path: str | os.PathLike[str]) -> Path:
+        """Write the data set as the interchange CSV and return its path.
+
+        Paths of images below the CSV's folder are written relative to it, others absolute. The
+        file appears complete or not at all.
+
+        Raises:
+            DatasetError: If a sample is a phantom that lies in no file.
+        """
+        target = Path(path)
+        phantoms = [s for s in self.samples if not s.is_file]
+        if phantoms:
+            raise DatasetError(
+                f"{phantoms[0].path} is a phantom without a file. "
+                "Write the phantoms first: SyntheticChestXray.save(folder)."
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = target.parent.resolve()
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(MANIFEST_COLUMNS)
+                for s in self.samples:
+                    full = s.path.resolve()
+                    where = full.relative_to(folder) if full.is_relative_to(folder) else full
+                    writer.writerow(
+                        [str(where), s.label, s.finding, s.patient_id, s.source, s.view]
+                    )
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return target
+
+    def _with(self, samples: Iterable[Sample]) -> ChestXrayDataset:
+        return ChestXrayDataset(
+            samples,
+            classes=self.classes,
+            transform=self.transform,
+            target_transform=self.target_transform,
+        )
+
+    def _promise(self, promised: Iterable[str]) -> Self:
+        """Return self, or raise if a class that this source can contain has no sample."""
+        present = {s.label for s in self.samples}
+        missing = [name for name in promised if name not in present]
+        if missing:
+            raise DatasetError(
+                f"No usable image of {missing} where the data set promises it. "
+                f"What was found:\n{self.report()}\n"
+                "Check the folder, or ask for other classes=, views= or modalities=."
+            )
+        return self
+
+
+def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
+    """Return one data set with the samples of all; no pixels are copied.
+
+    A sample whose source took it over from a collection that is present too (``origin`` in its
+    metadata) is counted to that collection, so that the two copies are seen to be one source.
+
+    Args:
+        datasets: At least one data set; transforms must be equal.
+
+    Raises:
+        ValueError: If there is nothing to concatenate or the transforms differ.
+    """
+    if not datasets:
+        raise ValueError("concatenate needs at least one data set")
+    first = datasets[0]
+    for other in datasets[1:]:
+        if (other.transform, other.target_transform) != (first.transform, first.target_transform):
+            raise ValueError(
+                "Data sets with different transforms cannot be concatenated; "
+                "give all of them the same transform objects."
+            )
+    names = {name for d in datasets for name in d.classes}
+    own = [name for d in datasets for name in d.classes if name not in LABELS]
+    classes = [*(name for name in LABELS if name in names), *dict.fromkeys(own)]
+    loaded = {s.source for d in datasets for s in d.samples}
+    samples = [
+        replace(s, source=origin)
+        if (origin := s.metadata.get("origin")) in loaded and origin
+        else s
+        for d in datasets
+        for s in d.samples
+    ]
+    return ChestXrayDataset(
+        samples,
+        classes=classes,
+        transform=first.transform,
+        target_transform=first.target_transform,
+    )
+
+
+def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return ``classes`` as a tuple.
+
+    Raises:
+        TypeError: If it is a single string.
+        ValueError: If it is empty or names a class twice.
+    """
+    if isinstance(classes, str):
+        raise TypeError(f"classes must be a sequence of names, got the string {classes!r}")
+    names = tuple(classes)
+    if not names or len(set(names)) != len(names) or not all(names):
+        raise ValueError(f"classes must be one or more different names, got {list(names)}")
+    return names
+
+
+def existing_folder(root: str | os.PathLike[str], what: str) -> Path:
+    """Return ``root`` with ``~`` expanded.
+
+    Raises:
+        DatasetNotFoundError: If it is no folder.
+    """
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise DatasetNotFoundError(
+            f"{folder} is no folder, expected {what}. Check the path, or use download=True "
+            "where the data set offers it."
+        )
+    return folder

@@ -1,0 +1,107 @@
+"""Which samples belong together: patients, duplicates, and images known in two collections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample
+from chestxray_covid.datasets.loading import map_ahead
+
+#: Correlation of thumbnails from which two radiographs count as copies; on 6,100 radiographs of
+#: four public sources it gives 46 pairs and no chain longer than three.
+DUPLICATE_CORRELATION = 0.98
+_THUMBNAIL_PX = 64
+
+
+def patient_groups(
+    dataset: ChestXrayDataset,
+    *,
+    find_copies: bool = True,
+    workers: int = 2,
+    progress: bool = False,
+) -> list[int]:
+    """Return the group of each sample, numbered from 0; samples of a group belong together.
+
+    A group is a patient of a source, joined with every other that shares a duplicate image
+    (:func:`find_duplicates`) or an image known under the same id in two collections (``origin``
+    and ``image_id`` in the metadata).
+    """
+    joined = _UnionFind(len(dataset))
+    first: dict[tuple[str, ...], int] = {}
+    for i, sample in enumerate(dataset.samples):
+        for key in _identities(sample):
+            joined.join(first.setdefault(key, i), i)
+    if find_copies:
+        for a, b in find_duplicates(dataset, workers=workers, progress=progress):
+            joined.join(a, b)
+    number: dict[int, int] = {}
+    return [number.setdefault(joined.root(i), len(number)) for i in range(len(dataset))]
+
+
+def _identities(sample: Sample) -> Iterable[tuple[str, ...]]:
+    # A row that Cohen took over keeps Cohen's patient number, also when counted to its origin.
+    namespace = "origin" if "origin" in sample.metadata else "own"
+    yield namespace, sample.source, sample.patient_id
+    if "image_id" in sample.metadata:
+        yield "image", sample.metadata.get("origin", sample.source), sample.metadata["image_id"]
+
+
+def find_duplicates(
+    dataset: ChestXrayDataset,
+    *,
+    correlation: float = DUPLICATE_CORRELATION,
+    workers: int = 2,
+    progress: bool = False,
+) -> list[tuple[int, int]]:
+    """Return pairs of positions, ``a < b``, that show the same radiograph.
+
+    Two images are the same if thumbnails of 64×64 pixels correlate above ``correlation``
+    (Pearson). Equal pixels always do, under whatever file name or format; so do a recompressed
+    and a scaled copy, though not a cropped one. A blank image correlates with nothing. Memory is
+    16 KiB per image; time grows with the square of their number (6,000 images: some seconds).
+
+    Raises:
+        ImageError: If a file cannot be decoded.
+    """
+    shrink = map_ahead(
+        lambda s: _thumbnail(s.read(s, (_THUMBNAIL_PX, _THUMBNAIL_PX))),
+        dataset.samples,
+        workers=workers,
+    )
+    bar = tqdm(shrink, "duplicates", len(dataset), unit="img", disable=not progress)
+    thumbnails = np.stack(list(bar)) if len(dataset) else np.zeros((0, 1), np.float32)
+    pairs = []
+    block = 1024
+    for start in range(0, len(thumbnails), block):
+        similar = thumbnails[start : start + block] @ thumbnails[start:].T > correlation
+        for a, b in zip(*np.nonzero(similar), strict=True):
+            if a < b:
+                pairs.append((int(start + a), int(start + b)))
+    return pairs
+
+
+def _thumbnail(image: Image.Image) -> NDArray[np.float32]:
+    """Return ``(4096,)`` float32 pixels of mean 0 and length 1, or 0 for a blank image."""
+    small = image.resize((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.BOX, reducing_gap=2.0)
+    pixels = np.asarray(small, np.float32).ravel()
+    pixels -= pixels.mean()
+    return pixels / max(float(np.linalg.norm(pixels)), 1e-6)
+
+
+class _UnionFind:
+    def __init__(self, size: int) -> None:
+        self._parent = list(range(size))
+
+    def root(self, item: int) -> int:
+        while self._parent[item] != item:
+            self._parent[item] = self._parent[self._parent[item]]
+            item = self._parent[item]
+        return item
+
+    def join(self, a: int, b: int) -> None:
+        self._parent[self.root(b)] = self.root(a)

@@ -1,0 +1,173 @@
+"""Pixels on time: decoding in threads beside the model, and a cache of decoded pixels on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.image import Preprocess
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+#: From the position of a sample to its ``(1, S, S)`` uint8 pixels.
+Loader = Callable[[int], NDArray[np.uint8]]
+
+#: Raised when decoding or resizing changes, so that no cache of the older kind is taken.
+_CACHE_VERSION = 1
+
+
+def map_ahead(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int = 2,
+    ahead: int = 64,
+) -> Generator[Result, None, None]:
+    """Yield ``function(item)`` for every item, in order, computed in threads up to ``ahead`` early.
+
+    Memory stays bounded by ``ahead`` results, however many items there are. Pillow releases the
+    interpreter's lock while it decodes, so threads serve as well as processes and need no copies.
+
+    Raises:
+        Exception: Whatever ``function`` raises, at the item that it belongs to.
+    """
+    source = iter(items)
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode") as pool:
+        pending: deque[Future[Result]] = deque(
+            pool.submit(function, item) for item in itertools.islice(source, max(1, ahead))
+        )
+        try:
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(pool.submit(function, item) for item in itertools.islice(source, 1))
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def decoder(dataset: ChestXrayDataset, preprocess: Preprocess) -> Loader:
+    """Return a loader that decodes and preprocesses a sample each time it is asked for."""
+    side = (preprocess.size_px, preprocess.size_px)
+
+    def load(index: int) -> NDArray[np.uint8]:
+        return preprocess(dataset.image(index, side))
+
+    return load
+
+
+def cached_decoder(
+    dataset: ChestXrayDataset,
+    preprocess: Preprocess,
+    folder: str | os.PathLike[str],
+    *,
+    workers: int = 2,
+    progress: bool = False,
+) -> Loader:
+    """Return a loader that reads preprocessed pixels from a memory-mapped cache.
+
+    Radiographs that the cache lacks are decoded first, into one more shard. An entry is keyed by
+    the content of the file and by the size, so a file that moved is still found and one that
+    changed is decoded again. Shards appear complete or not at all; several processes may share
+    the folder.
+
+    Args:
+        dataset: The samples; must have no transform, whose result the key would not show.
+        preprocess: Size and way of resizing.
+        folder: Cache folder, made if missing.
+        workers: Threads that decode.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If the data set has a transform.
+        ImageError: If a file cannot be decoded; nothing is added to the cache then.
+    """
+    if dataset.transform is not None:
+        raise ValueError(
+            "Transformed images cannot be cached: the cache knows only a file's content. "
+            "Leave out the cache or the transform."
+        )
+    size = preprocess.size_px
+    place = Path(folder) / f"v{_CACHE_VERSION}-{preprocess.resize}-{size}px"
+    place.mkdir(parents=True, exist_ok=True)
+    keys = list(
+        map_ahead(lambda s: s.content_hash(), dataset.samples, workers=workers, ahead=4 * workers)
+    )
+    rows = _read_shards(place, size)
+    missing = {key: i for i, key in enumerate(keys) if key not in rows}
+    if missing:
+        load = decoder(dataset, preprocess)
+        _write_shard(place, size, missing, load, workers=workers, progress=progress)
+        rows = _read_shards(place, size)
+
+    def lookup(index: int) -> NDArray[np.uint8]:
+        pixels, row = rows[keys[index]]
+        return pixels[row]
+
+    return lookup
+
+
+def _read_shards(place: Path, size: int) -> dict[str, tuple[NDArray[np.uint8], int]]:
+    """Return content hash → (memory-mapped shard, row); shards that do not fit are passed over."""
+    rows: dict[str, tuple[NDArray[np.uint8], int]] = {}
+    for index in sorted(place.glob("*.json")):
+        try:
+            keys = json.loads(index.read_text(encoding="utf-8"))
+            pixels = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            continue  # damaged or gone: its images are decoded again
+        if pixels.shape == (len(keys), 1, size, size) and pixels.dtype == np.uint8:
+            rows.update((key, (pixels, row)) for row, key in enumerate(keys))
+    return rows
+
+
+def _write_shard(
+    place: Path,
+    size: int,
+    missing: dict[str, int],
+    load: Loader,
+    *,
+    workers: int,
+    progress: bool,
+) -> None:
+    name = hashlib.blake2b("".join(sorted(missing)).encode(), digest_size=12).hexdigest()
+    handle, partial = tempfile.mkstemp(prefix=f".{name}.", suffix=".partial", dir=place)
+    os.close(handle)
+    index = Path(f"{partial}.json")
+    try:
+        pixels = np.lib.format.open_memmap(
+            partial, mode="w+", dtype=np.uint8, shape=(len(missing), 1, size, size)
+        )
+        decoded = map_ahead(load, missing.values(), workers=workers)
+        bar = tqdm(decoded, "decoding", len(missing), unit="img", disable=not progress)
+        for row, image in enumerate(bar):
+            pixels[row] = image
+        pixels.flush()
+        del pixels
+        index.write_text(json.dumps(list(missing)), encoding="utf-8")
+        # The index makes a shard valid, so it comes last.
+        Path(partial).replace(place / f"{name}.npy")
+        index.replace(place / f"{name}.json")
+    finally:
+        Path(partial).unlink(missing_ok=True)
+        index.unlink(missing_ok=True)
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Yield the items in lists of ``size``, the last one maybe shorter."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

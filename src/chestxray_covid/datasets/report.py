@@ -1,0 +1,76 @@
+"""What a data set found, kept and dropped, and why."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chestxray_covid.datasets.base import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetReport:
+    """What a data set found, kept and dropped, and why.
+
+    Attributes:
+        source: Name of the data set.
+        root: Where it was read from; empty for phantoms.
+        found: Entries considered (metadata rows, or image files).
+        kept: Samples in the data set.
+        dropped: Reason → number of entries; ``found == kept + sum(dropped.values())``.
+        images: Class → number of images.
+        patients: Class → number of patients.
+        notes: Facts that are not drops, for example files without a metadata row.
+    """
+
+    source: str
+    root: str
+    found: int
+    kept: int
+    dropped: Mapping[str, int]
+    images: Mapping[str, int]
+    patients: Mapping[str, int]
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.kept} of {self.found} kept ({self.root or 'no files'})"]
+        lines += [
+            f"  class    {name:<12} {count:>6} images, {self.patients[name]} patients"
+            for name, count in self.images.items()
+        ]
+        lines += [f"  dropped  {count:>6}  {reason}" for reason, count in self.dropped.items()]
+        lines += [f"  note     {count:>6}  {note}" for note, count in self.notes.items()]
+        return "\n".join(lines)
+
+
+def summarise(
+    samples: Sequence[Sample],
+    classes: Sequence[str],
+    *,
+    source: str,
+    root: str | os.PathLike[str],
+    dropped: Mapping[str, int] | None = None,
+    notes: Mapping[str, int] | None = None,
+) -> DatasetReport:
+    """Return the report of a data set that kept ``samples`` and dropped what ``dropped`` counts."""
+    images = Counter(s.label for s in samples)
+    patients = {c: {(s.source, s.patient_id) for s in samples if s.label == c} for c in classes}
+    gone = dict(sorted((dropped or {}).items(), key=lambda item: -item[1]))
+    return DatasetReport(
+        source=source,
+        root=os.fspath(root),
+        found=len(samples) + sum(gone.values()),
+        kept=len(samples),
+        dropped=gone,
+        images={c: images[c] for c in classes},
+        patients={c: len(patients[c]) for c in classes},
+        notes=dict(notes or {}),
+    )

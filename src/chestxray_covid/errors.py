@@ -1,0 +1,132 @@
+"""What can go wrong, and how to install what is missing.
+
+Every error that the library raises on purpose about the world (a file, a folder, weights, a
+missing package) is a :class:`ChestXrayError` and also the builtin that a caller would expect::
+
+    ChestXrayError
+    ├── ImageError (ValueError)
+    │   └── ImageNotFoundError (FileNotFoundError)
+    ├── DatasetError (ValueError)
+    │   ├── DatasetNotFoundError (FileNotFoundError)
+    │   └── SplitError
+    ├── DownloadError (OSError)
+    │   └── IntegrityError (ValueError)
+    ├── ArchiveError (ValueError)
+    ├── CheckpointError (ValueError)
+    │   ├── CheckpointNotFoundError (FileNotFoundError)
+    │   └── ConfigError
+    ├── WeightsUnavailableError (OSError)
+    ├── TrainingError (ValueError)
+    ├── TrainingInterrupted
+    └── MissingExtraError (ImportError)
+
+A wrong argument is a plain ``ValueError`` or ``TypeError``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+
+class ChestXrayError(Exception):
+    """Base of all errors that this library raises about files, data, weights and packages."""
+
+
+class ImageError(ChestXrayError, ValueError):
+    """An image cannot be decoded or is not usable; the message names the source and the reason."""
+
+
+class ImageNotFoundError(ImageError, FileNotFoundError):
+    """The image file does not exist or is not a regular file."""
+
+
+class DatasetError(ChestXrayError, ValueError):
+    """A data set is not what it promises: layout, columns, labels, counts."""
+
+
+class DatasetNotFoundError(DatasetError, FileNotFoundError):
+    """There is no data set of the wanted layout at the given place."""
+
+
+class SplitError(DatasetError):
+    """A split is impossible, overlaps, or does not belong to this data set."""
+
+
+class DownloadError(ChestXrayError, OSError):
+    """A download did not finish; what has arrived is kept where it can be resumed."""
+
+
+class IntegrityError(DownloadError, ValueError):
+    """Bytes arrived or lie on disk that are not the published ones."""
+
+
+class ArchiveError(ChestXrayError, ValueError):
+    """An archive is damaged or hostile; nothing of it was unpacked."""
+
+
+class CheckpointError(ChestXrayError, ValueError):
+    """A checkpoint is damaged, or is not one of this library."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint under that name or path."""
+
+
+class ConfigError(CheckpointError):
+    """A ``config.json`` has unknown, missing or impossible values."""
+
+
+class WeightsUnavailableError(ChestXrayError, OSError):
+    """Pretrained weights are neither cached nor to be fetched."""
+
+
+class TrainingError(ChestXrayError, ValueError):
+    """Training cannot go on; the last good checkpoint is kept."""
+
+
+class TrainingInterrupted(ChestXrayError):  # noqa: N818 - it is no error, like KeyboardInterrupt
+    """A signal asked training to stop; the state was saved first.
+
+    Attributes:
+        signal_number: The signal that arrived, ``signal.SIGINT`` or ``signal.SIGTERM``.
+        run: The run directory, to be continued with ``resume=True``.
+    """
+
+    def __init__(self, signal_number: int, run: Path) -> None:
+        super().__init__(signal_number, run)
+        self.signal_number = signal_number
+        self.run = run
+
+    def __str__(self) -> str:
+        return (
+            f"Training stopped by signal {self.signal_number}; the state is saved in {self.run}. "
+            "Continue with resume=True (command line: --resume)."
+        )
+
+
+class MissingExtraError(ChestXrayError, ImportError):
+    """An optional package is not installed; the message holds the pip command."""
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Return an optional module, imported now.
+
+    Args:
+        module: Dotted name to import, for example ``"pydicom"``.
+        extra: The extra of this package that installs it, for example ``"dicom"``.
+
+    Raises:
+        MissingExtraError: If the module cannot be imported, with the pip command that installs it.
+
+    >>> require_extra("json", "dicom").__name__
+    'json'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{module} cannot be imported ({error}). "
+            f'Install it with: pip install "chestxray-covid[{extra}]"'
+        ) from error

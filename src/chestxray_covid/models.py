@@ -1,0 +1,194 @@
+"""Build the network, choose what trains, turn uint8 batches into its input."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from chestxray_covid.checkpoint import densenet121_shapes, load_checkpoint
+from chestxray_covid.errors import CheckpointNotFoundError, WeightsUnavailableError
+from chestxray_covid.image import Preprocess
+
+#: Values of ``trainable``, from the whole network to the classifier alone.
+TRAINABLE = ("all", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head")
+
+
+def build_densenet121(
+    pretrained: bool | str | os.PathLike[str] = True,
+    trainable: str = "all",
+    num_classes: int = 2,
+) -> torchvision.models.DenseNet:
+    """Return torchvision's own DenseNet-121: ``(N, 3, S, S)`` normalised → ``(N, K)`` logits.
+
+    Args:
+        pretrained: ``True`` for ImageNet weights, which torchvision downloads once and caches;
+            ``False`` for random ones; or a checkpoint folder. A checkpoint with another number
+            of classes gives its features, and the classifier starts at random.
+        trainable: ``"all"``, ``"head"`` (the classifier alone), or the first block that trains,
+            for example ``"denseblock4"``; see :func:`set_trainable`.
+        num_classes: Number of logits, at least 2.
+
+    Raises:
+        ValueError: If ``trainable`` is unknown or ``num_classes`` is below 2.
+        WeightsUnavailableError: If ImageNet weights are neither cached nor to be fetched.
+        CheckpointError: If the checkpoint is missing or damaged.
+
+    >>> model = build_densenet121(pretrained=False, trainable="head", num_classes=3)
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['classifier.weight', 'classifier.bias']
+    """
+    if not num_classes >= 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if pretrained is True:
+        model = _imagenet()
+        model.classifier = nn.Linear(model.classifier.in_features, num_classes)
+    else:
+        model = torchvision.models.densenet121(weights=None, num_classes=num_classes)
+    if not isinstance(pretrained, bool):
+        if not Path(pretrained).is_dir():
+            raise CheckpointNotFoundError(
+                f"{pretrained} is no checkpoint folder. Pass True (ImageNet weights), False "
+                "(random weights), or a folder with config.json and model.safetensors."
+            )
+        _, tensors = load_checkpoint(pretrained)
+        if len(tensors["classifier.bias"]) != num_classes:
+            own = model.state_dict()
+            tensors |= {k: own[k].numpy() for k in ("classifier.weight", "classifier.bias")}
+        load_tensors(model, tensors)
+    set_trainable(model, trainable)
+    return model
+
+
+def _imagenet() -> torchvision.models.DenseNet:
+    weights = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1
+    try:
+        return torchvision.models.densenet121(weights=weights)
+    except (OSError, RuntimeError) as error:
+        cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        raise WeightsUnavailableError(
+            f"The ImageNet weights of DenseNet-121 are not to be had: {error}. "
+            f"Put {weights.url} at {cache}, or start without them: pretrained=False (random "
+            "weights; command line: --no-pretrained) or pretrained=<checkpoint folder>."
+        ) from error
+
+
+def set_trainable(model: torchvision.models.DenseNet, trainable: str) -> None:
+    """Let the network train from a block on, and freeze what comes before it.
+
+    Args:
+        model: Changed in place: ``requires_grad`` of its parameters.
+        trainable: ``"all"``, ``"head"`` (the classifier alone), or the first block that trains:
+            ``"denseblock1"`` to ``"denseblock4"``.
+
+    Raises:
+        ValueError: If ``trainable`` is unknown.
+    """
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable must be one of {TRAINABLE}, got {trainable!r}")
+    trains = trainable == "all"
+    for name, child in model.features.named_children():
+        trains = trains or name == trainable
+        child.requires_grad_(trains)
+    model.classifier.requires_grad_(True)
+
+
+def set_training_mode(model: nn.Module) -> None:
+    """Put the model in training mode, except for frozen parts, which stay in ``eval()``.
+
+    A frozen batch norm in training mode would still move its running statistics.
+    """
+    model.train()
+    for module in model.modules():
+        own = list(module.parameters())
+        if own and not any(p.requires_grad for p in own):
+            module.eval()
+
+
+def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    """Return the network's input from a batch of grey pixels, on the pixels' device.
+
+    Args:
+        pixels: ``(N, 1, S, S)``, uint8, or float32 with the same range [0, 255].
+        preprocess: Holds mean and deviation of the grey channel on the scale [0, 1].
+
+    Returns:
+        ``(N, 3, S, S)`` float32, the grey channel three times, without copying it.
+    """
+    scaled = pixels.to(torch.float32).mul(1 / (255 * preprocess.std))
+    return scaled.sub_(preprocess.mean / preprocess.std).expand(-1, 3, -1, -1)
+
+
+def forward_features(model: torchvision.models.DenseNet, batch: Tensor) -> Tensor:
+    """Return the ``(N, 1024)`` pooled features that the classifier sees.
+
+    The steps of torchvision's ``DenseNet.forward`` up to the classifier, taken apart: its in-place
+    ReLU makes hooks unusable.
+    """
+    maps = torch.relu(model.features(batch))
+    return torch.nn.functional.adaptive_avg_pool2d(maps, (1, 1)).flatten(1)
+
+
+def to_array(tensor: Tensor) -> NDArray[Any]:
+    """Return a copy of a tensor, in row-major order whatever its memory format."""
+    return tensor.detach().cpu().contiguous().numpy().copy()
+
+
+def to_tensors(model: nn.Module) -> dict[str, NDArray[Any]]:
+    """Return a copy of the model's state as NumPy arrays, as checkpoints hold it."""
+    return {name: to_array(tensor) for name, tensor in model.state_dict().items()}
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Put a checkpoint's tensors into a model; names and shapes must fit exactly.
+
+    Raises:
+        RuntimeError: If a name or shape differs.
+    """
+    model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()})
+
+
+def from_tensors(tensors: Mapping[str, NDArray[Any]]) -> torchvision.models.DenseNet:
+    """Return the network that a checkpoint's tensors describe, in ``eval()`` mode, float32."""
+    model = torchvision.models.densenet121(
+        weights=None, num_classes=len(tensors["classifier.bias"])
+    )
+    load_tensors(model, tensors)
+    return model.eval()
+
+
+def check_model(model: nn.Module, classes: Sequence[str]) -> None:
+    """Raise unless a model is a DenseNet-121 with one logit per class, some of which trains.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    state = model.state_dict()
+    logits = len(state.get("classifier.bias", ()))
+    if {k: tuple(v.shape) for k, v in state.items()} != densenet121_shapes(logits):
+        raise ValueError(
+            f"model must be a DenseNet-121 from build_densenet121, got {type(model).__name__}"
+        )
+    if logits != len(classes):
+        raise ValueError(
+            f"model has {logits} logits, the training data {len(classes)} classes "
+            f"{tuple(classes)}. Build it with num_classes={len(classes)}."
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("All parameters are frozen: nothing would train.")
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16 natively, so that autocast pays."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False

@@ -1,0 +1,342 @@
+"""Splits without leakage: no patient on two sides, no duplicate across them.
+
+Also: does the source give the label away (:func:`confounding`)?
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.errors import SplitError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIDES = ("train", "val", "test")
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A data set divided by patient; ``train``, ``val`` and ``test`` are data sets.
+
+    Attributes:
+        dataset: What was divided.
+        indices: Side → positions in ``dataset``, ascending; the sides share no group.
+        groups: ``(N,)`` group of each sample; patients joined with duplicates.
+        seed: Seed of the assignment.
+    """
+
+    dataset: ChestXrayDataset
+    indices: Mapping[str, tuple[int, ...]]
+    groups: tuple[int, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        taken: dict[int, str] = {}
+        for side, indices in self.indices.items():
+            for i in indices:
+                other = taken.setdefault(self.groups[i], side)
+                if other != side:
+                    sample = self.dataset.samples[i]
+                    raise SplitError(
+                        f"{sample.path} (patient {sample.patient_id} of {sample.source}, or a "
+                        f"duplicate) is in {other} and in {side}. Split by patient again."
+                    )
+
+    @property
+    def train(self) -> ChestXrayDataset:
+        """The samples to train on."""
+        return self.dataset.subset(self.indices["train"])
+
+    @property
+    def val(self) -> ChestXrayDataset:
+        """The samples that choose the epoch."""
+        return self.dataset.subset(self.indices["val"])
+
+    @property
+    def test(self) -> ChestXrayDataset:
+        """The samples that nothing was chosen on."""
+        return self.dataset.subset(self.indices["test"])
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the split as JSON, one entry per file with its hash, complete or not at all."""
+        entries = [
+            {
+                "side": side,
+                "hash": self.dataset.samples[i].content_hash(),
+                "name": self.dataset.samples[i].path.name,
+                "source": self.dataset.samples[i].source,
+                "patient_id": self.dataset.samples[i].patient_id,
+                "group": self.groups[i],
+            }
+            for side, indices in self.indices.items()
+            for i in indices
+        ]
+        data = {"format_version": _FORMAT, "seed": self.seed, "samples": entries}
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], dataset: ChestXrayDataset) -> Self:
+        """Return the split that was saved, over the same files, wherever they lie now.
+
+        Raises:
+            SplitError: If the file cannot be read, if it puts a patient on two sides, or if the
+                data set has other files than it.
+        """
+        seed, entries = _read_split(Path(path))
+        by_hash = {entry["hash"]: entry for entry in entries}
+        indices: dict[str, list[int]] = {side: [] for side in SIDES}
+        groups = []
+        for i, sample in enumerate(dataset.samples):
+            entry = by_hash.get(sample.content_hash())
+            if entry is None:
+                raise SplitError(
+                    f"{sample.path} is not in the split {path} (or its content changed). "
+                    "Open the data set as it was when it was split, or split again."
+                )
+            indices[entry["side"]].append(i)
+            groups.append(entry["group"])
+        if len(groups) != len(entries):
+            raise SplitError(
+                f"{path} holds {len(entries)} samples, the data set {len(groups)}. "
+                "Open the data set as it was when it was split, or split again."
+            )
+        sides = {side: tuple(chosen) for side, chosen in indices.items()}
+        return cls(dataset=dataset, indices=sides, groups=tuple(groups), seed=seed)
+
+
+def saved_side(path: str | os.PathLike[str], side: str) -> frozenset[str]:
+    """Return the content hashes of one side of a saved split.
+
+    Raises:
+        SplitError: If the file cannot be read.
+    """
+    return frozenset(e["hash"] for e in _read_split(Path(path))[1] if e["side"] == side)
+
+
+def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format_version"] != _FORMAT:
+            raise SplitError(f"{path} has format {data['format_version']}, expected {_FORMAT}.")
+        seed, entries = int(data["seed"]), list(data["samples"])
+        sides: dict[int, str] = {}
+        for entry in entries:
+            if entry["side"] not in SIDES or not isinstance(entry["hash"], str):
+                raise SplitError(f"{path} has an entry without side or hash: {entry}.")
+            if sides.setdefault(int(entry["group"]), entry["side"]) != entry["side"]:
+                raise SplitError(
+                    f"{path} puts patient {entry['patient_id']} of {entry['source']} on two "
+                    "sides. Split by patient again."
+                )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, SplitError):
+            raise
+        raise SplitError(f"{path} is no saved split: {error!r}.") from error
+    return seed, entries
+
+
+def split_by_patient(
+    dataset: ChestXrayDataset,
+    *,
+    val: float = 0.15,
+    test: float = 0.15,
+    seed: int = 0,
+    find_copies: bool = True,
+    workers: int = 2,
+    progress: bool = False,
+) -> Split:
+    """Return a split in which no patient and no duplicate is on two sides.
+
+    Samples are grouped by :func:`patient_groups`, and the groups assigned at random, stratified
+    by label and source (scikit-learn's ``StratifiedGroupKFold``), so a side's size is as near to
+    the wanted one as ``1 / round(1 / fraction)`` and whole patients allow.
+
+    Args:
+        dataset: What to divide.
+        val: Fraction for validation, in [0, 0.5]; 0 leaves it empty.
+        test: Fraction for the test, in [0, 0.5]; 0 leaves it empty.
+        seed: Seed of the assignment.
+        find_copies: Decode every image to find duplicates; ``False`` groups by patient alone.
+        workers: Threads that decode.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If a fraction is outside [0, 0.5], or both are 0.
+        SplitError: If a class has too few patients to be on every side.
+        ImageError: If a file cannot be decoded.
+    """
+    for name, fraction in (("val", val), ("test", test)):
+        if not 0 <= fraction <= 0.5:
+            raise ValueError(f"{name} must be a fraction in [0, 0.5], got {fraction}")
+    if not val + test > 0:
+        raise ValueError("val and test are both 0: nothing to split")
+    groups = np.array(
+        patient_groups(dataset, find_copies=find_copies, workers=workers, progress=progress)
+    )
+    everything = np.arange(len(dataset))
+    _check_divisible(dataset, groups, sides=1 + (val > 0) + (test > 0))
+    rest, held_out = _divide(dataset, everything, groups, test, seed)
+    train, validation = _divide(dataset, rest, groups, val / (1 - test), seed + 1)
+    sides = {"train": train, "val": validation, "test": held_out}
+    for side, chosen in sides.items():
+        wanted = {"train": 1.0, "val": val, "test": test}[side] > 0
+        lacking = set(dataset.targets) - {dataset.targets[i] for i in chosen}
+        if wanted and lacking:
+            names = sorted(dataset.classes[c] for c in lacking)
+            raise SplitError(
+                f"No patient with {names} fell into {side}: too few patients for these "
+                "fractions. Use larger fractions, more data, or another seed."
+            )
+    return Split(
+        dataset=dataset,
+        indices={side: tuple(int(i) for i in chosen) for side, chosen in sides.items()},
+        groups=tuple(int(g) for g in groups),
+        seed=seed,
+    )
+
+
+def folds_by_patient(
+    dataset: ChestXrayDataset, groups: Sequence[int], *, folds: int = 5, seed: int = 0
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return ``folds`` pairs of positions (rest, held out), stratified by label and source.
+
+    Raises:
+        SplitError: If a class has fewer groups than there are folds.
+        ValueError: If ``folds`` is below 2.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}")
+    _check_divisible(dataset, np.asarray(groups), sides=folds)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    strata = _strata(dataset, range(len(dataset)), np.asarray(groups), folds)
+    return list(splitter.split(strata, strata, groups))
+
+
+def _check_divisible(dataset: ChestXrayDataset, groups: NDArray[np.int64], *, sides: int) -> None:
+    owners: dict[int, set[int]] = defaultdict(set)
+    for target, group in zip(dataset.targets, groups, strict=True):
+        owners[target].add(int(group))
+    if len(owners) < 2:
+        raise SplitError(
+            f"Only one class with samples: {[dataset.classes[c] for c in owners]}. "
+            "Add a data set that has the other, or ask for other classes=."
+        )
+    for target, owned in owners.items():
+        if len(owned) < sides:
+            raise SplitError(
+                f"Class {dataset.classes[target]} has {len(owned)} patient(s), too few for "
+                f"{sides} sides without a patient on two of them. Add data or use fewer sides."
+            )
+
+
+def _strata(
+    dataset: ChestXrayDataset, indices: Iterable[int], groups: NDArray[np.int64], folds: int
+) -> list[str]:
+    """Return label and source of each sample, or the label alone where a source is too small."""
+    names = [f"{dataset.samples[i].label}\0{dataset.samples[i].source}" for i in indices]
+    chosen = list(indices)
+    owned = Counter(
+        name for name, _ in {(n, groups[i]) for n, i in zip(names, chosen, strict=True)}
+    )
+    return [n if owned[n] >= folds else n.partition("\0")[0] for n in names]
+
+
+def _divide(
+    dataset: ChestXrayDataset,
+    indices: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    fraction: float,
+    seed: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    if fraction == 0:
+        return indices, indices[:0]
+    folds = max(2, round(1 / fraction))
+    chosen_groups = groups[indices]
+    folds = min(folds, len(np.unique(chosen_groups)))
+    strata = _strata(dataset, indices.tolist(), groups, folds)
+    smallest = min(Counter(strata).values())
+    folds = max(2, min(folds, smallest))
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    rest, held_out = next(splitter.split(strata, strata, chosen_groups))
+    return indices[rest], indices[held_out]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confounding:
+    """How far the source alone gives the label.
+
+    Attributes:
+        table: Source → label → number of images.
+        cramers_v: Cramér's V of source and label in [0, 1]; 0 unrelated, 1 one gives the other;
+            not a number if there is only one source or one label.
+        determined: Share of the images whose source holds one label only, in [0, 1].
+    """
+
+    table: Mapping[str, Mapping[str, int]]
+    cramers_v: float
+    determined: float
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the table with sources as rows and labels as columns."""
+        import pandas as pd
+
+        return pd.DataFrame({s: dict(labels) for s, labels in self.table.items()}).T
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data; an undefined Cramér's V is ``None``."""
+        v = None if np.isnan(self.cramers_v) else self.cramers_v
+        table = {source: dict(labels) for source, labels in self.table.items()}
+        return {"table": table, "cramers_v": v, "determined": self.determined}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.to_frame().to_string()}\n"
+            f"Cramér's V of source and label: {self.cramers_v:.2f}; "
+            f"{self.determined:.0%} of the images have a label that follows from the source alone."
+        )
+
+
+def confounding(dataset: ChestXrayDataset) -> Confounding:
+    """Return how far the source of a radiograph alone gives its label.
+
+    Cramér's V: H. Cramér, Mathematical Methods of Statistics, 1946, section 21.9.
+
+    Raises:
+        ValueError: If the data set is empty.
+    """
+    if not len(dataset):
+        raise ValueError("The data set is empty: nothing can be confounded.")
+    counts = Counter((s.source, s.label) for s in dataset.samples)
+    labels = [name for name in dataset.classes if any(counts[s, name] for s in dataset.sources)]
+    table = {s: {name: counts[s, name] for name in labels} for s in dataset.sources}
+    matrix = np.array([list(row.values()) for row in table.values()], float)
+    expected = matrix.sum(1, keepdims=True) * matrix.sum(0, keepdims=True) / matrix.sum()
+    chi2 = ((matrix - expected) ** 2 / expected).sum()
+    degrees = min(matrix.shape) - 1
+    v = float(np.sqrt(chi2 / (matrix.sum() * degrees))) if degrees else float("nan")
+    pure = matrix[(matrix > 0).sum(1) == 1].sum()
+    return Confounding(table=table, cramers_v=v, determined=float(pure / matrix.sum()))

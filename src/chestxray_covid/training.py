@@ -1,0 +1,465 @@
+"""One readable training loop on Accelerate, with exact resuming."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from chestxray_covid.checkpoint import (
+    ModelConfig,
+    load_checkpoint,
+    read_json,
+    save_checkpoint,
+)
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder, map_ahead
+from chestxray_covid.errors import TrainingError, TrainingInterrupted
+from chestxray_covid.models import (
+    check_model,
+    load_tensors,
+    native_bfloat16,
+    normalise,
+    set_training_mode,
+    to_array,
+    to_tensors,
+)
+from chestxray_covid.training_config import (
+    RUNTIME_OPTIONS,
+    Callback,
+    EpochRecord,
+    History,
+    TrainingConfig,
+    validation_numbers,
+)
+from chestxray_covid.training_state import SignalWatch, StateStore, epoch_batches
+
+
+@dataclass
+class _Progress:
+    """Where a run is: everything of a state that is no tensor."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    seen: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    epochs_since_best: int = 0
+    best_score: float | None = None
+
+
+class Trainer:
+    """Trains a DenseNet-121; every result lies in the run directory.
+
+    The run directory is a checkpoint of the best epoch so far (``model.safetensors``,
+    ``config.json``) with ``history.json`` and ``history.csv``. Until the run is finished it also
+    holds ``state/``, from which ``fit(resume=True)`` continues at the exact sample: on a CPU the
+    weights equal those of an uninterrupted run bit for bit.
+
+    Data order and augmentation depend on (seed, epoch, sample) only. The caller's model is trained
+    in place and holds the best weights in the end.
+
+    Args:
+        model: From :func:`build_densenet121`, with as many logits as ``train`` has classes.
+        train: Training data; the order of its classes is that of the logits.
+        val: Validation data with the same classes, no patient shared with ``train``.
+        config: Options; the recommended recipe if not given.
+        output: The run directory, made if missing.
+        callbacks: Called while it trains.
+
+    Raises:
+        ValueError: If model, classes and data do not fit.
+        TrainingError: If a class has no training image.
+    """
+
+    def __init__(
+        self,
+        model: torchvision.models.DenseNet,
+        train: ChestXrayDataset,
+        val: ChestXrayDataset,
+        config: TrainingConfig | None = None,
+        *,
+        output: str | os.PathLike[str],
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.model = model
+        self.train = train
+        self.val = val
+        self.config = config or TrainingConfig()
+        self.output = Path(output)
+        self.callbacks = tuple(callbacks)
+        self.history = History()
+        _check_fit(model, train, val)
+        self._states = StateStore(self.output)
+        self._at = _Progress()
+
+    def fit(self, *, resume: bool = False) -> History:
+        """Train, and return the history; the run directory then holds the best weights.
+
+        Args:
+            resume: Continue the run in ``output``, which must have the same options and data.
+                Of a run that is finished, the history and the weights are read.
+
+        Raises:
+            TrainingError: If there is a run that is not to be resumed, none to resume or one of
+                other options or data; if the loss is not a number; or if a state cannot be saved.
+            CheckpointError: If a finished run is damaged.
+            TrainingInterrupted: If SIGINT or SIGTERM arrived; the state was saved.
+            ImageError: If a file cannot be decoded.
+        """
+        if resume and (self.output / "history.json").exists() and not self._states.steps():
+            self.history = History.from_dict(read_json(self.output / "history.json"))
+            load_tensors(self.model, load_checkpoint(self.output)[1])
+            return self.history
+        self._prepare(resume)
+        with SignalWatch() as self._signals:
+            for callback in self.callbacks:
+                callback.on_train_begin(self)
+            while self._at.epoch < self.config.epochs and not self._has_stalled():
+                self._train_epoch()
+                if self._finish_epoch():
+                    break
+        self._finish()
+        return self.history
+
+    def _prepare(self, resume: bool) -> None:
+        config = self.config
+        self._accelerator = Accelerator(cpu=config.device == "cpu")
+        self.device: torch.device = self._accelerator.device
+        self.output.mkdir(parents=True, exist_ok=True)
+        started = (self.output / "config.json").exists() or bool(self._states.steps())
+        if started and not resume:
+            raise TrainingError(
+                f"{self.output} already holds a run. Continue it with resume=True (command line: "
+                "--resume), or choose another folder."
+            )
+        self._load_train = self._loader(self.train)
+        self._load_val = self._loader(self.val)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        plain = kind(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self._net, self._optimizer = self._accelerator.prepare(self.model, plain)
+        self._average = self._averaged()
+        self._weights = self._class_weights()
+        native = native_bfloat16(self.device)
+        self._bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and native)
+        if resume:
+            self._restore()
+
+    def _loader(self, dataset: ChestXrayDataset) -> Loader:
+        c = self.config
+        if c.cache_dir is None:
+            return decoder(dataset, c.preprocess)
+        show = c.progress and self._accelerator.is_main_process
+        with self._accelerator.main_process_first():
+            return cached_decoder(
+                dataset, c.preprocess, c.cache_dir, workers=c.workers, progress=show
+            )
+
+    def _averaged(self) -> AveragedModel | None:
+        if not self.config.ema_decay:
+            return None
+        average = get_ema_multi_avg_fn(self.config.ema_decay)  # type: ignore[no-untyped-call]
+        return AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+
+    def _class_weights(self) -> Tensor | None:
+        if not self.config.class_weights:
+            return None
+        counts = np.bincount(self.train.targets, minlength=len(self.train.classes))
+        weights = counts.sum() / (len(counts) * counts)
+        return torch.tensor(weights, dtype=torch.float32, device=self.device)
+
+    def _train_epoch(self) -> None:
+        at, config = self._at, self.config
+        batches = epoch_batches(
+            self.train,
+            config,
+            epoch=at.epoch,
+            process=self._accelerator.process_index,
+            processes=self._accelerator.num_processes,
+        )
+        steps = math.ceil(len(batches) / config.accumulate)
+        todo = batches[at.batch :]
+        pixels = map_ahead(
+            self._load_train,
+            (index for batch in todo for index, _ in batch),
+            workers=config.workers,
+            ahead=4 * config.batch_size,
+        )
+        set_training_mode(self.model)
+        bar = self._bar(f"epoch {at.epoch + 1}/{config.epochs}", sum(map(len, batches)), at.seen)
+        with contextlib.closing(pixels), bar:
+            while at.batch < len(batches):
+                group = batches[at.batch : at.batch + config.accumulate]
+                self._rate = config.rate_at(at.step, steps)
+                self._step(group, pixels)
+                at.batch += len(group)
+                at.step += 1
+                bar.update(sum(map(len, group)) * self._accelerator.num_processes)
+                bar.set_postfix(loss=f"{at.loss_sum / at.seen:.4f}", refresh=False)
+                for callback in self.callbacks:
+                    callback.on_step_end(self, at.step, at.loss_sum / at.seen)
+                if at.batch < len(batches):
+                    self._save_or_stop()
+
+    def _step(
+        self, group: list[list[tuple[int, int]]], pixels: Iterator[NDArray[np.uint8]]
+    ) -> None:
+        """Take one optimizer step over a group of accumulated batches."""
+        at = self._at
+        start = time.perf_counter()
+        for setting in self._optimizer.param_groups:
+            setting["lr"] = self._rate
+        for number, batch in enumerate(group, 1):
+            waiting = time.perf_counter()
+            images = torch.from_numpy(np.stack([next(pixels) for _ in batch])).to(self.device)
+            at.data_seconds += time.perf_counter() - waiting
+            targets = torch.tensor([self.train.targets[i] for i, _ in batch], device=self.device)
+            varied = self.config.augmentation(
+                images, seed=self.config.seed, epoch=at.epoch, draws=[d for _, d in batch]
+            )
+            alone = number < len(group)
+            with self._accelerator.no_sync(self._net) if alone else contextlib.nullcontext():
+                loss = F.cross_entropy(
+                    self._forward(self._net, varied),
+                    targets,
+                    weight=self._weights,
+                    label_smoothing=self.config.label_smoothing,
+                )
+                self._accelerator.backward(loss / len(group))
+            self._count(float(loss.detach()), batch)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.update_parameters(self.model)
+        at.seconds += time.perf_counter() - start
+
+    def _forward(self, net: Any, pixels: Tensor) -> Tensor:
+        images = normalise(pixels, self.config.preprocess)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+            logits: Tensor = net(images)
+        return logits.float()
+
+    def _count(self, loss: float, batch: list[tuple[int, int]]) -> None:
+        at = self._at
+        if not math.isfinite(loss):
+            names = [str(self.train.samples[i].path) for i, _ in batch]
+            raise TrainingError(
+                f"The loss is {loss} in epoch {at.epoch + 1}, batch {at.batch + 1}. Lower "
+                f"learning_rate ({self._rate:.3g}), use precision='float32', or look at the "
+                f"images of the batch: {', '.join(names)}. The weights of the last good epoch "
+                f"are in {self.output}."
+            )
+        at.loss_sum += loss * len(batch)
+        at.seen += len(batch)
+
+    def _save_or_stop(self) -> None:
+        """Save when a state is due; stop after that if a signal arrived in any process."""
+        signal_number = self._signal()
+        every = self.config.checkpoint_every
+        due = every is not None and self._at.step % every == 0
+        if due or signal_number:
+            self._save_state()
+        if signal_number:
+            raise TrainingInterrupted(signal_number, self.output)
+
+    def _signal(self) -> int:
+        """Return the signal that arrived in any process, or 0."""
+        own = torch.tensor([self._signals.received], device=self.device)
+        return int(self._accelerator.gather(own).max())
+
+    def _finish_epoch(self) -> bool:
+        """Validate, record, keep the best weights, save; say whether a callback wants to stop."""
+        at = self._at
+        start = time.perf_counter()
+        loss, probabilities = self._validate()
+        seconds = at.seconds + time.perf_counter() - start
+        numbers = validation_numbers(np.array(self.val.targets), probabilities)
+        sums = torch.tensor([at.loss_sum, at.seen], dtype=torch.float64)
+        loss_sum, seen = self._accelerator.reduce(sums.to(self.device), "sum").tolist()
+        auroc = numbers["val_auroc"]
+        by_loss = self.config.monitor == "val_loss" or auroc is None
+        score = -loss if by_loss or auroc is None else auroc
+        is_best = at.best_score is None or score > at.best_score
+        record = EpochRecord(
+            epoch=at.epoch + 1,
+            learning_rate=self._rate,
+            train_loss=loss_sum / seen,
+            val_loss=loss,
+            **numbers,
+            images_per_s=seen / at.seconds,
+            seconds=seconds,
+            data_seconds=at.data_seconds,
+            is_best=is_best,
+        )
+        self.history = History(records=(*self.history.records, record))
+        at.epochs_since_best = 0 if is_best else at.epochs_since_best + 1
+        at.best_score = score if is_best else at.best_score
+        self._at = replace(
+            at, epoch=at.epoch + 1, batch=0, loss_sum=0.0, seen=0, seconds=0.0, data_seconds=0.0
+        )
+        if is_best:
+            self._save_best(record)
+        self._save_state()
+        wishes = [c.on_epoch_end(self, record) for c in self.callbacks]
+        if signal_number := self._signal():
+            raise TrainingInterrupted(signal_number, self.output)
+        return any(wishes)
+
+    def _validate(self) -> tuple[float, NDArray[np.float64]]:
+        """Return the mean cross-entropy and the ``(N, K)`` probabilities of the validation data."""
+        accelerator, size = self._accelerator, self.config.batch_size
+        net = self._average.module if self._average is not None else self.model
+        net.eval()
+        own = range(accelerator.process_index, len(self.val), accelerator.num_processes)
+        pixels = map_ahead(self._load_val, own, workers=self.config.workers, ahead=4 * size)
+        logits: list[Tensor] = []
+        with (
+            contextlib.closing(pixels),
+            torch.inference_mode(),
+            self._bar("validate", len(own)) as bar,
+        ):
+            while batch := [p for _, p in zip(range(size), pixels, strict=False)]:
+                images = torch.from_numpy(np.stack(batch)).to(self.device)
+                logits.append(self._forward(net, images))
+                bar.update(len(batch))
+        # Processes hold rows in turn; the shortest one's missing last row is padding.
+        padded = accelerator.pad_across_processes(torch.cat(logits))
+        shares = accelerator.gather(padded).cpu().double().chunk(accelerator.num_processes)
+        table = torch.stack(shares, 1).flatten(0, 1)[: len(self.val)]
+        loss = float(F.cross_entropy(table, torch.tensor(self.val.targets)))
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The validation loss is {loss} after epoch {self._at.epoch + 1}: the weights have "
+                f"diverged. Lower learning_rate. The last good weights are in {self.output}."
+            )
+        return loss, table.softmax(1).numpy()
+
+    def _bar(self, name: str, total: int, initial: int = 0) -> Any:
+        show = self.config.progress and self._accelerator.is_main_process
+        return tqdm(desc=name, total=total, initial=initial, unit="img", disable=not show)
+
+    def _has_stalled(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self._at.epochs_since_best >= patience
+
+    def _save_best(self, record: EpochRecord) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        net = self._average.module if self._average is not None else self.model
+        provenance = {
+            "training": self.config.to_dict(),
+            "epoch": record.epoch,
+            "train": self.train.report().to_dict(),
+            "val": self.val.report().to_dict(),
+        }
+        config = ModelConfig(
+            classes=self.train.classes, preprocess=self.config.preprocess, provenance=provenance
+        )
+        try:
+            save_checkpoint(self.output, config, to_tensors(net))
+        except OSError as error:
+            raise TrainingError(
+                f"The weights cannot be saved in {self.output}: {error}. Make room or mend the "
+                "folder, then continue with resume=True."
+            ) from error
+
+    def _save_state(self) -> None:
+        if self._accelerator.is_main_process:
+            tensors = {f"model.{k}": v for k, v in to_tensors(self.model).items()}
+            if self._average is not None:
+                tensors |= {f"average.{k}": v for k, v in to_tensors(self._average).items()}
+            for i, values in self._optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{i}.{k}": to_array(v) for k, v in values.items()}
+            values = {
+                "at": asdict(self._at),
+                "history": self.history.to_dict(),
+                "identity": self._identity(),
+            }
+            self._states.save(self._at.step, tensors, values)
+            self.history.save(self.output)
+        self._accelerator.wait_for_everyone()
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be equal for a run to be continued."""
+        options = {k: v for k, v in self.config.to_dict().items() if k not in RUNTIME_OPTIONS}
+        rows = [
+            (s.path.name, s.label, s.source, s.patient_id)
+            for d in (self.train, self.val)
+            for s in d.samples
+        ]
+        data = hashlib.sha256(repr((self.train.classes, rows)).encode("utf-8", "surrogateescape"))
+        return {**options, "data": data.hexdigest(), "processes": self._accelerator.num_processes}
+
+    def _restore(self) -> None:
+        _, tensors, values = self._states.load()
+        mine, theirs = self._identity(), values["identity"]
+        other = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+        if other:
+            raise TrainingError(
+                f"The run in {self.output} differs in {other} and cannot be continued like this. "
+                "Use the options and data that it began with, or another folder."
+            )
+        load_tensors(self.model, _below(tensors, "model."))
+        if self._average is not None:
+            load_tensors(self._average, _below(tensors, "average."))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in _below(tensors, "optimizer.").items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = torch.from_numpy(value.copy())
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._at = _Progress(**values["at"])
+        self.history = History.from_dict(values["history"])
+
+    def _finish(self) -> None:
+        """Put the best weights into the caller's model; the state is needed no more."""
+        self._accelerator.wait_for_everyone()
+        load_tensors(self.model, load_checkpoint(self.output)[1])
+        self.model.eval()
+        if self._accelerator.is_main_process:
+            self._states.clear()
+        for callback in self.callbacks:
+            callback.on_train_end(self, self.history)
+
+
+def _below(tensors: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _check_fit(
+    model: torchvision.models.DenseNet, train: ChestXrayDataset, val: ChestXrayDataset
+) -> None:
+    check_model(model, train.classes)
+    if train.classes != val.classes:
+        raise ValueError(f"train has the classes {train.classes}, val {val.classes}")
+    if not len(val):
+        raise TrainingError("The validation data are empty. Split with val > 0.")
+    missing = sorted(set(train.classes) - {s.label for s in train.samples})
+    if missing:
+        raise TrainingError(
+            f"No training image of {missing}: a classifier cannot learn a class that it never "
+            "sees. Add a data set that has it, or ask for other classes=."
+        )

@@ -1,0 +1,317 @@
+"""Options of a training run, its history, and what can be hooked into it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid.augment import Augmentation
+from chestxray_covid.checkpoint import write_files
+from chestxray_covid.errors import TrainingError
+from chestxray_covid.image import Preprocess
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from chestxray_covid.training import Trainer
+
+#: Options that change how fast a run goes, not what it computes.
+RUNTIME_OPTIONS = frozenset({"workers", "cache_dir", "progress", "checkpoint_every"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Options of a training run; the defaults are the recommended recipe.
+
+    Attributes:
+        preprocess: From image to pixels; travels with the checkpoint.
+        augmentation: How training images are varied.
+        epochs: Number of passes, at least 1.
+        batch_size: Images per process and step.
+        accumulate: Batches per optimizer step.
+        samples_per_epoch: Images drawn per epoch; ``None`` draws as many as there are.
+        optimizer: ``"adamw"`` (Loshchilov & Hutter 2019) or ``"adam"``.
+        learning_rate: Largest learning rate.
+        weight_decay: Decoupled for ``adamw``, added to the gradient for ``adam``.
+        schedule: ``"cosine"`` falls to 0 over the run, ``"step"`` multiplies by ``step_factor``
+            every ``step_epochs``.
+        warmup_epochs: Epochs over which the rate rises linearly from 0; may be a fraction.
+        step_epochs: See ``schedule``.
+        step_factor: See ``schedule``.
+        label_smoothing: Share of the target spread over all classes, in [0, 1).
+        balance: How images are drawn. ``"class_and_source"``: every class as often as another, and
+            within a class every source; ``"class"``: classes only; ``"none"``: each image once.
+        class_weights: Weigh the loss by inverse class frequency, as an alternative to ``balance``.
+        ema_decay: Decay of the exponential moving average of the weights per step, in [0, 1);
+            0 keeps none. With one, it is what is validated and saved.
+        monitor: What chooses the epoch: the lowest ``"val_loss"`` or the highest ``"val_auroc"``.
+        patience: Epochs without improvement after which training stops; ``None`` never stops.
+        precision: ``"bfloat16"`` (autocast), ``"float32"``, or ``"auto"``: bfloat16 where the
+            processor or GPU computes it natively.
+        device: ``"auto"`` takes a GPU where there is one, or ``"cpu"``.
+        channels_last: Keep images and weights in channels-last order, which is faster.
+        workers: Threads that decode.
+        cache_dir: Folder for decoded pixels, so that later epochs need not decode; ``None``: none.
+        checkpoint_every: Steps between saved states, besides one per epoch; ``None``: only those.
+        seed: Of data order, augmentation and nothing global.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: If a value is impossible.
+    """
+
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    epochs: int = 15
+    batch_size: int = 16
+    accumulate: int = 1
+    samples_per_epoch: int | None = None
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.05
+    schedule: Literal["cosine", "step"] = "cosine"
+    warmup_epochs: float = 1.0
+    step_epochs: int = 7
+    step_factor: float = 0.1
+    label_smoothing: float = 0.05
+    balance: Literal["class_and_source", "class", "none"] = "class_and_source"
+    class_weights: bool = False
+    ema_decay: float = 0.0
+    monitor: Literal["val_loss", "val_auroc"] = "val_loss"
+    patience: int | None = 8
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
+    channels_last: bool = True
+    workers: int = 2
+    cache_dir: str | None = None
+    checkpoint_every: int | None = None
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "step_epochs", "workers"):
+            _check_count(name, getattr(self, name))
+        for name in ("samples_per_epoch", "patience", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("weight_decay", "warmup_epochs"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("label_smoothing", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.step_factor <= 1:
+            raise ValueError(f"step_factor must be in (0, 1], got {self.step_factor}")
+        hints = get_type_hints(type(self))
+        for name in ("optimizer", "schedule", "balance", "monitor", "precision", "device"):
+            allowed = get_args(hints[name])
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def baseline(cls, **changes: Any) -> Self:
+        """Return the classic recipe of the notebooks that this field began with.
+
+        150 px, batch 8, Adam 1e-3, the rate falling to a tenth every 7 epochs, cross-entropy,
+        rotation ±10°, horizontal flip with probability 0.4, 10 epochs, the weights of the lowest
+        validation loss.
+
+        Args:
+            **changes: Fields that shall differ.
+        """
+        augmentation = Augmentation(
+            rotation_deg=10.0,
+            horizontal_flip=0.4,
+            crop_min=1,
+            gamma=1,
+            contrast=1,
+            brightness=0,
+            blur=0,
+            noise=0,
+        )
+        classic: dict[str, Any] = {
+            "preprocess": Preprocess(size_px=150),
+            "augmentation": augmentation,
+            "epochs": 10,
+            "batch_size": 8,
+            "optimizer": "adam",
+            "learning_rate": 1e-3,
+            "weight_decay": 0.0,
+            "schedule": "step",
+            "warmup_epochs": 0.0,
+            "label_smoothing": 0.0,
+            "balance": "none",
+            "patience": None,
+        }
+        return cls(**{**classic, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["preprocess"] = self.preprocess.to_dict()
+        data["augmentation"] = self.augmentation.to_dict()
+        return data
+
+    def rate_at(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate of an optimizer step, numbered from 0."""
+        warmup = self.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return self.learning_rate * (step + 1) / (warmup + 1)
+        if self.schedule == "step":
+            fallen: float = self.step_factor ** (step // steps_per_epoch // self.step_epochs)
+            return self.learning_rate * fallen
+        total = self.epochs * steps_per_epoch
+        share = (step - warmup) / max(1.0, total - warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _check_count(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """What one epoch gave.
+
+    Attributes:
+        epoch: Number, from 1.
+        learning_rate: At the epoch's last step.
+        train_loss: Mean over the epoch's images, with augmentation and smoothing.
+        val_loss: Mean cross-entropy over the validation images.
+        val_accuracy: In [0, 1].
+        val_kappa: Cohen's kappa, in [-1, 1]; ``None`` if undefined.
+        val_auroc: Of the second class for two classes, else the mean of one against the rest;
+            ``None`` if the validation data lack a class.
+        images_per_s: Training images per second.
+        seconds: Duration of training and validation.
+        data_seconds: Time that training waited for pixels.
+        is_best: Whether its weights are the run's so far.
+    """
+
+    epoch: int
+    learning_rate: float
+    train_loss: float
+    val_loss: float
+    val_accuracy: float
+    val_kappa: float | None
+    val_auroc: float | None
+    images_per_s: float
+    seconds: float
+    data_seconds: float
+    is_best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """The epochs of a run, in order."""
+
+    records: tuple[EpochRecord, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[EpochRecord]:
+        return iter(self.records)
+
+    @property
+    def best(self) -> EpochRecord:
+        """The epoch whose weights were kept.
+
+        Raises:
+            ValueError: If no epoch is finished.
+        """
+        if not self.records:
+            raise ValueError("No epoch is finished.")
+        return [r for r in self.records if r.is_best][-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        return {"epochs": [asdict(r) for r in self.records]}
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per epoch."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(r) for r in self.records])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``history.json`` and ``history.csv`` into a folder."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, [f.name for f in fields(EpochRecord)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(r) for r in self.records)
+        data = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        contents = {"history.json": data.encode(), "history.csv": table.getvalue().encode()}
+        write_files(Path(folder), contents)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Return the history that :meth:`to_dict` described.
+
+        Raises:
+            TrainingError: If it is damaged.
+        """
+        try:
+            return cls(records=tuple(EpochRecord(**entry) for entry in data["epochs"]))
+        except (TypeError, KeyError) as error:
+            raise TrainingError(f"This is no training history: {error!r}.") from error
+
+
+class Callback:
+    """What a run calls while it trains; override what is of use."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Run before the first step, also of a resumed run."""
+
+    def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+        """Run after each optimizer step, numbered from 1 over the whole run."""
+
+    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> bool | None:
+        """Run after each validation; return ``True`` to stop training."""
+
+    def on_train_end(self, trainer: Trainer, history: History) -> None:
+        """Run after the last epoch."""
+
+
+def validation_numbers(
+    targets: NDArray[np.int64], probabilities: NDArray[np.float64]
+) -> dict[str, Any]:
+    """Return accuracy, kappa and AUROC as :class:`EpochRecord` holds them.
+
+    Args:
+        targets: ``(N,)`` true classes.
+        probabilities: ``(N, K)``, rows summing to 1.
+    """
+    from sklearn.metrics import cohen_kappa_score, roc_auc_score
+
+    predicted = probabilities.argmax(1)
+    classes = probabilities.shape[1]
+    several = len(np.unique(targets)) > 1
+    whole = len(np.unique(targets)) == classes
+    auroc = kappa = None
+    if whole and classes == 2:
+        auroc = float(roc_auc_score(targets, probabilities[:, 1]))
+    elif whole:
+        auroc = float(roc_auc_score(targets, probabilities, multi_class="ovr"))
+    if several:
+        kappa = float(cohen_kappa_score(targets, predicted))
+    return {
+        "val_accuracy": float((predicted == targets).mean()),
+        "val_kappa": kappa,
+        "val_auroc": auroc,
+    }

@@ -1,0 +1,206 @@
+"""Order of the data, the state between two steps, and signals: what exact resuming needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid.checkpoint import read_json, read_tensors, sync_folder, write_files
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.errors import CheckpointError, TrainingError
+from chestxray_covid.training_config import TrainingConfig
+
+STATE_FOLDER = "state"
+#: Domain of the random numbers, see :mod:`chestxray_covid.augment`.
+_STREAM = 1
+
+
+def epoch_order(
+    dataset: ChestXrayDataset, *, balance: str, count: int | None, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """Return the positions that an epoch trains on, in order; a function of its arguments alone.
+
+    Args:
+        dataset: The training data.
+        balance: See :class:`TrainingConfig`.
+        count: Number of positions; ``None`` for as many as there are images.
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
+
+    Returns:
+        ``(count,)`` int64. Each image once (and again once all were there) with
+        ``balance="none"``; otherwise drawn with replacement.
+    """
+    rng = np.random.default_rng([seed, epoch, _STREAM])
+    size = len(dataset)
+    count = count or size
+    if balance == "none":
+        rounds = -(-count // size)
+        return np.concatenate([rng.permutation(size) for _ in range(rounds)])[:count]
+    keys = [(s.label, s.source if balance == "class_and_source" else "") for s in dataset.samples]
+    images = Counter(keys)
+    sources = Counter(label for label, _ in images)
+    weights = np.array([1 / (images[key] * sources[key[0]]) for key in keys])
+    return rng.choice(size, count, p=weights / weights.sum())
+
+
+def repetitions(order: NDArray[np.int64], size: int) -> list[int]:
+    """Return a number for each draw that differs between draws of one image.
+
+    The ``k``-th draw of image ``i`` (from 0) is ``i + k * size``: the images of an epoch are varied
+    by what they are, not by where in the order they come.
+    """
+    seen: Counter[int] = Counter()
+    draws = []
+    for index in order.tolist():
+        draws.append(index + seen[index] * size)
+        seen[index] += 1
+    return draws
+
+
+def epoch_batches(
+    dataset: ChestXrayDataset, config: TrainingConfig, *, epoch: int, process: int, processes: int
+) -> list[list[tuple[int, int]]]:
+    """Return one process's batches of an epoch, as pairs of position and draw.
+
+    All processes get equally many batches, for which the first images may come once more; a last
+    batch of one image is left out, since batch norm has no statistics of it.
+    """
+    order = epoch_order(
+        dataset,
+        balance=config.balance,
+        count=config.samples_per_epoch,
+        seed=config.seed,
+        epoch=epoch,
+    )
+    pairs = list(zip(order.tolist(), repetitions(order, len(dataset)), strict=True))
+    together = config.batch_size * processes
+    if processes > 1:
+        pairs += pairs[: -len(pairs) % together]
+    batches = [pairs[i : i + together] for i in range(0, len(pairs), together)]
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches.pop()
+    share = config.batch_size * process
+    return [b[share : share + config.batch_size] for b in batches]
+
+
+class StateStore:
+    """The saved states of a run: one folder each, complete or not there, the newest kept.
+
+    A state is written to a temporary folder, synced and renamed, and only then are older ones
+    deleted, so that one can be read whenever the process may have died.
+
+    Args:
+        run: The run directory.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._folder = run / STATE_FOLDER
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a state, newest first."""
+        names = [p.name for p in self._folder.glob("step-*")] if self._folder.is_dir() else []
+        return sorted((int(n.removeprefix("step-")) for n in names), reverse=True)
+
+    def save(
+        self, step: int, tensors: Mapping[str, NDArray[Any]], values: Mapping[str, Any]
+    ) -> None:
+        """Write the state after a step and delete older ones.
+
+        Raises:
+            TrainingError: If it cannot be written; older states are as they were.
+        """
+        from safetensors.numpy import save
+
+        partial = self._folder / f".partial-{step:09d}"
+        final = self._folder / f"step-{step:09d}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            text = json.dumps(values, allow_nan=False)
+            write_files(
+                partial, {"state.safetensors": save(dict(tensors)), "state.json": text.encode()}
+            )
+            if final.exists():  # the same step, computed again after a resume
+                shutil.rmtree(final)
+            partial.replace(final)
+            sync_folder(self._folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise TrainingError(
+                f"The state of step {step} cannot be saved in {self._folder}: {error}. "
+                "Make room or mend the folder, then continue with resume=True."
+            ) from error
+        for older in self.steps()[1:]:
+            shutil.rmtree(self._folder / f"step-{older:09d}", ignore_errors=True)
+
+    def load(self) -> tuple[int, dict[str, NDArray[Any]], dict[str, Any]]:
+        """Return step, tensors and values of the newest state that can be read.
+
+        Raises:
+            TrainingError: If there is none.
+        """
+        damaged = []
+        for step in self.steps():
+            place = self._folder / f"step-{step:09d}"
+            path = place / "state.safetensors"
+            try:
+                return (
+                    step,
+                    read_tensors(path.read_bytes(), path),
+                    dict(read_json(place / "state.json")),
+                )
+            except (OSError, CheckpointError) as error:
+                damaged.append(str(error))
+        raise TrainingError(
+            f"There is no state to resume from in {self._folder}"
+            + (f": {'; '.join(damaged)}" if damaged else ".")
+            + " Train without resume, into a new folder."
+        )
+
+    def clear(self) -> None:
+        """Delete all states, which a finished run needs no more."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class SignalWatch:
+    """Notes SIGINT and SIGTERM while it is entered; a second signal acts as it did before.
+
+    Outside the main thread, where Python allows no handlers, it notes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())

@@ -1,0 +1,49 @@
+"""Fixtures shared by all tests; no test reaches beyond this machine (pytest-socket)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chestxray_covid.checkpoint import ModelConfig, densenet121_shapes, save_checkpoint
+from chestxray_covid.image import Preprocess
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Return the folder of real radiographs, or skip; for tests marked ``real_data``."""
+    place = os.environ.get("CHESTXRAY_COVID_DATA", "")
+    if not place or not Path(place).is_dir():
+        pytest.skip("CHESTXRAY_COVID_DATA names no folder with the real radiographs")
+    return Path(place).resolve()
+
+
+def random_tensors(num_classes: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return a DenseNet-121's tensors with random weights that keep signals of unit size."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in densenet121_shapes(num_classes).items():
+        if name.endswith("num_batches_tracked"):
+            tensors[name] = np.array(100, np.int64)
+        elif len(shape) > 1:
+            scale = np.sqrt(2 / np.prod(shape[1:]))
+            tensors[name] = (rng.standard_normal(shape) * scale).astype(np.float32)
+        elif name.endswith(("norm0.weight", "running_var")) or ".weight" in name:
+            tensors[name] = np.ones(shape, np.float32)
+        else:
+            tensors[name] = np.zeros(shape, np.float32)
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a valid checkpoint of three classes at 64 px with random weights; do not change it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = ModelConfig(
+        classes=("normal", "pneumonia", "covid19"), preprocess=Preprocess(size_px=64)
+    )
+    save_checkpoint(folder, config, random_tensors(3))
+    return folder
