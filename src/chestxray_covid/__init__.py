@@ -47,13 +47,14 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.errors import ImageNotFoundError as ImageNotFoundError
     from chestxray_covid.errors import IntegrityError as IntegrityError
     from chestxray_covid.errors import MissingExtraError as MissingExtraError
+    from chestxray_covid.errors import ReportError as ReportError
     from chestxray_covid.errors import SplitError as SplitError
     from chestxray_covid.errors import TrainingError as TrainingError
     from chestxray_covid.errors import TrainingInterrupted as TrainingInterrupted
     from chestxray_covid.errors import WeightsUnavailableError as WeightsUnavailableError
-    from chestxray_covid.evaluation import EvaluationReport as EvaluationReport
     from chestxray_covid.evaluation import cross_validate as cross_validate
     from chestxray_covid.evaluation import evaluate as evaluate
+    from chestxray_covid.evaluation_report import EvaluationReport as EvaluationReport
     from chestxray_covid.image import Preprocess as Preprocess
     from chestxray_covid.image import load_image as load_image
     from chestxray_covid.models import build_densenet121 as build_densenet121
@@ -99,12 +100,14 @@ _MODULES = {
         "ImageNotFoundError",
         "IntegrityError",
         "MissingExtraError",
+        "ReportError",
         "SplitError",
         "TrainingError",
         "TrainingInterrupted",
         "WeightsUnavailableError",
     ),
-    "evaluation": ("EvaluationReport", "cross_validate", "evaluate"),
+    "evaluation": ("cross_validate", "evaluate"),
+    "evaluation_report": ("EvaluationReport",),
     "image": ("Preprocess", "load_image"),
     "models": ("build_densenet121", "set_trainable"),
     "splits": ("Confounding", "Split", "confounding", "split_by_patient"),

@@ -32,7 +32,10 @@ _MAX_CLASSES = 1000
 #: A config of this library has about 1 kB; more is no config.
 _MAX_CONFIG_BYTES = 1_000_000
 _MAX_JSON_DEPTH = 20
-_DTYPES = frozenset({"F16", "F32", "I64"})
+#: No more is read; single precision and 1000 classes come to 32 MB, with a header of 90 kB.
+_MAX_WEIGHTS_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 1_000_000
+_DTYPES = frozenset({"float16", "float32", "int64"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +113,9 @@ class ModelConfig:
                 "or install the version that wrote it."
             )
         names = {f.name for f in fields(cls)}
-        unknown, missing = sorted(set(data) - names), sorted(names - set(data))
+        unknown, missing = sorted(map(str, set(data) - names)), sorted(names - set(data))
         if unknown or missing:
-            raise ConfigError(f"unknown fields {unknown}, missing fields {missing}")
+            raise ConfigError(f"unknown fields: {_some(unknown)}; missing: {_some(missing)}")
         if not isinstance(data["classes"], list):
             raise ConfigError(f"classes must be a list, got {data['classes']!r}")
         own = {"classes": tuple(data["classes"]), "preprocess": data["preprocess"]}
@@ -182,7 +185,9 @@ def save_checkpoint(
         tensors: As :func:`densenet121_shapes` names and shapes them.
 
     Raises:
-        CheckpointError: If a tensor is missing, extra, misshapen or not finite; nothing is written.
+        CheckpointError: If a tensor is missing, extra, misshapen, not finite or neither half nor
+            single precision; nothing is written.
+        ConfigError: If ``provenance`` is no JSON, or too much of it; nothing is written.
         OSError: If the disk is full or the folder cannot be written; the older files are intact.
     """
     from safetensors.numpy import save
@@ -191,9 +196,13 @@ def save_checkpoint(
     check_tensors(tensors, len(config.classes), target)
     weights = save({name: np.asarray(t, order="C") for name, t in tensors.items()})
     final = replace(config, weights_sha256=hashlib.sha256(weights).hexdigest())
-    text = json.dumps(final.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+    try:
+        text = json.dumps(final.to_dict(), indent=2, sort_keys=True, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"provenance must be data that JSON can hold: {error}") from error
+    _parse_json(text)  # what cannot be read again is not written
     target.mkdir(parents=True, exist_ok=True)
-    write_files(target, {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()})
+    write_files(target, {WEIGHTS_NAME: weights, CONFIG_NAME: text})
     return final
 
 
@@ -205,7 +214,7 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
         ConfigError: If the config is damaged or of another kind.
     """
     path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises if the name is too long
         raise CheckpointNotFoundError(
             f"{path} is missing. A checkpoint is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, "
             "for example the output of chestxray-covid train."
@@ -226,14 +235,18 @@ def load_checkpoint(
     Raises:
         CheckpointNotFoundError: If a file is missing.
         ConfigError: If the config is damaged or of another kind.
-        CheckpointError: If the weights do not fit their hash, or a tensor is missing, extra,
-            misshapen or not finite.
+        CheckpointError: If the weights cannot be read or do not fit their hash, or a tensor is
+            missing, extra, misshapen, of another type or not finite.
     """
     config = load_config(folder)
     path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
-        raise CheckpointNotFoundError(f"{path} is missing beside {CONFIG_NAME}.")
-    data = path.read_bytes()
+        raise CheckpointNotFoundError(f"{path} is missing beside {CONFIG_NAME}. Save it again.")
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_WEIGHTS_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if hashlib.sha256(data).hexdigest() != config.weights_sha256:
         raise CheckpointError(
             f"{path} is not the file that {CONFIG_NAME} describes: its SHA-256 differs. "
@@ -253,25 +266,27 @@ def read_tensors(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
+    length = int.from_bytes(data[:8], "little")
+    if length > _MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path} is no safetensors file: its header claims {length} bytes.")
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        types = {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
-        if not types <= _DTYPES:
-            raise CheckpointError(f"{path} has tensors of type {sorted(types - _DTYPES)}.")
-        return dict(load(data))
-    except CheckpointError:
-        raise
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}.") from error
-    except RecursionError as error:
-        raise CheckpointError(f"{path} is no safetensors file: its header is nested.") from error
+        tensors = dict(load(data))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is no safetensors file of half, single and int64 tensors: {error}."
+        ) from error
+    strange = {t.dtype.name for t in tensors.values()} - _DTYPES
+    if strange:
+        raise CheckpointError(f"{path} has tensors of type {sorted(strange)}.")
+    return tensors
 
 
 def check_tensors(tensors: Mapping[str, NDArray[Any]], num_classes: int, where: Path) -> None:
     """Raise unless the tensors are those of a DenseNet-121, with finite values.
 
     Raises:
-        CheckpointError: If a tensor is missing, extra, misshapen or not finite.
+        CheckpointError: If a tensor is missing, extra, misshapen, not finite or neither half nor
+            single precision (int64 for a batch norm's counter).
     """
     shapes = densenet121_shapes(num_classes)
     missing = [name for name in shapes if name not in tensors]
@@ -285,6 +300,11 @@ def check_tensors(tensors: Mapping[str, NDArray[Any]], num_classes: int, where: 
         if tensors[name].shape != shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {tensors[name].shape}, expected {shape}."
+            )
+        expected = ("int64",) if name.endswith("num_batches_tracked") else ("float16", "float32")
+        if tensors[name].dtype not in expected:
+            raise CheckpointError(
+                f"{where}: {name} has type {tensors[name].dtype}, expected {' or '.join(expected)}."
             )
         if not np.isfinite(tensors[name]).all():
             raise CheckpointError(f"{where}: {name} has values that are not finite.")
@@ -302,52 +322,67 @@ def read_json(path: Path) -> Any:
         ConfigError: If it is too large, nested too deep, or no strict JSON.
     """
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ConfigError(f"more than {_MAX_CONFIG_BYTES} bytes, too large for a config")
-        text = path.read_text(encoding="utf-8")
-        if _depth(text) > _MAX_JSON_DEPTH:
-            raise ConfigError(f"nested deeper than {_MAX_JSON_DEPTH}")
-        data = json.loads(text)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        with path.open("rb") as file:
+            return _parse_json(file.read(_MAX_CONFIG_BYTES + 1))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error}") from error
+
+
+def _parse_json(data: bytes) -> Any:
+    if len(data) > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"more than {_MAX_CONFIG_BYTES} bytes, too large for a config")
+    try:
+        content = json.loads(data.decode(), parse_float=_finite, parse_constant=_finite)
+        if _depth(content) > _MAX_JSON_DEPTH:
+            raise RecursionError
+    except RecursionError as error:
+        raise ConfigError(f"nested deeper than {_MAX_JSON_DEPTH}") from error
+    except ConfigError:
+        raise
+    except ValueError as error:
         raise ConfigError(f"cannot be read as JSON: {error}") from error
-    if not _is_finite(data):
+    return content
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
         raise ConfigError("holds NaN or an infinite number, which JSON has not")
-    return data
+    return number
 
 
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for character in re.sub(r'"(?:[^"\\]|\\.)*"', "", text):
-        depth += (character in "[{") - (character in "]}")
-        deepest = max(deepest, depth)
-    return deepest
+def _depth(content: Any) -> int:
+    depth, level = 0, [content]
+    while level:
+        nested = [part for part in level if isinstance(part, (dict, list))]
+        level = [p for n in nested for p in (n.values() if isinstance(n, dict) else n)]
+        depth += bool(nested)
+    return depth
 
 
-def _is_finite(data: Any) -> bool:
-    if isinstance(data, dict):
-        return all(map(_is_finite, data.values()))
-    if isinstance(data, list):
-        return all(map(_is_finite, data))
-    return not isinstance(data, float) or math.isfinite(data)
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Return whether there is a folder; ``Path.is_dir`` raises if the name is too long."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write files into a folder, in order, each complete or not at all and synced to the disk.
 
     Raises:
-        OSError: If one cannot be written; it and those after it are as they were.
+        OSError: If one cannot be written, for want of room for example; all are as they were.
     """
-    for name, data in contents.items():
-        partial = folder / f".{name}.{os.getpid()}.partial"
-        try:
-            with partial.open("wb") as file:
+    partials = {name: folder / f".{name}.{os.getpid()}.partial" for name in contents}
+    try:
+        for name, data in contents.items():
+            with partials[name].open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+        # Only now: a disk that is full at the last file leaves the first as it was, too.
+        for name, partial in partials.items():
             partial.replace(folder / name)
-        finally:
+    finally:
+        for partial in partials.values():
             partial.unlink(missing_ok=True)
     sync_folder(folder)
 

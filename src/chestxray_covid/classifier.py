@@ -6,15 +6,16 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Self, cast, overload
+from typing import Any, Literal, NamedTuple, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
+from chestxray_covid.checkpoint import ModelConfig, is_folder, load_checkpoint
 from chestxray_covid.datasets.base import IMAGE_SUFFIXES, ChestXrayDataset
 from chestxray_covid.datasets.loading import decoder, in_batches, map_ahead
 from chestxray_covid.engines import open_engine
@@ -29,7 +30,8 @@ class Prediction:
         label: The class of the highest probability.
         probabilities: Class → probability, in the model's order; they sum to 1.
         threshold: Of :attr:`score`, from which a case counts as positive.
-        source: The image's path, or what it was given as, for example ``"<array>"``.
+        source: The image's path, or what it was given as: ``"<array>"`` (also of a tensor),
+            ``"<bytes>"``, ``"<stream>"`` or ``"<PIL image>"``.
     """
 
     label: str
@@ -77,7 +79,7 @@ class FailedPrediction:
     """An image that could not be judged.
 
     Attributes:
-        source: The image's path, or what it was given as.
+        source: As in :class:`Prediction`.
         error: Why.
     """
 
@@ -100,15 +102,16 @@ class Classifier:
     """Judges chest radiographs with a checkpoint; stateless, thread-safe, deterministic.
 
     Images may be paths, bytes, binary streams, PIL images, arrays, tensors and DICOM files
-    (see :func:`load_image`); a folder stands for the image files below it, an array or tensor of
-    four dimensions for a batch, and a list for all that is in it.
+    (see :func:`load_image`); a folder stands for the image files below it, a data set for its
+    images, an array or tensor of four dimensions for a batch, and a list for all that is in it.
 
     Args:
         config: Config of the checkpoint.
         tensors: Weights of the checkpoint.
-        classes: See :meth:`from_pretrained`.
-        device: See :meth:`from_pretrained`.
-        engine: See :meth:`from_pretrained`.
+        classes, device, engine: See :meth:`from_pretrained`.
+
+    Raises:
+        CheckpointError: If the weights are not those that the config describes.
     """
 
     def __init__(
@@ -148,7 +151,7 @@ class Classifier:
             CheckpointError: If it is damaged or of another kind.
             ValueError: If ``classes``, ``device`` or ``engine`` do not fit.
         """
-        if name_or_path is None or not Path(name_or_path).is_dir():
+        if name_or_path is None or not is_folder(name_or_path):
             raise CheckpointNotFoundError(
                 f"{name_or_path} is no checkpoint folder. Pass a folder with config.json and "
                 "model.safetensors, for example the output of chestxray-covid train; this version "
@@ -174,14 +177,15 @@ class Classifier:
         """Return the prediction of one image, or a list of them for several.
 
         Args:
-            images: One image; or a list, a folder or a batch of them.
+            images: One image; or a list, a folder, a data set or a batch of them.
             batch_size: Images computed at once.
 
         Raises:
             ImageError: If an image cannot be decoded.
             TypeError: If something is no image.
+            ValueError: If ``batch_size`` is not positive.
         """
-        found = list(self.predict_stream(_several(images), batch_size=batch_size))
+        found = list(self.predict_stream([images], batch_size))
         return found[0] if _is_single(images) else found
 
     def predict_proba(
@@ -189,24 +193,18 @@ class Classifier:
     ) -> NDArray[np.float64]:
         """Return ``(N, K)`` probabilities, rows summing to 1, columns in the order of ``classes``.
 
+        Errors are those of :meth:`predict`.
+
         Args:
-            images: One image; a list, a folder or a batch of them; or a data set, whose own
-                transform is applied first.
+            images: One image; or a list, a folder, a data set or a batch of them. A data set's
+                own transform is applied first.
             batch_size: Images computed at once.
             workers: Threads that decode.
             progress: Show a progress bar.
-
-        Raises:
-            ImageError: If an image cannot be decoded.
-            TypeError: If something is no image.
         """
-        if isinstance(images, ChestXrayDataset):
-            load, items = decoder(images, self.config.preprocess), range(len(images))
-            pixels = map_ahead(load, items, workers=workers, ahead=4 * batch_size)
-        else:
-            items = list(_expand(_several(images)))  # type: ignore[assignment]
-            preprocess = self.config.preprocess
-            pixels = map_ahead(preprocess, items, workers=workers, ahead=4 * batch_size)
+        _check_positive("batch_size", batch_size)
+        items = list(_expand(images))
+        pixels = map_ahead(self._pixels, items, workers=workers, ahead=4 * batch_size)
         rows = []
         with tqdm(desc="predict", total=len(items), unit="img", disable=not progress) as bar:
             for batch in in_batches(pixels, batch_size):
@@ -224,12 +222,13 @@ class Classifier:
 
         Returns:
             For one image a list of ``{"label": str, "score": float}`` by falling score, for
-            several a list of such lists.
+            several a list of such lists. Errors are those of :meth:`predict`.
         """
+        _check_positive("top_k", top_k)
         found = self.predict_proba(images, batch_size=batch_size)
         shaped = [
-            [{"label": self.classes[k], "score": float(row[k])} for k in np.argsort(-row)[:top_k]]
-            for row in found
+            [{"label": self.classes[k], "score": float(row[k])} for k in order[:top_k]]
+            for row, order in zip(found, np.argsort(-found, kind="stable"), strict=True)
         ]
         return shaped[0] if _is_single(images) else shaped
 
@@ -264,7 +263,7 @@ class Classifier:
         Threads decode ahead while the model computes, so ``images`` is read somewhat ahead too.
 
         Args:
-            images: Any number of images and folders of images.
+            images: Any number of images, folders of images and data sets.
             batch_size: Images computed at once.
             on_error: ``"raise"`` at an image that cannot be decoded, or ``"return"`` a
                 :class:`FailedPrediction` in its place and go on.
@@ -272,12 +271,12 @@ class Classifier:
 
         Raises:
             ImageError: If an image cannot be decoded and ``on_error="raise"``.
+            TypeError: If something is no image.
             ValueError: If ``on_error`` is unknown or ``batch_size`` not positive.
         """
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error must be 'raise' or 'return', got {on_error!r}")
-        if not batch_size > 0:
-            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        _check_positive("batch_size", batch_size)
         return self._stream(images, batch_size, on_error == "raise", workers)
 
     def _stream(
@@ -285,13 +284,15 @@ class Classifier:
     ) -> Iterator[Prediction | FailedPrediction]:
         def decode(image: Any) -> tuple[str, NDArray[np.uint8] | ImageError]:
             try:
-                return _name(image), self.config.preprocess(image)
+                return _name(image), self._pixels(image)
             except ImageError as error:
                 if raising:
                     raise
                 return _name(image), error
 
-        decoded = map_ahead(decode, _expand(images), workers=workers, ahead=4 * batch_size)
+        whole = isinstance(images, (str, os.PathLike, ChestXrayDataset))
+        items = chain.from_iterable(map(_expand, [images] if whole else images))
+        decoded = map_ahead(decode, items, workers=workers, ahead=4 * batch_size)
         for batch in in_batches(decoded, batch_size):
             good = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
             rows = iter(self._probabilities(np.stack(good)) if good else ())
@@ -300,6 +301,11 @@ class Classifier:
                     yield FailedPrediction(source=name, error=pixels)
                 else:
                     yield self._prediction(name, next(rows))
+
+    def _pixels(self, image: Any) -> NDArray[np.uint8]:
+        if isinstance(image, _Item):
+            return decoder(image.dataset, self.config.preprocess)(image.position)
+        return self.config.preprocess(image)
 
     def _prediction(self, source: str, row: NDArray[np.float64]) -> Prediction:
         return Prediction(
@@ -321,6 +327,11 @@ class Classifier:
         return shares
 
 
+def _check_positive(name: str, value: int) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
 def _restrict(
     config: ModelConfig, tensors: Mapping[str, NDArray[Any]], classes: Sequence[str]
 ) -> tuple[ModelConfig, dict[str, NDArray[Any]]]:
@@ -336,44 +347,54 @@ def _restrict(
     return replace(config, classes=chosen), {**tensors, **head}
 
 
-def _is_batch(images: Any) -> bool:
-    return getattr(images, "ndim", None) == 4
+class _Item(NamedTuple):
+    """An image of a data set, decoded when its turn comes."""
+
+    dataset: ChestXrayDataset
+    position: int
 
 
 def _is_single(images: Any) -> bool:
     if isinstance(images, (str, os.PathLike)):
-        return not Path(images).is_dir()
-    several = isinstance(images, (list, tuple, ChestXrayDataset, Iterator)) or _is_batch(images)
-    return not several
+        return not is_folder(images)
+    if hasattr(images, "read"):  # an open file, which is also an iterator of its lines
+        return True
+    several = isinstance(images, (list, tuple, ChestXrayDataset, Iterator))
+    return not several and getattr(images, "ndim", None) != 4
 
 
-def _several(images: Any) -> Iterable[Any]:
-    if isinstance(images, (list, tuple, Iterator)) or _is_batch(images):
-        return cast(Iterable[Any], images)
+def _expand(images: Any) -> Iterable[Any]:
+    """Return the single images of whatever holds images."""
+    if _is_single(images):
+        return [images]
     if isinstance(images, ChestXrayDataset):
-        return (images.image(i) for i in range(len(images)))
-    return [images]
-
-
-def _expand(images: Iterable[Any]) -> Iterator[Any]:
-    """Yield the images, and for a folder the image files below it."""
-    for image in images:
-        if isinstance(image, (str, os.PathLike)) and Path(image).is_dir():
-            yield from image_files(Path(image))
-        else:
-            yield image
+        return (_Item(images, position) for position in range(len(images)))
+    if isinstance(images, (str, os.PathLike)):
+        return image_files(Path(images))
+    return chain.from_iterable(map(_expand, images))
 
 
 def image_files(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder whose names are those of images, sorted within each folder."""
-    for here, folders, files in os.walk(folder):
+    """Yield the files below a folder whose names are those of images, sorted within each folder.
+
+    A folder that cannot be listed is yielded itself, last: decoding it is an error that names it.
+    """
+    unlisted: list[OSError] = []
+    for here, folders, files in os.walk(folder, onerror=unlisted.append):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(files):
             if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 yield Path(here, name)
+    yield from (Path(error.filename) for error in unlisted)
 
 
 def _name(image: Any) -> str:
+    if isinstance(image, _Item):
+        return str(image.dataset.samples[image.position].path)
     if isinstance(image, (str, os.PathLike)):
         return os.fsdecode(image)
-    return f"<{type(image).__name__}>"
+    if isinstance(image, Image.Image):
+        return "<PIL image>"
+    if hasattr(image, "read"):
+        return "<stream>"
+    return "<bytes>" if isinstance(image, (bytes, bytearray, memoryview)) else "<array>"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid.checkpoint import ModelConfig
+from chestxray_covid.checkpoint import ModelConfig, check_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +44,11 @@ def open_engine(
 
     Raises:
         ValueError: If the engine is unknown or the device is not there.
+        CheckpointError: If the weights are not those that the config describes.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
+    check_tensors(tensors, len(config.classes), Path("tensors"))
     return TorchEngine(config, tensors, device=device or "cpu")
 
 

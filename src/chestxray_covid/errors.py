@@ -16,6 +16,7 @@ missing package) is a :class:`ChestXrayError` and also the builtin that a caller
     │   ├── CheckpointNotFoundError (FileNotFoundError)
     │   └── ConfigError
     ├── WeightsUnavailableError (OSError)
+    ├── ReportError (ValueError)
     ├── TrainingError (ValueError)
     ├── TrainingInterrupted
     └── MissingExtraError (ImportError)
@@ -80,6 +81,10 @@ class ConfigError(CheckpointError):
 
 class WeightsUnavailableError(ChestXrayError, OSError):
     """Pretrained weights are neither cached nor to be fetched."""
+
+
+class ReportError(ChestXrayError, ValueError):
+    """A saved report cannot be read, or is not one of this version of the library."""
 
 
 class TrainingError(ChestXrayError, ValueError):

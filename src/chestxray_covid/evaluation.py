@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+import tempfile
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from chestxray_covid import metrics
+from chestxray_covid import metrics as m
 from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
-from chestxray_covid.errors import ChestXrayError
-from chestxray_covid.metrics import Estimate
+from chestxray_covid.evaluation_report import IDENTITY, SMALL, EvaluationReport, Subgroup
+from chestxray_covid.intervals import (
+    Estimate,
+    bootstrap_by_group,
+    check_resampling,
+    proportion,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torchvision
 
-#: Subgroups with fewer images are flagged: their numbers say next to nothing.
-SMALL = 20
-CAUTION = "Every source holds one class only: these numbers cannot tell disease from source."
-_FORMAT = 1
-_ALL = "all"
-_COLUMNS = ("group", "subgroup", "class", "metric", "value", "low", "high", "n", "method")
-
-
-class ReportError(ChestXrayError, ValueError):
-    """A file is no saved report of this library."""
+    from chestxray_covid.training_config import TrainingConfig
 
 
 class ProbabilisticClassifier(Protocol):
@@ -45,244 +42,283 @@ class ProbabilisticClassifier(Protocol):
         """Return ``(N, K)`` probabilities of the samples in order, rows summing to 1."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Predictions:
-    """What the numbers were computed from, one entry per image, in order.
+def evaluate(
+    classifier: ProbabilisticClassifier,
+    dataset: ChestXrayDataset,
+    *,
+    positive: str | None = None,
+    batch_size: int = 32,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    progress: bool = False,
+) -> EvaluationReport:
+    """Return how good a classifier is on a data set that it was not trained on.
 
-    Attributes:
-        ids: File names, or row numbers.
-        sources: Collections.
-        patients: Patients as their sources number them.
-        views: Projections.
-        targets: ``(N,)`` int64 positions in the report's classes.
-        probabilities: ``(N, K)`` float64, rows summing to 1.
-    """
-
-    ids: tuple[str, ...]
-    sources: tuple[str, ...]
-    patients: tuple[str, ...]
-    views: tuple[str, ...]
-    targets: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
-
-    def __post_init__(self) -> None:
-        lengths = {f.name: len(getattr(self, f.name)) for f in fields(self)}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"All columns must have the same length, got {lengths}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data, a list per column."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: v.tolist() if isinstance(v, np.ndarray) else list(v) for k, v in columns.items()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the predictions that :meth:`to_dict` described."""
-        texts = {k: tuple(map(str, data[k])) for k in ("ids", "sources", "patients", "views")}
-        return cls(
-            **texts,
-            targets=np.asarray(data["targets"], dtype=np.int64),
-            probabilities=metrics.check_probabilities(data["probabilities"]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subgroup:
-    """The numbers on one part of the images.
-
-    Attributes:
-        group: ``"overall"``, ``"source"`` or ``"view"``.
-        name: Which one; ``"all"`` overall.
-        n_images: Images in it.
-        n_patients: Patients in it.
-        small: Whether it has fewer than 20 images.
-        confusion: K rows of K counts; rows are the truth, columns the prediction.
-        metrics: ``accuracy``, ``kappa``, ``brier`` and ``ece``, over all classes.
-        per_class: Class → ``sensitivity``, ``specificity``, ``ppv``, ``npv``, ``auroc`` and
-            ``average_precision``, that class against all others. The positive class also has
-            ``auroc_vs_normal`` where there is a third class: of p / (p + p(normal)), over the
-            images that are one of the two.
-    """
-
-    group: str
-    name: str
-    n_images: int
-    n_patients: int
-    small: bool
-    confusion: tuple[tuple[int, ...], ...]
-    metrics: Mapping[str, Estimate]
-    per_class: Mapping[str, Mapping[str, Estimate]]
-
-    def estimates(self) -> Iterator[tuple[str, str, Estimate]]:
-        """Yield class (``"all"`` for all of them), metric and estimate."""
-        for label, found in ((_ALL, self.metrics), *self.per_class.items()):
-            yield from ((label, metric, estimate) for metric, estimate in found.items())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data."""
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data["confusion"] = [list(row) for row in self.confusion]
-        data["metrics"] = {metric: e.to_dict() for metric, e in self.metrics.items()}
-        data["per_class"] = {
-            label: {metric: e.to_dict() for metric, e in found.items()}
-            for label, found in self.per_class.items()
-        }
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the subgroup that :meth:`to_dict` described."""
-        own = {f.name: data[f.name] for f in fields(cls)}
-        own["confusion"] = tuple(tuple(map(int, row)) for row in data["confusion"])
-        own["metrics"] = {m: Estimate.from_dict(e) for m, e in data["metrics"].items()}
-        own["per_class"] = {
-            label: {m: Estimate.from_dict(e) for m, e in found.items()}
-            for label, found in data["per_class"].items()
-        }
-        return cls(**own)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EvaluationReport:
-    """How good a classifier is on one data set, and how sure that is.
-
-    Attributes:
-        classes: Labels in the order of the probabilities.
-        positive: The class in question, usually ``"covid19"``.
-        confounded: Whether every source holds one class only, so that these numbers cannot tell
-            disease from source.
-        confidence: Level of all intervals.
-        n_resamples: Resamples of the bootstrap.
+    Args:
+        classifier: Has ``classes`` and ``predict_proba``.
+        dataset: Its labels must be among the classifier's classes, in any order.
+        positive: The class in question; by default ``"covid19"``, or the classifier's last class
+            if it has none of that name.
+        batch_size: Images computed at once.
+        n_resamples: Resamples of the bootstrap over patients.
         seed: Seed of the bootstrap.
-        overall: The numbers on all images.
-        by_source: Source → the numbers on its images.
-        by_view: View → the numbers on its images.
-        predictions: What they were computed from; ``None`` if left out.
+        confidence: Level of the intervals, in (0, 1).
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If the data set is empty or has a label that the classifier does not know, or
+            an option is impossible.
+        ImageError: If a file cannot be decoded.
     """
-
-    classes: tuple[str, ...]
-    positive: str
-    confounded: bool
-    confidence: float
-    n_resamples: int
-    seed: int
-    overall: Subgroup
-    by_source: Mapping[str, Subgroup]
-    by_view: Mapping[str, Subgroup]
-    predictions: Predictions | None = None
-
-    @property
-    def n_images(self) -> int:
-        """Number of images."""
-        return self.overall.n_images
-
-    @property
-    def n_patients(self) -> int:
-        """Number of patients."""
-        return self.overall.n_patients
-
-    @property
-    def subgroups(self) -> tuple[Subgroup, ...]:
-        """Overall, then sources, then views."""
-        return (self.overall, *self.by_source.values(), *self.by_view.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data; undefined numbers are ``None``."""
-        data = {"format_version": _FORMAT, **{f.name: getattr(self, f.name) for f in fields(self)}}
-        data["classes"] = list(self.classes)
-        data["overall"] = self.overall.to_dict()
-        for group in ("by_source", "by_view"):
-            data[group] = {name: part.to_dict() for name, part in data[group].items()}
-        data["predictions"] = None if self.predictions is None else self.predictions.to_dict()
-        return data
-
-    def to_json(self) -> str:
-        """Return the report as strict JSON."""
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the report that :meth:`to_dict` described.
-
-        Raises:
-            ReportError: If it is of another format, or a field is missing or impossible.
-        """
-        try:
-            if data["format_version"] != _FORMAT:
-                raise ValueError(f"format {data['format_version']}, expected {_FORMAT}")
-            own = {f.name: data[f.name] for f in fields(cls)}
-            own["classes"] = check_classes(data["classes"])
-            own["overall"] = Subgroup.from_dict(data["overall"])
-            for group in ("by_source", "by_view"):
-                own[group] = {k: Subgroup.from_dict(part) for k, part in data[group].items()}
-            if data["predictions"] is not None:
-                own["predictions"] = Predictions.from_dict(data["predictions"])
-            return cls(**own)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ReportError(
-                f"This is no evaluation report: {error!r}. Evaluate the model again."
-            ) from error
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report as JSON, complete or not at all, and return its path.
-
-        Raises:
-            OSError: If it cannot be written; an older file is intact.
-        """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-        return target
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Return the report that :meth:`save` wrote.
-
-        Raises:
-            ReportError: If the file cannot be read or is no report.
-        """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ReportError(f"{path} cannot be read as an evaluation report: {error}") from error
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per number: where, which class and metric, value, interval, n, method."""
-        import pandas as pd
-
-        rows = [
-            (part.group, part.name, label, metric, e.value, e.low, e.high, e.n, e.method)
-            for part in self.subgroups
-            for label, metric, e in part.estimates()
-        ]
-        return pd.DataFrame(rows, columns=list(_COLUMNS))
-
-    def __str__(self) -> str:
-        return "\n".join(_text(self))
-
-
-def _text(report: EvaluationReport) -> Iterator[str]:
-    yield (
-        f"{report.n_images} images of {report.n_patients} patients; "
-        f"intervals at {report.confidence:.0%}; positive class: {report.positive}"
+    samples, labels = dataset.samples, [sample.label for sample in dataset.samples]
+    # Before the slow part, so that a wrong argument is not found out an hour later.
+    chosen = _positive(labels, classifier.classes, positive)
+    check_resampling(n_resamples=n_resamples, confidence=confidence)
+    return evaluate_probabilities(
+        labels,
+        classifier.predict_proba(dataset, batch_size=batch_size, progress=progress),
+        classes=classifier.classes,
+        patients=[sample.patient_id for sample in samples],
+        sources=[sample.source for sample in samples],
+        views=[sample.view for sample in samples],
+        ids=[sample.path.name for sample in samples],
+        positive=chosen,
+        n_resamples=n_resamples,
+        seed=seed,
+        confidence=confidence,
     )
-    if report.confounded:
-        yield CAUTION
-    rows = [("class", "metric", "value", "interval", "n", "method")]
-    for label, metric, e in report.overall.estimates():
-        rows.append((label, metric, _number(e.value), e.interval, str(e.n), e.method))
-    yield from ("", *_table(rows), "")
-    head = ("truth \\ prediction", *report.classes)
-    counts = zip(report.classes, report.overall.confusion, strict=True)
-    yield from _table([head, *((label, *map(str, row)) for label, row in counts)])
-    shown = ("sensitivity", "specificity", "auroc")
-    for title, parts in (("source", report.by_source), ("view", report.by_view)):
-        rows = [(title, "n", *(f"{m} of {report.positive}" for m in shown))]
+
+
+def evaluate_probabilities(
+    y_true: Sequence[str],
+    probabilities: ArrayLike,
+    *,
+    classes: Sequence[str],
+    patients: Sequence[Hashable],
+    sources: Sequence[str],
+    views: Sequence[str],
+    ids: Sequence[str] | None = None,
+    positive: str | None = None,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> EvaluationReport:
+    """Return how good probabilities are, however they came about.
+
+    Proportions have Wilson's interval where no patient has several images, all else the bootstrap
+    over patients; every number says which in ``method``.
+
+    Args:
+        y_true: ``(N,)`` labels, each one of ``classes``.
+        probabilities: ``(N, K)`` in [0, 1], rows summing to 1, columns in the order of ``classes``.
+        classes: K labels.
+        patients: ``(N,)`` patients, unique only within their source.
+        sources: ``(N,)`` collections.
+        views: ``(N,)`` projections.
+        ids: ``(N,)`` names of the images; row numbers if not given.
+        positive, n_resamples, seed, confidence: As in :func:`evaluate`.
+
+    Raises:
+        ValueError: If shapes, labels, probabilities or options are not as said.
+    """
+    import pandas as pd
+
+    names, p = check_classes(classes), m.check_probabilities(probabilities)
+    chosen = _positive(y_true, names, positive)
+    numbered = [str(i) for i in range(len(p))] if ids is None else ids
+    columns = dict(zip(IDENTITY, (numbered, y_true, patients, sources, views), strict=True))
+    lengths = {name: len(column) for name, column in columns.items()}
+    if p.shape[1] != len(names) or set(lengths.values()) != {len(p)}:
+        raise ValueError(
+            f"probabilities must have a row per image and {len(names)} columns for "
+            f"{list(names)}, got shape {p.shape} for {lengths}"
+        )
+    table = pd.DataFrame({k: [str(text) for text in column] for k, column in columns.items()})
+    table[[f"p_{name}" for name in names]] = p
+    how: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
+
+    def judge(group: str, name: str, part: pd.DataFrame) -> Subgroup:
+        return _judge(group, name, part, names, chosen, how)
+
+    overall = judge("overall", "all", table)
+    return EvaluationReport(
+        classes=names,
+        positive=chosen,
+        n_images=overall.n_images,
+        n_patients=overall.n_patients,
+        confounded=bool((table.groupby("source")["label"].nunique() == 1).all()),
+        **how,
+        overall=overall,
+        by_source={str(s): judge("source", str(s), part) for s, part in table.groupby("source")},
+        by_view={str(v): judge("view", str(v), part) for v, part in table.groupby("view")},
+        predictions=table,
+    )
+
+
+def _judge(
+    group: str,
+    name: str,
+    table: pd.DataFrame,
+    classes: tuple[str, ...],
+    positive: str,
+    how: Mapping[str, Any],
+) -> Subgroup:
+    truth = np.array([classes.index(label) for label in table["label"]])
+    p = table[[f"p_{label}" for label in classes]].to_numpy()
+    patients = table.groupby(["source", "patient_id"]).ngroup().to_numpy()
+    called = p.argmax(1)
+
+    def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Estimate:
+        return proportion(hits[among], patients[among], **how)
+
+    def resample(statistic: Any, *arrays: NDArray[Any], among: Any = slice(None)) -> Estimate:
+        chosen = [array[among] for array in arrays]
+        return bootstrap_by_group(statistic, patients[among], *chosen, **how)
+
+    per_class = {}
+    for k, label in enumerate(classes):
+        is_it, said = truth == k, called == k
+        per_class[label] = {
+            "sensitivity": share(said, is_it),
+            "specificity": share(~said, ~is_it),
+            "ppv": share(is_it, said),
+            "npv": share(~is_it, ~said),
+            "auroc": resample(m.auroc, is_it, p[:, k]),
+            "average_precision": resample(m.average_precision, is_it, p[:, k]),
+        }
+    if len(classes) > 2 and "normal" in classes and positive != "normal":
+        one, other = classes.index(positive), classes.index("normal")
+        total = p[:, one] + p[:, other]
+        # Where both are 0 the model has no opinion between the two.
+        score = np.where(total > 0, p[:, one] / np.where(total > 0, total, 1), 0.5)
+        per_class[positive]["auroc_vs_normal"] = resample(
+            m.auroc, truth == one, score, among=(truth == one) | (truth == other)
+        )
+    return Subgroup(
+        group=group,
+        name=name,
+        n_images=len(table),
+        n_patients=len(np.unique(patients)),
+        small=len(table) < SMALL,
+        confusion=tuple(map(tuple, m.confusion_matrix(truth, called, len(classes)).tolist())),
+        metrics={
+            "accuracy": proportion(truth == called, patients, **how),
+            "kappa": resample(m.cohen_kappa, truth, called),
+            "brier": resample(m.brier_score, truth, p),
+            "ece": resample(m.expected_calibration_error, truth, p),
+        },
+        per_class=per_class,
+    )
+
+
+def _positive(labels: Sequence[str], classes: Sequence[str], positive: str | None) -> str:
+    """Return the class in question, if the labels fit the classes."""
+    if not len(labels):
+        raise ValueError("There is nothing to evaluate: no samples")
+    strange = sorted(set(labels) - set(classes))
+    if strange:
+        raise ValueError(
+            f"Labels {strange} are not among the classes {list(classes)} of the classifier. "
+            "Filter the data set, or take a classifier that knows them."
+        )
+    chosen = positive or ("covid19" if "covid19" in classes else classes[-1])
+    if chosen not in classes:
+        raise ValueError(f"positive must be one of {list(classes)}, got {chosen!r}")
+    return chosen
+
+
+def cross_validate(
+    dataset: ChestXrayDataset,
+    config: TrainingConfig | None = None,
+    *,
+    folds: int = 5,
+    val: float = 0.15,
+    model: Callable[[], torchvision.models.DenseNet] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    positive: str | None = None,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Return how good a recipe is on patients that it did not see, over the whole data set.
+
+    Patients (joined with duplicates) are dealt into folds, stratified by label and source. For
+    each fold a network is trained on the others, of which a part chooses the epoch, and predicts
+    the fold; the predictions of all folds are pooled. The fold itself chooses nothing.
+
+    Args:
+        dataset: Radiographs of at least two classes.
+        config: Options of the training; the recommended recipe if not given.
+        folds: Number of folds, at least 2.
+        val: Share of the other folds that chooses the epoch, in (0, 0.5].
+        model: Returns a fresh network for a fold; by default DenseNet-121 from ImageNet weights.
+        output: Folder for the runs, ``fold-0``, ``fold-1``, …, kept and, where finished or
+            interrupted, continued; a temporary one if not given.
+        positive: As in :func:`evaluate`.
+        seed: Seed of folds and splits.
+
+    Raises:
+        SplitError: If a class has too few patients.
+        TrainingError: If a fold cannot be trained.
+        WeightsUnavailableError: If ImageNet weights are wanted and not to be had.
+    """
+    from chestxray_covid.datasets.duplicates import patient_groups
+    from chestxray_covid.splits import folds_by_patient
+    from chestxray_covid.training_config import TrainingConfig
+
+    config = config or TrainingConfig()
+    groups = patient_groups(dataset, workers=config.workers, progress=config.progress)
+    probabilities = np.zeros((len(dataset), len(dataset.classes)))
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(output) if output is not None else Path(temporary)
+        pairs = folds_by_patient(dataset, groups, folds=folds, seed=seed)
+        for number, (rest, held_out) in enumerate(pairs):
+            probabilities[held_out] = _predict_fold(
+                dataset,
+                (rest, held_out),
+                groups,
+                replace(config, seed=config.seed + number),
+                val=val,
+                model=model,
+                output=place / f"fold-{number}",
+                seed=seed,
+            )
+    samples = dataset.samples
+    return evaluate_probabilities(
+        [s.label for s in samples],
+        probabilities,
+        classes=dataset.classes,
+        patients=[s.patient_id for s in samples],
+        sources=[s.source for s in samples],
+        views=[s.view for s in samples],
+        ids=[str(s.path) for s in samples],
+        positive=positive,
+        seed=seed,
+    )
+
+
+def _predict_fold(
+    dataset: ChestXrayDataset,
+    fold: tuple[NDArray[np.int64], NDArray[np.int64]],
+    groups: Sequence[int],
+    config: TrainingConfig,
+    *,
+    val: float,
+    model: Callable[[], torchvision.models.DenseNet] | None,
+    output: Path,
+    seed: int,
+) -> NDArray[np.float64]:
+    """Train on what a fold leaves and return the fold's ``(N, K)`` probabilities."""
+    from chestxray_covid.classifier import Classifier
+    from chestxray_covid.models import build_densenet121
+    from chestxray_covid.splits import divide
+    from chestxray_covid.training import Trainer
+
+    rest, held_out = fold
+    train, chooses = divide(dataset, rest, np.asarray(groups), val, seed)
+    network = model() if model else build_densenet121(num_classes=len(dataset.classes))
+    trainer = Trainer(
+        network, dataset.subset(train), dataset.subset(chooses), config, output=output
+    )
+    trainer.fit(resume=(output / "history.json").exists())
+    classifier = Classifier.from_pretrained(output)
+    return classifier.predict_proba(dataset.subset(held_out), workers=config.workers)

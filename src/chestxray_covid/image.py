@@ -36,6 +36,8 @@ from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError, 
 #: Largest image that is decoded unless told otherwise, in pixels. The largest in the public sources
 #: has 18 million; Pillow itself only warns at 89 and refuses at 179.
 MAX_PIXELS = 64_000_000
+#: Longest side, JPEG's own limit: Pillow spends 8 bytes on every row, however short.
+MAX_SIDE = 65_535
 #: Largest stream that is read, in bytes: an endless one must not fill the memory.
 MAX_STREAM_BYTES = 1 << 30
 #: Most scans of a JPEG; libjpeg's progressive encoder writes 10 in colour, 18 for CMYK. Each costs
@@ -89,8 +91,8 @@ _UPRIGHT = {
 }
 # Start of a JPEG segment: FF00 and FFD0 to FFD7 belong to a scan, FF01 and FFFF have no length.
 _JPEG_SEGMENT = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
-# DICOM transfer syntaxes that hold JPEG as Pillow reads it: baseline and extended (PS3.6 A).
-_JPEG_BASELINE = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
+# Markers whose segment holds height and width: SOF0 to SOF15, and JPEG-LS's SOF55 (ITU-T T.87).
+_JPEG_FRAMES = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
 
 
 class _Stream(Protocol):
@@ -320,7 +322,10 @@ def _decode_image(
             tile = (int(image.tag_v2.get(322, 1)), int(image.tag_v2.get(323, 1)))
             _check_size(tile, f"A tile of {name}", max_pixels)
         if isinstance(image, JpegImageFile):
-            _check_scans(file, name)
+            start = file.tell()
+            file.seek(0)
+            _check_jpeg(file.read(MAX_STREAM_BYTES), name, max_pixels)
+            file.seek(start)
             sideways = _orientation(image) in (5, 6, 7, 8)
             image.draft("L", min_size[::-1] if min_size and sideways else min_size)
         grey = _to_grey(image, name)
@@ -358,19 +363,22 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
             f"{name} has or claims {width}x{height} pixels, more than the limit of {max_pixels}. "
             "If you trust it, pass a larger max_pixels."
         )
+    if max(size) > MAX_SIDE:
+        raise ImageError(
+            f"{name} is {width}x{height} pixels, expected sides of at most {MAX_SIDE}. Crop it."
+        )
 
 
-def _check_scans(file: io.BufferedIOBase, name: str) -> None:
-    """Refuse a JPEG with absurdly many scans (ITU-T T.81, B.1.1)."""
-    start = file.tell()
-    file.seek(0)
-    data = file.read(MAX_STREAM_BYTES)
-    file.seek(start)
+def _check_jpeg(data: bytes, name: str, max_pixels: int) -> None:
+    """Refuse a JPEG of too many pixels or absurdly many scans (ITU-T T.81, B.1.1)."""
     scans, position = 0, 2
     while match := _JPEG_SEGMENT.search(data, position):
         marker, position = data[match.end() - 1], match.end()
         if marker == 0xD9:  # end of image: what follows, such as a phone's video, is not decoded
             break
+        if marker in _JPEG_FRAMES and len(data) >= position + 7:
+            height, width = struct.unpack_from(">HH", data, position + 3)
+            _check_size((width, height), name, max_pixels)
         scans += marker == 0xDA
         position += int.from_bytes(data[position : position + 2], "big")
     if scans > MAX_JPEG_SCANS:
@@ -464,7 +472,7 @@ def _stretch(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]
 
 
 def _decode_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[Image.Image, bool]:
-    require_extra("pydicom", "dicom")
+    errors = require_extra("pydicom.errors", "dicom")
     try:
         data, frame = _read_dicom(file, name, max_pixels)
         photometric = data.PhotometricInterpretation
@@ -477,8 +485,11 @@ def _decode_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[
         return grey, int(data.get("NumberOfFrames") or 1) > 1
     except ImageError:
         raise
-    except _DECODE_ERRORS as error:
-        raise ImageError(f"{name} is a DICOM file that cannot be read: {_reason(error)}") from error
+    except (*_DECODE_ERRORS, errors.BytesLengthException, errors.InvalidDicomError) as error:
+        # pydicom's warnings and some errors quote the file: a patient's name must not get out.
+        quotes_nothing = isinstance(error, AttributeError | RuntimeError | ValueError)
+        reason = _reason(error) if quotes_nothing else type(error).__name__
+        raise ImageError(f"{name} is a DICOM file that cannot be read: {reason}") from error
 
 
 def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[Any, NDArray[Any]]:
@@ -486,11 +497,15 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
     # Not `dcmread`: it inflates a deflated data set before anything can be looked at.
     read = require_extra("pydicom.filereader", "dicom").read_dataset
     pixels = require_extra("pydicom.pixels", "dicom")
+    uid = require_extra("pydicom.uid", "dicom")
     file.seek(132)
     meta = read(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
-    syntax = meta.get("TransferSyntaxUID")
-    if not syntax:
+    # The raw value: pydicom would quote an odd one in a warning, patient's name behind it and all.
+    text = bytes(meta.get_item(0x00020010).value) if 0x00020010 in meta else b""
+    match = re.fullmatch(rb"([0-9.]{1,64})[\0 ]*", text)
+    if match is None:
         raise ImageError(f"{name} names no transfer syntax (0002,0010). Export the DICOM anew.")
+    syntax = uid.UID(match[1].decode())
     if syntax.is_deflated:
         raise ImageError(
             f"{name} is a deflated DICOM file, which can expand a thousandfold. "
@@ -511,7 +526,8 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
             'and JPEG 2000: pip install "chestxray-covid[dicom]". For lossless JPEG and JPEG-LS: '
             "pip install python-gdcm"
         )
-    data.file_meta = require_extra("pydicom.dataset", "dicom").FileMetaDataset(meta)
+    data.file_meta = require_extra("pydicom.dataset", "dicom").FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = syntax
     if syntax.is_encapsulated:
         _check_frame(data, name, max_pixels)
     return data, pixels.pixel_array(data, index=0)
@@ -520,7 +536,7 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
 def _check_frame(data: Any, name: str, max_pixels: int) -> None:
     """Refuse a compressed first frame that claims more pixels than the DICOM header does.
 
-    Decoders believe the frame: 41 bytes of JPEG 2000 header are enough for 12 GB.
+    Decoders believe the frame: a few hundred bytes of JPEG 2000 took 12 GB and 84 s, measured.
     """
     frame = require_extra("pydicom.encaps", "dicom").get_frame(
         data.PixelData, 0, number_of_frames=int(data.get("NumberOfFrames") or 1)
@@ -530,9 +546,8 @@ def _check_frame(data: Any, name: str, max_pixels: int) -> None:
     for match in re.finditer(rb"\xff\x4f\xff\x51.{4}(.{16})", frame, re.DOTALL):
         x1, y1, x0, y0 = struct.unpack(">4I", match[1])
         _check_size((x1 - x0, y1 - y0), what, max_pixels)
-    if data.file_meta.TransferSyntaxUID in _JPEG_BASELINE:
-        _check_size(JpegImageFile(io.BytesIO(frame)).size, what, max_pixels)
-        _check_scans(io.BytesIO(frame), what)
+    if frame.startswith(b"\xff\xd8"):
+        _check_jpeg(frame, what, max_pixels)
 
 
 def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:
@@ -552,7 +567,9 @@ def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:
     if center is not None and width is not None:
         function = str(data.get("VOILUTFunction") or "LINEAR").upper()
         return _stretch(_window(values, center, width, function), 0, 1)
-    return values if values.dtype == np.uint8 else _stretch(values, low, high)
+    if values.dtype == np.uint8 and data.BitsStored == 8:
+        return values
+    return _stretch(values, low, high)
 
 
 def _first(data: Any, keyword: str) -> float | None:
@@ -592,11 +609,12 @@ def _lookup(values: NDArray[Any], item: Any, data: Any) -> tuple[NDArray[Any], i
     if isinstance(table, bytes):
         wide = ("<" if data.file_meta.TransferSyntaxUID.is_little_endian else ">") + "u2"
         table = np.frombuffer(table, "u1" if len(table) in (entries, entries + 1) else wide)
-    table = np.ravel(np.asarray(table))[:entries]
-    if table.size < entries or not 1 <= bits <= 16:
-        raise ValueError(f"a lookup table of {entries} entries holds {table.size}, {bits} bits")
+    top = (1 << bits) - 1
+    table = np.clip(np.ravel(np.asarray(table))[:entries], 0, top)
+    if table.size < entries:
+        raise ValueError(f"a lookup table of {entries} entries holds {table.size}")
     index = np.clip(np.rint(values.astype(np.float64) - first), 0, entries - 1)
-    return table[index.astype(np.int32)], (1 << bits) - 1
+    return table[index.astype(np.int32)], top
 
 
 # ---------------------------------------------------------------- to the model's size

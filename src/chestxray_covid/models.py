@@ -13,7 +13,7 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from chestxray_covid.checkpoint import densenet121_shapes, load_checkpoint
+from chestxray_covid.checkpoint import densenet121_shapes, is_folder, load_checkpoint
 from chestxray_covid.errors import CheckpointNotFoundError, WeightsUnavailableError
 from chestxray_covid.image import Preprocess
 
@@ -53,7 +53,7 @@ def build_densenet121(
     else:
         model = torchvision.models.densenet121(weights=None, num_classes=num_classes)
     if not isinstance(pretrained, bool):
-        if not Path(pretrained).is_dir():
+        if not is_folder(pretrained):
             raise CheckpointNotFoundError(
                 f"{pretrained} is no checkpoint folder. Pass True (ImageNet weights), False "
                 "(random weights), or a folder with config.json and model.safetensors."
@@ -71,7 +71,8 @@ def _imagenet() -> torchvision.models.DenseNet:
     weights = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1
     try:
         return torchvision.models.densenet121(weights=weights)
-    except (OSError, RuntimeError) as error:
+    except (EOFError, LookupError, OSError, RuntimeError, ValueError) as error:
+        # Without a network an OSError; a damaged file in the cache makes torch raise any of these.
         cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         raise WeightsUnavailableError(
             f"The ImageNet weights of DenseNet-121 are not to be had: {error}. "
@@ -188,7 +189,7 @@ def check_model(model: nn.Module, classes: Sequence[str]) -> None:
 def native_bfloat16(device: torch.device) -> bool:
     """Return whether a device computes in bfloat16 natively, so that autocast pays."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False

@@ -195,8 +195,8 @@ def split_by_patient(
     )
     everything = np.arange(len(dataset))
     _check_divisible(dataset, groups, sides=1 + (val > 0) + (test > 0))
-    rest, held_out = _divide(dataset, everything, groups, test, seed)
-    train, validation = _divide(dataset, rest, groups, val / (1 - test), seed + 1)
+    rest, held_out = divide(dataset, everything, groups, test, seed)
+    train, validation = divide(dataset, rest, groups, val / (1 - test), seed + 1)
     sides = {"train": train, "val": validation, "test": held_out}
     for side, chosen in sides.items():
         wanted = {"train": 1.0, "val": val, "test": test}[side] > 0
@@ -263,13 +263,22 @@ def _strata(
     return [n if owned[n] >= folds else n.partition("\0")[0] for n in names]
 
 
-def _divide(
+def divide(
     dataset: ChestXrayDataset,
     indices: NDArray[np.int64],
     groups: NDArray[np.int64],
     fraction: float,
     seed: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return positions divided in two, the second holding about ``fraction``, no group on both.
+
+    Args:
+        dataset: What they are positions of.
+        indices: ``(N,)`` positions to divide.
+        groups: Group of every sample of the data set.
+        fraction: In [0, 0.5].
+        seed: Seed of the assignment.
+    """
     from sklearn.model_selection import StratifiedGroupKFold
 
     if fraction == 0:

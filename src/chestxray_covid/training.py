@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from chestxray_covid.checkpoint import (
@@ -31,15 +30,7 @@ from chestxray_covid.checkpoint import (
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder, map_ahead
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
-from chestxray_covid.models import (
-    check_model,
-    load_tensors,
-    native_bfloat16,
-    normalise,
-    set_training_mode,
-    to_array,
-    to_tensors,
-)
+from chestxray_covid.models import check_model, load_tensors, to_tensors
 from chestxray_covid.training_config import (
     RUNTIME_OPTIONS,
     Callback,
@@ -48,6 +39,7 @@ from chestxray_covid.training_config import (
     TrainingConfig,
     validation_numbers,
 )
+from chestxray_covid.training_network import TrainingNetwork
 from chestxray_covid.training_state import SignalWatch, StateStore, epoch_batches
 
 
@@ -153,16 +145,7 @@ class Trainer:
             )
         self._load_train = self._loader(self.train)
         self._load_val = self._loader(self.val)
-        if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        plain = kind(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self._net, self._optimizer = self._accelerator.prepare(self.model, plain)
-        self._average = self._averaged()
-        self._weights = self._class_weights()
-        native = native_bfloat16(self.device)
-        self._bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and native)
+        self._network = TrainingNetwork(self.model, config, self._accelerator, self.train.targets)
         if resume:
             self._restore()
 
@@ -175,19 +158,6 @@ class Trainer:
             return cached_decoder(
                 dataset, c.preprocess, c.cache_dir, workers=c.workers, progress=show
             )
-
-    def _averaged(self) -> AveragedModel | None:
-        if not self.config.ema_decay:
-            return None
-        average = get_ema_multi_avg_fn(self.config.ema_decay)  # type: ignore[no-untyped-call]
-        return AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-
-    def _class_weights(self) -> Tensor | None:
-        if not self.config.class_weights:
-            return None
-        counts = np.bincount(self.train.targets, minlength=len(self.train.classes))
-        weights = counts.sum() / (len(counts) * counts)
-        return torch.tensor(weights, dtype=torch.float32, device=self.device)
 
     def _train_epoch(self) -> None:
         at, config = self._at, self.config
@@ -206,7 +176,7 @@ class Trainer:
             workers=config.workers,
             ahead=4 * config.batch_size,
         )
-        set_training_mode(self.model)
+        self._network.train()
         bar = self._bar(f"epoch {at.epoch + 1}/{config.epochs}", sum(map(len, batches)), at.seen)
         with contextlib.closing(pixels), bar:
             while at.batch < len(batches):
@@ -228,8 +198,6 @@ class Trainer:
         """Take one optimizer step over a group of accumulated batches."""
         at = self._at
         start = time.perf_counter()
-        for setting in self._optimizer.param_groups:
-            setting["lr"] = self._rate
         for number, batch in enumerate(group, 1):
             waiting = time.perf_counter()
             images = torch.from_numpy(np.stack([next(pixels) for _ in batch])).to(self.device)
@@ -238,29 +206,11 @@ class Trainer:
             varied = self.config.augmentation(
                 images, seed=self.config.seed, epoch=at.epoch, draws=[d for _, d in batch]
             )
-            alone = number < len(group)
-            with self._accelerator.no_sync(self._net) if alone else contextlib.nullcontext():
-                loss = F.cross_entropy(
-                    self._forward(self._net, varied),
-                    targets,
-                    weight=self._weights,
-                    label_smoothing=self.config.label_smoothing,
-                )
-                self._accelerator.backward(loss / len(group))
-            self._count(float(loss.detach()), batch)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        if self._average is not None:
-            self._average.update_parameters(self.model)
+            last = number == len(group)
+            loss = self._network.backward(varied, targets, batches=len(group), last=last)
+            self._count(loss, batch)
+        self._network.step(self._rate)
         at.seconds += time.perf_counter() - start
-
-    def _forward(self, net: Any, pixels: Tensor) -> Tensor:
-        images = normalise(pixels, self.config.preprocess)
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            logits: Tensor = net(images)
-        return logits.float()
 
     def _count(self, loss: float, batch: list[tuple[int, int]]) -> None:
         at = self._at
@@ -297,8 +247,8 @@ class Trainer:
         loss, probabilities = self._validate()
         seconds = at.seconds + time.perf_counter() - start
         numbers = validation_numbers(np.array(self.val.targets), probabilities)
-        sums = torch.tensor([at.loss_sum, at.seen], dtype=torch.float64)
-        loss_sum, seen = self._accelerator.reduce(sums.to(self.device), "sum").tolist()
+        sums = torch.tensor([at.loss_sum, at.seen], device=self.device)
+        loss_sum, seen = self._accelerator.reduce(sums, "sum").tolist()
         auroc = numbers["val_auroc"]
         by_loss = self.config.monitor == "val_loss" or auroc is None
         score = -loss if by_loss or auroc is None else auroc
@@ -331,8 +281,7 @@ class Trainer:
     def _validate(self) -> tuple[float, NDArray[np.float64]]:
         """Return the mean cross-entropy and the ``(N, K)`` probabilities of the validation data."""
         accelerator, size = self._accelerator, self.config.batch_size
-        net = self._average.module if self._average is not None else self.model
-        net.eval()
+        net = self._network.best.eval()
         own = range(accelerator.process_index, len(self.val), accelerator.num_processes)
         pixels = map_ahead(self._load_val, own, workers=self.config.workers, ahead=4 * size)
         logits: list[Tensor] = []
@@ -343,7 +292,7 @@ class Trainer:
         ):
             while batch := [p for _, p in zip(range(size), pixels, strict=False)]:
                 images = torch.from_numpy(np.stack(batch)).to(self.device)
-                logits.append(self._forward(net, images))
+                logits.append(self._network.forward(net, images))
                 bar.update(len(batch))
         # Processes hold rows in turn; the shortest one's missing last row is padding.
         padded = accelerator.pad_across_processes(torch.cat(logits))
@@ -368,7 +317,6 @@ class Trainer:
     def _save_best(self, record: EpochRecord) -> None:
         if not self._accelerator.is_main_process:
             return
-        net = self._average.module if self._average is not None else self.model
         provenance = {
             "training": self.config.to_dict(),
             "epoch": record.epoch,
@@ -379,7 +327,7 @@ class Trainer:
             classes=self.train.classes, preprocess=self.config.preprocess, provenance=provenance
         )
         try:
-            save_checkpoint(self.output, config, to_tensors(net))
+            save_checkpoint(self.output, config, to_tensors(self._network.best))
         except OSError as error:
             raise TrainingError(
                 f"The weights cannot be saved in {self.output}: {error}. Make room or mend the "
@@ -388,17 +336,12 @@ class Trainer:
 
     def _save_state(self) -> None:
         if self._accelerator.is_main_process:
-            tensors = {f"model.{k}": v for k, v in to_tensors(self.model).items()}
-            if self._average is not None:
-                tensors |= {f"average.{k}": v for k, v in to_tensors(self._average).items()}
-            for i, values in self._optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{i}.{k}": to_array(v) for k, v in values.items()}
             values = {
                 "at": asdict(self._at),
                 "history": self.history.to_dict(),
                 "identity": self._identity(),
             }
-            self._states.save(self._at.step, tensors, values)
+            self._states.save(self._at.step, self._network.state(), values)
             self.history.save(self.output)
         self._accelerator.wait_for_everyone()
 
@@ -422,15 +365,7 @@ class Trainer:
                 f"The run in {self.output} differs in {other} and cannot be continued like this. "
                 "Use the options and data that it began with, or another folder."
             )
-        load_tensors(self.model, _below(tensors, "model."))
-        if self._average is not None:
-            load_tensors(self._average, _below(tensors, "average."))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in _below(tensors, "optimizer.").items():
-            index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = torch.from_numpy(value.copy())
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._network.load_state(tensors)
         self._at = _Progress(**values["at"])
         self.history = History.from_dict(values["history"])
 
@@ -443,10 +378,6 @@ class Trainer:
             self._states.clear()
         for callback in self.callbacks:
             callback.on_train_end(self, self.history)
-
-
-def _below(tensors: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _check_fit(

@@ -279,7 +279,7 @@ class Callback:
         """Run before the first step, also of a resumed run."""
 
     def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
-        """Run after each optimizer step, numbered from 1 over the whole run."""
+        """Run after each optimizer step, numbered from 1, with the epoch's mean loss so far."""
 
     def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> bool | None:
         """Run after each validation; return ``True`` to stop training."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from chestxray_covid.checkpoint import read_json, read_tensors, sync_folder, write_files
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.errors import CheckpointError, TrainingError
-from chestxray_covid.training_config import TrainingConfig
+
+if TYPE_CHECKING:  # it imports torch, which nothing here needs
+    from chestxray_covid.training_config import TrainingConfig
 
 STATE_FOLDER = "state"
 #: Domain of the random numbers, see :mod:`chestxray_covid.augment`.
@@ -128,9 +130,9 @@ class StateStore:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             text = json.dumps(values, allow_nan=False)
-            write_files(
-                partial, {"state.safetensors": save(dict(tensors)), "state.json": text.encode()}
-            )
+            # safetensors takes the bytes as they lie in memory, whatever the order of the axes.
+            ordered = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+            write_files(partial, {"state.safetensors": save(ordered), "state.json": text.encode()})
             if final.exists():  # the same step, computed again after a resume
                 shutil.rmtree(final)
             partial.replace(final)

@@ -53,8 +53,8 @@ _DAMAGE = (
 
 
 def unpack_zip(
-    archive: str | Path,
-    root: str | Path,
+    archive: str | os.PathLike[str],
+    root: str | os.PathLike[str],
     *,
     max_bytes: int = 8 << 30,
     max_files: int = 100_000,
@@ -103,7 +103,7 @@ def unpack_zip(
     return folder
 
 
-def member_names(archive: str | Path, *, max_files: int = 100_000) -> list[str]:
+def member_names(archive: str | os.PathLike[str], *, max_files: int = 100_000) -> list[str]:
     """Return the names in a zip archive, unchecked, in its order.
 
     Raises:

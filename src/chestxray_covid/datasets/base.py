@@ -38,6 +38,8 @@ FRONTAL_VIEWS = ("PA", "AP", "AP Supine", "AP Erect", "AP Semi Erect")
 UNKNOWN_VIEW = "unknown"
 #: Columns of the interchange CSV that every data set writes and :class:`ManifestDataset` reads.
 MANIFEST_COLUMNS = ("path", "label", "finding", "patient_id", "source", "view")
+#: Metadata that says who a patient or an image is across collections; goes into the CSV too.
+IDENTITY_COLUMNS = ("origin", "image_id", "numbered_by")
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".dcm"}
@@ -61,7 +63,8 @@ class Sample:
         source: Collection that the radiograph comes from, for example ``"cohen"``.
         view: Projection, ``"PA"``, ``"AP"``, ``"AP Supine"``, ``"L"``, …, or ``"unknown"``.
         metadata: Everything else the source says, as text. ``origin`` and ``image_id``, where
-            present, identify the image in the collection that it was taken over from.
+            present, identify the image in the collection that it was taken over from;
+            ``numbered_by`` is the collection that ``patient_id`` is a number of, if not ``source``.
         read: How the pixels come about; ``read_file`` unless the sample is a phantom.
     """
 
@@ -97,6 +100,8 @@ class Sample:
             digest.update(repr((str(self.path), sorted(self.metadata.items()))).encode())
             return digest.hexdigest()
         try:
+            if not self.path.is_file():  # opening a named pipe would wait for a writer
+                raise FileNotFoundError("no regular file is there")
             digest.update(self.path.read_bytes())
         except OSError as error:
             raise DatasetError(f"{self.path} cannot be read: {error}") from error
@@ -250,8 +255,9 @@ class ChestXrayDataset:
     def to_manifest(self, path: str | os.PathLike[str]) -> Path:
         """Write the data set as the interchange CSV and return its path.
 
-        Paths of images below the CSV's folder are written relative to it, others absolute. The
-        file appears complete or not at all.
+        Paths of images below the CSV's folder are written relative to it, others absolute. Of
+        the metadata, only what tells which patients and images are the same is written. The file
+        appears complete or not at all.
 
         Raises:
             DatasetError: If a sample is a phantom that lies in no file.
@@ -265,17 +271,17 @@ class ChestXrayDataset:
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = target.parent.resolve()
+        identities = [n for n in IDENTITY_COLUMNS if any(s.metadata.get(n) for s in self.samples)]
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 writer = csv.writer(file)
-                writer.writerow(MANIFEST_COLUMNS)
+                writer.writerow([*MANIFEST_COLUMNS, *identities])
                 for s in self.samples:
                     full = s.path.resolve()
                     where = full.relative_to(folder) if full.is_relative_to(folder) else full
-                    writer.writerow(
-                        [str(where), s.label, s.finding, s.patient_id, s.source, s.view]
-                    )
+                    known = [str(where), s.label, s.finding, s.patient_id, s.source, s.view]
+                    writer.writerow([*known, *(s.metadata.get(n, "") for n in identities)])
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -327,19 +333,20 @@ def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
     own = [name for d in datasets for name in d.classes if name not in LABELS]
     classes = [*(name for name in LABELS if name in names), *dict.fromkeys(own)]
     loaded = {s.source for d in datasets for s in d.samples}
-    samples = [
-        replace(s, source=origin)
-        if (origin := s.metadata.get("origin")) in loaded and origin
-        else s
-        for d in datasets
-        for s in d.samples
-    ]
     return ChestXrayDataset(
-        samples,
+        (_counted_to_origin(s, loaded) for d in datasets for s in d.samples),
         classes=classes,
         transform=first.transform,
         target_transform=first.target_transform,
     )
+
+
+def _counted_to_origin(sample: Sample, loaded: set[str]) -> Sample:
+    origin = sample.metadata.get("origin")
+    if not origin or origin not in loaded or origin == sample.source:
+        return sample
+    metadata = {**sample.metadata, "numbered_by": sample.source}
+    return replace(sample, source=origin, metadata=metadata)
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:

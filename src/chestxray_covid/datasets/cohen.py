@@ -99,7 +99,7 @@ class CohenCovidDataset(ChestXrayDataset):
         classes = check_classes(classes)
         folder = existing_folder(root, "the folder of covid-chestxray-dataset")
         rows = read_metadata(folder / "metadata.csv")
-        files = {entry.name for entry in os.scandir(_images(folder))}
+        files = {entry.name for entry in os.scandir(_images(folder)) if entry.is_file()}
         masks = _mask_names(folder)
         patients = _patient_aliases(rows)
         own_labels = {key.strip().lower(): value for key, value in (findings or {}).items()}
@@ -225,13 +225,20 @@ def _mask_names(folder: Path) -> frozenset[str]:
 
 
 def _patient_aliases(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return patient → the patient that an earlier row gives for the same file."""
-    first: dict[str, str] = {}
+    """Return patient → the one patient for all that share a file, directly or through others."""
     alias: dict[str, str] = {}
+    owner: dict[str, str] = {}
+
+    def resolve(patient: str) -> str:
+        while alias.setdefault(patient, patient) != patient:
+            patient = alias[patient]
+        return patient
+
     for row in rows:
-        patient = alias.get(row["patientid"], row["patientid"])
-        alias[row["patientid"]] = first.setdefault(row["filename"], patient)
-    return alias
+        patient = resolve(row["patientid"])
+        if row["filename"]:
+            alias[patient] = resolve(owner.setdefault(row["filename"], patient))
+    return {patient: resolve(patient) for patient in alias}
 
 
 def _why_drop(
@@ -250,6 +257,8 @@ def _why_drop(
         return ("CT volume, not in the repository" if in_volumes else "image file missing"), ""
     if name in seen:
         return "file listed twice", ""
+    if not row["patientid"]:
+        return "patient not given", ""
     if row["modality"] not in modalities:
         return f"modality {row['modality'] or 'not given'}", ""
     view = _VIEWS.get(row["view"].lower(), UNKNOWN_VIEW)

@@ -45,10 +45,9 @@ def patient_groups(
 
 def _identities(sample: Sample) -> Iterable[tuple[str, ...]]:
     # A row that Cohen took over keeps Cohen's patient number, also when counted to its origin.
-    namespace = "origin" if "origin" in sample.metadata else "own"
-    yield namespace, sample.source, sample.patient_id
-    if "image_id" in sample.metadata:
-        yield "image", sample.metadata.get("origin", sample.source), sample.metadata["image_id"]
+    yield "patient", sample.metadata.get("numbered_by") or sample.source, sample.patient_id
+    if image_id := sample.metadata.get("image_id"):
+        yield "image", sample.metadata.get("origin") or sample.source, image_id
 
 
 def find_duplicates(

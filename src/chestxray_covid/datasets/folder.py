@@ -61,6 +61,7 @@ class FolderDataset(ChestXrayDataset):
     Raises:
         DatasetNotFoundError: If ``root`` is no folder or has no class folder.
         DatasetError: If a class folder that was asked for has no image, or none was asked for.
+        ValueError: If ``patient_id`` is no regular expression.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class FolderDataset(ChestXrayDataset):
         classes = check_classes(classes)
         folder = existing_folder(root, "a folder with one folder per class")
         source = source or folder.resolve().name
-        pattern = re.compile(patient_id) if patient_id is not None else None
+        pattern = _pattern(patient_id)
         found = class_folders(folder, labels)
         if not found:
             raise DatasetNotFoundError(
@@ -122,8 +123,9 @@ class ManifestDataset(ChestXrayDataset):
     """Radiographs listed in a CSV, the interchange format of :meth:`ChestXrayDataset.to_manifest`.
 
     Columns ``path``, ``label`` and ``patient_id`` are required; ``source`` (else the CSV's name),
-    ``view`` and ``finding`` are optional; further columns go to ``sample.metadata``. Relative
-    paths start at the CSV's folder. Rows without a file or label are dropped and counted.
+    ``view`` and ``finding`` are optional; further columns go to ``sample.metadata``, where equal
+    ``image_id`` (of equal ``origin``, else ``source``) mark copies of one image. Relative paths
+    start at the CSV's folder. Rows without a file or label are dropped and counted.
 
     Args:
         path: The CSV, UTF-8 with a header; or a folder that holds ``manifest.csv``.
@@ -158,7 +160,7 @@ class ManifestDataset(ChestXrayDataset):
                 dropped[f"label outside the classes ({row['label'] or 'empty'})"] += 1
             elif not row["patient_id"]:
                 dropped["no patient_id"] += 1
-            elif not row["path"] or not file.is_file():
+            elif not row["path"] or not _is_file(file):
                 dropped["image file missing"] += 1
             else:
                 samples.append(_listed(file, row, table.stem))
@@ -208,7 +210,9 @@ class HannoverCovidDataset(ChestXrayDataset):
             path = folder / "png" / f"{row['image_id']}.png"
             if "covid19" not in classes:
                 dropped["finding outside the classes (covid19)"] += 1
-            elif not path.is_file():
+            elif not row["patient_id"]:
+                dropped["no patient_id"] += 1
+            elif not _is_file(path):
                 dropped["image file missing"] += 1
             else:
                 samples.append(
@@ -284,6 +288,22 @@ def _walk(folder: Path) -> Iterator[Path]:
     for here, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in _NOT_IMAGES)
         yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _pattern(expression: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if expression is None else re.compile(expression)
+    except re.error as error:
+        raise ValueError(
+            f"patient_id must be a regular expression, got {expression!r}: {error}"
+        ) from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long, or its folder closed to us
+        return False
 
 
 def _patient(path: Path, root: Path, pattern: re.Pattern[str] | None) -> str | None:

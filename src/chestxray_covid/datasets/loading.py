@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -61,10 +62,10 @@ def map_ahead(
 
 def decoder(dataset: ChestXrayDataset, preprocess: Preprocess) -> Loader:
     """Return a loader that decodes and preprocesses a sample each time it is asked for."""
-    side = (preprocess.size_px, preprocess.size_px)
+    size = preprocess.decode_size()
 
     def load(index: int) -> NDArray[np.uint8]:
-        return preprocess(dataset.image(index, side))
+        return preprocess(dataset.image(index, size))
 
     return load
 
@@ -94,6 +95,8 @@ def cached_decoder(
     Raises:
         ValueError: If the data set has a transform.
         ImageError: If a file cannot be decoded; nothing is added to the cache then.
+        DatasetError: If a file cannot be read.
+        OSError: If the cache cannot be written; nothing is added to it then.
     """
     if dataset.transform is not None:
         raise ValueError(
@@ -107,15 +110,17 @@ def cached_decoder(
         map_ahead(lambda s: s.content_hash(), dataset.samples, workers=workers, ahead=4 * workers)
     )
     rows = _read_shards(place, size)
-    missing = {key: i for i, key in enumerate(keys) if key not in rows}
+    # Sorted, so that a shard's name says its bytes, whoever writes it and in whatever order.
+    missing = dict(sorted((key, i) for i, key in enumerate(keys) if key not in rows))
     if missing:
         load = decoder(dataset, preprocess)
         _write_shard(place, size, missing, load, workers=workers, progress=progress)
         rows = _read_shards(place, size)
 
     def lookup(index: int) -> NDArray[np.uint8]:
-        pixels, row = rows[keys[index]]
-        return pixels[row]
+        shard, row = rows[keys[index]]
+        pixels: NDArray[np.uint8] = shard[row]
+        return pixels
 
     return lookup
 
@@ -126,12 +131,25 @@ def _read_shards(place: Path, size: int) -> dict[str, tuple[NDArray[np.uint8], i
     for index in sorted(place.glob("*.json")):
         try:
             keys = json.loads(index.read_text(encoding="utf-8"))
-            pixels = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            data = np.asarray(np.memmap(index.with_suffix(".npy"), np.uint8, mode="r"))
+        except (OSError, ValueError, RecursionError):
             continue  # damaged or gone: its images are decoded again
-        if pixels.shape == (len(keys), 1, size, size) and pixels.dtype == np.uint8:
-            rows.update((key, (pixels, row)) for row, key in enumerate(keys))
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            continue
+        # Compared, not parsed: NumPy's parser answers damage with errors of half a dozen kinds.
+        header = _npy_header(len(keys), size)
+        pixels = data[len(header) :]
+        if data[: len(header)].tobytes() == header and pixels.size == len(keys) * size**2:
+            shard = pixels.reshape(-1, 1, size, size)
+            rows.update((key, (shard, row)) for row, key in enumerate(keys))
     return rows
+
+
+def _npy_header(count: int, size: int) -> bytes:
+    buffer = io.BytesIO()
+    fields = {"descr": "|u1", "fortran_order": False, "shape": (count, 1, size, size)}
+    np.lib.format.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()
 
 
 def _write_shard(
@@ -143,20 +161,18 @@ def _write_shard(
     workers: int,
     progress: bool,
 ) -> None:
-    name = hashlib.blake2b("".join(sorted(missing)).encode(), digest_size=12).hexdigest()
+    name = hashlib.blake2b("".join(missing).encode(), digest_size=12).hexdigest()
     handle, partial = tempfile.mkstemp(prefix=f".{name}.", suffix=".partial", dir=place)
-    os.close(handle)
     index = Path(f"{partial}.json")
     try:
-        pixels = np.lib.format.open_memmap(
-            partial, mode="w+", dtype=np.uint8, shape=(len(missing), 1, size, size)
-        )
-        decoded = map_ahead(load, missing.values(), workers=workers)
-        bar = tqdm(decoded, "decoding", len(missing), unit="img", disable=not progress)
-        for row, image in enumerate(bar):
-            pixels[row] = image
-        pixels.flush()
-        del pixels
+        # Not through a memory map: on a full disk that ends the process (SIGBUS).
+        with os.fdopen(handle, "wb") as file:
+            file.write(_npy_header(len(missing), size))
+            decoded = map_ahead(load, missing.values(), workers=workers)
+            for image in tqdm(decoded, "decoding", len(missing), unit="img", disable=not progress):
+                file.write(image.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         index.write_text(json.dumps(list(missing)), encoding="utf-8")
         # The index makes a shard valid, so it comes last.
         Path(partial).replace(place / f"{name}.npy")

@@ -6,8 +6,9 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from chestxray_covid.errors import DownloadError, IntegrityError
 
 _PART = re.compile(r"\.[0-9a-f]{16}-[0-9a-f]{8}\.part")
 _STALE_S = 24 * 3600
+#: A part that nobody has written for so long has lost its process: longer than any pause.
+_QUIET_S = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ def fetch(client: Client, file: RemoteFile) -> bool:
     with writing_to(file.target):
         if file.is_at(file.target):
             return False
-        if _bring(client, file) or _bring(client, file):
+        if _bring(client, file, anew=False) or _bring(client, file, anew=True):
             return True
     raise IntegrityError(
         f"{file.url} gave other bytes than the published ones, twice: expected {file.size} bytes "
@@ -100,71 +103,79 @@ def fetch(client: Client, file: RemoteFile) -> bool:
 def remove_stale_parts(folder: Path) -> None:
     """Remove the ``.part`` files in a folder that nobody has touched for 24 hours."""
     for entry in os.scandir(folder) if folder.is_dir() else ():
-        if _PART.fullmatch(entry.name):
-            with suppress(OSError):
-                if entry.stat(follow_symlinks=False).st_mtime < time.time() - _STALE_S:
-                    Path(entry.path).unlink()
+        if _PART.fullmatch(entry.name) and _is_older(path := Path(entry.path), _STALE_S):
+            with suppress(OSError):  # a folder may be read-only
+                path.unlink()
 
 
-def _bring(client: Client, file: RemoteFile) -> bool:
+def _bring(client: Client, file: RemoteFile, *, anew: bool) -> bool:
     """Return whether the right bytes arrived and are in place."""
-    part = _own_part(file)
     try:
+        return _bring_once(client, file, anew)
+    except FileNotFoundError:
+        # where locks do not work, another process may have finished, and tidied up
+        return file.is_at(file.target) or _bring_once(client, file, anew)
+
+
+def _bring_once(client: Client, file: RemoteFile, anew: bool) -> bool:
+    key = hashlib.sha256(f"{file.target.name}\0{file.sha1}".encode()).hexdigest()[:16]
+    folder = file.target.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{key}-{secrets.token_hex(4)}.part"
+    try:
+        if not anew:
+            _take_over(folder.glob(f".{key}-*.part"), part)
         client.persist(file.url, lambda: _receive(client, file, part), lambda: _size(part))
         if not file.is_at(part):
             part.unlink()
             return False
         sync_file(part)
         part.replace(file.target)
-    except FileNotFoundError:
-        # where locks do not work, another process can have taken the part over
-        return file.is_at(file.target)
-    except DownloadError:
+    except (DownloadError, FileNotFoundError):
         raise
     except OSError:
         part.unlink(missing_ok=True)  # the disk may be full
         raise
+    for left in folder.glob(f".{key}-*.part"):
+        left.unlink(missing_ok=True)
     return True
 
 
-def _own_part(file: RemoteFile) -> Path:
-    """Return a name of our own for the arriving bytes, with what an earlier run left of them."""
-    folder = file.target.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(f"{file.target.name}\0{file.sha1}".encode()).hexdigest()[:16]
-    part = folder / f".{key}-{secrets.token_hex(4)}.part"
-    for left in folder.glob(f".{key}-*.part"):
-        with suppress(FileNotFoundError):
-            left.replace(part)
-            break
-    return part
+def _take_over(parts: Iterable[Path], part: Path) -> None:
+    """Begin a part with what earlier runs left, without touching what may still be in use."""
+    left = sorted(parts, key=_size)
+    if left:
+        shutil.copyfile(left[-1], part)
+    for path in left:
+        if _is_older(path, _QUIET_S):
+            path.unlink(missing_ok=True)
 
 
 def _receive(client: Client, file: RemoteFile, part: Path) -> None:
-    """Add to a part what it lacks; it never gets larger than the file."""
+    """Add to a part what it lacks, or what the server says is all; never more than the size."""
     offset = _size(part)
     if offset > file.size:
         part.unlink()
         offset = 0
-    part.touch()
     if offset == file.size:
+        part.touch()  # an empty file needs no request
         return
     with client.open(file.url, start=offset) as response:
         if offset and not _continues(response, offset, file.size):
-            # a new file, not a truncated one, in case that another process has it open
             part.unlink()
-            if response.status_code != 200:
-                raise TransientError(f"the server does not go on from byte {offset}")
-            part.touch()
             offset = 0
-        with part.open("rb+") as output:
-            output.seek(offset)
+            if response.status_code != 200:
+                raise TransientError("the server does not continue what it began")
+        promised = response.headers.get("Content-Length", "")
+        end = offset + int(promised) if promised.isdecimal() else file.size
+        with part.open("ab") as output:
             for piece in client.pieces(response):
                 output.write(piece[: file.size - offset])
                 offset += len(piece)
                 if offset >= file.size:
                     return
-    raise TransientError(f"the answer ended after {offset} of {file.size} bytes")
+    if offset < end:
+        raise TransientError(f"the answer ended after {offset} of {file.size} bytes")
 
 
 def _size(path: Path) -> int:
@@ -172,6 +183,13 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _is_older(path: Path, seconds: float) -> bool:
+    try:
+        return path.lstat().st_mtime < time.time() - seconds
+    except FileNotFoundError:
+        return False
 
 
 def _continues(response: requests.Response, offset: int, size: int) -> bool:

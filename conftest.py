@@ -1,0 +1,54 @@
+"""Python snippets of README and documentation are run as tests, each document in its own folder.
+
+There they find what their reader would have: phantoms in the layouts of the public collections
+below ``data/``, and a small checkpoint in ``runs/first``.
+"""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+from sybil import Sybil
+from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
+
+ROOT = Path(__file__).parent
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/*.md"],
+    fixtures=["_reader"],
+).pytest()
+
+
+@pytest.fixture(scope="session")
+def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with ``data/`` and ``runs/first`` as a reader of the README has them."""
+    from chestxray_covid import ModelConfig, Preprocess, SyntheticChestXray, build_densenet121
+    from chestxray_covid.checkpoint import save_checkpoint
+    from chestxray_covid.models import to_tensors
+
+    folder = tmp_path_factory.mktemp("reader")
+    labels = ("normal", "pneumonia", "covid19")
+    SyntheticChestXray(48, classes=labels, image_size_px=64).save(folder / "data" / "phantoms")
+    examples = runpy.run_path(str(ROOT / "examples" / "phantoms.py"))
+    examples["draw"](folder / "data", count=150, image_size_px=64)
+    config = ModelConfig(classes=("normal", "covid19"), preprocess=Preprocess(size_px=64))
+    model = build_densenet121(pretrained=False)
+    save_checkpoint(folder / "runs" / "first", config, to_tensors(model))
+    return folder
+
+
+@pytest.fixture
+def _reader(
+    request: pytest.FixtureRequest, reader_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work in a folder of the document's own, with links to the reader's files."""
+    own = reader_files / Path(request.node.path).stem
+    for link in (p for parent in ("data", "runs") for p in (reader_files / parent).iterdir()):
+        place = own / link.parent.name / link.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists():
+            place.symlink_to(link)
+    monkeypatch.chdir(own)

@@ -1,0 +1,142 @@
+"""The network while it trains: forward pass, optimizer, average, and all of it as tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from chestxray_covid.models import (
+    load_tensors,
+    native_bfloat16,
+    normalise,
+    set_training_mode,
+    to_array,
+    to_tensors,
+)
+from chestxray_covid.training_config import TrainingConfig
+
+
+class TrainingNetwork:
+    """A network with its optimizer on the run's device, in the run's precision.
+
+    Args:
+        model: Trained in place.
+        config: Options of the run.
+        accelerator: Places, distributes and gathers.
+        targets: ``(N,)`` classes of the training images, for class weights.
+    """
+
+    def __init__(
+        self,
+        model: torchvision.models.DenseNet,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        targets: Sequence[int],
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        plain = kind(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self._net, self._optimizer = accelerator.prepare(model, plain)
+        self._average: AveragedModel | None = None
+        if config.ema_decay:
+            average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+            self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.class_weights = self._balanced(targets) if config.class_weights else None
+        native = config.precision == "auto" and native_bfloat16(self.device)
+        self.bfloat16 = native or config.precision == "bfloat16"
+
+    def _balanced(self, targets: Sequence[int]) -> Tensor:
+        """Return N / (K · n_k) for each class, as scikit-learn's ``class_weight="balanced"``."""
+        counts = np.bincount(targets, minlength=self._model.classifier.out_features)
+        weights = counts.sum() / (len(counts) * counts)
+        return torch.tensor(weights, dtype=torch.float32, device=self.device)
+
+    @property
+    def best(self) -> torchvision.models.DenseNet:
+        """What is validated and saved: the average if one is kept, else the network itself."""
+        chosen: torchvision.models.DenseNet = (
+            self._model if self._average is None else self._average.module
+        )
+        return chosen
+
+    def train(self) -> None:
+        """Put what trains in training mode."""
+        set_training_mode(self._model)
+
+    def backward(self, pixels: Tensor, targets: Tensor, *, batches: int, last: bool) -> float:
+        """Add the gradient of one batch and return its loss.
+
+        Args:
+            pixels: ``(N, 1, S, S)`` float32 in [0, 255], augmented.
+            targets: ``(N,)`` int64.
+            batches: Batches of this optimizer step, by which the gradient is divided.
+            last: Whether it is the step's last, after which processes share their gradients.
+        """
+        with contextlib.nullcontext() if last else self._accelerator.no_sync(self._net):
+            loss = F.cross_entropy(
+                self.forward(self._net, pixels),
+                targets,
+                weight=self.class_weights,
+                label_smoothing=self._config.label_smoothing,
+            )
+            self._accelerator.backward(loss / batches)
+        return float(loss.detach())
+
+    def step(self, rate: float) -> None:
+        """Move the weights with the gradient added so far, at this learning rate."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.update_parameters(self._model)
+
+    def forward(self, net: Any, pixels: Tensor) -> Tensor:
+        """Return ``(N, K)`` float32 logits of ``(N, 1, S, S)`` pixels in [0, 255]."""
+        images = normalise(pixels, self._config.preprocess)
+        if self._config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            logits: Tensor = net(images)
+        return logits.float()
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return weights, average and optimizer state."""
+        tensors = {f"model.{k}": v for k, v in to_tensors(self._model).items()}
+        if self._average is not None:
+            tensors |= {f"average.{k}": v for k, v in to_tensors(self._average).items()}
+        for i, values in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": to_array(v) for k, v in values.items()}
+        return tensors
+
+    def load_state(self, tensors: dict[str, NDArray[Any]]) -> None:
+        """Take over what :meth:`state` returned; the next step is bit for bit the same."""
+        load_tensors(self._model, _below(tensors, "model."))
+        if self._average is not None:
+            load_tensors(self._average, _below(tensors, "average."))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in _below(tensors, "optimizer.").items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = torch.from_numpy(value.copy())
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _below(tensors: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

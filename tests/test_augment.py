@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual name
+
+from chestxray_covid.augment import Augmentation
+
+#: Everything at once, stronger than the default.
+STRONG = Augmentation(
+    rotation_deg=20,
+    horizontal_flip=0.5,
+    crop_min=0.6,
+    gamma=2,
+    contrast=2,
+    brightness=0.3,
+    blur=0.5,
+    noise=0.1,
+)
+#: What changes nothing, as arguments to change one of.
+NOTHING = Augmentation.none().to_dict()
+
+
+def only(**option: float) -> Augmentation:
+    """Return an augmentation with one option."""
+    return Augmentation(**{**NOTHING, **option})
+
+
+def images(count: int = 4, side: int = 32, seed: int = 0) -> Tensor:
+    """Return random pixels, ``(N, 1, S, S)`` uint8."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(0, 256, (count, 1, side, side), dtype=np.uint8))
+
+
+def smooth(side: int = 64) -> Tensor:
+    """Return a drawing without noise, ``(1, 1, S, S)`` uint8."""
+    image = Image.new("L", (side, side), 60)
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((side // 8, side // 6, side // 2, side - 4), fill=200)
+    draw.rectangle((side // 2, side // 3, side - 9, side // 2), fill=130)
+    return torch.from_numpy(np.array(image))[None, None]
+
+
+def vary(augmentation: Augmentation, pixels: Tensor, draws: list[int], **where: int) -> Tensor:
+    return augmentation(pixels, **{"seed": 3, "epoch": 5, **where}, draws=draws)
+
+
+# ---------------------------------------------------------------- what the numbers depend on
+
+
+def test_a_sample_is_varied_alike_whatever_its_batch() -> None:
+    pixels = images(8)
+    draws = [11, 7, 300, 0, 4, 5, 6, 12345678901]
+    together = vary(STRONG, pixels, draws)
+    for i, draw in enumerate(draws):
+        assert torch.equal(vary(STRONG, pixels[i : i + 1], [draw])[0], together[i])
+    order = [5, 2, 7, 0, 1, 6, 4, 3]
+    turned = vary(STRONG, pixels[order], [draws[i] for i in order])
+    assert torch.equal(turned, together[order])
+
+
+def test_neither_global_random_state_nor_earlier_calls_matter() -> None:
+    pixels = images()
+    torch.manual_seed(1)
+    first = vary(STRONG, pixels, [0, 1, 2, 3])
+    torch.manual_seed(2)
+    vary(STRONG, pixels, [9, 9, 9, 9])
+    assert torch.equal(vary(STRONG, pixels, [0, 1, 2, 3]), first)
+
+
+def test_global_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    vary(STRONG, images(), [0, 1, 2, 3])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("where", [{"seed": 4}, {"epoch": 6}])
+def test_another_seed_or_epoch_varies_otherwise(where: dict[str, int]) -> None:
+    pixels = images(1)
+    assert not torch.equal(vary(STRONG, pixels, [0], **where), vary(STRONG, pixels, [0]))
+
+
+def test_each_draw_of_one_image_varies_it_otherwise() -> None:
+    varied = vary(STRONG, images(1).repeat(50, 1, 1, 1), list(range(50)))
+    assert len({v.numpy().tobytes() for v in varied}) == 50
+
+
+def test_one_option_leaves_the_numbers_of_the_others_alone() -> None:
+    pixels = smooth()
+    for draw in range(20):
+        alone = vary(only(brightness=0.3), pixels, [draw])
+        both = vary(only(brightness=0.3, rotation_deg=1e-6, noise=1e-9), pixels, [draw])
+        torch.testing.assert_close(alone, both, atol=0.05, rtol=0)
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def test_no_augmentation_is_the_identity() -> None:
+    pixels = images()
+    found = vary(Augmentation.none(), pixels, [0, 1, 2, 3])
+    assert found.dtype == torch.float32
+    assert torch.equal(found, pixels.to(torch.float32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(32, 65),
+    st.sampled_from([STRONG, Augmentation(), only(gamma=10), only(contrast=10), only(noise=0.99)]),
+    st.integers(0, 2**40),
+)
+def test_output_is_float_of_the_same_shape_within_the_grey_scale(
+    count: int, side: int, augmentation: Augmentation, draw: int
+) -> None:
+    pixels = images(count, side)
+    before = pixels.clone()
+    found = vary(augmentation, pixels, list(range(draw, draw + count)))
+    assert (found.shape, found.dtype) == ((count, 1, side, side), torch.float32)
+    assert torch.isfinite(found).all()
+    assert 0 <= found.min() <= found.max() <= 255
+    assert torch.equal(pixels, before), "the caller's pixels stay as they were"
+
+
+@pytest.mark.parametrize("side", [32, 33, 64, 150])
+@pytest.mark.parametrize("angle", [0.1, 7, 20, 45])
+def test_rotation_never_fills_corners_with_black(side: int, angle: float) -> None:
+    white = torch.full((1, 1, side, side), 255, dtype=torch.uint8)
+    found = vary(only(rotation_deg=angle), white.expand(10, -1, -1, -1), list(range(10)))
+    assert found.min() > 254.9
+
+
+def test_crops_of_a_white_image_are_white() -> None:
+    white = torch.full((20, 1, 64, 64), 255, dtype=torch.uint8)
+    found = vary(only(crop_min=0.3, rotation_deg=45), white, list(range(20)))
+    assert found.min() > 254.9
+
+
+# ---------------------------------------------------------------- each option against torchvision
+
+
+def drawn(draw: int, *, seed: int = 3, epoch: int = 5) -> dict[str, float]:
+    """Return the numbers of a draw, in the order in which they are documented to be drawn."""
+    rng = np.random.default_rng([seed, epoch, 2, draw])
+    numbers: dict[str, float] = {}
+    numbers["flip"], numbers["blur"] = rng.random(), rng.random()
+    numbers["sigma"], numbers["angle"] = rng.uniform(0.3, 1.2), rng.uniform(-1, 1)
+    numbers["side"], numbers["across"], numbers["down"] = (rng.random() for _ in range(3))
+    numbers["gamma"], numbers["contrast"], numbers["shift"] = rng.uniform(-1, 1, 3)
+    return numbers
+
+
+@pytest.mark.parametrize("draw", range(5))
+def test_flips_are_torchvisions(draw: int) -> None:
+    found = vary(only(horizontal_flip=0.5), images(1), [draw])[0]
+    expected = images(1)[0].float()
+    if drawn(draw)["flip"] < 0.5:
+        expected = F.horizontal_flip(expected)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("draw", range(5))
+def test_rotations_are_torchvisions_away_from_the_border(draw: int) -> None:
+    pixels = smooth(65)
+    found = vary(only(rotation_deg=30), pixels, [draw])[0]
+    angle = 30 * drawn(draw)["angle"]
+    expected = F.rotate(pixels[0].float(), angle, interpolation=F.InterpolationMode.BILINEAR)
+    inner = slice(12, -12)
+    difference = (found - expected)[:, inner, inner].abs()
+    assert difference.max() < 1e-2
+
+
+@pytest.mark.parametrize("draw", range(5))
+def test_crops_are_torchvisions(draw: int) -> None:
+    pixels, numbers = images(1, 100), drawn(draw)
+    found = vary(only(crop_min=0.5), pixels, [draw])[0]
+    width = round(100 * (0.5 + 0.5 * numbers["side"]))
+    top, left = (round(numbers[n] * (100 - width)) for n in ("down", "across"))
+    part = pixels[0, :, top : top + width, left : left + width].float()
+    expected = F.resize(part, [100, 100], antialias=True)
+    torch.testing.assert_close(found, expected.clamp(0, 255), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("draw", range(5))
+def test_gamma_is_torchvisions(draw: int) -> None:
+    pixels = images(1)
+    found = vary(only(gamma=2), pixels, [draw])[0]
+    expected = 255 * F.adjust_gamma(pixels[0] / 255, 2 ** drawn(draw)["gamma"])
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("draw", range(5))
+def test_contrast_is_torchvisions(draw: int) -> None:
+    pixels = images(1)
+    found = vary(only(contrast=2), pixels, [draw])[0]
+    expected = 255 * F.adjust_contrast(pixels[0] / 255, 2 ** drawn(draw)["contrast"])
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("draw", range(5))
+def test_brightness_shifts_the_grey_level(draw: int) -> None:
+    pixels = images(1)
+    found = vary(only(brightness=0.2), pixels, [draw])[0]
+    expected = (pixels[0] + 255 * 0.2 * drawn(draw)["shift"]).clamp(0, 255)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("draw", range(5))
+def test_blur_is_torchvisions(draw: int) -> None:
+    pixels, numbers = images(1), drawn(draw)
+    found = vary(only(blur=0.5), pixels, [draw])[0]
+    expected = pixels[0].float()
+    if numbers["blur"] < 0.5:
+        expected = F.gaussian_blur(expected, [5, 5], [numbers["sigma"]] * 2)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_noise_is_gaussian_and_of_at_most_the_given_strength() -> None:
+    grey = torch.full((200, 1, 64, 64), 128, dtype=torch.uint8)
+    difference = (vary(only(noise=0.05), grey, list(range(200))) - 128).flatten(1).double()
+    deviations = difference.std(dim=1)
+    assert deviations.max() < 255 * 0.05 * 1.05
+    # Uniform strengths: half the largest on average, and a kurtosis of 3 for each image.
+    assert deviations.mean().item() == pytest.approx(255 * 0.05 / 2, rel=0.1)
+    assert difference.mean().abs() < 0.1
+    kurtosis = ((difference / deviations[:, None]) ** 4).mean(dim=1)
+    assert kurtosis.median().item() == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.parametrize("probability", [0, 0.4, 1])
+def test_as_many_images_are_mirrored_as_asked(probability: float) -> None:
+    ramp = torch.arange(32, dtype=torch.uint8).expand(1, 1, 32, 32)
+    count = 2000
+    found = vary(
+        only(horizontal_flip=probability, brightness=1e-6),
+        ramp.expand(count, -1, -1, -1),
+        list(range(count)),
+    )
+    share = (found[:, 0, 0, 0] > found[:, 0, 0, -1]).double().mean().item()
+    four_deviations = 4 * math.sqrt(probability * (1 - probability) / count)
+    assert abs(share - probability) <= four_deviations
+
+
+@pytest.mark.parametrize("name", ["rotation_deg", "crop_min", "gamma", "contrast", "brightness"])
+def test_variation_goes_to_either_side_and_no_further(name: str) -> None:
+    # A wedge tells rotation; a ramp the others. Here only that draws differ and average out.
+    numbers = [drawn(draw) for draw in range(500)]
+    key = {"rotation_deg": "angle", "crop_min": "side", "brightness": "shift"}.get(name, name)
+    values = np.array([n[key] for n in numbers])
+    low, high = (0, 1) if name == "crop_min" else (-1, 1)
+    assert low <= values.min() < low + 0.05 * (high - low)
+    assert high - 0.05 * (high - low) < values.max() <= high
+    assert abs(values.mean() - (low + high) / 2) < 0.1
+
+
+# ---------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("rotation_deg", v) for v in (-1, 45.1, math.nan, math.inf)),
+        *(("horizontal_flip", v) for v in (-0.1, 1.1, math.nan)),
+        *(("crop_min", v) for v in (0, 0.04, 1.01, math.nan)),
+        *(("gamma", v) for v in (0.9, 11, math.nan)),
+        *(("contrast", v) for v in (0.9, 11, math.nan)),
+        *(("brightness", v) for v in (-0.1, 1, math.nan)),
+        *(("blur", v) for v in (-0.1, 1.1, math.nan)),
+        *(("noise", v) for v in (-0.1, 1, math.nan)),
+    ],
+)
+def test_an_option_out_of_range_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be in \[.*\], got {value}"):
+        Augmentation(**{name: value})
+
+
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("value", ["1", None, True, [1]])
+def test_an_option_that_is_no_number_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a number, got"):
+        Augmentation(**{name: value})
+
+
+def test_options_become_data_and_come_back() -> None:
+    assert Augmentation(**STRONG.to_dict()) == STRONG
+    assert set(NOTHING) == set(STRONG.to_dict())
+
+
+def test_as_many_draws_as_images_are_needed() -> None:
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        vary(STRONG, images(3), [0, 1])

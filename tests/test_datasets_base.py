@@ -1,0 +1,511 @@
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import operator
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from chestxray_covid.datasets.base import (
+    LABELS,
+    MANIFEST_COLUMNS,
+    ChestXrayDataset,
+    Sample,
+    check_classes,
+    concatenate,
+    existing_folder,
+    lung_mask,
+)
+from chestxray_covid.datasets.cohen import CohenCovidDataset
+from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.datasets.folder import FolderDataset, HannoverCovidDataset, ManifestDataset
+from chestxray_covid.datasets.report import DatasetReport, summarise
+from chestxray_covid.datasets.synthetic import SyntheticChestXray
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError, ImageNotFoundError
+from sources import draw, write_cohen, write_csv, write_folder, write_hannover, write_image
+
+#: Names that break naive CSV, shells, terminals and encodings.
+HOSTILE_NAMES = (
+    "new\nline.png",
+    "carriage\rreturn.png",
+    "comma, and; semicolon.png",
+    "\"quotes\" and 'others'.png",
+    "=cmd|'calc'!A0.png",
+    "+1+1.png",
+    "@SUM(A1).png",
+    " leading and trailing .png",
+    "\ttab.png",
+    "#comment.png",
+    "%s%n{0}.png",
+    "-rf.png",
+    "null.png",
+    "NaN.png",
+    "007.png",
+    "back\\slash.png",
+    "bell\a and escape \x1b[31m.png",
+    "not utf-8 \udcff\udcfe\udc80.png",
+    "n" * 196 + ".png",
+    "\u05e2\u05d1\u05e8\u05d9\u05ea \u0627\u0644\u0639\u0631\u0628\u064a\u0629.png",
+    "\u202egnp.exe.png",
+    "\ufeffmark.png",
+    "e\u0301 decomposed.png",
+    "\U0001fac1 lungs.png",
+    "line\u2028separator.png",
+)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> FolderDataset:
+    return FolderDataset(write_folder(tmp_path / "site", {"Normal": 3, "COVID": 2}))
+
+
+def sample(path: str = "a.png", label: str = "normal", **fields: Any) -> Sample:
+    plain = {"finding": label, "patient_id": "1", "source": "site"}
+    return Sample(path=Path(path), label=label, **{**plain, **fields})
+
+
+def size_of(image: Image.Image) -> tuple[int, int]:
+    return image.size
+
+
+# Items
+
+
+def test_an_item_is_a_grey_image_with_the_integer_of_its_class(dataset: FolderDataset) -> None:
+    image, target = dataset[4]
+    assert isinstance(image, Image.Image)
+    assert (image.mode, target) == ("L", 0)
+    assert dataset.classes == ("normal", "covid19")
+    assert dataset.class_to_idx == {"normal": 0, "covid19": 1}
+    assert dataset.targets == [1, 1, 0, 0, 0]
+    assert image.tobytes() == draw("Normal-2.png").tobytes()
+
+
+def test_a_negative_index_counts_from_the_end(dataset: FolderDataset) -> None:
+    assert dataset[-1][0].tobytes() == dataset[4][0].tobytes()
+    assert dataset[-5][1] == dataset[0][1] == 1
+
+
+@pytest.mark.parametrize("index", [5, -6, 10**9])
+def test_an_index_outside_raises_so_that_iteration_ends(dataset: FolderDataset, index: int) -> None:
+    with pytest.raises(IndexError, match="out of range"):
+        dataset[index]
+    items: Iterator[tuple[Any, Any]] = iter(dataset)  # type: ignore[call-overload]
+    assert [target for _, target in items] == dataset.targets
+
+
+@pytest.mark.parametrize("index", [np.int64(1), np.uint8(1), np.array(1), torch.tensor(1)])
+def test_integers_of_numpy_and_torch_are_indices(dataset: FolderDataset, index: Any) -> None:
+    assert dataset[index][0].tobytes() == dataset[1][0].tobytes()
+
+
+@pytest.mark.parametrize("index", [1.0, "1", None, slice(2), np.bool_(True)])
+def test_what_is_no_integer_is_no_index(dataset: FolderDataset, index: Any) -> None:
+    with pytest.raises(TypeError, match="integer"):
+        dataset[index]
+
+
+def test_transforms_see_the_image_and_the_integer_target(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "site", {"Normal": 1, "COVID": 1})
+    dataset = FolderDataset(root, transform=size_of, target_transform=str)
+    assert [dataset[i] for i in (0, 1)] == [((48, 40), "1"), ((48, 40), "0")]
+    assert dataset.targets == [1, 0]
+
+
+def test_a_reduced_image_is_decoded_only_where_no_transform_asks_for_all(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "COVID" / "large.jpeg", size=(800, 640))
+    plain = FolderDataset(tmp_path)
+    assert plain.image(0, (100, 80)).size == (100, 80)
+    assert plain.image(0).size == plain[0][0].size == (800, 640)
+    assert FolderDataset(tmp_path, transform=size_of).image(0, (100, 80)) == (800, 640)
+    path.unlink()
+    with pytest.raises(ImageNotFoundError, match=r"large\.jpeg does not exist"):
+        plain[0]
+
+
+def test_torch_loads_batches_of_it(dataset: FolderDataset) -> None:
+    chosen = FolderDataset(Path(dataset.report().root), transform=np.array)
+    loader = torch.utils.data.DataLoader(chosen, batch_size=2, num_workers=0)  # type: ignore[arg-type]
+    batches = list(loader)
+    assert [tuple(pixels.shape) for pixels, _ in batches] == [(2, 40, 48)] * 2 + [(1, 40, 48)]
+    assert [int(t) for _, targets in batches for t in targets] == dataset.targets
+
+
+def test_it_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    cohen = CohenCovidDataset(write_cohen(tmp_path), transform=operator.attrgetter("size"))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        there = list(pool.map(cohen.__getitem__, [0, -1]))
+        subset = pool.submit(cohen.subset, [2, 0]).result()
+    assert there == [cohen[0], cohen[-1]]
+    assert subset.samples == (cohen.samples[2], cohen.samples[0])
+    assert all(s.is_file for s in subset.samples)
+    assert subset.metadata.equals(cohen.subset([2, 0]).metadata)
+
+
+def test_it_says_what_it_holds(dataset: FolderDataset) -> None:
+    assert repr(dataset) == "<FolderDataset of 5 radiographs (normal: 3, covid19: 2) from site>"
+    assert repr(dataset.subset([])) == (
+        "<ChestXrayDataset of 0 radiographs (normal: 0, covid19: 0) from empty>"
+    )
+
+
+def test_a_label_that_is_no_class_is_refused() -> None:
+    with pytest.raises(DatasetError, match=r"Labels \['covid19', 'x'\] are not among the classes"):
+        ChestXrayDataset([sample(), sample(label="x"), sample(label="covid19")], classes=["normal"])
+
+
+@pytest.mark.parametrize("classes", [(), ("normal", "normal"), ("normal", "")])
+def test_classes_must_be_different_names(classes: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="one or more different names"):
+        check_classes(classes)
+
+
+def test_classes_must_not_be_one_string() -> None:
+    with pytest.raises(TypeError, match="got the string 'normal'"):
+        check_classes("normal")
+
+
+def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    assert existing_folder("~/data", "data") == tmp_path / "data"
+
+
+@pytest.mark.parametrize("name", ["nothing", "file.txt", "nul\0"])
+def test_what_is_no_folder_is_not_found(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(DatasetNotFoundError, match="is no folder, expected the radiographs"):
+        existing_folder(tmp_path / name, "the radiographs")
+
+
+@pytest.mark.parametrize(
+    ("view", "is_frontal"),
+    [("PA", True), ("AP Semi Erect", True), ("L", False), ("Axial", False), ("unknown", False)],
+)
+def test_a_sample_is_frontal_only_if_its_view_is_known_to_be(view: str, is_frontal: bool) -> None:
+    assert sample(view=view).is_frontal is is_frontal
+
+
+# Parts of it and sums
+
+
+def test_a_subset_has_the_samples_in_the_order_asked_for(dataset: FolderDataset) -> None:
+    part = dataset.subset(np.array([4, 0, -2]))
+    assert part.samples == tuple(dataset.samples[i] for i in (4, 0, 3))
+    assert part.targets == [0, 1, 0]
+    with pytest.raises(IndexError, match="out of range"):
+        dataset.subset([5])
+    with pytest.raises(TypeError, match="bool"):
+        dataset.subset(np.array([True, False]))
+
+
+def test_a_filter_keeps_classes_and_transforms(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "site", {"Normal": 3, "COVID": 2})
+    whole = FolderDataset(root, transform=size_of, target_transform=str)
+    covid = whole.filter(lambda s: s.label == "covid19")
+    assert (len(covid), covid.classes, covid[0]) == (2, whole.classes, ((48, 40), "1"))
+    assert covid.report().kept == covid.report().found == 2
+
+
+def test_a_limit_takes_some_of_each_class_in_their_order(dataset: FolderDataset) -> None:
+    whole = SyntheticChestXray(90, classes=LABELS)
+    part = whole.limit(7, seed=3)
+    positions = [whole.samples.index(s) for s in part.samples]
+    assert positions == sorted(positions)
+    assert [part.targets.count(c) for c in range(3)] == [7, 7, 7]
+    assert whole.limit(7, seed=3).samples == part.samples
+    assert whole.limit(7, seed=4).samples != part.samples
+    assert dataset.limit(100).samples == dataset.samples
+
+
+@pytest.mark.parametrize("count", [0, -1, float("nan")])
+def test_a_limit_is_positive(dataset: FolderDataset, count: Any) -> None:
+    with pytest.raises(ValueError, match="per_class must be positive"):
+        dataset.limit(count)
+
+
+def test_a_sum_has_the_classes_of_all_in_canonical_order(tmp_path: Path) -> None:
+    covid = FolderDataset(write_folder(tmp_path / "a", {"COVID": 2}), classes=["covid19"])
+    counts = {"edema": 1, "Normal": 1}
+    other = FolderDataset(write_folder(tmp_path / "b", counts), classes=["edema", "normal"])
+    both = covid + other
+    assert both.classes == ("normal", "covid19", "edema")
+    assert both.samples == covid.samples + other.samples
+    assert both.targets == [1, 1, 0, 2]
+    assert both.sources == ("a", "b")
+
+
+def test_a_row_that_was_taken_over_counts_to_its_origin_where_that_is_loaded(
+    tmp_path: Path,
+) -> None:
+    cohen = CohenCovidDataset(write_cohen(tmp_path / "cohen"))
+    hannover = HannoverCovidDataset(write_hannover(tmp_path / "hannover"))
+    folder = FolderDataset(write_folder(tmp_path / "site"))
+    taken = [i for i, s in enumerate(cohen.samples) if s.metadata.get("origin") == "hannover"]
+    assert [(cohen + folder).samples[i].source for i in taken] == ["cohen"]
+    both = cohen + hannover
+    assert [both.samples[i].source for i in taken] == ["hannover"]
+    assert sum(s.source == "cohen" for s in both.samples) == len(cohen) - 1
+    groups = patient_groups(both, find_copies=False)
+    image_id = cohen.samples[taken[0]].metadata["image_id"]
+    twin = [i for i, s in enumerate(hannover.samples) if s.metadata["image_id"] == image_id]
+    assert groups[taken[0]] == groups[len(cohen) + twin[0]]
+    assert len(set(groups)) == len({(s.source, s.patient_id) for s in both.samples}) - 1
+
+
+def test_nothing_cannot_be_concatenated() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        concatenate([])
+
+
+@pytest.mark.parametrize("option", ["transform", "target_transform"])
+def test_sums_of_different_transforms_are_refused(tmp_path: Path, option: str) -> None:
+    root = write_folder(tmp_path / "site")
+    plain, changed = FolderDataset(root), FolderDataset(root, **{option: str})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="different transforms"):
+        concatenate([plain, changed])
+    assert getattr(concatenate([changed, changed]), option) is str
+
+
+# The table
+
+
+def test_the_table_has_a_row_per_sample_in_order(tmp_path: Path) -> None:
+    cohen = CohenCovidDataset(write_cohen(tmp_path))
+    table = cohen.metadata
+    assert list(table.columns[:6]) == list(MANIFEST_COLUMNS)
+    assert list(table.index) == list(range(len(cohen)))
+    for name in ("label", "finding", "patient_id", "source", "view"):
+        assert list(table[name]) == [getattr(s, name) for s in cohen.samples]
+    assert list(table["path"]) == [str(s.path) for s in cohen.samples]
+    assert list(table["license"]) == [s.metadata["license"] for s in cohen.samples]
+    part = cohen.subset([3, 1])
+    assert list(part.metadata["path"]) == [str(s.path) for s in part.samples]
+
+
+def test_the_table_of_nothing_has_the_columns() -> None:
+    empty = ChestXrayDataset([], classes=["normal"])
+    assert list(empty.metadata.columns) == list(MANIFEST_COLUMNS)
+    assert len(empty.metadata) == len(empty) == 0
+
+
+def test_own_columns_of_a_source_do_not_replace_the_fields() -> None:
+    whole = ChestXrayDataset([sample(metadata={"label": "x", "age": "5"})], classes=["normal"])
+    assert whole.metadata.loc[0, ["label", "age"]].tolist() == ["normal", "5"]
+
+
+# The interchange CSV
+
+
+def test_a_manifest_brings_back_the_data_set(tmp_path: Path) -> None:
+    cohen = CohenCovidDataset(write_cohen(tmp_path / "cohen"), classes=LABELS)
+    folder = FolderDataset(write_folder(tmp_path / "out" / "site"))
+    whole = cohen + folder
+    manifest = whole.to_manifest(tmp_path / "out" / "deeper" / ".." / "list.csv")
+    back = ManifestDataset(manifest, classes=LABELS)
+    fields = ("label", "finding", "patient_id", "source", "view")
+    assert [[getattr(s, f) for f in fields] for s in back.samples] == [
+        [getattr(s, f) for f in fields] for s in whole.samples
+    ]
+    assert [s.path.resolve() for s in back.samples] == [s.path.resolve() for s in whole.samples]
+    assert back.targets == whole.targets
+    with manifest.open(encoding="utf-8", newline="") as file:
+        paths = [row["path"] for row in csv.DictReader(file)]
+    below = [Path(p) for p in paths if not Path(p).is_absolute()]
+    assert below == [Path("site", s.path.parent.name, s.path.name) for s in folder.samples]
+    assert sorted(p.name for p in manifest.parent.iterdir()) == ["deeper", "list.csv", "site"]
+
+
+def test_a_manifest_still_knows_images_of_two_collections_to_be_one(tmp_path: Path) -> None:
+    cohen = CohenCovidDataset(write_cohen(tmp_path / "cohen"))
+    hannover = HannoverCovidDataset(write_hannover(tmp_path / "hannover"))
+    for whole in (cohen + hannover, cohen, hannover):
+        back = ManifestDataset(whole.to_manifest(tmp_path / "list.csv"))
+        assert patient_groups(back, find_copies=False) == patient_groups(whole, find_copies=False)
+    later = concatenate(
+        [ManifestDataset(d.to_manifest(tmp_path / "part.csv")) for d in (cohen, hannover)]
+    )
+    assert later.sources == ("cohen", "hannover")
+    assert patient_groups(later, find_copies=False) == patient_groups(
+        cohen + hannover, find_copies=False
+    )
+
+
+def test_hostile_file_names_survive_a_manifest(tmp_path: Path) -> None:
+    for name in HOSTILE_NAMES:
+        write_image(tmp_path / "COVID" / name)
+    whole = FolderDataset(tmp_path)
+    assert {s.path.name for s in whole.samples} == set(HOSTILE_NAMES)
+    back = ManifestDataset(whole.to_manifest(tmp_path / "list.csv"))
+    assert [s.path for s in back.samples] == [s.path for s in whole.samples]
+    assert [s.patient_id for s in back.samples] == [s.patient_id for s in whole.samples]
+    for original, listed in zip(whole, back, strict=True):  # type: ignore[call-overload]
+        assert original[0].tobytes() == listed[0].tobytes()
+
+
+@pytest.mark.parametrize("text", HOSTILE_NAMES)
+def test_hostile_text_survives_a_manifest(tmp_path: Path, text: str) -> None:
+    file = write_image(tmp_path / "a.png")
+    one = sample(str(file), text, finding=text + "x", patient_id=text, source=text, view=text)
+    manifest = ChestXrayDataset([one], classes=[text]).to_manifest(tmp_path / "list.csv")
+    back = ManifestDataset(manifest, classes=[text]).samples[0]
+    assert (back.label, back.finding, back.patient_id) == (text, text + "x", text)
+    assert (back.source, back.view) == (text, text)
+
+
+def test_a_manifest_replaces_the_one_before(tmp_path: Path, dataset: FolderDataset) -> None:
+    dataset.to_manifest(tmp_path / "list.csv")
+    manifest = dataset.subset([0]).to_manifest(tmp_path / "list.csv")
+    assert len(ManifestDataset(manifest)) == 1
+
+
+def test_a_manifest_that_cannot_be_finished_leaves_the_one_before(
+    tmp_path: Path, dataset: FolderDataset
+) -> None:
+    manifest = dataset.to_manifest(tmp_path / "list.csv")
+    before = manifest.read_bytes()
+    broken = sample("a.png", finding="a lone surrogate \ud800")
+    with pytest.raises(UnicodeEncodeError):
+        ChestXrayDataset([broken], classes=["normal"]).to_manifest(manifest)
+    assert manifest.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["list.csv", "site"]
+
+
+def test_phantoms_have_no_file_to_list(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="is a phantom without a file"):
+        SyntheticChestXray(2).to_manifest(tmp_path / "list.csv")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Content
+
+
+def test_the_hash_follows_the_content_and_not_the_name(tmp_path: Path) -> None:
+    one = write_image(tmp_path / "one.png", "same")
+    other = write_image(tmp_path / "other.png", "same")
+    digest = sample(str(one)).content_hash()
+    assert len(bytes.fromhex(digest)) == 16
+    assert sample(str(other)).content_hash() == digest
+    write_image(other, "changed")
+    assert sample(str(other)).content_hash() != digest
+
+
+@pytest.mark.parametrize("name", ["missing.png", "folder.png", "nul\0.png", "n" * 300])
+def test_a_file_that_cannot_be_read_has_no_hash(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(DatasetError, match="cannot be read"):
+        sample(str(tmp_path / name)).content_hash()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    errors: list[Exception] = []
+
+    def read() -> None:
+        try:
+            sample(str(tmp_path / "pipe.png")).content_hash()
+        except DatasetError as error:
+            errors.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(timeout=5)
+    assert len(errors) == 1
+
+
+# Lung masks
+
+
+def test_a_lung_mask_has_the_size_of_its_image(tmp_path: Path) -> None:
+    cohen = CohenCovidDataset(write_cohen(tmp_path))
+    annotated = [s for s in cohen.samples if "lung_mask" in s.metadata]
+    assert [s.path.name for s in annotated] == ["a-1.jpeg"]
+    mask = lung_mask(annotated[0])
+    assert mask is not None
+    assert (mask.shape, mask.dtype) == ((40, 48), bool)
+    assert mask[20, 12]
+    assert mask[20, 34]
+    assert not mask[20, 24]
+    assert not mask[2].any()
+    assert mask.mean() == pytest.approx(140 / 480, abs=0.05)
+
+
+def test_most_samples_have_no_lung_mask(dataset: FolderDataset) -> None:
+    assert lung_mask(dataset.samples[0]) is None
+
+
+# Reports
+
+
+def test_a_report_adds_up() -> None:
+    samples = [
+        sample(patient_id="1"),
+        sample(patient_id="1"),
+        sample(patient_id="1", source="other"),
+        sample(patient_id="2", label="covid19"),
+    ]
+    dropped = {"rare": 1, "frequent": 5, "between": 2}
+    report = summarise(
+        samples, ("normal", "covid19", "pneumonia"), source="s", root=Path("r"), dropped=dropped
+    )
+    assert (report.found, report.kept) == (12, 4)
+    assert report.found == report.kept + sum(report.dropped.values())
+    assert list(report.dropped) == ["frequent", "between", "rare"]
+    assert report.images == {"normal": 3, "covid19": 1, "pneumonia": 0}
+    assert report.patients == {"normal": 2, "covid19": 1, "pneumonia": 0}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda root: CohenCovidDataset(write_cohen(root)),
+        lambda root: HannoverCovidDataset(write_hannover(root)),
+        lambda root: FolderDataset(write_folder(root, {"Normal": 2, "COVID": 1, "other": 3})),
+        lambda root: SyntheticChestXray(5),
+        lambda root: SyntheticChestXray(5).subset([1, 2]),
+    ],
+)
+def test_every_report_adds_up_and_becomes_json(
+    tmp_path: Path, make: Callable[[Path], ChestXrayDataset]
+) -> None:
+    dataset = make(tmp_path)
+    report = dataset.report()
+    assert report.kept == len(dataset) == sum(report.images.values())
+    assert report.found == report.kept + sum(report.dropped.values())
+    assert DatasetReport(**json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_a_report_reads_as_text(tmp_path: Path) -> None:
+    write_folder(tmp_path / "site", {"Normal": 2, "COVID": 1, "edema": 3})
+    (tmp_path / "site" / "COVID" / "readme.txt").touch()
+    lines = str(FolderDataset(tmp_path / "site").report()).splitlines()
+    assert lines[0] == f"site: 3 of 7 kept ({tmp_path / 'site'})"
+    assert [line.split(maxsplit=2) for line in lines[1:]] == [
+        ["class", "normal", "2 images, 2 patients"],
+        ["class", "covid19", "1 images, 1 patients"],
+        ["dropped", "3", "folder outside the classes (edema)"],
+        ["dropped", "1", "not an image file name"],
+        ["note", "3", "names without a patient number"],
+    ]
+    assert str(SyntheticChestXray(2).report()).startswith("synthetic: 2 of 2 kept (no files)")
+
+
+def test_two_images_under_an_empty_identity_are_not_joined(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / name)
+    header = ["path", "label", "patient_id", "origin", "image_id"]
+    rows = [["a.png", "normal", "1", "", ""], ["b.png", "normal", "2", "", ""]]
+    manifest = ManifestDataset(write_csv(tmp_path / "list.csv", header, rows))
+    assert patient_groups(manifest, find_copies=False) == [0, 1]

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import pickle
+import re
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chestxray_covid import errors
+from chestxray_covid.errors import ChestXrayError, MissingExtraError, TrainingInterrupted
+
+FAMILY = [
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, ChestXrayError)
+]
+PLAIN = [kind for kind in FAMILY if kind is not TrainingInterrupted]
+BUILTINS = (ValueError, OSError, FileNotFoundError, ImportError)
+
+
+def pickled(error: Exception) -> Any:
+    """Return an error as another process gets it."""
+    return pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+
+
+def drawn_tree() -> dict[str, tuple[str | None, set[str]]]:
+    """Return name → (parent, builtins) as the module's docstring draws them."""
+    above: dict[int, str] = {}
+    drawn = {}
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.fullmatch(r"    ([│ ├└─]*)(\w+)(?: \((.+)\))?", line)
+        if found:
+            depth, name = len(found[1]) // 4, found[2]
+            above[depth] = name
+            drawn[name] = (above.get(depth - 1), set((found[3] or "").split(", ")) - {""})
+    return drawn
+
+
+def test_the_tree_in_the_docstring_is_the_tree_of_classes() -> None:
+    drawn = drawn_tree()
+    assert set(drawn) == {kind.__name__ for kind in FAMILY}
+    for kind in FAMILY:
+        parent, builtins = drawn[kind.__name__]
+        if parent is None:
+            assert kind is ChestXrayError
+            continue
+        assert parent == next(b.__name__ for b in kind.__bases__ if b in FAMILY)
+        own = {b.__name__ for b in kind.__bases__ if b not in FAMILY}
+        assert own == builtins
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_every_error_is_caught_by_the_base_and_has_a_docstring(kind: type[Exception]) -> None:
+    assert issubclass(kind, ChestXrayError)
+    assert kind.__doc__
+    if kind not in (ChestXrayError, TrainingInterrupted):
+        assert issubclass(kind, BUILTINS)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_message_arrives_as_it_was_written_and_survives_pickling(kind: type[Exception]) -> None:
+    error = pickled(kind("3 files are damaged: a.png, …"))
+    assert type(error) is kind
+    assert str(error) == "3 files are damaged: a.png, …"
+
+
+def test_an_interruption_names_signal_and_run_and_how_to_go_on(tmp_path: Path) -> None:
+    error = pickled(TrainingInterrupted(signal.SIGTERM, tmp_path))
+    assert (error.signal_number, error.run) == (signal.SIGTERM, tmp_path)
+    with pytest.raises(TrainingInterrupted, match=r"signal 15; the state .*resume=True .*--resume"):
+        raise error
+    assert str(tmp_path) in str(error)
+
+
+def interrupt(run: Path) -> None:
+    raise TrainingInterrupted(signal.SIGINT, run)
+
+
+def test_an_interruption_crosses_processes(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, mp_context=context) as pool,
+        pytest.raises(
+            TrainingInterrupted, match=re.escape(f"signal 2; the state is saved in {tmp_path}")
+        ),
+    ):
+        pool.submit(interrupt, tmp_path).result()
+
+
+def test_an_extra_that_is_installed_is_returned() -> None:
+    assert errors.require_extra("xml.dom", "dicom").__name__ == "xml.dom"
+
+
+@pytest.mark.parametrize("module", ["no_such_package_here", "json.no_such_module"])
+def test_an_extra_that_is_missing_names_the_pip_command(module: str) -> None:
+    with pytest.raises(
+        MissingExtraError, match=r'pip install "chestxray-covid\[dicom\]"'
+    ) as caught:
+        errors.require_extra(module, "dicom")
+    assert module in str(caught.value)
+    assert isinstance(caught.value, ImportError)
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_an_extra_that_is_broken_tells_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_extra.py").write_text("from json import nothing_of_that_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingExtraError, match="cannot import name 'nothing_of_that_name'"):
+        errors.require_extra("broken_extra", "kaggle")
+
+
+def test_a_mistake_inside_an_extra_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faulty_extra.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        errors.require_extra("faulty_extra", "kaggle")

@@ -1,0 +1,433 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from chestxray_covid.datasets.base import LABELS, ChestXrayDataset
+from chestxray_covid.datasets.cohen import CohenCovidDataset
+from chestxray_covid.datasets.folder import (
+    FolderDataset,
+    HannoverCovidDataset,
+    ManifestDataset,
+    open_dataset,
+)
+from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset
+from chestxray_covid.datasets.synthetic import SyntheticChestXray
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError, ImageNotFoundError
+from sources import (
+    SHARED_IMAGE_ID,
+    cohen_row,
+    write_cohen,
+    write_csv,
+    write_folder,
+    write_hannover,
+    write_image,
+    write_kermany,
+    write_nih,
+)
+
+HEADER = ["path", "label", "patient_id"]
+
+
+def labels_of(dataset: ChestXrayDataset) -> dict[str, str]:
+    return {s.finding: s.label for s in dataset.samples}
+
+
+# Class folders
+
+
+def test_folder_names_of_public_collections_are_known(tmp_path: Path) -> None:
+    known = {
+        "NORMAL": "normal",
+        "No_findings": "normal",
+        "No Finding": "normal",
+        "Healthy": "normal",
+        "PNEUMONIA": "pneumonia",
+        "Viral Pneumonia": "pneumonia",
+        "bacterial-pneumonia": "pneumonia",
+        "COVID": "covid19",
+        "COVID-19": "covid19",
+        "covid19": "covid19",
+        "Covid_19": "covid19",
+    }
+    write_folder(tmp_path, dict.fromkeys(known, 1))
+    assert labels_of(FolderDataset(tmp_path, classes=LABELS)) == known
+
+
+def test_other_folder_names_are_labels_themselves(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"Normal": 1, "Lung_Opacity": 2})
+    dataset = FolderDataset(tmp_path, classes=("normal", "Lung_Opacity"))
+    assert dataset.targets == [1, 1, 0]
+    plain = FolderDataset(tmp_path)
+    assert len(plain) == 1
+    assert plain.report().dropped == {"folder outside the classes (Lung_Opacity)": 2}
+
+
+def test_labels_can_be_given_by_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"0": 1, "1": 2, "Normal": 3})
+    dataset = FolderDataset(tmp_path, {"0": "normal", "1": "covid19"})
+    assert labels_of(dataset) == {"0": "normal", "1": "covid19"}
+    assert len(dataset) == 3
+
+
+def test_files_below_a_class_folder_count_except_where_no_radiographs_are(tmp_path: Path) -> None:
+    for place in ("images", "a/b", "masks", "__MACOSX", ".hidden", "."):
+        write_image(tmp_path / "COVID" / place / f"{len(place)}.png")
+    write_image(tmp_path / "COVID" / "._resource.png")
+    write_image(tmp_path / ".git" / "x.png")
+    write_image(tmp_path / "__MACOSX" / "x.png")
+    write_image(tmp_path / "beside-the-classes.png")
+    (tmp_path / "COVID" / "a" / "notes.txt").touch()
+    (tmp_path / "COVID" / "Thumbs.db").touch()
+    dataset = FolderDataset(tmp_path)
+    found = {s.path.relative_to(tmp_path / "COVID").as_posix() for s in dataset.samples}
+    assert found == {"images/6.png", "a/b/3.png", "1.png"}
+    report = dataset.report()
+    assert (report.found, report.dropped) == (5, {"not an image file name": 2})
+
+
+def test_suffixes_are_compared_without_case(tmp_path: Path) -> None:
+    for name in ("a.PNG", "b.JpEg", "c.bmp", "d.png.txt", "e"):
+        write_image(tmp_path / "COVID" / name)
+    assert {s.path.name for s in FolderDataset(tmp_path).samples} == {"a.PNG", "b.JpEg", "c.bmp"}
+
+
+def test_a_link_to_nothing_is_named_when_it_is_read(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"COVID": 1})
+    (tmp_path / "COVID" / "broken.png").symlink_to(tmp_path / "gone.png")
+    dataset = FolderDataset(tmp_path)
+    with pytest.raises(ImageNotFoundError, match=r"broken\.png is a link to nothing"):
+        [dataset[i] for i in range(len(dataset))]
+
+
+def test_a_loop_of_links_ends(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"COVID": 1})
+    (tmp_path / "COVID" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    assert len(FolderDataset(tmp_path)) == 1
+
+
+def test_patients_are_the_numbers_that_start_the_names(tmp_path: Path) -> None:
+    dataset = FolderDataset(write_nih(tmp_path / "nih", patients=4), classes=LABELS)
+    for s in dataset.samples:
+        assert s.patient_id == s.path.name.split("_")[0]
+    assert (len(dataset), len({s.patient_id for s in dataset.samples})) == (12, 8)
+    assert dataset.sources == ("nih",)
+    assert dataset.report().notes == {}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "patients"),
+    [
+        (r"patient(\d+)", ["7", "7", "COVID/scan.png"]),
+        (r"patient\d+", ["patient7", "patient7", "COVID/scan.png"]),
+        (r"(?:patient(\d+))|scan", ["7", "7", "COVID/scan.png"]),
+        (None, ["COVID/patient7-a.png", "COVID/patient7-b.png", "COVID/scan.png"]),
+    ],
+)
+def test_patients_come_from_a_pattern_and_else_every_file_is_one(
+    tmp_path: Path, pattern: str | None, patients: list[str]
+) -> None:
+    for name in ("patient7-a.png", "patient7-b.png", "scan.png"):
+        write_image(tmp_path / "COVID" / name)
+    dataset = FolderDataset(tmp_path, patient_id=pattern)
+    assert [s.patient_id for s in dataset.samples] == patients
+    expected = {} if pattern is None else {"names without a patient number": 1}
+    assert dataset.report().notes == expected
+
+
+def test_equal_names_in_two_folders_are_two_patients(tmp_path: Path) -> None:
+    for folder in ("COVID", "Normal"):
+        write_image(tmp_path / folder / "1.png", folder)
+    assert len({s.patient_id for s in FolderDataset(tmp_path).samples}) == 2
+
+
+def test_a_source_is_named_after_its_folder_unless_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "hospital")
+    assert FolderDataset(tmp_path / "hospital").sources == ("hospital",)
+    assert FolderDataset(tmp_path / "hospital", source="site").sources == ("site",)
+    monkeypatch.chdir(tmp_path / "hospital")
+    assert FolderDataset(".").sources == ("hospital",)
+
+
+@pytest.mark.parametrize("content", [[], ["a.png"], [".hidden/a.png"], ["__MACOSX/a.png"]])
+def test_a_folder_without_class_folders_is_not_found(tmp_path: Path, content: list[str]) -> None:
+    for name in content:
+        write_image(tmp_path / name)
+    with pytest.raises(DatasetNotFoundError, match=r"has no class folder\. Expected .*<class>/"):
+        FolderDataset(tmp_path)
+
+
+def test_class_folders_that_no_label_names_are_not_found(tmp_path: Path) -> None:
+    with pytest.raises(DatasetNotFoundError, match=r"with a class of \['covid', 'healthy'\]"):
+        FolderDataset(write_folder(tmp_path), {"healthy": "normal", "covid": "covid19"})
+
+
+def test_an_empty_class_folder_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"Normal": 2, "COVID": 0, "edema": 0})
+    with pytest.raises(DatasetError, match=r"No usable image of \['covid19'\]"):
+        FolderDataset(tmp_path)
+    assert len(FolderDataset(tmp_path, classes=["normal"])) == 2
+
+
+def test_classes_that_no_folder_holds_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"No usable image of \['normal', 'covid19'\]"):
+        FolderDataset(write_folder(tmp_path, {"cats": 1, "dogs": 1}))
+
+
+def test_a_pattern_that_is_none_is_a_wrong_argument(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"patient_id must be a regular expression, got '\(\\\\d'"):
+        FolderDataset(write_folder(tmp_path), patient_id=r"(\d")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"COVID": 1})
+    os.mkfifo(tmp_path / "COVID" / "pipe.png")
+    dataset = FolderDataset(tmp_path)
+    with pytest.raises(ImageNotFoundError, match=r"pipe\.png is a pipe, socket or device"):
+        [dataset[i] for i in range(len(dataset))]
+
+
+# Lists
+
+
+def test_only_three_columns_are_required(tmp_path: Path) -> None:
+    image = write_image(tmp_path / "img" / "a.png")
+    rows = [["img/a.png", "covid19", "007"], [str(image), "normal", "1e3"]]
+    dataset = ManifestDataset(write_csv(tmp_path / "clinic.csv", HEADER, rows))
+    relative, absolute = dataset.samples
+    assert relative.path == absolute.path == image
+    assert (relative.patient_id, absolute.patient_id) == ("007", "1e3")
+    assert (relative.source, relative.view, relative.finding) == ("clinic", "unknown", "covid19")
+    assert relative.metadata == {}
+
+
+def test_optional_columns_are_fields_and_further_ones_metadata(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    header = ["age", " label ", "view", "patient_id", "source", "finding", "path", "", "sex "]
+    row = ["65", "covid19", "AP Supine", "1", "ward", "COVID-19", "a.png", "unnamed", "F"]
+    sample = ManifestDataset(write_csv(tmp_path / "list.csv", header, [row])).samples[0]
+    assert (sample.label, sample.view, sample.finding) == ("covid19", "AP Supine", "COVID-19")
+    assert (sample.source, sample.metadata) == ("ward", {"age": "65", "sex": "F"})
+
+
+def test_an_empty_optional_cell_is_as_no_column(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    header = [*HEADER, "source", "view", "finding"]
+    table = write_csv(tmp_path / "list.csv", header, [["a.png", "normal", "1", "", "", ""]])
+    sample = ManifestDataset(table).samples[0]
+    assert (sample.source, sample.view, sample.finding) == ("list", "unknown", "normal")
+
+
+def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    rows = [
+        ["a.png", "normal", "1"],
+        ["a.png", "edema", "1"],
+        ["a.png", "", "1"],
+        ["a.png", "normal", ""],
+        ["a.png", "normal"],
+        ["gone.png", "normal", "1"],
+        ["", "normal", "1"],
+        ["folder.png", "normal", "1"],
+        ["nul\0.png", "normal", "1"],
+        ["n" * 300 + ".png", "normal", "1"],
+        ["a.png/b.png", "normal", "1"],
+        ["a.png", "normal", "2", "a cell too many", "and another"],
+    ]
+    report = ManifestDataset(write_csv(tmp_path / "list.csv", HEADER, rows)).report()
+    assert (report.found, report.kept) == (12, 2)
+    assert report.dropped == {
+        "image file missing": 6,
+        "no patient_id": 2,
+        "label outside the classes (edema)": 1,
+        "label outside the classes (empty)": 1,
+    }
+
+
+def test_a_folder_with_a_manifest_is_enough(tmp_path: Path) -> None:
+    phantoms = SyntheticChestXray(4, image_size_px=32)
+    phantoms.save(tmp_path / "phantoms")
+    dataset = ManifestDataset(tmp_path / "phantoms")
+    assert dataset.targets == phantoms.targets
+    assert dataset[2][0].tobytes() == phantoms[2][0].tobytes()
+
+
+def test_a_byte_order_mark_as_of_spreadsheets_is_skipped(tmp_path: Path) -> None:
+    write_image(tmp_path / "ä.png")
+    text = "path,label,patient_id\r\nä.png,normal,1\r\n"
+    (tmp_path / "list.csv").write_bytes(text.encode("utf-8-sig"))
+    assert len(ManifestDataset(tmp_path / "list.csv")) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"lacks the columns \['path', 'label', 'patient_id'\]; it has \[\]"),
+        (b"\n", "lacks the columns"),
+        (b"path,label\na.png,normal\n", r"lacks the columns \['patient_id'\]"),
+        (b"path;label;patient_id\na.png;normal;1\n", "lacks the columns"),
+        (b"path,label,patient_id\n", "has a header and no rows"),
+        (b"path,label,patient_id\n\n\n", "has a header and no rows"),
+        (b"<!DOCTYPE html><html>404</html>", "lacks the columns"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8, "lacks the columns"),
+        (b"\0" * 1000, "lacks the columns"),
+        ("path,label,patient_id\n".encode("utf-16"), "lacks the columns"),
+        (b'path,label,patient_id\n"' + b"x" * 200_000, "cannot be read as CSV"),
+    ],
+)
+def test_a_damaged_list_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(DatasetError, match=message) as error:
+        ManifestDataset(tmp_path / "list.csv")
+    assert str(tmp_path / "list.csv") in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nothing.csv", "folder"])
+def test_a_missing_list_is_not_found(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DatasetNotFoundError, match=r"is missing; expected a CSV with columns"):
+        ManifestDataset(tmp_path / name)
+
+
+def test_a_listed_class_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    rows = [["a.png", "normal", "1"], ["gone.png", "covid19", "2"]]
+    table = write_csv(tmp_path / "list.csv", HEADER, rows)
+    with pytest.raises(DatasetError, match=r"No usable image of \['covid19'\]"):
+        ManifestDataset(table)
+    assert len(ManifestDataset(table, classes=["normal"])) == 1
+    with pytest.raises(DatasetError, match=r"No usable image of \['a', 'b'\]"):
+        ManifestDataset(table, classes=["a", "b"])
+
+
+# Hannover
+
+
+def test_hannover_is_covid19_with_its_own_patients_and_views(tmp_path: Path) -> None:
+    dataset = HannoverCovidDataset(write_hannover(tmp_path, patients=3))
+    assert {s.label for s in dataset.samples} == {"covid19"}
+    assert [s.view for s in dataset.samples] == ["PA", "AP"] * 3
+    assert len({s.patient_id for s in dataset.samples}) == 3
+    first = dataset.samples[0]
+    assert (first.source, first.metadata["image_id"]) == ("hannover", SHARED_IMAGE_ID)
+    assert first.metadata["license"] == "CC BY 3.0"
+    assert dataset.report().images == {"normal": 0, "covid19": 6}
+    assert dataset[0][0].size == (48, 40)
+
+
+def test_hannover_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path: Path) -> None:
+    write_image(tmp_path / "png" / "a.png")
+    rows = [["1", "a", ""], ["1", "gone", "ap"], ["", "a", "ap"], ["1", "n" * 300, "ap"]]
+    write_csv(tmp_path / "data.csv", ["patient_id", "image_id", "projection"], rows)
+    dataset = HannoverCovidDataset(tmp_path)
+    assert [s.view for s in dataset.samples] == ["unknown"]
+    assert dataset.report().dropped == {"image file missing": 2, "no patient_id": 1}
+
+
+def test_hannover_holds_covid19_only(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"No usable image of \['covid19'\]"):
+        HannoverCovidDataset(write_hannover(tmp_path), classes=["normal"])
+
+
+def test_hannover_without_its_table_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(DatasetNotFoundError, match=r"data\.csv is missing"):
+        HannoverCovidDataset(tmp_path)
+    with pytest.raises(DatasetNotFoundError, match="is no folder, expected the folder of covid-19"):
+        HannoverCovidDataset(tmp_path / "nowhere")
+    write_csv(tmp_path / "data.csv", ["image_id"], [["a"]])
+    with pytest.raises(DatasetError, match=r"lacks the columns \['patient_id', 'projection'\]"):
+        HannoverCovidDataset(tmp_path)
+
+
+# Whatever is there
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (write_cohen, CohenCovidDataset),
+        (write_kermany, KermanyPneumoniaDataset),
+        (write_hannover, HannoverCovidDataset),
+        (write_nih, FolderDataset),
+        (write_folder, FolderDataset),
+    ],
+)
+def test_a_data_set_is_known_by_its_layout(
+    tmp_path: Path, write: Callable[[Path], Path], kind: type[ChestXrayDataset]
+) -> None:
+    dataset = open_dataset(str(write(tmp_path / "data")))
+    assert type(dataset) is kind
+    assert len(dataset) > 0
+
+
+@pytest.mark.parametrize("layout", ["kaggle", "kaggle-nested", "mendeley", "mendeley-v3"])
+def test_every_kermany_layout_is_known(tmp_path: Path, layout: str) -> None:
+    assert type(open_dataset(write_kermany(tmp_path, layout))) is KermanyPneumoniaDataset
+
+
+def test_a_list_is_known_by_its_suffix_or_in_its_folder(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    rows = [["a.png", "pneumonia", "1"]]
+    for name in ("list.CSV", "manifest.csv"):
+        write_csv(tmp_path / name, HEADER, rows)
+        dataset = open_dataset(tmp_path / name, classes=["pneumonia"])
+        assert (type(dataset), len(dataset)) == (ManifestDataset, 1)
+    assert type(open_dataset(tmp_path, classes=["pneumonia"])) is ManifestDataset
+
+
+def test_classes_are_passed_on(tmp_path: Path) -> None:
+    rows = [cohen_row("1", "SARS", "a.png"), cohen_row("2", "COVID-19", "b.png")]
+    root = write_cohen(tmp_path, rows=rows)
+    assert open_dataset(root, classes=["pneumonia", "covid19"]).targets == [0, 1]
+
+
+def test_a_damaged_data_set_is_not_taken_for_another(tmp_path: Path) -> None:
+    root = write_cohen(tmp_path)
+    (root / "metadata.csv").write_text("<html>", encoding="utf-8")
+    with pytest.raises(DatasetError, match="is an HTML or XML page"):
+        open_dataset(root)
+
+
+@pytest.mark.parametrize("name", ["", "nothing", "file.txt", "nul\0"])
+def test_what_is_no_data_set_is_not_found(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(DatasetNotFoundError, match="no data set of a known layout"):
+        open_dataset(tmp_path / name)
+
+
+# Real radiographs
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("folder", "kind", "images"),
+    [
+        ("covid-chestxray-dataset", CohenCovidDataset, (19, 77, 427)),
+        ("chest_xray", KermanyPneumoniaDataset, (1341, 3875, 0)),
+        ("covid-19-image-repository", HannoverCovidDataset, (0, 0, 243)),
+        ("nih-subset", FolderDataset, (202, 224, 0)),
+    ],
+)
+def test_the_real_collections_are_known_and_complete(
+    real_data: Path, folder: str, kind: type[ChestXrayDataset], images: tuple[int, int, int]
+) -> None:
+    dataset = open_dataset(real_data / folder, classes=LABELS)
+    assert type(dataset) is kind
+    assert tuple(dataset.report().images.values()) == images
+    assert dataset.report().notes.get("names without a patient number", 0) == 0
+    assert all(s.path.is_file() for s in dataset.samples)
+
+
+@pytest.mark.real_data
+def test_the_real_hannover_patients_are_71(real_data: Path) -> None:
+    dataset = HannoverCovidDataset(real_data / "covid-19-image-repository")
+    assert dataset.report().patients["covid19"] == 71
+    assert dataset.report().found == 243
+    assert {s.view for s in dataset.samples} == {"AP", "PA"}

@@ -1,0 +1,1365 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import chestxray_covid
+from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError, MissingExtraError
+from chestxray_covid.image import (
+    MAX_JPEG_SCANS,
+    ImageWarning,
+    Preprocess,
+    load_image,
+)
+
+pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
+
+
+def ramp(height: int = 40, width: int = 64) -> np.ndarray:
+    """0 to 255, different in every corner, so that turns and flips show."""
+    y, x = np.mgrid[0:height, 0:width].astype(float)
+    pixels = 255 * (0.7 * x / (width - 1) + 0.3 * (y / (height - 1)) ** 2)
+    return np.rint(pixels).astype(np.uint8)
+
+
+def colours(height: int = 40, width: int = 64) -> np.ndarray:
+    grey = ramp(height, width)
+    return np.stack([grey, grey[::-1], 255 - grey], axis=-1)
+
+
+def encode(pixels: np.ndarray | Image.Image, kind: str, **options: Any) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def loaded(source: Any, **options: Any) -> np.ndarray:
+    image = load_image(source, **options)
+    assert image.mode == "L"
+    assert type(image) is Image.Image
+    assert image.info == {}
+    return np.asarray(image).astype(int)
+
+
+def luma(rgb: np.ndarray) -> np.ndarray:
+    """ITU-R 601-2, as in Pillow's documentation of `convert`."""
+    return np.rint(rgb.astype(float) @ [0.299, 0.587, 0.114]).astype(int)
+
+
+def stretched(values: np.ndarray) -> np.ndarray:
+    values = values.astype(float)
+    return np.rint(255 * (values - values.min()) / (values.max() - values.min())).astype(int)
+
+
+# ---------------------------------------------------------------- sources
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF"])
+def test_every_lossless_format_gives_the_pixels_that_were_saved(kind: str) -> None:
+    assert np.array_equal(loaded(encode(ramp(), kind)), ramp())
+
+
+def test_webp_and_jpeg_give_nearly_the_pixels_that_were_saved() -> None:
+    assert np.array_equal(loaded(encode(ramp(), "WEBP", lossless=True)), ramp())
+    assert np.abs(loaded(encode(ramp(), "JPEG", quality=95)) - ramp()).max() <= 4
+
+
+def test_path_bytes_stream_image_array_and_tensor_give_the_same_image(tmp_path: Path) -> None:
+    data = encode(ramp(), "PNG")
+    path = tmp_path / "x.png"
+    path.write_bytes(data)
+    stream = io.BytesIO(data)
+    stream.seek(0, io.SEEK_END)  # a seekable stream is read from its start
+    sources = [path, str(path), data, bytearray(data), memoryview(data), stream]
+    sources += [Image.open(path), ramp(), torch.from_numpy(ramp()), torch.from_numpy(ramp())[None]]
+    for source in sources:
+        assert np.array_equal(loaded(source), ramp()), type(source)
+
+
+def test_a_stream_that_cannot_seek_and_comes_in_pieces_is_read_to_its_end() -> None:
+    reading, writing = os.pipe()
+    data = encode(ramp(), "PNG")
+    with open(writing, "wb") as end:  # noqa: PTH123 - a descriptor
+        end.write(data)
+    with open(reading, "rb", buffering=0) as stream:  # noqa: PTH123
+        assert not stream.seekable()
+        assert np.array_equal(loaded(stream), ramp())
+
+
+def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "really_a_png.jpg"
+    path.write_bytes(encode(ramp(), "PNG"))
+    assert np.array_equal(loaded(path), ramp())
+
+
+def test_streams_of_text_closed_ones_and_endless_ones_are_refused() -> None:
+    with pytest.raises(TypeError, match="expected a binary stream, got one of str"):
+        load_image(io.StringIO("text"))  # type: ignore[arg-type]
+    closed = io.BytesIO(b"x")
+    closed.close()
+    with pytest.raises(ImageError, match="<stream> cannot be read: ValueError"):
+        load_image(closed)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+def test_an_endless_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chestxray_covid.image.MAX_STREAM_BYTES", 1 << 22)
+    message = "<stream> is longer than 4194304 bytes"
+    with Path("/dev/zero").open("rb") as endless, pytest.raises(ImageError, match=message):
+        load_image(endless)
+
+
+@pytest.mark.parametrize("source", [None, 3, [[1, 2]], object()])
+def test_a_source_of_another_type_is_a_type_error(source: Any) -> None:
+    with pytest.raises(TypeError, match=rf"expected a path, .* got {type(source).__name__}"):
+        load_image(source)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (ramp(), ramp()),
+        (ramp()[None], ramp()),
+        (ramp()[..., None], ramp()),
+        (ramp()[:, ::-2], ramp()[:, ::-2]),
+        (colours(), luma(colours())),
+        (np.moveaxis(colours(), -1, 0), luma(colours())),
+        (np.dstack([colours(), ramp()]), np.rint(luma(colours()) * (ramp() / 255))),
+        (ramp() > 99, 255 * (ramp() > 99)),
+        (ramp().astype(np.uint16), ramp()),
+        (ramp().astype(np.int64), ramp()),
+        (ramp().astype(np.uint16) * 257, ramp()),
+        (ramp().astype(">u2") * 257, ramp()),
+        (ramp().astype(np.int16) * 16 - 1024, ramp()),
+        (ramp().astype(np.int32) * 100_000 + 2**30, ramp()),
+        (ramp() / 255, ramp()),
+        ((ramp() / 255).astype(np.float16), ramp()),
+        (ramp().astype(np.float32), ramp()),
+        (ramp() * 1e30 - 1e30, ramp()),
+        (colours() / 255, luma(colours())),
+        (colours().astype(np.uint16) * 257, luma(colours())),
+    ],
+)
+def test_arrays_of_any_layout_and_depth_give_8_bit_grey(
+    array: np.ndarray, expected: np.ndarray
+) -> None:
+    result = loaded(array)
+    assert result.shape == expected.shape
+    assert np.abs(result - expected).max() <= 1
+
+
+def test_twelve_bits_in_sixteen_do_not_come_out_black() -> None:
+    twelve = ramp().astype(np.uint16) << 4
+    assert np.array_equal(loaded(twelve), stretched(twelve))
+    assert np.array_equal(loaded(encode(twelve, "PNG")), stretched(twelve))
+
+
+def test_a_float_image_just_above_one_is_not_taken_for_8_bits() -> None:
+    overshoot = ramp() / 255 * 1.02
+    assert np.array_equal(loaded(overshoot), stretched(overshoot))
+
+
+def test_a_dim_float_image_in_0_to_1_stays_dim() -> None:
+    assert loaded(np.full((3, 5), 0.2)).max() == 51
+
+
+@pytest.mark.parametrize("value", [0, 5, 4000, -3, 3.5, -7.25, 1e9])
+def test_a_constant_image_is_constant_whatever_its_depth(value: float) -> None:
+    result = loaded(np.full((7, 9), value))
+    assert len(np.unique(result)) == 1
+    assert result[0, 0] == (round(value) if 2 <= value <= 255 or value == 0 else 0)
+
+
+def test_the_result_does_not_share_memory_with_the_array() -> None:
+    array = ramp()
+    image = load_image(array)
+    array[:] = 0
+    assert np.asarray(image).max() == 255
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinite_pixels_are_refused(bad: float) -> None:
+    pixels = (ramp() / 255).astype(np.float32)
+    pixels[3, 4] = bad
+    for source in (pixels, torch.from_numpy(pixels), Image.fromarray(pixels)):
+        with pytest.raises(ImageError, match="NaN, infinite or huge values"):
+            load_image(source)
+    with pytest.raises(ImageError, match="<bytes> holds NaN"):
+        load_image(encode(pixels, "TIFF"))
+
+
+def test_a_range_beyond_floating_point_is_refused() -> None:
+    with pytest.raises(ImageError, match="huge"):
+        load_image(np.array([[-1.7e308, 1.7e308]]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((), r"shape \(\)"),
+        ((5,), r"shape \(5,\)"),
+        ((2, 5, 6), r"shape \(2, 5, 6\): expected one image"),
+        ((5, 6, 2), r"shape \(5, 6, 2\): expected one image"),
+        ((8, 1, 5, 6), "Pass a batch image by image"),
+        ((3, 5, 3), "ambiguous"),
+        ((1, 5, 1), "ambiguous"),
+        ((0, 5), "5x0 pixels, expected at least 1x1"),
+        ((3, 5, 0), "0x5 pixels"),
+    ],
+)
+def test_arrays_of_impossible_shapes_are_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        load_image(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("dtype", [object, complex, "U3", "datetime64[s]"])
+def test_arrays_of_other_dtypes_are_refused(dtype: Any) -> None:
+    with pytest.raises(ImageError, match="expected bool, an integer or a float"):
+        load_image(np.zeros((5, 6), dtype))
+
+
+def test_tensors_with_gradient_and_half_precision_are_taken() -> None:
+    pixels = torch.from_numpy(ramp() / 255).requires_grad_()
+    assert np.array_equal(loaded(pixels), ramp())
+    assert np.abs(loaded(pixels.to(torch.bfloat16)) - ramp()).max() <= 1
+    planes = torch.from_numpy(colours()).permute(2, 0, 1)
+    assert np.abs(loaded(planes) - luma(colours())).max() <= 1
+
+
+def test_tensors_without_values_are_refused() -> None:
+    with pytest.raises(ImageError, match="cannot become a NumPy array"):
+        load_image(torch.zeros((5, 6), device="meta"))
+
+
+@pytest.mark.parametrize("options", [{"max_pixels": 0}, {"min_size": (0, 5)}])
+def test_limits_that_are_not_positive_are_value_errors(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        load_image(ramp(), **options)
+
+
+# ---------------------------------------------------------------- faults, row 19: golden files
+
+
+def ycck_jpeg() -> tuple[bytes, np.ndarray]:
+    """A JPEG whose Adobe segment says YCCK; Pillow writes CMYK, inverted, and says so (0)."""
+    cyan, black = ramp(), np.full_like(ramp(), 60)
+    middle = np.full_like(ramp(), 127)
+    image = Image.merge("CMYK", [Image.fromarray(p) for p in (cyan, middle, middle, black)])
+    data = bytearray(encode(image, "JPEG", quality=100, subsampling=0))
+    data[data.index(b"Adobe") + 11] = 2
+    # Stored 255-c, 128, 128, 255-k: neutral, so that CMY becomes 255-c and the grey c*(255-k)/255.
+    return bytes(data), cyan * (195 / 255)
+
+
+@cache
+def golden_files() -> dict[str, tuple[bytes, np.ndarray]]:
+    grey, rgb = ramp(), colours()
+    alpha = ramp()[::-1]
+    on_black = np.rint(luma(rgb) * (alpha / 255))
+    cmyk = Image.fromarray(rgb).convert("CMYK")
+    few = np.array([[0, 1], [2, 3]], np.uint8).repeat(20, 0).repeat(32, 1)
+    palette = Image.fromarray(few, "P")
+    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 255, 255, 255])
+    table = np.array([0, 76, 150, 255])  # luma of black, red, green, white
+    frames = [Image.fromarray(grey), Image.fromarray(255 - grey)]
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the stored top is the right-hand side
+    ycck, ycck_grey = ycck_jpeg()
+    white_is_zero = Image.fromarray(grey.astype(np.uint16) * 257)
+    return {
+        "16-bit png": (encode(grey.astype(np.uint16) * 257, "PNG"), grey),
+        "16-bit tiff": (encode(grey.astype(np.uint16) * 257, "TIFF"), grey),
+        "16-bit tiff, white is zero": (
+            encode(white_is_zero, "TIFF", tiffinfo={262: 0}),
+            255 - grey,
+        ),
+        "12-in-16 png": (encode(grey.astype(np.uint16) << 4, "PNG"), grey),
+        "float tiff": (encode((grey / 255).astype(np.float32), "TIFF"), grey),
+        "32-bit tiff": (encode(grey.astype(np.int32) * 1000, "TIFF"), grey),
+        "1-bit png": (encode(Image.fromarray(grey > 99), "PNG"), 255 * (grey > 99)),
+        "1-bit tiff": (encode(Image.fromarray(grey > 99), "TIFF"), 255 * (grey > 99)),
+        "cmyk tiff": (encode(cmyk, "TIFF"), luma(rgb)),
+        "cmyk jpeg": (encode(cmyk, "JPEG", quality=100, subsampling=0), luma(rgb)),
+        "ycck jpeg": (ycck, ycck_grey),
+        "la png": (encode(np.dstack([grey, alpha]), "PNG"), np.rint(grey * (alpha / 255))),
+        "rgba png": (encode(np.dstack([rgb, alpha]), "PNG"), on_black),
+        "rgba webp": (encode(np.dstack([rgb, alpha]), "WEBP", lossless=True, exact=True), on_black),
+        "p png": (encode(palette, "PNG"), table[few]),
+        "p png, one transparent": (
+            encode(palette, "PNG", transparency=3),
+            (table * [1, 1, 1, 0])[few],
+        ),
+        "p png, alphas": (
+            encode(palette, "PNG", transparency=bytes([255, 128, 0, 51])),
+            np.array([0, 38, 0, 51])[few],
+        ),
+        "l png, one transparent": (encode(few * 80, "PNG", transparency=240), (few * 80) % 240),
+        "animated gif": (encode(frames[0], "GIF", save_all=True, append_images=frames[1:]), grey),
+        "turned png": (encode(grey, "PNG", exif=turned), grey.T[:, ::-1]),
+        "icc png": (encode(rgb, "PNG", icc_profile=b"not a profile"), luma(rgb)),
+    }
+
+
+@pytest.mark.parametrize("name", golden_files())
+@pytest.mark.filterwarnings("ignore::chestxray_covid.image.ImageWarning")
+def test_golden_files_of_every_pixel_kind_come_out_within_one_grey_level(name: str) -> None:
+    data, expected = golden_files()[name]
+    result = loaded(data)
+    assert result.shape == expected.shape
+    tolerance = 4 if "jpeg" in name else 1  # the largest error of JPEG at quality 100 here
+    assert np.abs(result - expected).max() <= tolerance
+    assert abs(result.mean() - expected.mean()) <= 1
+
+
+@pytest.mark.parametrize("mode", ["HSV", "YCbCr", "RGBa", "PA", "RGBX", "I;16B"])
+def test_rarer_modes_of_pillow_give_the_grey_of_the_same_picture(mode: str) -> None:
+    grey = Image.fromarray(ramp())
+    if mode == "I;16B":
+        image = Image.frombytes("I;16B", grey.size, (ramp().astype(">u2") * 257).tobytes())
+    elif mode == "PA":
+        image = grey.convert("P").convert("PA")
+    else:
+        image = grey.convert("RGBA" if mode == "RGBa" else "RGB").convert(mode)
+    assert np.abs(loaded(image) - ramp()).max() <= 1
+
+
+def test_a_mode_that_pillow_cannot_convert_is_refused() -> None:
+    with pytest.raises(ImageError, match="conversion from LAB to RGB not supported"):
+        load_image(Image.new("LAB", (8, 8)))
+    with pytest.raises(ImageError, match=r"TIFF that can be read: .*conversion from LAB"):
+        load_image(encode(Image.new("LAB", (8, 8)), "TIFF"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "TIFF lzw"])
+def test_exif_orientation_is_applied_once(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    kind, *rest = kind.split()
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(kind, {})
+    if rest:
+        options = {"compression": "tiff_lzw"}
+    data = encode(ramp(), kind, exif=exif, **options)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    result = load_image(data)
+    assert np.array_equal(result, upright.convert("L"))
+    assert np.array_equal(load_image(Image.open(io.BytesIO(data))), result)
+    assert np.array_equal(load_image(result), result)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow's own, while it opens a JPEG
+def test_broken_exif_does_not_cost_the_image(kind: str) -> None:
+    data = encode(ramp(), kind, exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
+    assert loaded(data).shape == ramp().shape
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_of_several_frames_the_first_is_used_and_a_warning_says_so(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    frames = [Image.fromarray(255 - ramp()), Image.fromarray(ramp() // 2)]
+    data = encode(ramp(), kind, save_all=True, append_images=frames, **options)
+    with pytest.warns(ImageWarning, match="<bytes> holds more than one frame"):
+        assert np.array_equal(loaded(data), ramp())
+
+
+def test_the_warning_points_at_the_caller(tmp_path: Path) -> None:
+    path = tmp_path / "two.tif"
+    path.write_bytes(encode(ramp(), "TIFF", save_all=True, append_images=[Image.new("L", (3, 3))]))
+    with pytest.warns(ImageWarning) as caught:
+        load_image(path)
+    assert caught[0].filename == __file__
+
+
+def test_a_damaged_second_frame_does_not_cost_the_first() -> None:
+    data = encode(ramp(), "GIF", save_all=True, append_images=[Image.fromarray(255 - ramp())])
+    cut = data[: len(data) * 2 // 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImageWarning)
+        assert np.array_equal(loaded(cut), ramp())
+
+
+def test_a_pil_source_is_left_as_it_was() -> None:
+    image = Image.fromarray(colours())
+    image.info["note"] = "mine"
+    load_image(image)
+    assert (image.mode, image.info["note"]) == ("RGB", "mine")
+    grey = Image.fromarray(ramp())
+    load_image(grey).putpixel((0, 0), 99)
+    assert grey.getpixel((0, 0)) == 0
+
+
+def test_a_truncated_pil_source_is_an_image_error() -> None:
+    lazy = Image.open(io.BytesIO(encode(ramp(400, 640), "PNG")[:-200]))
+    with pytest.raises(ImageError, match="<PIL image> cannot be converted to grey"):
+        load_image(lazy)
+    with pytest.raises(ImageError, match="<PIL image> is 0x5 pixels"):
+        load_image(Image.new("L", (0, 5)))
+
+
+# ---------------------------------------------------------------- decoding at a reduced scale
+
+
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_keeps_the_wanted_size() -> None:
+    data = encode(ramp(960, 1280), "JPEG", quality=95)
+    for min_size, expected in [
+        (None, (1280, 960)),
+        ((1280, 960), (1280, 960)),
+        ((641, 100), (1280, 960)),
+        ((640, 480), (640, 480)),
+        ((224, 224), (320, 240)),
+        ((100, 100), (160, 120)),
+        ((1, 1), (160, 120)),
+        ((5000, 5000), (1280, 960)),
+    ]:
+        assert load_image(data, min_size=min_size).size == expected
+    whole = load_image(data).resize((160, 120), Image.Resampling.BOX)
+    assert np.abs(np.asarray(whole).astype(int) - loaded(data, min_size=(100, 100))).max() <= 2
+
+
+def test_the_wanted_size_counts_after_turning_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(ramp(400, 1600), "JPEG", exif=exif)
+    assert load_image(data, min_size=(390, 100)).size == (400, 1600)
+    assert load_image(data, min_size=(100, 390)).size == (100, 400)
+
+
+def test_colour_jpegs_at_a_reduced_scale_are_the_luma_of_the_whole() -> None:
+    for mode in ("RGB", "CMYK"):
+        image = Image.fromarray(colours(400, 640)).convert(mode)
+        data = encode(image, "JPEG", quality=95, subsampling=0)
+        small = loaded(data, min_size=(80, 50))
+        expected = Image.fromarray(luma(colours(400, 640)).astype(np.uint8)).reduce(8)
+        assert np.abs(small - np.asarray(expected)).max() <= 3
+
+
+# ---------------------------------------------------------------- faults, row 17: damaged files
+
+
+def damaged(kind: str, data: bytes, rng: np.random.Generator) -> bytes:
+    body = bytearray(data)
+    if kind == "truncated":
+        return bytes(body[: rng.integers(1, len(body))])
+    if kind.endswith("bits flipped"):
+        for position in rng.integers(0, 8 * len(body), int(kind.split()[0])):
+            body[position // 8] ^= 1 << (position % 8)
+    elif kind == "zeroed block":
+        start = int(rng.integers(0, len(body)))
+        body[start : start + 512] = bytes(len(body[start : start + 512]))
+    elif kind == "bad checksum":
+        body[-16:-4] = rng.bytes(12)
+    elif kind == "cut out":
+        start = int(rng.integers(8, len(body)))
+        del body[start : start + int(rng.integers(1, 200))]
+    elif kind == "header noise":
+        body[8:64] = rng.bytes(56)
+    elif kind == "junk behind":
+        body += rng.bytes(999)
+    elif kind == "html":
+        return b"\n <!DOCTYPE html><html><body>404</body></html>"
+    elif kind == "empty":
+        return b""
+    elif kind == "noise":
+        return data[:4] + rng.bytes(2000)
+    return bytes(body)
+
+
+KINDS = (
+    *("truncated", "1 bits flipped", "16 bits flipped", "256 bits flipped", "zeroed block"),
+    *("bad checksum", "cut out", "header noise", "junk behind", "html", "empty", "noise"),
+)
+
+
+def damage_sources() -> list[bytes]:
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = {"exif": exif}
+    options = {"JPEG": turned, "PNG": turned, "WEBP": turned, "TIFF": {"compression": "tiff_lzw"}}
+    plain = [encode(pixels, kind, **options.get(kind, {})) for kind in FORMATS]
+    progressive = encode(colours(), "JPEG", progressive=True, icc_profile=b"x" * 200)
+    return [
+        *plain,
+        progressive,
+        encode(pixels, "TIFF"),
+        encode(colours(), "TIFF", compression="jpeg"),
+    ]
+
+
+def refusal(data: bytes) -> str | None:
+    """Return why an image is refused, None if it is decoded; any other exception is a failure."""
+    try:
+        load_image(data)
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_three_hundred_damaged_files_are_decoded_or_refused_and_none_hangs() -> None:
+    assert len(KINDS) == 12
+    sources = damage_sources()
+    refused, slowest = 0, 0.0
+    for i, kind in enumerate(KINDS):
+        for seed in range(25):
+            data = damaged(kind, sources[seed % len(sources)], np.random.default_rng([i, seed]))
+            start = time.perf_counter()
+            message = refusal(data)
+            assert message is None or message.startswith(("<bytes>", "A tile of <bytes>"))
+            refused += message is not None
+            slowest = max(slowest, time.perf_counter() - start)
+    assert 100 < refused < 300
+    assert slowest < 2  # seconds, the bar of what counts as a hang
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_warnings_as_errors_make_damaged_files_image_errors_too(kind: str) -> None:
+    data = encode(ramp(), kind)
+    for cut in range(0, len(data), max(1, len(data) // 40)):
+        message = refusal(data[:cut])
+        assert message is None or message.startswith("<bytes>")
+
+
+@pytest.mark.parametrize("kind", [k for k in FORMATS if k != "GIF"])
+def test_a_truncated_file_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (200, 300)).astype(np.uint8)
+    path = tmp_path / "cut.img"
+    path.write_bytes(encode(noise, kind)[:9000])
+    with pytest.raises(ImageError, match=f"cut.img is damaged, or not a {kind}"):
+        load_image(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (bytes(3000), "is all zeros"),
+        (b"<!DOCTYPE HTML><title>", "is an HTML page"),
+        (b"\n\n<html>", "is an HTML page"),
+        (b'<?xml version="1.0"?>', "is an XML document"),
+        (b"<svg>", "is an SVG drawing"),
+        (b'{"error": 404}', "looks like JSON"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        (b"%PDF-1.7", "is a PDF"),
+        (b"PK\x03\x04", "zip archive"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"\0\x05\x16\x07\0\x02", "macOS resource fork"),
+        (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+        (b"\xff\x4f\xff\x51", "JPEG 2000"),
+        (b"\0\0\0\x20ftypheic", "HEIF"),
+        (b"plain words", "begins with b'plain wo'"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_what_it_looks_like(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=f"x.png .*{message}.* Expected PNG, JPEG"):
+        load_image(path)
+
+
+def test_an_image_of_one_pixel_is_an_image() -> None:
+    for kind in FORMATS:
+        assert load_image(encode(np.full((1, 1), 7, np.uint8), kind)).size == (1, 1)
+
+
+# ---------------------------------------------------------------- faults, row 18: header bombs
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
+def tiff_claiming(size: int, tile: int) -> bytes:
+    values = [(256, size), (257, size), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile)]
+    values += [(323, tile), (324, 8), (325, 60)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values)
+    packed = zlib.compress(bytes(40_000))
+    start = struct.pack("<2sHI", b"II", 42, 8 + 60)
+    return start + packed[:60].ljust(60) + struct.pack("<H", len(values)) + entries + bytes(4)
+
+
+@cache
+def header_bombs() -> dict[str, bytes]:
+    small = ramp()
+    jpeg = bytearray(encode(small, "JPEG"))
+    sof = jpeg.index(b"\xff\xc0")
+    jpeg[sof + 5 : sof + 9] = struct.pack(">HH", 65500, 65500)
+    gif = bytearray(encode(small, "GIF"))
+    gif[6:10] = struct.pack("<HH", 65535, 65535)
+    bmp = bytearray(encode(small, "BMP"))
+    bmp[18:26] = struct.pack("<ii", 50_000, 50_000)
+    webp = bytearray(encode(small, "WEBP", lossless=True))
+    start = webp.index(b"VP8L") + 9
+    webp[start : start + 4] = struct.pack("<I", 16382 | 16382 << 14)
+    return {
+        "png 50000": png_claiming(50_000, 50_000),
+        "png 13000": png_claiming(13_000, 13_000),  # where Pillow only warns
+        "png just above": png_claiming(8001, 8000),
+        "jpeg 65500": bytes(jpeg),
+        "gif canvas": bytes(gif),
+        "bmp 50000": bytes(bmp),
+        "webp 16383": bytes(webp),
+        "tiff 50000": tiff_claiming(50_000, 256),
+        "tiff tiles": tiff_claiming(100, 30_000),
+    }
+
+
+@pytest.mark.parametrize("name", header_bombs())
+def test_an_image_that_claims_too_many_pixels_is_refused_without_a_warning(name: str) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    start = time.perf_counter()
+    with pytest.raises(ImageError, match=r"larger max_pixels|could be decompression bomb"):
+        load_image(header_bombs()[name])
+    assert time.perf_counter() - start < 0.1
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_a_tile_larger_than_its_tiff_is_decoded_within_the_limit() -> None:
+    assert np.array_equal(loaded(tiff_claiming(100, 128)), np.zeros((100, 100)))
+
+
+def test_the_limit_names_the_size_and_can_be_set() -> None:
+    assert load_image(ramp(), max_pixels=40 * 64).size == (64, 40)
+    for source in (ramp(), Image.fromarray(ramp()), encode(ramp(), "PNG"), encode(ramp(), "JPEG")):
+        with pytest.raises(ImageError, match=r"64x40 pixels, more than the limit of 2559"):
+            load_image(source, max_pixels=40 * 64 - 1)
+
+
+def jpeg_of_scans(size: int, repeats: int) -> bytes:
+    data = encode(np.zeros((size, size), np.uint8), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * repeats + b"\xff\xd9"
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
+    with pytest.raises(ImageError, match=f"JPEG of 10006 scans, more than {MAX_JPEG_SCANS}"):
+        load_image(jpeg_of_scans(64, 10_000))
+    assert load_image(jpeg_of_scans(64, 20)).size == (64, 64)
+
+
+def test_scans_are_not_counted_in_thumbnails_nor_behind_the_image() -> None:
+    fakes = b"\xff\xda\0\x08" * 100
+    data = encode(ramp(), "JPEG", exif=b"Exif\0\0" + fakes, icc_profile=fakes) + fakes * 500
+    assert load_image(data).size == (64, 40)
+
+
+def test_bombs_cost_less_than_fifty_megabytes(tmp_path: Path) -> None:
+    for i, data in enumerate([*header_bombs().values(), deflated_bomb(), jpeg_2000_bomb()]):
+        (tmp_path / f"{i:02}.bomb").write_bytes(data)
+    code = f"""
+        import resource, sys
+        from pathlib import Path
+        import pydicom.pixels
+        from chestxray_covid.image import ImageError, load_image
+        assert "torch" not in sys.modules
+        def peak_mb():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        before, refused = peak_mb(), 0
+        for path in sorted(Path({str(tmp_path)!r}).iterdir()):
+            try:
+                load_image(path)
+            except ImageError:
+                refused += 1
+        sys.stdout.write(f"{{refused}} {{peak_mb() - before}}")
+    """
+    source = Path(chestxray_covid.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(source)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    refused, growth_mb = done.stdout.split()
+    assert int(refused) == len(list(tmp_path.iterdir()))
+    assert float(growth_mb) < 50
+
+
+# ---------------------------------------------------------------- faults, row 22: hostile paths
+
+
+def test_a_missing_file_a_broken_link_and_a_loop_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageNotFoundError, match=r"absent\.png does not exist"):
+        load_image(tmp_path / "absent.png")
+    broken = tmp_path / "broken.png"
+    broken.symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(FileNotFoundError, match=r"broken\.png is a link to nothing"):
+        load_image(broken)
+    loop = tmp_path / "loop.png"
+    loop.symlink_to(loop)
+    with pytest.raises(ImageError, match=r"loop\.png cannot be opened: OSError"):
+        load_image(loop)
+    inside = tmp_path / "x.png"
+    inside.write_bytes(encode(ramp(), "PNG"))
+    with pytest.raises(ImageError, match="NotADirectoryError"):
+        load_image(inside / "y.png")
+
+
+def test_a_link_to_an_image_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(encode(ramp(), "PNG"))
+    (tmp_path / "link.png").symlink_to(tmp_path / "x.png")
+    assert np.array_equal(loaded(tmp_path / "link.png"), ramp())
+
+
+def test_pipes_sockets_devices_and_folders_are_refused_unopened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")  # opening it would wait for a writer for ever
+    (tmp_path / "b.png").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(tmp_path / "c.png"))  # a path of at most 108 bytes
+        names = [tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"]
+        for path in [*names, Path("/dev/zero"), Path("/dev/null"), ""]:
+            with pytest.raises(ImageNotFoundError, match=r"is a (folder|pipe, socket or device)"):
+                load_image(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_read_permission_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(encode(ramp(), "PNG"))
+    path.chmod(0)
+    with pytest.raises(ImageError, match="PermissionError"):
+        load_image(path)
+
+
+def test_a_hundred_hostile_names_are_read_and_shown_without_control_characters(
+    tmp_path: Path,
+) -> None:
+    odd = ["\n", "\r", "\t", ",", ";", "=cmd|'calc'!A0", "@x", "-rf", "'", '"', "\\", "%s{}"]
+    odd += [
+        "\u202egnp.exe",
+        "\u200b",
+        "\x1b[31m",
+        "\x7f",
+        "ä",
+        "肺",
+        "🫁",
+        " ",
+        "~",
+        "$HOME",
+        "*",
+        "?",
+    ]
+    odd += ["\udcff\udcfe", "x" * 240]  # bytes that are not UTF-8; 255 bytes with the rest
+    names = [f"{text}{i}" for text in odd for i in range(4)][:100]
+    assert len(set(names)) == 100
+    data = encode(ramp(), "PNG")
+    for name in names:
+        path = tmp_path / name
+        path.write_bytes(data)
+        assert load_image(path).size == (64, 40)
+        assert load_image(os.fsencode(path).decode("utf-8", "surrogateescape")).size == (64, 40)
+        path.write_bytes(b"no image")
+        with pytest.raises(ImageError) as caught:
+            load_image(path)
+        assert str(caught.value).isprintable()
+    with pytest.raises(ImageError, match="cannot be opened: ValueError"):
+        load_image("a\0b.png")
+    with pytest.raises(ImageError, match="File name too long"):
+        load_image("x" * 5000)
+
+
+# ---------------------------------------------------------------- faults, row 20: DICOM
+
+
+def dicom(pixels: np.ndarray | None, *, syntax: str = "1.2.840.10008.1.2.1", **extra: Any) -> bytes:
+    """A DICOM file of grey or RGB pixels; ``extra`` sets or, with None, removes elements."""
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = syntax
+    data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    data.SOPInstanceUID = "1.2.3.4"
+    data.PatientName = "Doe^Secret"
+    if pixels is not None:
+        data.Rows, data.Columns = (
+            pixels.shape[-3:-1] if pixels.shape[-1] == 3 else pixels.shape[-2:]
+        )
+        data.SamplesPerPixel = 3 if pixels.shape[-1] == 3 else 1
+        data.PhotometricInterpretation = "RGB" if pixels.shape[-1] == 3 else "MONOCHROME2"
+        data.BitsAllocated = data.BitsStored = 8 * pixels.dtype.itemsize
+        data.PixelRepresentation = int(pixels.dtype.kind == "i")
+        data.PlanarConfiguration = 0
+        order = ">" if syntax.endswith(".1.2.2") else "<"
+        data.PixelData = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+        data["PixelData"].VR = "OB" if pixels.dtype.itemsize == 1 else "OW"
+    for key, value in extra.items():
+        if value is None:
+            delattr(data, key)
+        else:
+            setattr(data, key, value)
+    if pixels is not None:
+        data.HighBit = data.BitsStored - 1
+        if syntax.startswith("1.2.840.10008.1.2.4"):
+            data["PixelData"].VR = "OB"
+            data["PixelData"].is_undefined_length = True
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, data, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def twelve_bits() -> np.ndarray:
+    return ramp().astype(np.uint16) * 16 + 15
+
+
+def lut(entries: int, first: int, bits: int, values: np.ndarray) -> Any:
+    item = pydicom.Dataset()
+    item.LUTDescriptor = [entries % 65536, first, bits]
+    item["LUTDescriptor"].VR = "US"
+    item.LUTData = values.tolist()
+    item["LUTData"].VR = "US"
+    return pydicom.Sequence([item])
+
+
+def words(dtype: str, entries: int = 4096) -> Any:
+    bits = int(math.log2(entries))
+    sequence = lut(entries, 0, bits, np.zeros(1, int))
+    sequence[0]["LUTData"].VR = "OW"
+    sequence[0].LUTData = np.arange(entries).astype(dtype).tobytes()
+    return sequence
+
+
+def compressed(syntax: str, frame: bytes) -> bytes:
+    encapsulated = pydicom.encaps.encapsulate([frame])
+    return dicom(ramp(), syntax=syntax, PixelData=encapsulated)
+
+
+J2K, JPEG = "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.50"
+MPEG2, BIG = "1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.2"
+
+
+@cache
+def dicom_files() -> dict[str, tuple[bytes, np.ndarray]]:
+    grey, twelve, rgb = ramp(), twelve_bits(), colours()
+    square, stored = np.arange(4096), twelve.astype(float)
+    rescaled = dicom(twelve, BitsStored=12, RescaleSlope="2", RescaleIntercept="-1000")
+    window = {"BitsStored": 12, "WindowCenter": "2048", "WindowWidth": "1024"}
+    inside = np.clip((stored - 2047.5) / 1023 + 0.5, 0, 1) * 255  # PS3.3 C.11.2.1.2.1
+    exactly = np.clip((stored - 2048) / 1024 + 0.5, 0, 1) * 255
+    sigmoid = 255 / (1 + np.exp(-4 * (stored - 2048) / 1024))
+    hounsfield = np.clip((stored * 2.0 - 1000 - 2047.5) / 1023 + 0.5, 0, 1) * 255
+    ybr = np.asarray(Image.fromarray(rgb).convert("YCbCr"))
+    palette = {
+        f"{name}PaletteColorLookupTableData": bytes(range(256)) for name in ("Red", "Green", "Blue")
+    } | {
+        f"{name}PaletteColorLookupTableDescriptor": [256, 0, 8] for name in ("Red", "Green", "Blue")
+    }
+    steps = np.arange(1000, 3560).reshape(40, 64).astype(np.uint16)
+    narrow = np.clip((steps - 1999.5) / 9 + 0.5, 0, 1) * 255
+    return {
+        "8 bits": (dicom(grey), grey),
+        "8 bits, dim": (dicom(grey // 2), grey // 2),
+        "12 in 16 bits": (dicom(twelve, BitsStored=12), stretched(twelve)),
+        "16 bits": (dicom(grey.astype(np.uint16) * 257), grey),
+        "signed": (dicom(twelve.astype(np.int16) - 2000), stretched(twelve)),
+        "implicit": (dicom(twelve, syntax="1.2.840.10008.1.2"), stretched(twelve)),
+        "big endian": (dicom(twelve, syntax="1.2.840.10008.1.2.2"), stretched(twelve)),
+        "rescale": (rescaled, stretched(twelve)),
+        "window": (dicom(twelve, **window), inside),
+        "windows": (
+            dicom(twelve, **{**window, "WindowCenter": [2048, 5], "WindowWidth": [1024, 9]}),
+            inside,
+        ),
+        "narrow window": (
+            dicom(steps, BitsStored=12, WindowCenter="2000", WindowWidth="10"),
+            narrow,
+        ),
+        "exact window": (dicom(twelve, **window, VOILUTFunction="LINEAR_EXACT"), exactly),
+        "sigmoid": (dicom(twelve, **window, VOILUTFunction="SIGMOID"), sigmoid),
+        "window of width 1": (
+            dicom(twelve, **{**window, "WindowWidth": "1"}),
+            255 * (twelve > 2047),
+        ),
+        "empty window": (dicom(twelve, **{**window, "WindowCenter": ""}), stretched(twelve)),
+        "rescale and window": (
+            dicom(twelve, **window, RescaleSlope="2", RescaleIntercept="-1000"),
+            hounsfield,
+        ),
+        "falling rescale and window": (
+            dicom(
+                twelve,
+                **{**window, "WindowCenter": "-2047"},
+                RescaleSlope="-1",
+                RescaleIntercept="0",
+            ),
+            255 - inside,
+        ),
+        "voi lut of 12 bits": (
+            dicom(twelve, BitsStored=12, VOILUTSequence=lut(4096, 0, 12, square[::-1])),
+            255 - twelve * (255 / 4095),
+        ),
+        "voi lut of 8 bits": (
+            dicom(twelve, BitsStored=12, VOILUTSequence=lut(4096, 0, 8, square // 16)),
+            grey,
+        ),
+        "voi lut of part of the range": (
+            dicom(twelve, BitsStored=12, VOILUTSequence=lut(1024, 1024, 10, square[:1024])),
+            np.clip(twelve.astype(int) - 1024, 0, 1023) * (255 / 1023),
+        ),
+        "voi lut as words": (dicom(twelve, BitsStored=12, VOILUTSequence=words("<u2")), grey),
+        "voi lut as big-endian words": (
+            dicom(twelve, syntax=BIG, BitsStored=12, VOILUTSequence=words(">u2")),
+            grey,
+        ),
+        "voi lut as bytes": (dicom(grey, VOILUTSequence=words("u1", 256)), grey),
+        "voi lut beyond its bits": (
+            dicom(grey, VOILUTSequence=lut(256, 0, 8, np.arange(256) * 3)),
+            np.minimum(grey.astype(int) * 3, 255),
+        ),
+        "4 bits": (dicom(grey // 16, BitsStored=4), stretched(grey // 16)),
+        "modality lut": (
+            dicom(twelve, BitsStored=12, ModalityLUTSequence=lut(4096, 0, 16, square * 7)),
+            stretched(twelve),
+        ),
+        "multi-frame": (dicom(np.stack([grey, 255 - grey]), NumberOfFrames=2), grey),
+        "rgb": (dicom(rgb), luma(rgb)),
+        "ybr": (dicom(ybr, PhotometricInterpretation="YBR_FULL"), luma(rgb)),
+        "palette": (dicom(grey, PhotometricInterpretation="PALETTE COLOR", **palette), grey),
+        "jpeg 2000": (compressed(J2K, encode(grey, "JPEG2000", no_jp2=True)), grey),
+        "jpeg": (compressed(JPEG, encode(grey, "JPEG", quality=100)), grey),
+        "rle": (rle(grey), grey),
+    }
+
+
+def rle(pixels: np.ndarray) -> bytes:
+    data = pydicom.dcmread(io.BytesIO(dicom(pixels)))
+    data.compress("1.2.840.10008.1.2.5")
+    buffer = io.BytesIO()
+    data.save_as(buffer)
+    return buffer.getvalue()
+
+
+def test_the_dicom_collection_has_more_than_twenty_kinds() -> None:
+    assert len(dicom_files()) >= 20
+
+
+@pytest.mark.parametrize("name", dicom_files())
+@pytest.mark.filterwarnings("ignore::chestxray_covid.image.ImageWarning")
+def test_dicom_of_every_kind_is_shown_as_the_standard_says(name: str, tmp_path: Path) -> None:
+    data, expected = dicom_files()[name]
+    result = loaded(data)
+    assert result.shape == expected.shape
+    assert np.abs(result - expected).max() <= 1
+    path = tmp_path / "no_suffix"
+    path.write_bytes(data)
+    assert np.array_equal(loaded(path), result)
+    assert np.array_equal(loaded(io.BytesIO(data)), result)
+
+
+@pytest.mark.parametrize("name", dicom_files())
+@pytest.mark.filterwarnings("ignore::chestxray_covid.image.ImageWarning")
+def test_monochrome1_is_the_exact_inverse_of_monochrome2(name: str) -> None:
+    data, _ = dicom_files()[name]
+    if b"MONOCHROME2" not in data:
+        pytest.skip("colour")
+    inverse = data.replace(b"MONOCHROME2", b"MONOCHROME1")
+    assert np.array_equal(loaded(inverse), 255 - loaded(data))
+
+
+def test_a_monochrome1_twin_looks_the_same() -> None:
+    twin = dicom(4095 - twelve_bits(), BitsStored=12, PhotometricInterpretation="MONOCHROME1")
+    assert np.array_equal(loaded(twin), loaded(dicom(twelve_bits(), BitsStored=12)))
+
+
+@pytest.mark.parametrize(
+    "name", ["window", "windows", "exact window", "sigmoid", "rescale and window"]
+)
+def test_windows_agree_with_pydicom(name: str) -> None:
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    data = dicom_files()[name][0]
+    parsed = pydicom.dcmread(io.BytesIO(data))
+    shown = apply_voi_lut(apply_modality_lut(parsed.pixel_array, parsed), parsed)
+    slope, intercept = (
+        float(parsed.get("RescaleSlope", 1)),
+        float(parsed.get("RescaleIntercept", 0)),
+    )
+    low, high = intercept, 4095 * slope + intercept
+    assert np.abs(loaded(data) - 255 * (shown - low) / (high - low)).max() <= 1
+
+
+def test_several_frames_of_a_dicom_file_give_a_warning() -> None:
+    with pytest.warns(ImageWarning, match="more than one frame"):
+        load_image(dicom_files()["multi-frame"][0])
+
+
+def test_padding_behind_the_pixels_does_no_harm() -> None:
+    endless = b"\xfc\xff\xfc\xffSQ\0\0\xff\xff\xff\xff junk"  # tag of trailing padding
+    for padding in (bytes(64), endless, b"\xff" * 7):
+        assert np.array_equal(loaded(dicom(ramp()) + padding), ramp())
+
+
+def test_a_float_dicom_with_nan_is_refused() -> None:
+    pixels = ramp().astype(np.float32)
+    options = {"BitsAllocated": 32, "BitsStored": 32, "PixelRepresentation": 0, "PixelData": None}
+    good = dicom(ramp(), **options, FloatPixelData=(pixels * 5).tobytes())
+    assert np.array_equal(loaded(good), ramp())
+    pixels[0, 0] = math.nan
+    with pytest.raises(ImageError, match="NaN"):
+        load_image(dicom(ramp(), **options, FloatPixelData=pixels.tobytes()))
+
+
+def without_syntax() -> bytes:
+    data = dicom(ramp())
+    uid = data.index(b"\x02\x00\x10\x00UI")
+    length = 8 + struct.unpack("<H", data[uid + 6 : uid + 8])[0]
+    return data[:uid] + data[uid + length :]
+
+
+@cache
+def sixteen_mebibytes_of_zeros() -> bytes:
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return packer.compress(bytes(1 << 24)) + packer.flush(zlib.Z_FULL_FLUSH)
+
+
+@cache
+def deflated_bomb() -> bytes:
+    """A deflated DICOM file of 3 MB that expands to 3 GB."""
+    head = dicom(None)
+    where = head.index(b"\x02\x00\x10\x00UI") + 6
+    head = head.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99", 1)
+    head = head[:where] + struct.pack("<H", 22) + head[where + 2 :]
+    return head + sixteen_mebibytes_of_zeros() * 190
+
+
+def jpeg_2000_bomb(side: int = 50_000) -> bytes:
+    frame = bytearray(encode(ramp(), "JPEG2000", no_jp2=True))
+    frame[8:16] = frame[24:32] = struct.pack(">II", side, side)
+    return compressed(J2K, bytes(frame))
+
+
+def jpeg_bomb() -> bytes:
+    return compressed(JPEG, header_bombs()["jpeg 65500"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dicom(None), "without an image"),
+        (lambda: dicom(ramp(), PixelData=None), "without pixel data"),
+        (lambda: dicom(ramp(), PixelData=ramp().tobytes()[:-200]), "cannot be read: ValueError"),
+        (lambda: dicom(ramp())[:-300], "cannot be read: (ValueError|UserWarning)"),
+        (lambda: dicom(ramp())[:200], "names no transfer syntax|without an image|cannot be read"),
+        (lambda: bytes(128) + b"DICM", "names no transfer syntax"),
+        (without_syntax, r"names no transfer syntax \(0002,0010\)"),
+        (deflated_bomb, "deflated DICOM .* dcmconv"),
+        (jpeg_2000_bomb, "first frame of <bytes> has or claims 50000x50000"),
+        (jpeg_bomb, "first frame of <bytes> has or claims 65500x65500"),
+        (lambda: compressed(JPEG, jpeg_of_scans(64, 99)), "JPEG of 105 scans"),
+        (lambda: compressed(J2K, b"\xff\x4f\xff\x51 noise"), "cannot be read: RuntimeError"),
+        (lambda: dicom(ramp(), Rows=50_000, Columns=50_000), "claims 50000x50000"),
+        (lambda: dicom(ramp(), Rows=0), "64x0 pixels"),
+        # pydicom's text would quote the bytes.
+        (
+            lambda: dicom(ramp()).replace(b"\x28\0\x10\0US\2", b"\x28\0\x10\0US\3"),
+            "cannot be read: BytesLengthException$",
+        ),
+        (
+            lambda: dicom(ramp()).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0"),
+            "cannot be read: ValueError: UID is not a transfer syntax",
+        ),
+        (lambda: compressed(MPEG2, b"film"), "cannot be read: NotImplementedError"),
+        (lambda: dicom(ramp(), BitsAllocated=7), "cannot be read: ValueError"),
+        (lambda: dicom(ramp(), PhotometricInterpretation=None), "cannot be read: AttributeError"),
+        (lambda: dicom(twelve_bits(), WindowCenter="9", WindowWidth="0"), "window width 0.0 is"),
+        (
+            lambda: dicom(ramp(), WindowCenter="9", WindowWidth="9", VOILUTFunction="CUBIC"),
+            "impossible for the VOI function CUBIC",
+        ),
+        (
+            lambda: dicom(ramp(), RescaleSlope="987", RescaleIntercept="0").replace(b"987", b"nan"),
+            "cannot be read: (ValueError: RescaleSlope is nan|UserWarning)",
+        ),
+        (
+            lambda: dicom(ramp(), VOILUTSequence=lut(300, 0, 12, np.arange(100))),
+            "a lookup table of 300 entries holds 100",
+        ),
+        # No decoder for lossless JPEG or JPEG-LS comes with the extra.
+        (lambda: compressed("1.2.840.10008.1.2.4.70", b"\xff\xd8"), "pip install .*dicom.*gdcm"),
+        (lambda: compressed("1.2.840.10008.1.2.4.80", b"\xff\xd8"), "JPEG-LS"),
+    ],
+)
+def test_dicom_that_cannot_be_shown_is_refused_without_naming_the_patient(
+    make: Any, message: str
+) -> None:
+    data = make()
+    start = time.perf_counter()
+    with pytest.raises(ImageError, match=message) as caught:
+        load_image(data)
+    assert time.perf_counter() - start < 1
+    assert "Secret" not in str(caught.value)
+
+
+def test_the_deflated_bomb_is_what_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.dcm"
+    path.write_bytes(deflated_bomb())
+    assert pydicom.filereader.read_file_meta_info(path).TransferSyntaxUID.is_deflated
+    block = zlib.decompressobj(-zlib.MAX_WBITS).decompress(sixteen_mebibytes_of_zeros())
+    assert 3e6 < path.stat().st_size < 3.5e6
+    assert 190 * len(block) > 3e9
+
+
+def test_a_second_transfer_syntax_does_not_smuggle_a_deflated_file_in() -> None:
+    data = deflated_bomb()
+    uid = data.index(b"\x02\x00\x10\x00UI")
+    plain = b"\x02\x00\x10\x00UI" + struct.pack("<H", 20) + b"1.2.840.10008.1.2.1\0"
+    for forged in (data[:uid] + plain + data[uid:], data[: uid + 30] + plain + data[uid + 30 :]):
+        with pytest.raises(ImageError):
+            load_image(forged)
+
+
+def test_a_file_named_dicom_that_is_none_is_never_forced(tmp_path: Path) -> None:
+    path = tmp_path / "x.dcm"
+    path.write_bytes(dicom(ramp())[132:])
+    with pytest.raises(ImageError, match='no "DICM" at byte 128'):
+        load_image(path)
+    path.write_bytes(encode(ramp(), "PNG"))
+    assert np.array_equal(loaded(path), ramp())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_dicom_files_are_shown_or_refused_and_none_hangs() -> None:
+    files = [data for data, _ in dicom_files().values()]
+    slowest = 0.0
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        data = damaged(KINDS[seed % 7], files[seed % len(files)], rng)
+        start = time.perf_counter()
+        assert "Secret" not in (refusal(data) or "")
+        slowest = max(slowest, time.perf_counter() - start)
+    assert slowest < 2
+
+
+def test_without_pydicom_the_error_names_the_extra(tmp_path: Path) -> None:
+    (tmp_path / "pydicom.py").write_text("raise ImportError('not installed')\n")
+    (tmp_path / "x.dcm").write_bytes(dicom(ramp()))
+    code = "from chestxray_covid import errors, image\ntry:\n  image.load_image('x.dcm')\n"
+    code += "except errors.MissingExtraError as error:\n  raise SystemExit(str(error))"
+    source = Path(chestxray_covid.__file__).parents[1]
+    path = os.pathsep.join([str(tmp_path), str(source)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert 'pip install "chestxray-covid[dicom]"' in done.stderr
+    assert issubclass(MissingExtraError, ImportError)
+
+
+# ---------------------------------------------------------------- Preprocess
+
+
+def test_preprocess_gives_one_grey_plane_of_the_models_size() -> None:
+    pixels = Preprocess(size_px=48)(encode(colours(300, 500), "PNG"))
+    assert (pixels.shape, pixels.dtype, pixels.flags.c_contiguous) == ((1, 48, 48), np.uint8, True)
+    pixels[:] = 0  # its own memory
+
+
+def test_the_whole_image_is_squashed_by_area() -> None:
+    # Ten equal bands become ten equal bands, in both directions.
+    bands = np.repeat(np.arange(10) * 25, 64).astype(np.uint8)
+    wide = np.tile(bands, (960, 1))
+    result = Preprocess(size_px=40)(wide)[0]
+    assert np.array_equal(result[20, 1::4], np.arange(10) * 25) or (
+        np.abs(result[20, 1::4].astype(int) - np.arange(10) * 25).max() <= 3
+    )
+    assert np.array_equal(Preprocess(size_px=40)(wide.T)[0], result.T)
+
+
+def test_the_resized_image_agrees_with_an_independent_antialiasing_filter() -> None:
+    rng = np.random.default_rng(0)
+    smooth = np.asarray(
+        Image.fromarray(rng.integers(0, 256, (40, 50), np.uint8)).resize((1000, 800))
+    )
+    tensor = torch.tensor(smooth)[None, None].float()
+    expected = torch.nn.functional.interpolate(
+        tensor, (224, 224), mode="bilinear", antialias=True, align_corners=False
+    )
+    difference = np.abs(Preprocess()(smooth)[0] - expected.numpy()[0, 0])
+    assert difference.mean() < 1
+    assert difference.max() <= 6  # `reducing_gap` averages blocks first
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_box_gives_the_same_as_cropping_first(kind: str) -> None:
+    data = encode(ramp(800, 1200), kind)
+    cropped = load_image(data).crop((300, 80, 900, 720))
+    result = Preprocess(size_px=64)(data, box=(0.25, 0.1, 0.75, 0.9))
+    difference = result.astype(int) - Preprocess(size_px=64)(cropped)
+    assert np.abs(difference).max() <= 2
+
+
+def test_a_small_box_makes_a_jpeg_be_decoded_larger() -> None:
+    assert Preprocess(size_px=64).decode_size() == (128, 128)
+    assert Preprocess(size_px=64).decode_size((0.0, 0.0, 0.5, 0.25)) == (256, 512)
+
+
+def test_decoding_ahead_at_the_decode_size_changes_nothing() -> None:
+    preprocess = Preprocess(size_px=64)
+    data = encode(ramp(2000, 3000), "JPEG")
+    ahead = load_image(data, min_size=preprocess.decode_size())
+    assert ahead.size == (375, 250)
+    assert np.array_equal(preprocess(ahead), preprocess(data))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (0.5, 0, 0.5, 1),
+        (0.6, 0, 0.5, 1),
+        (-0.1, 0, 1, 1),
+        (0, 0, 1, 1.1),
+        (0, 0, 640, 480),
+        (0, 0.2, 1, 0.205),
+        (math.nan, 0, 1, 1),
+        (0, 0, math.inf, 1),
+        (0, 0, 1),
+        "abcd",
+        3,
+    ],
+)
+def test_an_impossible_box_is_a_value_error(box: Any) -> None:
+    with pytest.raises(ValueError, match="box must be"):
+        Preprocess()(ramp(), box=box)
+
+
+def test_images_of_extreme_aspect_ratio_are_squashed_too() -> None:
+    for shape in [(1, 1), (1, 65_535), (65_535, 1), (2, 3)]:
+        assert Preprocess(size_px=32)(np.full(shape, 9, np.uint8)).tolist() == [[[9] * 32] * 32]
+
+
+def test_a_side_of_millions_of_pixels_is_refused() -> None:
+    for source in (np.zeros((65_536, 1), np.uint8), png_claiming(60_000_000, 1)):
+        with pytest.raises(ImageError, match="expected sides of at most 65535"):
+            load_image(source)
+
+
+def test_preprocess_defaults_are_the_mean_of_imagenets_channels() -> None:
+    assert Preprocess().mean == pytest.approx(np.mean([0.485, 0.456, 0.406]), abs=1e-9)
+    assert Preprocess().std == pytest.approx(np.mean([0.229, 0.224, 0.225]), abs=1e-9)
+
+
+def test_preprocess_survives_json_and_pickling() -> None:
+    preprocess = Preprocess(size_px=320, mean=0.5, std=0.25)
+    assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
+    assert pickle.loads(pickle.dumps(preprocess)) == preprocess  # noqa: S301 - its own bytes
+    assert hash(preprocess) == hash(Preprocess(size_px=320, mean=0.5, std=0.25))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        *(("size_px", v, ValueError, "size_px must be in 32 to 2048") for v in (0, -1, 31, 2049)),
+        *(("size_px", v, TypeError, "size_px must be an int") for v in (True, 224.0, "224", None)),
+        *(("mean", v, ValueError, "mean must be a fraction") for v in (-0.1, 114.5, math.nan)),
+        *(("mean", v, TypeError, "mean must be a number") for v in (True, "0.5", None, [0.4])),
+        *(
+            ("std", v, ValueError, "std must be a fraction")
+            for v in (0, -1, 57.6, math.nan, math.inf)
+        ),
+        *(("std", v, TypeError, "std must be a number") for v in (True, "0.2", None)),
+        *(("resize", v, ValueError, 'resize must be "squash"') for v in ("crop", None, 3)),
+    ],
+)
+def test_impossible_preprocessing_is_refused_on_construction_and_in_a_config(
+    field: str, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Preprocess(**{field: value})
+    with pytest.raises(ConfigError, match=f"preprocess is impossible: .*{message}"):
+        Preprocess.from_dict({**Preprocess().to_dict(), field: value})
+
+
+@pytest.mark.parametrize(
+    ("data", "got"),
+    [
+        ({}, r"got \[\]"),
+        ({"size_px": 224}, "got .'size_px'.$"),
+        ({**Preprocess().to_dict(), "crop": 1}, "crop"),
+        ({**Preprocess().to_dict(), 3: 1}, "'3'"),
+        ([224], "got list"),
+        (None, "got NoneType"),
+    ],
+)
+def test_a_config_with_other_fields_is_refused(data: Any, got: str) -> None:
+    with pytest.raises(ConfigError, match=f"exactly the fields .*{got}"):
+        Preprocess.from_dict(data)
+
+
+def test_threads_get_the_same_pixels_as_one() -> None:
+    sources = [
+        encode(ramp(200, 300 + i), kind) for i, kind in enumerate(("JPEG", "PNG", "TIFF") * 8)
+    ]
+    preprocess = Preprocess(size_px=64)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(preprocess, sources))
+    for source, result in zip(sources, results, strict=True):
+        assert np.array_equal(result, preprocess(source))
+
+
+# ---------------------------------------------------------------- real radiographs
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+def test_every_real_radiograph_decodes(real_data: Path) -> None:
+    folders = {
+        "chest_xray": 5216,
+        "covid-chestxray-dataset/images": 646,
+        "covid-19-image-repository": 243,
+        "nih-subset": 426,
+    }
+    kinds = {".png", ".jpg", ".jpeg"}
+    preprocess = Preprocess(size_px=64)
+    with ThreadPoolExecutor(2) as pool:
+        for folder, count in folders.items():
+            paths = [p for p in (real_data / folder).rglob("*") if p.suffix.lower() in kinds]
+            assert len(paths) == count
+            flat = [
+                p for p, x in zip(paths, pool.map(preprocess, paths), strict=True) if x.std() < 5
+            ]
+            assert flat == []  # none comes out black, white or clipped to one level
+
+
+@pytest.mark.real_data
+def test_reduced_decoding_of_real_originals_stays_close_to_full_decoding(real_data: Path) -> None:
+    names = (real_data / "originals.txt").read_text().splitlines()[::8]
+    preprocess = Preprocess()
+    for name in names:
+        full = (
+            Image.open(real_data / name).convert("L").resize((224, 224), Image.Resampling.BILINEAR)
+        )
+        difference = np.abs(preprocess(real_data / name)[0].astype(int) - np.asarray(full))
+        assert difference.mean() < 1.5, name

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+
+from chestxray_covid.datasets.storage import (
+    exclusive,
+    path_problem,
+    sync_file,
+    sync_folder,
+    write_file,
+    writing_to,
+)
+from chestxray_covid.errors import DownloadError, IntegrityError
+from servers import forkserver
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a.jpg",
+        "images/a.jpg",
+        "images/",
+        "images/1-s2.0-S0140673620303706-fx1_lrg.jpg",
+        "images/a (1), b & c=%20#.JPG",
+        "annotations/.hidden",
+        "images/größe.png",
+        "a" * 255,
+        "console/auxiliary.txt",
+    ],
+)
+def test_ordinary_paths_have_no_problem(path: str) -> None:
+    assert path_problem(path) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("", "empty"),
+        ("/", "absolute"),
+        ("/etc/passwd", "absolute"),
+        ("//server/share", "absolute"),
+        ("..", "'..'"),
+        ("../a", "'..'"),
+        ("a/../../b", "'..'"),
+        ("a/..", "'..'"),
+        ("./a", "'.'"),
+        ("a//b", "empty"),
+        ("a\\b", "backslash"),
+        ("..\\a", "backslash"),
+        ("C:/a", "colon"),
+        ("C:a", "colon"),
+        ("a.txt:stream", "colon"),
+        ("a\0.jpg", "NUL"),
+        ("a\nb", "another character"),
+        ("a\x7f", "another character"),
+        ("what?", "another character"),
+        ("a./b", "Windows"),
+        ("a ", "Windows"),
+        ("nul", "Windows"),
+        ("images/COM1.jpg", "Windows"),
+        ("a" * 256, "255 bytes"),
+        ("é" * 128, "255 bytes"),
+        ("a/" * 513, "1024 bytes"),
+        ("\ud800", "Unicode"),
+    ],
+)
+def test_every_dangerous_path_has_a_problem(path: str, problem: str) -> None:
+    assert problem in path_problem(path)
+
+
+def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+    write_file(tmp_path / "a", b"old")
+    write_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match="a"):
+        write_file(tmp_path / "a", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_files_and_folders_can_be_synced(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    sync_file(tmp_path / "a")
+    sync_folder(tmp_path)
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_file_system_errors_become_download_errors_that_say_what_to_do(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DownloadError, match=r"place cannot be written.*free space") as caught,
+        writing_to(tmp_path / "place"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_errors_of_our_own_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="wrong bytes"), writing_to(tmp_path):
+        raise IntegrityError("wrong bytes")
+
+
+def _hold(lock: Path, held: Event, release: Event, log: Path) -> None:
+    with exclusive(lock) as alone:
+        assert alone
+        held.set()
+        release.wait(10)
+        with log.open("a") as file:
+            file.write("first ")
+
+
+def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
+    context = forkserver()
+    held, release = context.Event(), context.Event()
+    lock, log = tmp_path / "lock", tmp_path / "log"
+    process = context.Process(target=_hold, args=(lock, held, release, log))
+    process.start()
+    assert held.wait(10)
+    with lock.open("ab") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    release.set()
+    with exclusive(lock), log.open("a") as file:
+        file.write("second")
+    process.join()
+    assert log.read_text() == "first second"
+
+
+def test_a_killed_process_gives_its_lock_back(tmp_path: Path) -> None:
+    context = forkserver()
+    held, release = context.Event(), context.Event()
+    args = (tmp_path / "lock", held, release, tmp_path / "log")
+    process = context.Process(target=_hold, args=args)
+    process.start()
+    assert held.wait(10)
+    process.kill()
+    process.join()
+    with exclusive(tmp_path / "lock") as alone:
+        assert alone
+    assert not (tmp_path / "log").exists()
+
+
+def test_without_a_lock_file_the_body_runs_and_knows_it(tmp_path: Path) -> None:
+    with exclusive(tmp_path / "missing" / "lock") as alone:
+        assert not alone
+
+
+def test_without_working_locks_the_body_runs_and_knows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with exclusive(tmp_path / "lock") as alone:
+        assert not alone

@@ -1,0 +1,459 @@
+"""The trainer: what it writes, how it resumes, when it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chestxray_covid import (
+    Augmentation,
+    Callback,
+    ChestXrayDataset,
+    Classifier,
+    EpochRecord,
+    History,
+    Preprocess,
+    Split,
+    SyntheticChestXray,
+    Trainer,
+    TrainingConfig,
+    build_densenet121,
+    split_by_patient,
+)
+from chestxray_covid.errors import TrainingError, TrainingInterrupted
+from chestxray_covid.models import native_bfloat16, to_tensors
+
+QUICK = TrainingConfig(
+    preprocess=Preprocess(size_px=32),
+    epochs=2,
+    batch_size=6,
+    samples_per_epoch=18,
+    precision="float32",
+    device="cpu",
+    progress=False,
+)
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return split_by_patient(SyntheticChestXray(48, image_size_px=64), val=0.2, test=0.2)
+
+
+def network(seed: int = 0, **options: object) -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build_densenet121(pretrained=False, **options)
+
+
+def trained(split: Split, output: Path, config: TrainingConfig = QUICK, **options):
+    model = network()
+    trainer = Trainer(model, split.train, split.val, config, output=output, **options)
+    return trainer.fit(), to_tensors(model)
+
+
+class StopAfter(Callback):
+    """Sends this process a signal after a number of optimizer steps."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        self.step, self.number = step, number
+
+    def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+        if step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def numbers(history: History) -> list[tuple[float, ...]]:
+    return [(r.train_loss, r.val_loss, r.val_accuracy, r.learning_rate) for r in history]
+
+
+def test_a_run_directory_is_a_checkpoint_with_a_history(split: Split, tmp_path: Path) -> None:
+    history, tensors = trained(split, tmp_path / "run")
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == ["config.json", "history.csv", "history.json", "model.safetensors"]
+    assert [r.epoch for r in history] == [1, 2]
+    assert all(r.images_per_s > 0 and r.seconds > r.data_seconds > 0 for r in history)
+    classifier = Classifier.from_pretrained(tmp_path / "run")
+    assert classifier.classes == ("normal", "covid19")
+    assert classifier.config.preprocess == QUICK.preprocess
+    assert classifier.config.provenance["epoch"] == history.best.epoch
+    assert classifier.config.provenance["training"]["seed"] == 0
+    again = to_tensors(build_densenet121(tmp_path / "run"))
+    assert equal(again, tensors)
+
+
+def test_the_recorded_validation_loss_is_that_of_the_saved_weights(
+    split: Split, tmp_path: Path
+) -> None:
+    history, _ = trained(split, tmp_path / "run")
+    shares = Classifier.from_pretrained(tmp_path / "run").predict_proba(split.val)
+    loss = -np.log(shares[np.arange(len(split.val)), split.val.targets]).mean()
+    assert loss == pytest.approx(history.best.val_loss, abs=1e-5)
+    accuracy = (shares.argmax(1) == split.val.targets).mean()
+    assert accuracy == pytest.approx(history.best.val_accuracy)
+
+
+@pytest.mark.slow
+def test_it_learns_opacities_in_the_lungs(tmp_path: Path) -> None:
+    split = split_by_patient(SyntheticChestXray(240, image_size_px=96), val=0.2, test=0.2)
+    config = replace(
+        QUICK, preprocess=Preprocess(size_px=64), epochs=5, samples_per_epoch=None, batch_size=16
+    )
+    history, _ = trained(split, tmp_path / "run", replace(config, monitor="val_auroc"))
+    assert history.best.val_auroc is not None
+    assert history.best.val_auroc > 0.8
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_global_one(
+    split: Split, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    first = trained(split, tmp_path / "a")
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = trained(split, tmp_path / "b", replace(QUICK, workers=1))
+    assert torch.equal(state, torch.get_rng_state())
+    assert equal(first[1], second[1])
+    assert numbers(first[0]) == numbers(second[0])
+    other = trained(split, tmp_path / "c", replace(QUICK, seed=1))
+    assert not equal(first[1], other[1])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QUICK,
+        replace(QUICK, ema_decay=0.5, accumulate=2, optimizer="adam", balance="none", epochs=1),
+    ],
+    ids=["recommended", "average-and-accumulate"],
+)
+def test_resuming_after_any_step_gives_the_same_weights_bit_for_bit(
+    split: Split, tmp_path: Path, config: TrainingConfig
+) -> None:
+    whole, tensors = trained(split, tmp_path / "whole", config)
+    steps = -(-3 // config.accumulate) * config.epochs
+    for step in range(1, steps):
+        run = tmp_path / f"stopped-{step}"
+        with pytest.raises(TrainingInterrupted) as stop:
+            trained(split, run, config, callbacks=[StopAfter(step)])
+        assert (stop.value.signal_number, stop.value.run) == (signal.SIGTERM, run)
+        assert "resume=True" in str(stop.value)
+        model = network(seed=99)
+        resumed = Trainer(model, split.train, split.val, config, output=run).fit(resume=True)
+        assert equal(to_tensors(model), tensors)
+        assert numbers(resumed) == numbers(whole)
+
+
+def test_ctrl_c_saves_the_state_and_the_handlers_come_back(split: Split, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted, match="signal 2"):
+        trained(split, tmp_path / "run", callbacks=[StopAfter(2, signal.SIGINT)])
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert (tmp_path / "run" / "state" / "step-000000002").is_dir()
+
+
+def test_a_state_is_saved_every_so_many_steps(split: Split, tmp_path: Path) -> None:
+    seen = []
+
+    class Look(Callback):
+        def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+            seen.append(sorted(p.name for p in (tmp_path / "run" / "state").glob("*")))
+
+    config = replace(QUICK, checkpoint_every=2, epochs=1, samples_per_epoch=24)
+    trained(split, tmp_path / "run", config, callbacks=[Look()])
+    assert seen == [[], [], ["step-000000002"], ["step-000000002"]]
+
+
+def test_resuming_a_finished_run_reads_it(split: Split, tmp_path: Path) -> None:
+    history, tensors = trained(split, tmp_path / "run")
+    model = network(seed=5)
+    again = Trainer(model, split.train, split.val, QUICK, output=tmp_path / "run").fit(resume=True)
+    assert again == history
+    assert equal(to_tensors(model), tensors)
+
+
+def test_a_run_is_never_overwritten(split: Split, tmp_path: Path) -> None:
+    trained(split, tmp_path / "run", replace(QUICK, epochs=1))
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match="already holds a run"):
+        trained(split, tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_there_must_be_something_to_resume(split: Split, tmp_path: Path) -> None:
+    trainer = Trainer(network(), split.train, split.val, QUICK, output=tmp_path / "none")
+    with pytest.raises(TrainingError, match="no state to resume"):
+        trainer.fit(resume=True)
+
+
+def test_a_run_is_not_continued_with_other_options_or_data(split: Split, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(TrainingInterrupted):
+        trained(split, run, callbacks=[StopAfter(1)])
+    other = replace(QUICK, learning_rate=0.1, workers=1, checkpoint_every=7)
+    with pytest.raises(TrainingError, match=r"differs in \['learning_rate'\]"):
+        Trainer(network(), split.train, split.val, other, output=run).fit(resume=True)
+    fewer = split.train.subset(range(len(split.train) - 1))
+    with pytest.raises(TrainingError, match=r"differs in \['data'\]"):
+        Trainer(network(), fewer, split.val, QUICK, output=run).fit(resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_images(split: Split, tmp_path: Path) -> None:
+    class Poison(Callback):
+        def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+            with torch.no_grad():
+                trainer.model.classifier.bias.fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match=r"loss is nan in epoch 2, batch 1.*phantom-"):
+        trained(split, tmp_path / "run", callbacks=[Poison()])
+    Classifier.from_pretrained(tmp_path / "run").predict(split.val.image(0))
+
+
+def test_a_diverging_run_never_saves_weights_that_are_not_finite(
+    split: Split, tmp_path: Path
+) -> None:
+    config = replace(QUICK, learning_rate=1e30, warmup_epochs=0, epochs=1)
+    with pytest.raises(TrainingError, match="loss is"):
+        trained(split, tmp_path / "run", config)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_frozen_blocks_keep_weights_and_statistics(split: Split, tmp_path: Path) -> None:
+    model = network(trainable="denseblock4")
+    before = to_tensors(model)
+    config = replace(QUICK, epochs=1)
+    Trainer(model, split.train, split.val, config, output=tmp_path / "run").fit()
+    after = to_tensors(model)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed
+    assert all(
+        n.startswith(("features.denseblock4", "features.norm5", "classifier")) for n in changed
+    )
+
+
+def test_class_weights_are_those_of_scikit_learn(split: Split, tmp_path: Path) -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    uneven = split.train.filter(lambda s: s.label == "normal" or int(s.patient_id) % 3 == 0)
+    config = replace(QUICK, class_weights=True, balance="none", epochs=1)
+    trainer = Trainer(network(), uneven, split.val, config, output=tmp_path / "run")
+    trainer.fit()
+    expected = compute_class_weight("balanced", classes=np.arange(2), y=np.array(uneven.targets))
+    assert trainer._network.class_weights is not None
+    assert trainer._network.class_weights.numpy() == pytest.approx(expected)
+
+
+def test_training_stops_when_nothing_improves_or_a_callback_says_so(
+    split: Split, tmp_path: Path
+) -> None:
+    flat = replace(QUICK, learning_rate=1e-12, epochs=6, patience=2, samples_per_epoch=2)
+    history, _ = trained(split, tmp_path / "patience", replace(flat, batch_size=2))
+    assert len(history) < 6
+    assert not any(r.is_best for r in history.records[-2:])
+
+    class Enough(Callback):
+        def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> bool:
+            return record.epoch == 1
+
+    history, _ = trained(split, tmp_path / "callback", callbacks=[Enough()])
+    assert len(history) == 1
+
+
+def test_callbacks_are_called_in_order(split: Split, tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Log(Callback):
+        def on_train_begin(self, trainer: Trainer) -> None:
+            calls.append("begin")
+
+        def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+            assert np.isfinite(loss)
+            calls.append(f"step {step}")
+
+        def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+            calls.append(f"epoch {record.epoch}")
+
+        def on_train_end(self, trainer: Trainer, history: History) -> None:
+            calls.append("end")
+
+    trained(
+        split, tmp_path / "run", replace(QUICK, samples_per_epoch=12), callbacks=[Log(), Callback()]
+    )
+    assert calls == ["begin", "step 1", "step 2", "epoch 1", "step 3", "step 4", "epoch 2", "end"]
+
+
+def test_the_cache_changes_nothing_but_is_filled(split: Split, tmp_path: Path) -> None:
+    _, plain = trained(split, tmp_path / "plain")
+    config = replace(QUICK, cache_dir=str(tmp_path / "cache"))
+    _, cached = trained(split, tmp_path / "cached", config)
+    assert equal(plain, cached)
+    assert list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_bfloat16_trains_close_to_float32(split: Split, tmp_path: Path) -> None:
+    config = replace(QUICK, epochs=1, augmentation=Augmentation.none())
+    single, _ = trained(split, tmp_path / "single", config)
+    half, _ = trained(split, tmp_path / "half", replace(config, precision="bfloat16"))
+    first, second = single.records[0].train_loss, half.records[0].train_loss
+    assert first != second
+    assert second == pytest.approx(first, rel=0.1)
+
+
+def test_automatic_precision_follows_the_hardware(split: Split, tmp_path: Path) -> None:
+    config = replace(QUICK, precision="auto", epochs=1, samples_per_epoch=4, batch_size=4)
+    trainer = Trainer(network(), split.train, split.val, config, output=tmp_path / "run")
+    trainer.fit()
+    assert trainer._network.bfloat16 == native_bfloat16(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_found_and_used(split: Split, tmp_path: Path) -> None:
+    config = replace(QUICK, device="auto", precision="auto", epochs=1)
+    trainer = Trainer(network(), split.train, split.val, config, output=tmp_path / "run")
+    trainer.fit()
+    assert trainer.device.type == "cuda"
+
+
+def test_progress_shows_loss_speed_and_time_left(
+    split: Split, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(split, tmp_path / "run", replace(QUICK, epochs=1, progress=True))
+    shown = capsys.readouterr().err
+    assert "epoch 1/1" in shown
+    assert "18/18" in shown
+    assert "img/s" in shown or "s/img" in shown
+    assert "loss=" in shown
+    assert "validate" in shown
+
+
+class TestWhatDoesNotFit:
+    def refused(
+        self, match: str, model=None, train=None, val=None, *, split: Split, tmp_path: Path
+    ):
+        error = TrainingError if "image" in match or "empty" in match else ValueError
+        with pytest.raises(error, match=match):
+            Trainer(
+                model or network(),
+                train if train is not None else split.train,
+                val if val is not None else split.val,
+                QUICK,
+                output=tmp_path / "run",
+            )
+        assert not (tmp_path / "run").exists()
+
+    def test_a_model_of_another_kind(self, split: Split, tmp_path: Path) -> None:
+        other = torch.nn.Linear(2, 2)
+        self.refused("must be a DenseNet-121", other, split=split, tmp_path=tmp_path)
+
+    def test_a_model_with_another_number_of_logits(self, split: Split, tmp_path: Path) -> None:
+        other = network(num_classes=3)
+        self.refused("num_classes=2", other, split=split, tmp_path=tmp_path)
+
+    def test_a_model_that_is_all_frozen(self, split: Split, tmp_path: Path) -> None:
+        frozen = network().requires_grad_(False)
+        self.refused("nothing would train", frozen, split=split, tmp_path=tmp_path)
+
+    def test_validation_data_with_other_classes(self, split: Split, tmp_path: Path) -> None:
+        other = ChestXrayDataset(split.val.samples, classes=("covid19", "normal"))
+        self.refused("val .*covid19", val=other, split=split, tmp_path=tmp_path)
+
+    def test_validation_data_without_images(self, split: Split, tmp_path: Path) -> None:
+        self.refused("are empty", val=split.val.subset([]), split=split, tmp_path=tmp_path)
+
+    def test_training_data_of_one_class(self, split: Split, tmp_path: Path) -> None:
+        healthy = split.train.filter(lambda s: s.label == "normal")
+        match = r"No training image of \['covid19'\]"
+        self.refused(match, train=healthy, split=split, tmp_path=tmp_path)
+
+
+SIGNALLED = """
+import sys
+from dataclasses import replace
+from chestxray_covid import *
+from chestxray_covid.errors import TrainingInterrupted
+split = split_by_patient(SyntheticChestXray(48, image_size_px=64), val=0.2, test=0.2)
+config = TrainingConfig(preprocess=Preprocess(size_px=32), epochs=500, batch_size=6, device="cpu",
+                        patience=None, progress=False)
+class Ready(Callback):
+    def on_train_begin(self, trainer): print("ready", flush=True)
+model = build_densenet121(pretrained=False)
+try:
+    Trainer(model, split.train, split.val, config, output=sys.argv[1], callbacks=[Ready()]).fit()
+except TrainingInterrupted as stop:
+    sys.exit(128 + stop.signal_number)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_at_any_time_saves_within_ten_seconds(tmp_path: Path) -> None:
+    for wait in (0.0, 0.7, 1.9):
+        run = tmp_path / str(wait)
+        command = [sys.executable, "-c", SIGNALLED, str(run)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(wait)
+        timer = threading.Timer(30, process.kill)
+        timer.start()
+        process.terminate()
+        assert process.wait() == 143
+        timer.cancel()
+        process.stdout.close()
+        states = list((run / "state").iterdir())
+        assert [p.name[:5] for p in states] == ["step-"]
+        assert json.loads((states[0] / "state.json").read_text())["at"]["step"] > 0
+
+
+TWO_PROCESSES = """
+import sys
+import numpy as np
+import torch
+from chestxray_covid import *
+from chestxray_covid.models import to_tensors
+split = split_by_patient(SyntheticChestXray(48, image_size_px=64), val=0.2, test=0.2)
+config = TrainingConfig(preprocess=Preprocess(size_px=32), epochs=1, batch_size=4, device="cpu",
+                        samples_per_epoch=16, precision="float32", progress=False)
+torch.manual_seed(0)
+model = build_densenet121(pretrained=False, trainable="head")
+trainer = Trainer(model, split.train, split.val, config, output=sys.argv[1])
+history = trainer.fit()
+total = float(sum(np.abs(t).sum() for t in to_tensors(model).values()))
+rank = trainer._accelerator.process_index
+with open(f"{sys.argv[1]}/rank{rank}.txt", "w") as file:
+    print(repr(total), history.records[0].val_loss, trainer._accelerator.num_processes, file=file)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model_and_equal_one(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    run = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr"]
+    command = [*launch, "127.0.0.1", "--nproc-per-node", "2", str(script), str(run)]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=quiet, timeout=240)
+    first, second = ((run / f"rank{r}.txt").read_text().split() for r in (0, 1))
+    assert first == second
+    assert first[2] == "2"
+    # With frozen batch norms two batches of four are one batch of eight.
+    split = split_by_patient(SyntheticChestXray(48, image_size_px=64), val=0.2, test=0.2)
+    config = replace(QUICK, epochs=1, batch_size=8, samples_per_epoch=16)
+    model = network(trainable="head")
+    alone = Trainer(model, split.train, split.val, config, output=tmp_path / "alone").fit()
+    assert float(first[1]) == pytest.approx(alone.records[0].val_loss, rel=1e-5)

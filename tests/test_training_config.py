@@ -1,0 +1,145 @@
+"""Options, learning rate and history."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from chestxray_covid import EpochRecord, History, Preprocess, TrainingConfig
+from chestxray_covid.errors import TrainingError
+from chestxray_covid.training_config import validation_numbers
+
+
+def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
+    return EpochRecord(
+        epoch=epoch,
+        learning_rate=0.1 / 3,
+        train_loss=0.7,
+        val_loss=1 / 3,
+        val_accuracy=0.5,
+        val_kappa=None,
+        val_auroc=0.25,
+        images_per_s=10.0,
+        seconds=2.0,
+        data_seconds=0.1,
+        is_best=is_best,
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[
+            (n, v)
+            for n in ("epochs", "batch_size", "accumulate", "workers")
+            for v in (0, 1.5, True)
+        ],
+        ("step_epochs", 0),
+        ("samples_per_epoch", 0),
+        ("patience", 0),
+        ("checkpoint_every", -1),
+        ("seed", -1),
+        ("seed", 1.0),
+        *[("learning_rate", v) for v in (0, -1, math.nan, math.inf)],
+        *[("weight_decay", v) for v in (-1, math.nan, math.inf)],
+        ("warmup_epochs", math.nan),
+        *[(n, v) for n in ("label_smoothing", "ema_decay") for v in (-0.1, 1, math.nan)],
+        *[("step_factor", v) for v in (0, 1.1, math.nan)],
+        *[(n, "x") for n in ("optimizer", "schedule", "balance", "monitor", "precision", "device")],
+    ],
+)
+def test_an_impossible_option_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        TrainingConfig(**{field: value})
+
+
+def test_the_baseline_is_the_classic_recipe() -> None:
+    config = TrainingConfig.baseline()
+    assert (config.preprocess.size_px, config.batch_size, config.epochs) == (150, 8, 10)
+    assert (config.optimizer, config.learning_rate, config.weight_decay) == ("adam", 1e-3, 0)
+    assert (config.augmentation.rotation_deg, config.augmentation.horizontal_flip) == (10, 0.4)
+    assert config.augmentation.gamma == config.augmentation.contrast == 1
+    assert (config.label_smoothing, config.balance, config.monitor) == (0, "none", "val_loss")
+    assert TrainingConfig.baseline(epochs=3).epochs == 3
+
+
+def test_the_baselines_rate_equals_torchs_step_schedule() -> None:
+    config = TrainingConfig.baseline(epochs=20)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.1)
+    for epoch in range(20):
+        for step in range(5):
+            expected = optimizer.param_groups[0]["lr"]
+            assert config.rate_at(5 * epoch + step, 5) == pytest.approx(expected)
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_recommended_rate_warms_up_and_falls_like_torchs_cosine() -> None:
+    config = TrainingConfig(epochs=5, warmup_epochs=1, learning_rate=1.0)
+    rates = [config.rate_at(step, 10) for step in range(50)]
+    assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+    for rate in rates[10:]:
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+
+def test_options_become_json() -> None:
+    config = TrainingConfig(preprocess=Preprocess(size_px=96))
+    data = json.loads(json.dumps(config.to_dict()))
+    assert data["preprocess"]["size_px"] == 96
+    assert data["augmentation"]["rotation_deg"] == 7.0
+
+
+def test_a_history_survives_json_and_csv_exactly(tmp_path) -> None:
+    history = History(records=(record(1, is_best=True), record(2)))
+    history.save(tmp_path)
+    assert History.from_dict(json.loads((tmp_path / "history.json").read_text())) == history
+    table = pd.read_csv(tmp_path / "history.csv")
+    assert table["val_loss"].tolist() == [1 / 3, 1 / 3]
+    assert table["val_kappa"].isna().all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.csv", "history.json"]
+    assert len(history.to_frame()) == len(history) == len(list(history)) == 2
+
+
+def test_the_best_epoch_is_the_last_that_was_best() -> None:
+    records = (record(1, is_best=True), record(2, is_best=True), record(3))
+    assert History(records=records).best.epoch == 2
+    with pytest.raises(ValueError, match="No epoch is finished"):
+        _ = History().best
+
+
+@pytest.mark.parametrize("data", [None, {}, {"epochs": [{"epoch": 1}]}, {"epochs": [3]}])
+def test_what_is_no_history_is_refused(data: object) -> None:
+    with pytest.raises(TrainingError, match="no training history"):
+        History.from_dict(data)
+
+
+def test_validation_numbers_agree_with_hand_counts() -> None:
+    targets = np.array([0, 0, 1, 1])
+    shares = np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.2, 0.8]])
+    numbers = validation_numbers(targets, shares)
+    # accuracy 3/4; kappa (0.75 - 0.5) / (1 - 0.5); every positive above every negative
+    assert numbers == {"val_accuracy": 0.75, "val_kappa": 0.5, "val_auroc": 1.0}
+
+
+def test_the_auroc_of_three_classes_is_the_mean_of_one_against_the_rest() -> None:
+    rng = np.random.default_rng(0)
+    targets = np.arange(60) % 3
+    shares = rng.dirichlet([1, 1, 1], 60)
+    expected = np.mean([roc_auc_score(targets == k, shares[:, k]) for k in range(3)])
+    assert validation_numbers(targets, shares)["val_auroc"] == pytest.approx(expected)
+
+
+def test_numbers_that_one_class_cannot_give_are_absent() -> None:
+    numbers = validation_numbers(np.zeros(3, int), np.array([[0.9, 0.1]] * 3))
+    assert numbers == {"val_accuracy": 1.0, "val_kappa": None, "val_auroc": None}

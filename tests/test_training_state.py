@@ -1,0 +1,243 @@
+"""Data order, saved states and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chestxray_covid import TrainingConfig
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample
+from chestxray_covid.errors import TrainingError
+from chestxray_covid.training_state import (
+    SignalWatch,
+    StateStore,
+    epoch_batches,
+    epoch_order,
+    repetitions,
+)
+
+TENSORS = {"model.a": np.arange(6, dtype=np.float32), "optimizer.0.step": np.array(3.0, np.float32)}
+
+
+def listed(counts: dict[tuple[str, str], int]) -> ChestXrayDataset:
+    samples = [
+        Sample(
+            path=Path(f"{source}-{label}-{i}.png"),
+            label=label,
+            finding=label,
+            patient_id=str(i),
+            source=source,
+        )
+        for (source, label), count in counts.items()
+        for i in range(count)
+    ]
+    return ChestXrayDataset(samples, classes=("normal", "covid19"))
+
+
+UNEVEN = listed({("a", "normal"): 80, ("b", "normal"): 10, ("a", "covid19"): 10})
+
+
+@pytest.mark.parametrize("balance", ["none", "class", "class_and_source"])
+def test_the_order_depends_on_seed_and_epoch_alone(balance: str) -> None:
+    np.random.seed(1)
+    first = epoch_order(UNEVEN, balance=balance, count=None, seed=3, epoch=2)
+    np.random.seed(2)
+    again = epoch_order(UNEVEN, balance=balance, count=None, seed=3, epoch=2)
+    assert np.array_equal(first, again)
+    for seed, epoch in ((4, 2), (3, 1)):
+        other = epoch_order(UNEVEN, balance=balance, count=None, seed=seed, epoch=epoch)
+        assert not np.array_equal(first, other)
+
+
+def test_without_balance_each_image_comes_once_per_round() -> None:
+    order = epoch_order(UNEVEN, balance="none", count=None, seed=0, epoch=0)
+    assert sorted(order) == list(range(100))
+    longer = epoch_order(UNEVEN, balance="none", count=250, seed=0, epoch=0)
+    assert len(longer) == 250
+    assert set(Counter(longer.tolist()).values()) <= {2, 3}
+    assert len(set(epoch_order(UNEVEN, balance="none", count=30, seed=0, epoch=0))) == 30
+
+
+@pytest.mark.parametrize(
+    ("balance", "expected"),
+    [
+        ("class", {("a", "normal"): 4 / 9, ("b", "normal"): 0.5 / 9, ("a", "covid19"): 0.5}),
+        ("class_and_source", {("a", "normal"): 0.25, ("b", "normal"): 0.25, ("a", "covid19"): 0.5}),
+    ],
+)
+def test_balance_draws_classes_and_sources_evenly(
+    balance: str, expected: dict[tuple[str, str], float]
+) -> None:
+    order = epoch_order(UNEVEN, balance=balance, count=20_000, seed=0, epoch=0)
+    drawn = Counter((UNEVEN.samples[i].source, UNEVEN.samples[i].label) for i in order)
+    for group, share in expected.items():
+        assert drawn[group] / 20_000 == pytest.approx(share, abs=0.015)
+
+
+def test_every_draw_of_an_image_has_a_number_of_its_own() -> None:
+    assert repetitions(np.array([2, 0, 2, 2, 1]), 5) == [2, 0, 7, 12, 1]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_an_epoch_in_batches_of_equal_number(processes: int) -> None:
+    config = TrainingConfig(batch_size=8, balance="none")
+    shares = [
+        epoch_batches(UNEVEN, config, epoch=1, process=p, processes=processes)
+        for p in range(processes)
+    ]
+    assert len({len(batches) for batches in shares}) == 1
+    drawn = Counter(pair for batches in shares for batch in batches for pair in batch)
+    assert set(drawn) == {(i, i) for i in range(100)}
+    assert sum(drawn.values()) == (
+        100 if processes == 1 else -(-100 // (8 * processes)) * 8 * processes
+    )
+
+
+def test_a_last_batch_of_one_image_is_left_out() -> None:
+    config = TrainingConfig(batch_size=9, balance="none")
+    sizes = [len(b) for b in epoch_batches(UNEVEN, config, epoch=0, process=0, processes=1)]
+    assert sizes == [9] * 11
+
+
+def test_a_state_comes_back_bit_for_bit_and_older_ones_go(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    store.save(3, {"model.a": np.zeros(2, np.float32)}, {"at": {"loss": 0.1}})
+    store.save(12, TENSORS, {"at": {"loss": 0.1 + 0.2}})
+    assert store.steps() == [12]
+    step, tensors, values = store.load()
+    assert step == 12
+    assert values == {"at": {"loss": 0.1 + 0.2}}
+    assert all(
+        np.array_equal(tensors[k], v) and tensors[k].shape == v.shape for k, v in TENSORS.items()
+    )
+    store.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_in_any_memory_order_come_back_right(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)
+    store.save(1, {"a": array}, {})
+    assert np.array_equal(store.load()[1]["a"], array)
+
+
+@pytest.mark.parametrize("damage", ["weights", "values", "missing"])
+def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    store = StateStore(tmp_path)
+    store.save(1, TENSORS, {"n": 1})
+    kept = tmp_path / "kept"
+    (tmp_path / "state" / "step-000000001").rename(kept)
+    store.save(2, TENSORS, {"n": 2})
+    kept.rename(tmp_path / "state" / "step-000000001")
+    newest = tmp_path / "state" / "step-000000002"
+    if damage == "weights":
+        (newest / "state.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
+    elif damage == "values":
+        (newest / "state.json").write_text("{")
+    else:
+        (newest / "state.safetensors").unlink()
+    assert store.load()[0] == 1
+
+
+def test_no_state_is_an_error_that_says_where(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"no state to resume from in .*state"):
+        StateStore(tmp_path).load()
+
+
+KILLED = """
+import sys
+import numpy as np
+from pathlib import Path
+from chestxray_covid.training_state import StateStore
+store = StateStore(Path(sys.argv[1]))
+start = store.load()[0] if store.steps() else 0
+print("ready", flush=True)
+for step in range(start + 1, 100_000):
+    store.save(step, {"a": np.full(50_000, step, np.float32)}, {"step": step})
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_the_last_state_or_the_one_before(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        timer = threading.Timer(float(rng.uniform(0.002, 0.15)), process.kill)
+        timer.start()
+        reported = process.stdout.read().split()
+        process.wait()
+        timer.join()
+        process.stdout.close()
+        if not StateStore(tmp_path).steps():
+            assert reported == []
+            continue
+        step, tensors, values = StateStore(tmp_path).load()
+        assert values == {"step": step}
+        assert np.array_equal(tensors["a"], np.full(50_000, step, np.float32))
+        if reported:
+            assert step - int(reported[-1]) in (0, 1)
+
+
+FULL_DISK = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from chestxray_covid.errors import TrainingError
+from chestxray_covid.training_state import StateStore
+store = StateStore(Path(sys.argv[1]))
+store.save(1, {"a": np.ones(10, np.float32)}, {"step": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    store.save(2, {"a": np.ones(100_000, np.float32)}, {"step": 2})
+except TrainingError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
+@pytest.mark.parametrize("limit", [0, 1, 1000, 4096, 100_000, 399_999])
+def test_a_full_disk_is_a_typed_error_and_keeps_the_older_state(tmp_path: Path, limit: int) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "state of step 2 cannot be saved" in done.stdout
+    assert "Make room" in done.stdout
+    assert StateStore(tmp_path).load()[0] == 1
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["step-000000001"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_once_and_the_handler_before_comes_back(number: int) -> None:
+    before = signal.getsignal(number)
+    with SignalWatch() as watch:
+        assert watch.received == 0
+        os.kill(os.getpid(), number)
+        assert watch.received == number
+        assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == before
+
+
+def test_outside_the_main_thread_no_handler_is_set() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def enter() -> None:
+        with SignalWatch() as watch:
+            seen.append((watch.received, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [(0, before)]
