@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from sybil import Sybil
-from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
+from sybil.parsers.myst import PythonCodeBlockParser
 
 ROOT = Path(__file__).parent
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), SkipParser()],
+    parsers=[PythonCodeBlockParser()],
     patterns=["README.md", "docs/*.md"],
     fixtures=["_reader"],
 ).pytest()

@@ -148,7 +148,7 @@ def test_crops_of_a_white_image_are_white() -> None:
 
 
 def drawn(draw: int, *, seed: int = 3, epoch: int = 5) -> dict[str, float]:
-    """Return the numbers of a draw, in the order in which they are documented to be drawn."""
+    """Return the numbers of a draw; another order would change every run of a seed."""
     rng = np.random.default_rng([seed, epoch, 2, draw])
     numbers: dict[str, float] = {}
     numbers["flip"], numbers["blur"] = rng.random(), rng.random()
@@ -247,18 +247,6 @@ def test_as_many_images_are_mirrored_as_asked(probability: float) -> None:
     share = (found[:, 0, 0, 0] > found[:, 0, 0, -1]).double().mean().item()
     four_deviations = 4 * math.sqrt(probability * (1 - probability) / count)
     assert abs(share - probability) <= four_deviations
-
-
-@pytest.mark.parametrize("name", ["rotation_deg", "crop_min", "gamma", "contrast", "brightness"])
-def test_variation_goes_to_either_side_and_no_further(name: str) -> None:
-    # A wedge tells rotation; a ramp the others. Here only that draws differ and average out.
-    numbers = [drawn(draw) for draw in range(500)]
-    key = {"rotation_deg": "angle", "crop_min": "side", "brightness": "shift"}.get(name, name)
-    values = np.array([n[key] for n in numbers])
-    low, high = (0, 1) if name == "crop_min" else (-1, 1)
-    assert low <= values.min() < low + 0.05 * (high - low)
-    assert high - 0.05 * (high - low) < values.max() <= high
-    assert abs(values.mean() - (low + high) / 2) < 0.1
 
 
 # ---------------------------------------------------------------- options

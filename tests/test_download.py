@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from chestxray_covid.datasets.cohen import read_metadata
+from chestxray_covid.datasets.cohen import CohenCovidDataset, read_metadata
 from chestxray_covid.datasets.download import (
     RECORD_NAME,
     GitHubEndpoints,
@@ -608,6 +608,29 @@ def test_eight_processes_without_working_locks_do_no_harm(
         [forkserver().Process(target=_without_locks, args=(tmp_path, options)) for _ in range(8)]
     )
     assert contents(tmp_path) == small_github.files
+
+
+@pytest.mark.real_data
+def test_the_real_collection_arrives_as_the_data_set_reads_it(
+    real_data: Path, tmp_path: Path
+) -> None:
+    source = real_data / "covid-chestxray-dataset"
+    files = {
+        path.relative_to(source).as_posix(): path.read_bytes()
+        for path in source.rglob("*")
+        if path.is_file()
+    }
+    with GitHubServer(files) as github:
+        root = get(github, tmp_path / "cohen")
+    expected = CohenCovidDataset(source, classes=("normal", "pneumonia", "covid19"))
+    found = CohenCovidDataset(root, classes=("normal", "pneumonia", "covid19"))
+    assert found.metadata.drop(columns=["path", "lung_mask"]).equals(
+        expected.metadata.drop(columns=["path", "lung_mask"])
+    )
+    assert found.metadata["lung_mask"].notna().sum() == expected.metadata["lung_mask"].notna().sum()
+    images = {path.name for path in (root / "images").iterdir()}
+    assert images <= {path.name for path in (source / "images").iterdir()}
+    assert len(images) == 638 - 5  # five names occur in two rows
 
 
 def make_zip(path: Path, names: list[str]) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.errors import SplitError
 
@@ -36,6 +36,9 @@ class Split:
         indices: Side → positions in ``dataset``, ascending; the sides share no group.
         groups: ``(N,)`` group of each sample; patients joined with duplicates.
         seed: Seed of the assignment.
+
+    Raises:
+        SplitError: If two sides share a group, or sides, positions and groups do not fit.
     """
 
     dataset: ChestXrayDataset
@@ -44,9 +47,17 @@ class Split:
     seed: int
 
     def __post_init__(self) -> None:
+        count = len(self.dataset)
+        if sorted(self.indices) != sorted(SIDES) or len(self.groups) != count:
+            raise SplitError(
+                f"Expected the sides {SIDES} and the groups of {count} samples, got the sides "
+                f"{tuple(self.indices)} and {len(self.groups)} groups."
+            )
         taken: dict[int, str] = {}
         for side, indices in self.indices.items():
             for i in indices:
+                if not 0 <= i < count:
+                    raise SplitError(f"{side} holds position {i} of a data set of {count} samples.")
                 other = taken.setdefault(self.groups[i], side)
                 if other != side:
                     sample = self.dataset.samples[i]
@@ -71,7 +82,11 @@ class Split:
         return self.dataset.subset(self.indices["test"])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the split as JSON, one entry per file with its hash, complete or not at all."""
+        """Write the split as JSON, one entry per file with its hash, complete or not at all.
+
+        Raises:
+            DatasetError: If a file cannot be read.
+        """
         entries = [
             {
                 "side": side,
@@ -86,6 +101,7 @@ class Split:
         ]
         data = {"format_version": _FORMAT, "seed": self.seed, "samples": entries}
         target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
@@ -101,20 +117,26 @@ class Split:
         Raises:
             SplitError: If the file cannot be read, if it puts a patient on two sides, or if the
                 data set has other files than it.
+            DatasetError: If a file of the data set cannot be read.
         """
         seed, entries = _read_split(Path(path))
-        by_hash = {entry["hash"]: entry for entry in entries}
+        by_hash: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for entry in entries:
+            by_hash[entry["hash"]].append(entry)
         indices: dict[str, list[int]] = {side: [] for side in SIDES}
         groups = []
         for i, sample in enumerate(dataset.samples):
-            entry = by_hash.get(sample.content_hash())
-            if entry is None:
+            alike = by_hash[sample.content_hash()]
+            if not alike:
                 raise SplitError(
                     f"{sample.path} is not in the split {path} (or its content changed). "
                     "Open the data set as it was when it was split, or split again."
                 )
+            # Equal files that were not taken for copies may be on two sides.
+            entry = max(alike, key=lambda e: _likeness(e, sample))
+            alike.remove(entry)
             indices[entry["side"]].append(i)
-            groups.append(entry["group"])
+            groups.append(int(entry["group"]))
         if len(groups) != len(entries):
             raise SplitError(
                 f"{path} holds {len(entries)} samples, the data set {len(groups)}. "
@@ -128,9 +150,17 @@ def saved_side(path: str | os.PathLike[str], side: str) -> frozenset[str]:
     """Return the content hashes of one side of a saved split.
 
     Raises:
+        ValueError: If there is no such side.
         SplitError: If the file cannot be read.
     """
+    if side not in SIDES:
+        raise ValueError(f"Unknown value {side!r} for side. Valid values are {SIDES}")
     return frozenset(e["hash"] for e in _read_split(Path(path))[1] if e["side"] == side)
+
+
+def _likeness(entry: Mapping[str, Any], sample: Sample) -> int:
+    known = (("name", sample.path.name), ("source", sample.source))
+    return sum(entry.get(k) == v for k, v in (*known, ("patient_id", sample.patient_id)))
 
 
 def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
@@ -148,7 +178,7 @@ def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
                     f"{path} puts patient {entry['patient_id']} of {entry['source']} on two "
                     "sides. Split by patient again."
                 )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, SplitError):
             raise
         raise SplitError(f"{path} is no saved split: {error!r}.") from error
@@ -174,22 +204,22 @@ def split_by_patient(
     Args:
         dataset: What to divide.
         val: Fraction for validation, in [0, 0.5]; 0 leaves it empty.
-        test: Fraction for the test, in [0, 0.5]; 0 leaves it empty.
+        test: Fraction for the test, in [0, 0.5]; 0 leaves it empty. Below 1 with ``val``.
         seed: Seed of the assignment.
         find_copies: Decode every image to find duplicates; ``False`` groups by patient alone.
         workers: Threads that decode.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If a fraction is outside [0, 0.5], or both are 0.
+        ValueError: If a fraction is outside [0, 0.5], or their sum outside (0, 1).
         SplitError: If a class has too few patients to be on every side.
         ImageError: If a file cannot be decoded.
     """
     for name, fraction in (("val", val), ("test", test)):
         if not 0 <= fraction <= 0.5:
             raise ValueError(f"{name} must be a fraction in [0, 0.5], got {fraction}")
-    if not val + test > 0:
-        raise ValueError("val and test are both 0: nothing to split")
+    if not 0 < val + test < 1:
+        raise ValueError(f"val and test must add up to more than 0 and less than 1: {val}, {test}")
     groups = np.array(
         patient_groups(dataset, find_copies=find_copies, workers=workers, progress=progress)
     )
@@ -252,15 +282,18 @@ def _check_divisible(dataset: ChestXrayDataset, groups: NDArray[np.int64], *, si
 
 
 def _strata(
-    dataset: ChestXrayDataset, indices: Iterable[int], groups: NDArray[np.int64], folds: int
+    dataset: ChestXrayDataset, indices: Sequence[int], groups: NDArray[np.int64], folds: int
 ) -> list[str]:
-    """Return label and source of each sample, or the label alone where a source is too small."""
-    names = [f"{dataset.samples[i].label}\0{dataset.samples[i].source}" for i in indices]
-    chosen = list(indices)
-    owned = Counter(
-        name for name, _ in {(n, groups[i]) for n, i in zip(names, chosen, strict=True)}
-    )
-    return [n if owned[n] >= folds else n.partition("\0")[0] for n in names]
+    """Return label and source of each sample; sources too small for it join the label's largest."""
+    names = [(dataset.samples[i].label, dataset.samples[i].source) for i in indices]
+    # A dict, not a set, whose order changes from run to run.
+    pairs = dict.fromkeys((n, int(groups[i])) for n, i in zip(names, indices, strict=True))
+    owned = Counter(name for name, _ in pairs)
+    largest = {label: source for (label, source), _ in reversed(owned.most_common())}
+    return [
+        "\0".join((label, source if owned[label, source] >= folds else largest[label]))
+        for label, source in names
+    ]
 
 
 def divide(
@@ -276,13 +309,15 @@ def divide(
         dataset: What they are positions of.
         indices: ``(N,)`` positions to divide.
         groups: Group of every sample of the data set.
-        fraction: In [0, 0.5].
+        fraction: In [0, 1); above 0.5, the first side is the one that is held out.
         seed: Seed of the assignment.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
     if fraction == 0:
         return indices, indices[:0]
+    if fraction > 0.5:
+        return divide(dataset, indices, groups, 1 - fraction, seed)[::-1]
     folds = max(2, round(1 / fraction))
     chosen_groups = groups[indices]
     folds = min(folds, len(np.unique(chosen_groups)))

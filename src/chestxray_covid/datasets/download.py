@@ -169,7 +169,8 @@ def download_cohen(
             wanted = _wanted_images(folder / _METADATA, commit, include, names)
             fetched += bring([*beside, *wanted], progress)
             done = _Record(commit=commit, ref=ref, count=1 + len(beside) + len(wanted))
-            if fetched or record != done:
+            # complete data may be read-only
+            if fetched or not record or record.commit != commit or record.count < done.count:
                 write_file(folder / RECORD_NAME, done.to_json())
     return folder
 
@@ -259,7 +260,7 @@ class _Commit:
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
-    """What ``download.json`` says: which files were brought, at the last run that was completed.
+    """What ``download.json`` says about the last completed run that brought anything.
 
     Attributes:
         commit: The commit.
@@ -294,7 +295,7 @@ def _read_record(folder: Path, endpoints: GitHubEndpoints) -> _Record | None:
         for path, (size, sha1) in tree.items():
             _check_entry(path, size, sha1)
         commit = _Commit(endpoints=endpoints, sha=data["commit"], tree=tree)
-        return _Record(commit=commit, ref=data["ref"], count=data["count"])
+        return _Record(commit=commit, ref=data["ref"], count=int(data["count"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # a damaged record costs two requests, which write it anew
         return None

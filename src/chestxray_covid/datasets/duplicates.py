@@ -65,8 +65,11 @@ def find_duplicates(
     16 KiB per image; time grows with the square of their number (6,000 images: some seconds).
 
     Raises:
+        ValueError: If ``correlation`` is outside (0, 1).
         ImageError: If a file cannot be decoded.
     """
+    if not 0 < correlation < 1:
+        raise ValueError(f"correlation must be in (0, 1), got {correlation}")
     shrink = map_ahead(
         lambda s: _thumbnail(s.read(s, (_THUMBNAIL_PX, _THUMBNAIL_PX))),
         dataset.samples,

@@ -1,0 +1,693 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
+from chestxray_covid.classifier import Classifier, FailedPrediction, Prediction, image_files
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample
+from chestxray_covid.datasets.folder import FolderDataset
+from chestxray_covid.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ImageError,
+    ImageNotFoundError,
+)
+from chestxray_covid.image import Preprocess, load_image
+from conftest import random_tensors
+
+CLASSES = ("normal", "pneumonia", "covid19")
+
+
+@pytest.fixture(scope="module")
+def clf(checkpoint_folder: Path) -> Classifier:
+    return Classifier.from_pretrained(checkpoint_folder)
+
+
+@pytest.fixture(scope="module")
+def small() -> Classifier:
+    """Return a classifier of 32 px, for tests of many images."""
+    return Classifier(
+        ModelConfig(classes=CLASSES, preprocess=Preprocess(size_px=32)), random_tensors(3)
+    )
+
+
+def phantom(seed: int, size: tuple[int, int] = (90, 80)) -> Image.Image:
+    """Return a drawing of two dark lungs in a bright body, mode ``L``."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    image = Image.fromarray(rng.integers(120, 200, (height, width), dtype=np.uint8))
+    draw = ImageDraw.Draw(image)
+    for left in (0.12, 0.55):
+        x, y = rng.uniform(-0.05, 0.05, 2)
+        box = (left + x, 0.15 + y, left + 0.33 + x, 0.85 + y)
+        corners = tuple(round(f * (width, height)[i % 2]) for i, f in enumerate(box))
+        draw.ellipse(corners, fill=int(rng.integers(10, 90)))
+    return image
+
+
+def noise(count: int, side: int = 64, seed: int = 0) -> NDArray[np.uint8]:
+    """Return arrays ``(N, 1, S, S)``: at the model's own size nothing is resized."""
+    return np.random.default_rng(seed).integers(0, 256, (count, 1, side, side), dtype=np.uint8)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of six radiographs, two of them one level down, and other files."""
+    place = tmp_path_factory.mktemp("radiographs")
+    (place / "ward").mkdir()
+    for seed, name in enumerate(["a.png", "b.PNG", "c.jpg", "d.bmp", "ward/e.png", "ward/f.tif"]):
+        phantom(seed).save(place / name)
+    (place / "notes.txt").write_text("no image")
+    (place / "._a.png").write_bytes(b"\0\5\x16\7")
+    (place / ".hidden").mkdir()
+    phantom(9).save(place / ".hidden" / "g.png")
+    return place
+
+
+def in_order(folder: Path) -> list[Path]:
+    names = ["a.png", "b.PNG", "c.jpg", "d.bmp", "ward/e.png", "ward/f.tif"]
+    return [folder / name for name in names]
+
+
+def plain_torchvision(folder: Path, batch: NDArray[np.uint8]) -> NDArray[Any]:
+    """Return the probabilities of ``(N, 1, S, S)`` pixels by torchvision's own forward."""
+    config, tensors = load_checkpoint(folder)
+    model = torchvision.models.densenet121(weights=None, num_classes=len(config.classes)).eval()
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
+    grey = torch.from_numpy(batch).float() / 255
+    mean, std = config.preprocess.mean, config.preprocess.std
+    normalise = torchvision.transforms.Normalize([mean] * 3, [std] * 3)
+    with torch.inference_mode():
+        logits = torch.cat([model(normalise(g.repeat(1, 3, 1, 1))) for g in grey.split(10)])
+    return torch.softmax(logits.double(), 1).numpy()
+
+
+def rows(predictions: list[Prediction]) -> NDArray[np.float64]:
+    return np.array([list(p.probabilities.values()) for p in predictions])
+
+
+# ---------------------------------------------------------------- probabilities
+
+
+def test_probabilities_are_those_of_torchvision(clf: Classifier, checkpoint_folder: Path) -> None:
+    batch = noise(20)
+    expected = plain_torchvision(checkpoint_folder, batch)
+    assert expected.std(axis=0).min() > 1e-3, "a network that ignores its input proves nothing"
+    np.testing.assert_allclose(clf.predict_proba(batch), expected, atol=1e-6)
+
+
+def test_three_ways_of_asking_agree_on_two_hundred_images(small: Classifier) -> None:
+    batch = noise(200, 32)
+    table = small.predict_proba(batch)
+    assert (table.shape, table.dtype) == ((200, 3), np.float64)
+    np.testing.assert_allclose(table.sum(axis=1), 1, atol=1e-12)
+    predictions = small.predict(batch)
+    np.testing.assert_allclose(rows(predictions), table, atol=1e-6)
+    assert [p.label for p in predictions] == [CLASSES[k] for k in rows(predictions).argmax(1)]
+    assert all(tuple(p.probabilities) == CLASSES for p in predictions)
+    for row, ranked in zip(table, small(batch), strict=True):
+        scores = {entry["label"]: entry["score"] for entry in ranked}
+        assert list(scores.values()) == sorted(row, reverse=True)
+        np.testing.assert_allclose([scores[name] for name in CLASSES], row, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
+def test_batch_size_and_order_change_nothing(clf: Classifier, batch_size: int) -> None:
+    batch = noise(20, seed=1)
+    expected = clf.predict_proba(batch, batch_size=16)
+    order = np.random.default_rng(2).permutation(20)
+    for workers in (1, 4):
+        found = clf.predict_proba(batch[order], batch_size=batch_size, workers=workers)
+        np.testing.assert_allclose(found, expected[order], atol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([np.uint8, np.uint16, np.int16, np.float32, np.float64, np.bool_]),
+    st.integers(0, 2**32),
+    st.integers(1, 40),
+    st.integers(1, 40),
+)
+def test_any_finite_image_has_finite_probabilities(
+    small: Classifier, dtype: Any, seed: int, height: int, width: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    if np.issubdtype(dtype, np.floating):
+        image = (rng.standard_normal((height, width)) * 10.0 ** rng.integers(-30, 30)).astype(dtype)
+    else:
+        image = rng.integers(0, 2 if dtype is np.bool_ else 2**15, (height, width)).astype(dtype)
+    prediction = small.predict(image)
+    values = np.array(list(prediction.probabilities.values()))
+    assert np.isfinite(values).all()
+    assert abs(values.sum() - 1) < 1e-12
+    assert prediction.label == max(
+        prediction.probabilities, key=prediction.probabilities.__getitem__
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_image_with_values_that_are_not_finite_is_refused(clf: Classifier, value: float) -> None:
+    image = np.zeros((50, 50), np.float32)
+    image[7, 7] = value
+    with pytest.raises(ImageError, match="<array>"):
+        clf.predict(image)
+    with pytest.raises(ImageError, match="<array>"):
+        clf.predict(torch.from_numpy(image))
+
+
+@pytest.mark.parametrize("ask", ["predict", "predict_proba", "__call__"])
+def test_a_model_that_overflows_raises_and_never_answers(ask: str) -> None:
+    tensors = random_tensors(2)
+    tensors["classifier.weight"] = np.full((2, 1024), 3e38, np.float32)
+    config = ModelConfig(classes=("normal", "covid19"), preprocess=Preprocess(size_px=32))
+    overflowing = Classifier(config, tensors)
+    with pytest.raises(CheckpointError, match=r"not finite: its weights overflow\. Train it"):
+        getattr(overflowing, ask)(noise(1, 32)[0])
+
+
+def test_logits_that_differ_much_give_zero_and_one() -> None:
+    tensors = random_tensors(2)
+    tensors["classifier.bias"] = np.array([-3000, 3000], np.float32)
+    config = ModelConfig(classes=("normal", "covid19"), preprocess=Preprocess(size_px=32))
+    prediction = Classifier(config, tensors).predict(noise(1, 32)[0])
+    assert prediction.probabilities == {"normal": 0.0, "covid19": 1.0}
+    assert (prediction.score, prediction.is_positive) == (1.0, True)
+
+
+# ---------------------------------------------------------------- kinds of images
+
+
+KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "path": (lambda p: p, "{path}"),
+    "text": (str, "{path}"),
+    "bytes": (lambda p: p.read_bytes(), "<bytes>"),
+    "bytearray": (lambda p: bytearray(p.read_bytes()), "<bytes>"),
+    "stream": (lambda p: io.BytesIO(p.read_bytes()), "<stream>"),
+    "PIL image": (lambda p: Image.open(p), "<PIL image>"),
+    "array": (lambda p: np.asarray(Image.open(p)), "<array>"),
+    "float array": (lambda p: np.asarray(Image.open(p)) / 255, "<array>"),
+    "colour array": (lambda p: np.asarray(Image.open(p).convert("RGB")), "<array>"),
+    "tensor": (lambda p: torch.from_numpy(np.array(Image.open(p))), "<array>"),
+    "tensor of a channel": (lambda p: torch.from_numpy(np.array(Image.open(p)))[None], "<array>"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_image_of_any_kind_gives_one_prediction(
+    clf: Classifier, folder: Path, kind: str
+) -> None:
+    make, source = KINDS[kind]
+    path = folder / "a.png"
+    expected = clf.predict_proba([path])
+    prediction = clf.predict(make(path))
+    assert prediction.source == source.format(path=path)
+    np.testing.assert_allclose(rows([prediction]), expected, atol=1e-6)
+    np.testing.assert_allclose(clf.predict_proba(make(path)), expected, atol=1e-6)
+    ranked = clf(make(path))
+    assert ranked[0]["label"] == prediction.label
+    assert len(ranked) == 3
+
+
+def test_an_open_file_is_one_image(clf: Classifier, folder: Path) -> None:
+    # A file is an iterator, too: of its lines.
+    with (folder / "c.jpg").open("rb") as file:
+        prediction = clf.predict(file)
+    assert prediction.probabilities == clf.predict(folder / "c.jpg").probabilities
+
+
+def test_a_mixed_list_gives_a_list_in_its_order(clf: Classifier, folder: Path) -> None:
+    paths = in_order(folder)
+    image = Image.open(paths[1])
+    mixed = [
+        paths[0],
+        image,
+        np.asarray(Image.open(paths[2])),
+        paths[3].read_bytes(),
+        folder / "ward",
+        noise(2),
+    ]
+    found = clf.predict(mixed)
+    names = [str(paths[0]), "<PIL image>", "<array>", "<bytes>", str(paths[4]), str(paths[5])]
+    assert [p.source for p in found] == [*names, "<array>", "<array>"]
+    expected = np.concatenate([clf.predict_proba(paths), clf.predict_proba(noise(2))])
+    np.testing.assert_allclose(rows(found), expected, atol=1e-6)
+    np.testing.assert_allclose(clf.predict_proba(tuple(mixed)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [Path, str])
+def test_a_folder_stands_for_the_image_files_below_it(
+    clf: Classifier, folder: Path, make: Callable[[Path], Any]
+) -> None:
+    assert [p.source for p in clf.predict(make(folder))] == [str(p) for p in in_order(folder)]
+    streamed = clf.predict_stream(make(folder))
+    assert [p.source for p in streamed] == [str(p) for p in in_order(folder)]
+    assert clf.predict_proba(make(folder)).shape == (6, 3)
+    assert len(clf(make(folder))) == 6
+
+
+def test_a_batch_gives_what_its_images_give(clf: Classifier) -> None:
+    batch = noise(3)
+    expected = np.concatenate([clf.predict_proba(image) for image in batch])
+    for several in (
+        batch,
+        torch.from_numpy(batch),
+        batch.transpose(0, 2, 3, 1),
+        batch.repeat(3, axis=1),
+        iter(batch),
+        list(batch),
+    ):
+        found = clf.predict_proba(several)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("nothing", [[], (), iter(()), np.zeros((0, 1, 64, 64), np.uint8)])
+def test_no_images_give_no_predictions(clf: Classifier, nothing: Any) -> None:
+    assert clf.predict(nothing) == []
+    assert clf(nothing) == []
+    assert clf.predict_proba(nothing).shape == (0, 3)
+    assert list(clf.predict_stream(nothing)) == []
+
+
+def test_an_empty_folder_has_no_predictions(clf: Classifier, tmp_path: Path) -> None:
+    assert clf.predict(tmp_path) == []
+
+
+def test_a_data_set_is_judged_from_its_files(clf: Classifier, folder: Path) -> None:
+    dataset = ChestXrayDataset(
+        [
+            Sample(path=p, label="normal", finding="", patient_id=str(i), source="test")
+            for i, p in enumerate(in_order(folder))
+        ],
+        classes=("normal",),
+    )
+    expected = clf.predict_proba(in_order(folder))
+    np.testing.assert_allclose(clf.predict_proba(dataset), expected, atol=1e-6)
+    for found in (clf.predict(dataset), list(clf.predict_stream(dataset)), clf.predict([dataset])):
+        assert [p.source for p in found] == [str(p) for p in in_order(folder)]
+        np.testing.assert_allclose(rows(found), expected, atol=1e-6)
+
+
+def test_a_data_sets_own_transform_comes_first(clf: Classifier, tmp_path: Path) -> None:
+    (tmp_path / "normal").mkdir()
+    (tmp_path / "covid19").mkdir()
+    phantom(1).save(tmp_path / "normal" / "a.png")
+    phantom(2).save(tmp_path / "covid19" / "b.png")
+    plain = FolderDataset(tmp_path)
+    mirrored = FolderDataset(
+        tmp_path, transform=lambda i: i.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    )
+    by_hand = [plain[i][0].transpose(Image.Transpose.FLIP_LEFT_RIGHT) for i in range(2)]
+    found = clf.predict_proba(mirrored)
+    np.testing.assert_allclose(found, clf.predict_proba(by_hand), atol=1e-6)
+    assert np.abs(found - clf.predict_proba(plain)).max() > 1e-4
+
+
+def test_progress_is_shown_where_it_is_asked_for(
+    clf: Classifier, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clf.predict_proba(noise(3))
+    assert capsys.readouterr() == ("", "")
+    clf.predict_proba(noise(3), progress=True)
+    assert "3/3" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what is no image
+
+
+@pytest.mark.parametrize("thing", [None, 3, 2.5, {"a.png": 1}, {"a.png"}, range(3), object()])
+@pytest.mark.parametrize("ask", ["predict", "predict_proba", "__call__"])
+def test_what_is_no_image_is_a_type_error(clf: Classifier, ask: str, thing: Any) -> None:
+    for given_thing in (thing, [thing]):
+        with pytest.raises(TypeError, match=f"expected a path, .* got {type(thing).__name__}"):
+            getattr(clf, ask)(given_thing)
+
+
+@pytest.mark.parametrize("name", ["none.png", "x" * 300 + ".png", "a\0b.png"])
+def test_an_image_that_is_not_there_is_named(clf: Classifier, tmp_path: Path, name: str) -> None:
+    for ask in (clf.predict, clf.predict_proba, clf, lambda p: list(clf.predict_stream([p]))):
+        with pytest.raises(ImageError, match=r"(does not exist|cannot be opened)") as caught:
+            ask(tmp_path / name)
+        assert tmp_path.name in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [0, -1, -16])
+def test_sizes_that_are_not_positive_are_refused(clf: Classifier, bad: int) -> None:
+    for ask in (clf.predict, clf.predict_proba, clf, clf.predict_stream):
+        with pytest.raises(ValueError, match=f"batch_size must be positive, got {bad}"):
+            ask(noise(1), batch_size=bad)
+    with pytest.raises(ValueError, match=f"top_k must be positive, got {bad}"):
+        clf(noise(1), top_k=bad)
+
+
+@pytest.mark.parametrize(("top_k", "count"), [(1, 1), (2, 2), (3, 3), (99, 3)])
+def test_the_best_labels_are_as_many_as_asked(clf: Classifier, top_k: int, count: int) -> None:
+    (ranked,) = clf(noise(1), top_k=top_k)
+    assert ranked == clf(noise(1)[0])[:count]
+
+
+def test_equal_scores_keep_the_order_of_the_classes() -> None:
+    tensors = random_tensors(3)
+    tensors["classifier.weight"][:] = 0
+    config = ModelConfig(classes=CLASSES, preprocess=Preprocess(size_px=32))
+    undecided = Classifier(config, tensors)
+    assert [entry["label"] for entry in undecided(noise(1, 32)[0])] == list(CLASSES)
+    assert undecided.predict(noise(1, 32)[0]).label == "normal"
+
+
+# ---------------------------------------------------------------- streams
+
+
+def test_a_stream_keeps_its_order_whatever_takes_long(clf: Classifier) -> None:
+    # Large and small images in turn: threads finish them in another order.
+    sizes = [(900, 700) if i % 3 == 0 else (70, 70) for i in range(30)]
+    images = [png(phantom(i, size)) for i, size in enumerate(sizes)]
+    found = list(clf.predict_stream(images, batch_size=4, workers=4))
+    np.testing.assert_allclose(rows(found), clf.predict_proba(images, workers=1), atol=1e-6)
+
+
+def test_a_stream_reads_only_so_far_ahead_and_stops_when_it_is_left(clf: Classifier) -> None:
+    taken = 0
+
+    def endless() -> Iterator[NDArray[np.uint8]]:
+        nonlocal taken
+        while taken < 10_000:
+            taken += 1
+            yield noise(1, seed=taken)[0]
+
+    stream = clf.predict_stream(endless(), batch_size=4)
+    assert taken == 0, "nothing is read before the first prediction is asked for"
+    for count in range(1, 41):
+        assert isinstance(next(stream), Prediction)
+        assert taken <= count + 6 * 4
+    before = taken
+    stream.close()  # type: ignore[attr-defined]
+    assert taken == before
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> list[Any]:
+    """Return seven images of which three cannot be judged."""
+    phantom(1).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes(png(phantom(1))[:200])
+    good = tmp_path / "good.png"
+    flat = np.zeros(5, np.uint8)
+    return [good, tmp_path / "cut.png", good, tmp_path / "none.png", good, flat, good]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_images_that_cannot_be_judged_come_in_their_place(
+    clf: Classifier, mixed: list[Any], batch_size: int
+) -> None:
+    found = list(clf.predict_stream(mixed, batch_size, "return"))
+    failed = [isinstance(f, FailedPrediction) for f in found]
+    assert failed == [False, True, False, True, False, True, False]
+    assert [f.source for f in found] == [m if isinstance(m, str) else str(m) for m in mixed[:5]] + [
+        "<array>",
+        str(mixed[6]),
+    ]
+    good = [f for f in found if isinstance(f, Prediction)]
+    np.testing.assert_allclose(rows(good), clf.predict_proba([mixed[0]]).repeat(4, 0), atol=1e-6)
+
+
+def test_a_failure_names_the_file_and_the_reason(clf: Classifier, mixed: list[Any]) -> None:
+    cut, none = (
+        f
+        for f in clf.predict_stream([mixed[1], mixed[3]], on_error="return")
+        if isinstance(f, FailedPrediction)
+    )
+    assert isinstance(none.error, ImageNotFoundError)
+    for failure, path in ((cut, mixed[1]), (none, mixed[3])):
+        assert json.loads(failure.to_json()) == {"source": str(path), "error": str(failure.error)}
+        assert str(path) in str(failure.error)
+        assert str(failure) == f"{path}: {failure.error}"
+
+
+def test_a_stream_raises_at_the_image_that_fails_and_not_before(
+    clf: Classifier, mixed: list[Any]
+) -> None:
+    stream = clf.predict_stream(mixed, batch_size=1)
+    assert next(stream).source == str(mixed[0])
+    with pytest.raises(ImageError, match=r"cut\.png"):
+        next(stream)
+
+
+def test_an_error_of_the_source_itself_comes_through(clf: Classifier) -> None:
+    def broken() -> Iterator[NDArray[np.uint8]]:
+        yield noise(1)[0]
+        raise KeyError("the caller's own")
+
+    with pytest.raises(KeyError, match="the caller's own"):
+        list(clf.predict_stream(broken(), on_error="return"))
+
+
+@pytest.mark.parametrize("on_error", ["skip", "", None, True])
+def test_an_unknown_way_with_errors_is_refused_at_once(clf: Classifier, on_error: Any) -> None:
+    with pytest.raises(ValueError, match="on_error must be 'raise' or 'return', got"):
+        clf.predict_stream([], on_error=on_error)
+
+
+def test_a_stream_takes_anything_that_can_be_iterated(clf: Classifier, folder: Path) -> None:
+    named = dict.fromkeys(in_order(folder))
+    assert [p.source for p in clf.predict_stream(named)] == [str(p) for p in named]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_strange_things_in_a_folder_are_failures_and_do_not_hang(
+    clf: Classifier, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    (tmp_path / "c.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "d").symlink_to(tmp_path)
+    phantom(1).save(tmp_path / "e\n=cmd.png")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(png(phantom(1)))
+    found = list(clf.predict_stream([tmp_path], on_error="return"))
+    assert [Path(f.source).name for f in found] == ["a.png", "c.png", "e\n=cmd.png", "\udcff.png"]
+    assert [isinstance(f, FailedPrediction) for f in found] == [True, True, False, False]
+    assert json.loads(found[3].to_json())["source"] == found[3].source
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs directory descriptors")
+def test_a_folder_that_cannot_be_listed_is_a_failure(clf: Classifier, tmp_path: Path) -> None:
+    phantom(1).save(tmp_path / "a.png")
+    handle = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(20):  # deeper than the 4096 bytes that a path may have
+        os.mkdir("x" * 250, dir_fd=handle)
+        inner = os.open("x" * 250, os.O_RDONLY, dir_fd=handle)
+        os.close(handle)
+        handle = inner
+    os.close(handle)
+    good, failed = clf.predict_stream([tmp_path], on_error="return")
+    assert good.source == str(tmp_path / "a.png")
+    assert isinstance(failed, FailedPrediction)
+    assert failed.source.startswith(str(tmp_path / "xxx"))
+    assert "File name too long" in str(failed.error)
+    assert next(image_files(tmp_path)) == tmp_path / "a.png"
+
+
+# ---------------------------------------------------------------- classes, threshold, results
+
+
+def test_fewer_classes_renormalise_in_the_order_asked_for(
+    clf: Classifier, checkpoint_folder: Path
+) -> None:
+    batch = noise(10)
+    whole = clf.predict_proba(batch)
+    part = Classifier.from_pretrained(checkpoint_folder, classes=["covid19", "normal"])
+    assert part.classes == ("covid19", "normal")
+    chosen = whole[:, [2, 0]]
+    expected = chosen / chosen.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(part.predict_proba(batch), expected, atol=1e-6)
+    scores = [p.score for p in part.predict(batch)]
+    np.testing.assert_allclose(scores, [p.score for p in clf.predict(batch)], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    ["normal", [], ["normal"], ["normal", "normal"], ["normal", "tuberculosis"], ["normal", None]],
+)
+def test_classes_that_do_not_fit_are_refused(checkpoint_folder: Path, classes: Any) -> None:
+    with pytest.raises(ValueError, match=r"classes must be at least two different ones of \('norm"):
+        Classifier.from_pretrained(checkpoint_folder, classes=classes)
+
+
+def prediction(threshold: float = 0.5, **probabilities: float) -> Prediction:
+    return Prediction(
+        label=max(probabilities, key=probabilities.__getitem__),
+        probabilities=probabilities,
+        threshold=threshold,
+        source="a.png",
+    )
+
+
+def test_the_score_weighs_covid19_against_normal_and_the_label_does_not() -> None:
+    found = prediction(normal=0.1, pneumonia=0.7, covid19=0.2)
+    assert found.label == "pneumonia"
+    assert found.score == pytest.approx(2 / 3)
+    assert found.is_positive is True
+    assert prediction(0.7, normal=0.1, pneumonia=0.7, covid19=0.2).is_positive is False
+
+
+def test_a_case_at_the_threshold_is_positive() -> None:
+    assert prediction(0.25, normal=0.75, covid19=0.25).is_positive is True
+
+
+def test_without_covid19_or_normal_there_is_no_score() -> None:
+    for found in (prediction(a=0.4, covid19=0.6), prediction(normal=0.4, b=0.6)):
+        assert found.score is None
+        assert found.is_positive is None
+        assert json.loads(found.to_json())["score"] is None
+
+
+def test_where_both_probabilities_vanish_the_score_is_undecided() -> None:
+    assert prediction(normal=0.0, pneumonia=1.0, covid19=0.0).score == 0.5
+
+
+def test_the_threshold_of_the_checkpoint_is_applied(tmp_path: Path, clf: Classifier) -> None:
+    config = ModelConfig(classes=CLASSES, preprocess=Preprocess(size_px=64), threshold=0.123)
+    save_checkpoint(tmp_path, config, random_tensors(3))
+    other = Classifier.from_pretrained(str(tmp_path))
+    batch = noise(10)
+    for found, plain in zip(other.predict(batch), clf.predict(batch), strict=True):
+        assert found.threshold == 0.123
+        assert found.probabilities == plain.probabilities
+        assert found.score is not None
+        assert found.is_positive == (found.score >= 0.123)
+
+
+def test_a_prediction_becomes_data_json_and_text() -> None:
+    found = prediction(0.3, normal=0.75, covid19=0.25)
+    data = {
+        "source": "a.png",
+        "label": "normal",
+        "probabilities": {"normal": 0.75, "covid19": 0.25},
+        "score": 0.25,
+        "threshold": 0.3,
+        "is_positive": False,
+    }
+    assert found.to_dict() == data
+    assert json.loads(found.to_json()) == data
+    assert "\n" not in found.to_json()
+    assert str(found) == "a.png: normal 0.750, covid19 0.250"
+
+
+def test_a_real_prediction_is_plain_json(clf: Classifier) -> None:
+    data = json.loads(clf.predict(noise(1)[0]).to_json())
+    assert sum(data["probabilities"].values()) == pytest.approx(1)
+    assert list(data["probabilities"]) == list(clf.classes) == list(CLASSES)
+
+
+# ---------------------------------------------------------------- opening
+
+
+@pytest.mark.parametrize("name", [None, "no/such/model", "x" * 300, "a\0b"])
+def test_what_is_no_checkpoint_folder_is_not_found(name: Any) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"is no checkpoint folder\. Pass a folder"):
+        Classifier.from_pretrained(name)
+
+
+def test_a_folder_without_a_checkpoint_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"config\.json is missing"):
+        Classifier.from_pretrained(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, checkpoint_folder: Path) -> None:
+    for file in checkpoint_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with (tmp_path / "model.safetensors").open("r+b") as weights:
+        weights.seek(1_000_000)
+        weights.write(b"\xff")
+    with pytest.raises(CheckpointError, match="its SHA-256 differs"):
+        Classifier.from_pretrained(tmp_path)
+
+
+def test_unknown_engines_and_devices_are_refused(checkpoint_folder: Path) -> None:
+    with pytest.raises(ValueError, match="engine must be one of"):
+        Classifier.from_pretrained(checkpoint_folder, engine="tensorflow")
+    with pytest.raises(ValueError, match="device 'tpu' cannot be used"):
+        Classifier.from_pretrained(checkpoint_folder, device="tpu")
+
+
+def test_weights_that_do_not_fit_their_config_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"classifier\.weight has shape"):
+        Classifier(ModelConfig(classes=CLASSES), random_tensors(2))
+
+
+# ---------------------------------------------------------------- threads and processes
+
+
+def test_eight_threads_get_what_one_gets(small: Classifier) -> None:
+    images = noise(25, 32)
+    expected = [small.predict(image) for image in images]
+
+    def judge(first: int) -> list[Prediction]:
+        return [small.predict(image) for image in np.roll(images, first, axis=0)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for first, found in enumerate(pool.map(judge, range(8))):
+            assert found == expected[-first:] + expected[:-first]
+
+
+def test_a_pickled_classifier_answers_the_same(clf: Classifier) -> None:
+    other = pickle.loads(pickle.dumps(clf))  # noqa: S301 - our own bytes
+    assert other.config == clf.config
+    assert np.array_equal(other.predict_proba(noise(4)), clf.predict_proba(noise(4)))
+
+
+def test_a_classifier_can_be_sent_to_a_new_process(clf: Classifier, folder: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        found = pool.submit(clf.predict, folder).result()
+    assert [p.source for p in found] == [str(p) for p in in_order(folder)]
+    np.testing.assert_allclose(rows(found), clf.predict_proba(folder), atol=1e-6)
+
+
+# ---------------------------------------------------------------- real radiographs
+
+
+@pytest.mark.real_data
+def test_real_files_are_judged_as_a_plain_torchvision_pipeline_judges_them(
+    real_data: Path, tmp_path: Path
+) -> None:
+    side = 128  # a small side, that the large originals are decoded at a reduced size
+    config = ModelConfig(classes=CLASSES, preprocess=Preprocess(size_px=side))
+    save_checkpoint(tmp_path, config, random_tensors(3))
+    names = (real_data / "originals.txt").read_text().split("\n")
+    originals = [real_data / n for n in names if n and (real_data / n).is_file()][::6][:25]
+    reduced = sorted((real_data / "nih-subset").rglob("*.jpg"))[::17][:25]
+    paths = [*originals, *reduced]
+    assert len(paths) == 50
+    squash = (side, side)
+    pixels = [
+        np.asarray(load_image(p).resize(squash, Image.Resampling.BILINEAR))[None] for p in paths
+    ]
+    expected = plain_torchvision(tmp_path, np.stack(pixels))
+    found = Classifier.from_pretrained(tmp_path).predict_proba(paths)
+    assert expected.std(axis=0).min() > 1e-3
+    np.testing.assert_allclose(found, expected, atol=0.02)

@@ -1,0 +1,337 @@
+"""The command line, as a process of its own where that matters."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from chestxray_covid import (
+    Classifier,
+    EvaluationReport,
+    SyntheticChestXray,
+    __version__,
+    load_image,
+)
+from chestxray_covid.cli import NOT_A_DEVICE, main
+
+TRAIN = ["--no-pretrained", "--epochs", "1", "--size", "32", "--batch-size", "8", "--device", "cpu"]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return SyntheticChestXray(40, image_size_px=64).save(tmp_path_factory.mktemp("data") / "p")
+
+
+@pytest.fixture(scope="module")
+def run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished run that the command line trained on phantoms; do not change it."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    done = call("train", "--data", phantoms, "--output", output, *TRAIN)
+    assert done.exit_code == 0, done.output
+    assert NOT_A_DEVICE in done.output
+    assert "Cramér's V" in done.output
+    return output
+
+
+def test_help_and_version_import_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys; from chestxray_covid.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'pandas', 'requests') if m in sys.modules])"
+    )
+    for argument in ("--help", "--version"):
+        command = [sys.executable, "-c", code, argument]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert shown.endswith("[]\n")
+    assert __version__ in shown
+
+
+def test_help_names_the_commands_and_says_what_this_is_not() -> None:
+    shown = call("--help").output
+    for command in ("download", "evaluate", "info", "predict", "train"):
+        assert f"\n  {command} " in shown
+        assert call(command, "--help").exit_code == 0
+    assert NOT_A_DEVICE in " ".join(shown.split())
+
+
+def test_a_run_holds_everything_that_judging_it_needs(run: Path) -> None:
+    names = {p.name for p in run.iterdir()}
+    assert names == {
+        *("model.safetensors", "config.json", "history.json", "history.csv"),
+        *("split.json", "confounding.json", "evaluation.json"),
+    }
+    assert json.loads((run / "confounding.json").read_text())["determined"] == 0
+    report = EvaluationReport.load(run / "evaluation.json")
+    split = json.loads((run / "split.json").read_text())["samples"]
+    assert report.n_images == sum(entry["side"] == "test" for entry in split)
+
+
+def test_no_patient_is_on_two_sides_of_a_runs_split(run: Path) -> None:
+    sides: dict[str, set[str]] = {}
+    for entry in json.loads((run / "split.json").read_text())["samples"]:
+        sides.setdefault(entry["patient_id"], set()).add(entry["side"])
+    assert all(len(s) == 1 for s in sides.values())
+    assert set.union(*sides.values()) == {"train", "val", "test"}
+
+
+def test_training_again_into_a_run_is_refused_and_resuming_it_changes_nothing(
+    run: Path, phantoms: Path
+) -> None:
+    before = (run / "model.safetensors").read_bytes()
+    again = call("train", "--data", phantoms, "--output", run, *TRAIN)
+    assert again.exit_code == 2
+    assert "already holds a run" in again.output
+    resumed = call("train", "--data", phantoms, "--output", run, *TRAIN, "--resume", "--quiet")
+    assert resumed.exit_code == 0, resumed.output
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_the_baseline_recipe_limit_and_cache_are_passed_on(phantoms: Path, tmp_path: Path) -> None:
+    options = ["--recipe", "baseline", "--limit", 12, "--cache", tmp_path / "cache", "--quiet"]
+    done = call("train", "--data", phantoms, "--output", tmp_path / "run", *options, *TRAIN)
+    assert done.exit_code == 0, done.output
+    training = json.loads((tmp_path / "run" / "config.json").read_text())["provenance"]["training"]
+    assert (training["optimizer"], training["balance"]) == ("adam", "none")
+    assert (training["epochs"], training["preprocess"]["size_px"]) == (1, 32)
+    assert list((tmp_path / "cache").rglob("*.npy"))
+    assert len(json.loads((tmp_path / "run" / "split.json").read_text())["samples"]) == 24
+
+
+def test_a_signal_ends_with_its_status_and_resume_finishes(phantoms: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    options = [*TRAIN, "--quiet"]
+    options[options.index("--epochs") + 1] = "40"
+    base = ["train", "--data", str(phantoms), "--output", str(output), *options]
+    command = [sys.executable, "-c", "from chestxray_covid.cli import main; main()", *base]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(600):
+        if (output / "state").is_dir() and list((output / "state").glob("step-*")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    assert "--resume" in shown
+    states = [p.name for p in (output / "state").iterdir()]
+    assert len(states) == 1
+    assert states[0].startswith("step-")
+    refused = call(*base)
+    assert "already holds a run" in refused.output
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Return a folder with two radiographs, two broken files and one that is no image."""
+    folder = tmp_path / "mixed"
+    (folder / "sub").mkdir(parents=True)
+    images = SyntheticChestXray(2, image_size_px=64)
+    images.image(0).save(folder / "a,1.png")
+    images.image(1).save(folder / "sub" / "b\n2.jpg", quality=95)
+    (folder / "page.png").write_text("<!DOCTYPE html><html></html>")
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_predict_writes_a_row_per_image_and_names_what_failed(
+    mixed: Path, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out" / "predictions.csv"
+    done = call("predict", mixed, "--model", checkpoint_folder, "--output", output)
+    assert done.exit_code == 1
+    assert "page.png" in done.output
+    assert "HTML" in done.output
+    assert "zero.jpg" in done.output
+    with output.open(encoding="utf-8", newline="") as file:
+        rows = {Path(row["path"]).name: row for row in csv.DictReader(file)}
+    assert set(rows) == {"a,1.png", "b\n2.jpg", "page.png", "zero.jpg"}
+    expected = Classifier.from_pretrained(checkpoint_folder).predict(mixed / "a,1.png")
+    assert rows["a,1.png"]["label"] == expected.label
+    assert float(rows["a,1.png"]["p_covid19"]) == pytest.approx(
+        expected.probabilities["covid19"], abs=1e-6
+    )
+    assert rows["a,1.png"]["is_positive"] == str(expected.is_positive)
+    assert rows["page.png"]["label"] == ""
+    assert "empty" in rows["zero.jpg"]["error"]
+    assert [p.name for p in output.parent.iterdir()] == ["predictions.csv"]
+
+
+def test_predict_writes_json_lines(mixed: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "predictions.jsonl"
+    done = call("predict", mixed, "--model", checkpoint_folder, "--output", output)
+    assert done.exit_code == 1
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 4
+    good = [row for row in rows if "error" not in row]
+    assert len(good) == 2
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in good)
+
+
+def test_predict_prints_a_table_and_succeeds_when_all_is_well(
+    mixed: Path, checkpoint_folder: Path
+) -> None:
+    done = call("predict", mixed / "a,1.png", "--model", checkpoint_folder)
+    assert done.exit_code == 0
+    assert "a,1.png: " in done.output
+    assert "covid19 0." in done.output
+    assert NOT_A_DEVICE in done.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8")
+def test_hostile_names_survive_csv_and_json(checkpoint_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "names"
+    folder.mkdir()
+    picture = SyntheticChestXray(1, classes=("normal",), image_size_px=32).image(0)
+    names = [b"=cmd.png", b"a\rb.png", b'"q".png', b"\xff\xfe.png", "\u202egnp.png".encode()]
+    names += [b"n" * 240 + b".png", b"- x;y\t.png", b"@SUM(1).png"]
+    for name in names:
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:  # noqa: PTH123 - bytes
+            picture.save(file, "PNG")
+    for kind in ("csv", "jsonl"):
+        output = tmp_path / f"out.{kind}"
+        assert (
+            call("predict", folder, "--model", checkpoint_folder, "--output", output).exit_code == 0
+        )
+        with output.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            found = (
+                [row["path"] for row in csv.DictReader(file)]
+                if kind == "csv"
+                else [json.loads(line)["source"] for line in file]
+            )
+        assert {os.fsencode(Path(path).name) for path in found} == set(names)
+
+
+def test_an_interrupted_prediction_leaves_no_file(
+    mixed: Path, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "full" / "out.csv"
+    code = (
+        "import resource, sys; from chestxray_covid.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY)); main()"
+    )
+    arguments = ["predict", mixed, "--model", checkpoint_folder, "--output", output]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Error: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(output.parent.iterdir()) == []
+
+
+def test_evaluate_judges_the_held_out_side_and_warns_about_the_rest(
+    run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "report.json"
+    arguments = ["evaluate", "--model", run, "--data", phantoms]
+    held_out = call(*arguments, "--split", "test", "--output", output)
+    assert held_out.exit_code == 0, held_out.output
+    assert "Caution" not in held_out.output
+    report, first = EvaluationReport.load(output), EvaluationReport.load(run / "evaluation.json")
+    assert report.overall.metrics["accuracy"] == first.overall.metrics["accuracy"]
+    whole = call(*arguments)
+    assert whole.exit_code == 0
+    trained = json.loads((run / "split.json").read_text())["samples"]
+    count = sum(entry["side"] == "train" for entry in trained)
+    assert f"trained on {count} of these 40 images" in whole.output
+
+
+def test_info_describes_versions_and_a_checkpoint(checkpoint_folder: Path) -> None:
+    shown = call("info", "--model", checkpoint_folder).output
+    assert f"chestxray-covid {__version__}" in shown
+    assert "torch 2." in shown
+    assert "bfloat16" in shown
+    assert '"architecture": "densenet121"' in shown
+
+
+def test_download_draws_phantoms_and_unpacks_an_archive(tmp_path: Path) -> None:
+    done = call("download", "phantoms", tmp_path / "p", "--count", 6)
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "p").rglob("*.png"))) == 6
+    import zipfile
+
+    archive = tmp_path / "kermany.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for split in ("train", "test"):
+            for name in ("NORMAL/IM-0001-0001.jpeg", "PNEUMONIA/person1_virus_1.jpeg"):
+                file.write(next((tmp_path / "p").rglob("*.png")), f"chest_xray/{split}/{name}")
+    done = call("download", "kermany", tmp_path / "k", "--archive", archive)
+    assert done.exit_code == 0, done.output
+    assert load_image(next((tmp_path / "k").rglob("*.jpeg"))).mode == "L"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["predict", "x.png", "--model", "nowhere"], "does not exist"),
+        (["train", "--data", "nowhere", "--output", "o"], "does not exist"),
+        (["predict"], "Missing argument"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_a_wrong_call_is_explained(arguments: list[str], match: str) -> None:
+    done = call(*arguments)
+    assert done.exit_code == 2
+    assert match in done.output
+
+
+def test_errors_of_the_library_become_messages(
+    tmp_path: Path, phantoms: Path, checkpoint_folder: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    no_layout = call("train", "--data", tmp_path / "empty", "--output", tmp_path / "o", *TRAIN)
+    assert no_layout.exit_code == 1
+    assert "no data set of a known layout" in no_layout.output
+    both = [*TRAIN, "--pretrained", checkpoint_folder]
+    excluded = call("train", "--data", phantoms, "--output", tmp_path / "o", *both)
+    assert "exclude each other" in excluded.output
+    one = call(
+        "train", "--data", phantoms, "--output", tmp_path / "o", *TRAIN, "--classes", "normal"
+    )
+    assert "at least two labels" in one.output
+    typo = [*TRAIN, "--trainable", "tail"]
+    wrong = call("train", "--data", phantoms, "--output", tmp_path / "o", *typo)
+    assert "trainable must be one of" in wrong.output
+    assert not (tmp_path / "o").exists()
+    no_model = call("predict", phantoms, "--model", tmp_path / "empty")
+    assert no_model.exit_code == 1
+    assert "config.json is missing" in no_model.output
+
+
+@pytest.mark.real_data
+def test_every_real_file_of_cohen_gets_a_row(
+    real_data: Path, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "predictions.csv"
+    images = real_data / "covid-chestxray-dataset" / "images"
+    done = call("predict", images, "--model", checkpoint_folder, "--output", output)
+    assert done.exit_code == 0, done.output
+    with output.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 646
+    assert all(0 <= float(row["p_covid19"]) <= 1 and not row["error"] for row in rows)
+
+
+def test_a_blank_and_a_tiny_image_still_get_probabilities(
+    checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    Image.fromarray(np.zeros((300, 200), np.uint8)).save(tmp_path / "blank.png")
+    Image.fromarray(np.full((1, 1), 9, np.uint8)).save(tmp_path / "dot.png")
+    done = call("predict", tmp_path, "--model", checkpoint_folder)
+    assert done.exit_code == 0
+    assert done.output.count("covid19 ") == 2

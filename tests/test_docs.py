@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import chestxray_covid
+from chestxray_covid import (
+    CohenCovidDataset,
+    Confounding,
+    EpochRecord,
+    EvaluationReport,
+    History,
+    KermanyPneumoniaDataset,
+)
+from chestxray_covid.cli import main
+from chestxray_covid.evaluation import evaluate_probabilities
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+RUN = {
+    "command": "chestxray-covid train --data a --data b --output runs/baseline",
+    "wall_time_s": 2425.0,
+    "machine": {"cpu": "two cores of a model", "memory": "16 GiB"},
+    "versions": {"torch": "2.10.0", "chestxray-covid": "0.1.0"},
+    "date": "2026-01-02",
+}
+CONFOUNDING = Confounding(
+    table={"cohen": {"normal": 10, "covid19": 90}, "kermany": {"normal": 300, "covid19": 0}},
+    cramers_v=0.87,
+    determined=0.75,
+)
+
+
+@pytest.fixture
+def generate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(DOCS))
+    import generate
+
+    return generate  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Return a folder with the JSON files of a run that never took place."""
+    history = History(records=tuple(epoch(number) for number in range(1, 5)))
+    contents = {"history": history, "evaluation": judged(), "confounding": CONFOUNDING}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content.to_dict()), encoding="utf-8")
+    (tmp_path / "run.json").write_text(json.dumps(RUN), encoding="utf-8")
+    return tmp_path
+
+
+def epoch(number: int) -> EpochRecord:
+    return EpochRecord(
+        epoch=number,
+        learning_rate=0.001,
+        train_loss=1 / number,
+        val_loss=abs(number - 2.9) / 10,
+        val_accuracy=0.75,
+        val_kappa=0.5,
+        val_auroc=None,
+        images_per_s=12.34,
+        seconds=60.0,
+        data_seconds=1.0,
+        is_best=number < 4,
+    )
+
+
+def judged() -> EvaluationReport:
+    """Return a report of 60 images: 20 COVID-19 and 5 normal in one source, 35 in the other."""
+    rng = np.random.default_rng(0)
+    labels = ["covid19"] * 20 + ["normal"] * 40
+    score = np.clip(0.3 + 0.4 * np.array([name == "covid19" for name in labels]), 0, 1)
+    score = np.clip(score + rng.normal(0, 0.2, 60), 0.01, 0.99)
+    return evaluate_probabilities(
+        labels,
+        np.stack([1 - score, score], axis=1),
+        classes=("normal", "covid19"),
+        patients=[str(i // 2) for i in range(60)],
+        sources=["cohen"] * 25 + ["kermany"] * 35,
+        views=["AP"] * 10 + ["PA"] * 50,
+        n_resamples=200,
+    )
+
+
+def flowing(text: str) -> str:
+    """Return a text as one line, since where it is wrapped depends on its numbers."""
+    return " ".join(text.split())
+
+
+# ---------------------------------------------------------------- generated text
+
+
+def test_the_readme_block_holds_the_measured_numbers_and_that_they_prove_nothing(
+    generate: ModuleType, results: Path
+) -> None:
+    block = flowing(generate.readme_block(generate.load(results)))
+    report = judged()
+    for part in (report.overall, *report.by_source.values()):
+        found = part.per_class["covid19"]["sensitivity"]
+        cell = f"{found.value:.3f} ({found.low:.3f}–{found.high:.3f})" if found.n else "–"
+        assert f"| {part.n_images} | {part.n_patients} | {cell} |" in block
+    assert "**The AUROC of 0." in block
+    assert "proves nothing about COVID-19" in block
+    assert "97.5% of the cases (Cramér's V: 0.87)" in block  # (90 + 300) / 400
+    assert "40 minutes (two cores of a model, 16 GiB)" in block
+
+
+def test_the_baseline_page_holds_the_whole_run(generate: ModuleType, results: Path) -> None:
+    page = flowing(generate.baseline_page(generate.load(results)))
+    assert RUN["command"] in page
+    assert "| cohen | 10 | 90 |" in page
+    assert "| **3** | 0.001 | 0.333 | 0.010 | 0.750 | 0.500 | – | 12.3 |" in page
+    assert "weights of epoch 3 of 4" in page
+    report = judged()
+    counts = report.overall.confusion[1]
+    assert f"| **covid19** | {counts[0]} | {counts[1]} |" in page
+    for _, row in report.to_frame().query("group == 'overall'").iterrows():
+        shown = row["metric"].replace("_", " ")
+        assert f"| {row['class']} | {shown} | {row['value']:.3f} (" in page
+    assert "no evidence" in page
+    assert "0.56" in page
+
+
+def test_the_figure_is_drawn_from_the_history_and_says_so(
+    generate: ModuleType, results: Path
+) -> None:
+    path = generate.draw_history(results)
+    with Image.open(path) as image:
+        assert image.text[generate.SOURCE_KEY] == generate.digest(results / "history.json")
+        assert image.size[0] >= 800
+
+
+def test_missing_results_are_named(generate: ModuleType, results: Path) -> None:
+    (results / "history.json").unlink()
+    (results / "run.json").unlink()
+    with pytest.raises(SystemExit, match=r"lacks history\.json, run\.json\. Train with"):
+        generate.load(results)
+
+
+def test_an_incomplete_run_is_refused(generate: ModuleType, results: Path) -> None:
+    run = {key: value for key, value in RUN.items() if key != "machine"}
+    (results / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"run\.json lacks machine"):
+        generate.load(results)
+
+
+def test_only_what_is_between_the_markers_of_the_readme_changes(generate: ModuleType) -> None:
+    readme = f"before\n{generate.START}\nold\n{generate.END}\nafter\n"
+    changed = generate.with_block(readme, "new")
+    assert changed == readme.replace("old", "new")
+    with pytest.raises(SystemExit, match="needs the markers"):
+        generate.with_block("no markers", "new")
+
+
+def test_readme_baseline_page_and_figure_are_those_of_the_committed_results(
+    generate: ModuleType,
+) -> None:
+    results = generate.load(generate.RESULTS)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert generate.with_block(readme, generate.readme_block(results)) == readme
+    page = (DOCS / "baseline.md").read_text(encoding="utf-8")
+    assert generate.baseline_page(results) == page
+    with Image.open(generate.RESULTS / "history.png") as image:
+        source = image.text[generate.SOURCE_KEY]
+    assert source == generate.digest(generate.RESULTS / "history.json")
+
+
+# ---------------------------------------------------------------- what is written by hand
+
+
+def command_lines() -> list[tuple[str, list[str]]]:
+    """Return page and arguments of every call of the command line in a shell block."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            for line in re.split(r"\n|&&|\|\|", block):
+                _, name, call = line.partition("chestxray-covid ")
+                if name and not line.lstrip().startswith("#"):
+                    found.append((page.name, shlex.split(call)))
+    return found
+
+
+def test_the_pages_show_the_command_line() -> None:
+    assert {call[0] for _, call in command_lines()} >= {"download", "train", "evaluate", "predict"}
+
+
+@pytest.mark.parametrize(("page", "call"), command_lines())
+def test_every_command_line_has_only_options_that_exist(page: str, call: list[str]) -> None:
+    command = main.commands[call[0]]
+    options = {name for p in command.params for name in p.opts if isinstance(p, click.Option)}
+    assert {word for word in call[1:] if word.startswith("--")} <= options, page
+
+
+def test_every_module_has_its_place_in_the_table_of_layers() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = text.partition("<!-- layers:start -->")[2].partition("<!-- layers:end -->")[0]
+    cells = re.findall(r"^\| (`.+?) \|", rows, re.MULTILINE)
+    named = re.findall("`(.+?)`", " ".join(cells))
+    package = Path(chestxray_covid.__file__).parent
+    modules = {
+        ".".join(path.relative_to(package).with_suffix("").parts)
+        for path in package.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert sorted(named) == sorted(modules)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == chestxray_covid.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)[1] == chestxray_covid.__version__
+
+
+def test_every_page_is_in_the_contents() -> None:
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\{toctree\}\n(.*?)```", index, re.DOTALL)
+    listed = [line for block in blocks for line in block.split() if not line.startswith(":")]
+    assert {page.stem for page in DOCS.glob("*.md")} - set(listed) == {"index"}
+
+
+def snippet(page: str, containing: str) -> dict[str, Any]:
+    """Return the names that the Python block of a page defines."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(next(block for block in blocks if containing in block), names)
+    return names
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+def test_on_the_real_collections_the_frame_of_a_thumbnail_gives_the_label_away(
+    real_data: Path,
+) -> None:
+    cohen = CohenCovidDataset(real_data / "covid-chestxray-dataset")
+    design = cohen.filter(lambda s: s.label == "covid19") + KermanyPneumoniaDataset(real_data)
+    auroc = snippet("shortcuts.md", "def thumbnail_auroc")["thumbnail_auroc"]
+    assert auroc(design, hidden=0.9) == pytest.approx(0.993, abs=0.003)
