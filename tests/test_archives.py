@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import itertools
 import random
 import resource
@@ -131,7 +132,10 @@ def test_a_zip64_archive_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
     archive = make_zip(tmp_path / "a.zip", FILES)
     monkeypatch.undo()
-    assert b"PK\6\6" in archive.read_bytes()
+    data = archive.read_bytes()
+    assert b"PK\6\6" in data
+    # size and place of the directory too are then to be read from the 64-bit record
+    archive.write_bytes(data[:-10] + b"\xff" * 8 + data[-2:])
     assert contents(unpack_zip(archive, tmp_path / "data", progress=False)) == FILES
     with pytest.raises(ArchiveError, match="more than 3 members"):
         unpack_zip(archive, tmp_path / "few", max_files=3, progress=False)
@@ -189,6 +193,18 @@ def test_leftovers_of_killed_runs_are_removed_and_nothing_else(tmp_path: Path) -
     assert not (tmp_path / ".data.0123abcd.partial").exists()
     assert (tmp_path / ".data.b.0123abcd.partial").exists()
     assert (tmp_path / ".data.partial").exists()
+
+
+def test_leftovers_stay_where_locks_do_not_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / ".data.0123abcd.partial").mkdir()  # may be another process at work
+    unpack_zip(make_zip(tmp_path / "a.zip", FILES), tmp_path / "data", progress=False)
+    assert (tmp_path / ".data.0123abcd.partial").exists()
 
 
 def test_progress_is_shown_only_when_wanted(
@@ -272,6 +288,19 @@ def test_a_refusal_names_the_member(tmp_path: Path) -> None:
     archive = assemble(tmp_path / "a.zip", [OK, member("x/../evil")])
     with pytest.raises(ArchiveError, match=r"member 'x/../evil' has a part"):
         unpack_zip(archive, tmp_path / "data", progress=False)
+
+
+def test_a_member_shorter_than_it_says_leaves_nothing(tmp_path: Path) -> None:
+    archive = assemble(tmp_path / "a.zip", [OK, member("a", b"x", size=5)])
+    with pytest.raises(ArchiveError, match="'a' has not its 5 bytes"):
+        unpack_zip(archive, tmp_path / "data", progress=False)
+    assert everything(tmp_path) == {"a.zip", ".data.lock"}
+
+
+def test_a_directory_too_large_for_its_members_is_not_read(tmp_path: Path) -> None:
+    archive = assemble(tmp_path / "a.zip", [member("x" * 700)])
+    with pytest.raises(ArchiveError, match="more than 1 members"):
+        member_names(archive, max_files=1)
 
 
 def _ratio(path: Path) -> Path:

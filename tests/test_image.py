@@ -26,11 +26,11 @@ from PIL import Image, ImageOps
 import chestxray_covid
 from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError, MissingExtraError
 from chestxray_covid.image import (
-    MAX_JPEG_SCANS,
     ImageWarning,
     Preprocess,
     load_image,
 )
+from chestxray_covid.pixels import MAX_JPEG_SCANS
 
 pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import DenseNet
 from torchvision.transforms import v2
 
 from chestxray_covid.checkpoint import ModelConfig, save_checkpoint
@@ -35,7 +36,6 @@ from chestxray_covid.models import (
 )
 from conftest import random_tensors
 
-DenseNet = torchvision.models.DenseNet
 IMAGENET = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1
 HEAD = {"classifier.weight", "classifier.bias"}
 #: What trains, written down by hand: the children of torchvision's ``features`` in order.

@@ -235,7 +235,7 @@ class Classifier:
     @overload
     def predict_stream(
         self,
-        images: Iterable[Any],
+        images: Iterable[Any] | ChestXrayDataset,
         batch_size: int = ...,
         on_error: Literal["raise"] = ...,
         *,
@@ -244,7 +244,7 @@ class Classifier:
     @overload
     def predict_stream(
         self,
-        images: Iterable[Any],
+        images: Iterable[Any] | ChestXrayDataset,
         batch_size: int = ...,
         on_error: Literal["return"] = ...,
         *,
@@ -252,7 +252,7 @@ class Classifier:
     ) -> Iterator[Prediction | FailedPrediction]: ...
     def predict_stream(
         self,
-        images: Iterable[Any],
+        images: Iterable[Any] | ChestXrayDataset,
         batch_size: int = 16,
         on_error: Literal["raise", "return"] = "raise",
         *,
@@ -280,7 +280,7 @@ class Classifier:
         return self._stream(images, batch_size, on_error == "raise", workers)
 
     def _stream(
-        self, images: Iterable[Any], batch_size: int, raising: bool, workers: int
+        self, images: Any, batch_size: int, raising: bool, workers: int
     ) -> Iterator[Prediction | FailedPrediction]:
         def decode(image: Any) -> tuple[str, NDArray[np.uint8] | ImageError]:
             try:

@@ -10,89 +10,33 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
 import stat
-import struct
 import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, Any, Protocol, Self, TypeAlias, cast
+from typing import Any, Protocol, Self, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
+from PIL import Image
 
-from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError, require_extra
+from chestxray_covid.dicom import decode_dicom
+from chestxray_covid.encoded import decode_image
+from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError
+from chestxray_covid.pixels import (
+    DECODE_ERRORS,
+    MAX_STREAM_BYTES,
+    channels_last,
+    check_size,
+    from_planes,
+    reason,
+    to_grey,
+)
 
 #: Largest image that is decoded unless told otherwise, in pixels. The largest in the public sources
 #: has 18 million; Pillow itself only warns at 89 and refuses at 179.
 MAX_PIXELS = 64_000_000
-#: Longest side, JPEG's own limit: Pillow spends 8 bytes on every row, however short.
-MAX_SIDE = 65_535
-#: Largest stream that is read, in bytes: an endless one must not fill the memory.
-MAX_STREAM_BYTES = 1 << 30
-#: Most scans of a JPEG; libjpeg's progressive encoder writes 10 in colour, 18 for CMYK. Each costs
-#: work on the whole image: measured, 64 megapixels with 106 scans in 260 kB took 7.6 s.
-MAX_JPEG_SCANS = 50
-
-# Plugins are called by class: `Image.open` would warn at Pillow's own limit before the size can be
-# looked at, and hiding a warning (`warnings.catch_warnings`) is not thread-safe.
-_PLUGINS: tuple[tuple[bytes, type[ImageFile]], ...] = (
-    (b"\xff\xd8\xff", JpegImageFile),
-    (b"\x89PNG\r\n\x1a\n", PngImageFile),
-    (b"BM", BmpImageFile),
-    (b"GIF8", GifImageFile),
-    (b"RIFF", WebPImageFile),
-    (b"II*\0", TiffImageFile),
-    (b"MM\0*", TiffImageFile),
-    (b"II+\0", TiffImageFile),
-    (b"MM\0+", TiffImageFile),
-)
-# What people pass by mistake, by its first bytes (in lower case, without leading white space).
-_LOOKALIKES = (
-    (b"<!doctype html", "is an HTML page, perhaps the error page of a download"),
-    (b"<html", "is an HTML page, perhaps the error page of a download"),
-    (b"<?xml", "is an XML document"),
-    (b"<svg", "is an SVG drawing"),
-    (b"{", "looks like JSON text"),
-    (b"version https://git-lfs", "is a Git LFS pointer; fetch the file with git lfs pull"),
-    (b"%pdf", "is a PDF document"),
-    (b"pk\x03\x04", "is a zip archive; unpack it first"),
-    (b"\x1f\x8b", "is gzip-compressed; unpack it first"),
-    (b"\0\x05\x16\x07", "is a macOS resource fork (._ file), not the image itself"),
-    (b"\0\0\0\x0cjp  ", "is a JPEG 2000 image"),
-    (b"\xffo\xffq", "is a JPEG 2000 image"),
-)
-# What Pillow and pydicom may raise on damaged bytes: Pillow has `assert` in its parsers, and where
-# the caller turns warnings into errors, theirs come as exceptions.
-_DECODE_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError),
-    *(MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, Warning),
-    *(Image.DecompressionBombError, struct.error, zlib.error),
-)
-# EXIF 2.32, tag 0x0112: value → how the stored image becomes upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# Start of a JPEG segment: FF00 and FFD0 to FFD7 belong to a scan, FF01 and FFFF have no length.
-_JPEG_SEGMENT = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
-# Markers whose segment holds height and width: SOF0 to SOF15, and JPEG-LS's SOF55 (ITU-T T.87).
-_JPEG_FRAMES = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
 
 
 class _Stream(Protocol):
@@ -179,12 +123,12 @@ def load_image(
 def _from_pil(source: Image.Image, max_pixels: int) -> Image.Image:
     name = "<PIL image>"
     try:
-        _check_size(source.size, name, max_pixels)
-        return _to_grey(source, name)
+        check_size(source.size, name, max_pixels)
+        return to_grey(source, name)
     except ImageError:
         raise
-    except _DECODE_ERRORS as error:
-        raise ImageError(f"{name} cannot be converted to grey: {_reason(error)}") from error
+    except DECODE_ERRORS as error:
+        raise ImageError(f"{name} cannot be converted to grey: {reason(error)}") from error
 
 
 def _from_path(path: Path, min_size: tuple[int, int] | None, max_pixels: int) -> Image.Image:
@@ -205,7 +149,7 @@ def _from_path(path: Path, min_size: tuple[int, int] | None, max_pixels: int) ->
         what = "is a link to nothing" if path.is_symlink() else "does not exist"
         raise ImageNotFoundError(f"{name} {what}. Check the path.") from error
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
-        raise ImageError(f"{name} cannot be opened: {_reason(error)}") from error
+        raise ImageError(f"{name} cannot be opened: {reason(error)}") from error
 
 
 def _read_all(stream: _Stream) -> bytes:
@@ -229,7 +173,7 @@ def _read_all(stream: _Stream) -> bytes:
     except ImageError:
         raise
     except (OSError, ValueError) as error:  # ValueError: closed
-        raise ImageError(f"<stream> cannot be read: {_reason(error)}") from error
+        raise ImageError(f"<stream> cannot be read: {reason(error)}") from error
     return b"".join(parts)
 
 
@@ -242,7 +186,7 @@ def _as_array(source: object) -> NDArray[Any]:
         if hasattr(source, "__array__"):
             return np.asarray(source)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ImageError(f"<array> cannot become a NumPy array: {_reason(error)}") from error
+        raise ImageError(f"<array> cannot become a NumPy array: {reason(error)}") from error
     raise TypeError(
         "expected a path, bytes, a binary stream, a PIL image, an array or a tensor, "
         f"got {type(source).__name__}"
@@ -254,30 +198,7 @@ def _from_array(array: NDArray[Any], name: str, max_pixels: int) -> Image.Image:
         raise ImageError(
             f"{name} has dtype {array.dtype}, expected bool, an integer or a float type."
         )
-    return _from_planes(_channels_last(array, name), name, max_pixels)
-
-
-def _from_planes(planes: NDArray[Any], name: str, max_pixels: int) -> Image.Image:
-    height, width, channels = planes.shape
-    _check_size((width, height), name, max_pixels)
-    grey = np.ascontiguousarray(_to_uint8(planes, name))
-    if channels == 1:
-        return Image.fromarray(grey[..., 0]).copy()
-    return _to_grey(Image.fromarray(grey), name)
-
-
-def _channels_last(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """Return an array as ``(H, W, C)`` with C 1, 3 or 4."""
-    if array.ndim == 2:
-        return array[..., np.newaxis]
-    first, last = (array.ndim == 3 and array.shape[axis] in (1, 3, 4) for axis in (0, -1))
-    if first == last:
-        doubt = "which of the two ends holds the channels is ambiguous; " if first else ""
-        raise ImageError(
-            f"{name} has shape {array.shape}: {doubt}expected one image, (H, W), or with 1, 3 or 4 "
-            "channels first or last. Pass a batch image by image, and tiny images as (H, W)."
-        )
-    return np.moveaxis(array, 0, -1) if first else array
+    return from_planes(channels_last(array, name), name, max_pixels)
 
 
 # ---------------------------------------------------------------- encoded images
@@ -289,15 +210,9 @@ def _decode(
     head = file.read(132)
     file.seek(0)
     if head[128:] == b"DICM":  # PS3.10 7.1: 128 bytes of preamble, then this prefix
-        grey, has_more_frames = _decode_dicom(file, name, max_pixels)
+        grey, has_more_frames = decode_dicom(file, name, max_pixels)
     else:
-        plugin = next((kind for magic, kind in _PLUGINS if head.startswith(magic)), None)
-        if plugin is None:
-            raise ImageError(
-                f"{name} {_looks_like(head, name)}. "
-                "Expected PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM."
-            )
-        grey, has_more_frames = _decode_image(plugin, file, name, min_size, max_pixels)
+        grey, has_more_frames = decode_image(file, head, name, min_size, max_pixels)
     if has_more_frames:
         warnings.warn(
             f"{name} holds more than one frame; only the first is used.",
@@ -305,316 +220,6 @@ def _decode(
             stacklevel=4,  # the caller of load_image
         )
     return grey
-
-
-def _decode_image(
-    plugin: type[ImageFile],
-    file: io.BufferedIOBase,
-    name: str,
-    min_size: tuple[int, int] | None,
-    max_pixels: int,
-) -> tuple[Image.Image, bool]:
-    try:
-        image = plugin(cast(IO[bytes], file))
-        _check_size(image.size, name, max_pixels)
-        if isinstance(image, TiffImageFile):
-            # TIFF 6.0, section 15: libtiff allocates whole tiles, which may exceed the image.
-            tile = (int(image.tag_v2.get(322, 1)), int(image.tag_v2.get(323, 1)))
-            _check_size(tile, f"A tile of {name}", max_pixels)
-        if isinstance(image, JpegImageFile):
-            start = file.tell()
-            file.seek(0)
-            _check_jpeg(file.read(MAX_STREAM_BYTES), name, max_pixels)
-            file.seek(start)
-            sideways = _orientation(image) in (5, 6, 7, 8)
-            image.draft("L", min_size[::-1] if min_size and sideways else min_size)
-        grey = _to_grey(image, name)
-    except ImageError:
-        raise
-    except _DECODE_ERRORS as error:
-        raise ImageError(
-            f"{name} is damaged, or not a {plugin.format} that can be read: {_reason(error)}"
-        ) from error
-    return grey, _has_more_frames(image)
-
-
-def _looks_like(head: bytes, name: str) -> str:
-    if not head:
-        return "is empty"
-    start = head.lstrip().lower()
-    for magic, meaning in _LOOKALIKES:
-        if start.startswith(magic):
-            return meaning
-    if head[4:8] == b"ftyp":
-        return "is a HEIF, AVIF or video file"
-    if name.lower().endswith((".dcm", ".dicom")):
-        return 'is named like a DICOM file but has no "DICM" at byte 128'
-    if not any(head):
-        return "is all zeros, perhaps the rest of a broken copy"
-    return f"is not an image of a known format (it begins with {head[:8]!r})"
-
-
-def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
-    width, height = size
-    if not min(size) > 0:
-        raise ImageError(f"{name} is {width}x{height} pixels, expected at least 1x1.")
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{name} has or claims {width}x{height} pixels, more than the limit of {max_pixels}. "
-            "If you trust it, pass a larger max_pixels."
-        )
-    if max(size) > MAX_SIDE:
-        raise ImageError(
-            f"{name} is {width}x{height} pixels, expected sides of at most {MAX_SIDE}. Crop it."
-        )
-
-
-def _check_jpeg(data: bytes, name: str, max_pixels: int) -> None:
-    """Refuse a JPEG of too many pixels or absurdly many scans (ITU-T T.81, B.1.1)."""
-    scans, position = 0, 2
-    while match := _JPEG_SEGMENT.search(data, position):
-        marker, position = data[match.end() - 1], match.end()
-        if marker == 0xD9:  # end of image: what follows, such as a phone's video, is not decoded
-            break
-        if marker in _JPEG_FRAMES and len(data) >= position + 7:
-            height, width = struct.unpack_from(">HH", data, position + 3)
-            _check_size((width, height), name, max_pixels)
-        scans += marker == 0xDA
-        position += int.from_bytes(data[position : position + 2], "big")
-    if scans > MAX_JPEG_SCANS:
-        raise ImageError(
-            f"{name} is a JPEG of {scans} scans, more than {MAX_JPEG_SCANS}; decoding it could "
-            "take minutes. If you trust it, save it anew with another program."
-        )
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) where EXIF is absent or broken."""
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except _DECODE_ERRORS:
-        return 1
-
-
-def _has_more_frames(image: Image.Image) -> bool:
-    # Not `n_frames`: counting walks through the whole file.
-    try:
-        return bool(getattr(image, "is_animated", False))
-    except _DECODE_ERRORS:
-        return False
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
-
-
-# ---------------------------------------------------------------- pixels
-
-
-def _to_grey(image: Image.Image, name: str) -> Image.Image:
-    """Return an upright copy in mode ``"L"`` without metadata."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = _to_uint8(np.asarray(image), name)
-        # TIFF 6.0, tag 262: 0 is WhiteIsZero, which Pillow inverts in shallow modes only.
-        white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0
-        grey = Image.fromarray(255 - values if white_is_zero else values).copy()
-    elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        grey = ImageChops.multiply(rgba.convert("L"), rgba.getchannel("A"))
-    else:
-        grey = image.convert("L")  # a copy if it is "L" already
-    # Last, because Pillow turns TIFF itself while decoding, and then forgets the tag.
-    turn = _UPRIGHT.get(_orientation(image))
-    if turn is not None:
-        grey = grey.transpose(turn)
-    grey.info = {}  # or the orientation would be applied again to the result
-    return grey
-
-
-def _to_uint8(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
-    """Return pixels scaled to 8 bits by the rules in :func:`load_image`."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
-    low, high = _range(values, name)
-    is_float = values.dtype.kind == "f"
-    if is_float and low >= 0 and high <= 1:
-        return _stretch(values, 0, 1)
-    if low >= 0 and high <= 255 and (high >= 2 or not is_float):
-        return _stretch(values, 0, 255)
-    return _stretch(values, low, high)
-
-
-def _range(values: NDArray[Any], name: str) -> tuple[float, float]:
-    low, high = float(values.min()), float(values.max())
-    if not math.isfinite(high - low):
-        raise ImageError(
-            f"{name} holds NaN, infinite or huge values (from {low} to {high}). "
-            "Mask or replace them first."
-        )
-    return low, high
-
-
-def _stretch(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
-    """Return pixels with ``low`` at 0 and ``high`` at 255, rounded; black if there is no range."""
-    if not high > low:
-        return np.zeros(values.shape, np.uint8)
-    # Single precision holds 16-bit integers exactly and halves the memory.
-    exact = np.float32 if values.dtype.kind != "f" and values.dtype.itemsize <= 2 else np.float64
-    scaled: NDArray[Any] = np.subtract(values, low, dtype=exact)
-    np.multiply(scaled, 255 / (high - low), out=scaled)
-    result: NDArray[np.uint8] = np.rint(scaled, out=scaled).astype(np.uint8)
-    return result
-
-
-# ---------------------------------------------------------------- DICOM
-
-
-def _decode_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[Image.Image, bool]:
-    errors = require_extra("pydicom.errors", "dicom")
-    try:
-        data, frame = _read_dicom(file, name, max_pixels)
-        photometric = data.PhotometricInterpretation
-        if photometric == "PALETTE COLOR":
-            frame = require_extra("pydicom.pixels", "dicom").apply_color_lut(frame, data)
-        planes = frame if frame.ndim == 3 else _display(frame, data, name)[..., np.newaxis]
-        grey = _from_planes(
-            255 - planes if photometric == "MONOCHROME1" else planes, name, max_pixels
-        )
-        return grey, int(data.get("NumberOfFrames") or 1) > 1
-    except ImageError:
-        raise
-    except (*_DECODE_ERRORS, errors.BytesLengthException, errors.InvalidDicomError) as error:
-        # pydicom's warnings and some errors quote the file: a patient's name must not get out.
-        quotes_nothing = isinstance(error, AttributeError | RuntimeError | ValueError)
-        reason = _reason(error) if quotes_nothing else type(error).__name__
-        raise ImageError(f"{name} is a DICOM file that cannot be read: {reason}") from error
-
-
-def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[Any, NDArray[Any]]:
-    """Return the data set and its first frame, decoded only after every limit was checked."""
-    # Not `dcmread`: it inflates a deflated data set before anything can be looked at.
-    read = require_extra("pydicom.filereader", "dicom").read_dataset
-    pixels = require_extra("pydicom.pixels", "dicom")
-    uid = require_extra("pydicom.uid", "dicom")
-    file.seek(132)
-    meta = read(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
-    # The raw value: pydicom would quote an odd one in a warning, patient's name behind it and all.
-    text = bytes(meta.get_item(0x00020010).value) if 0x00020010 in meta else b""
-    match = re.fullmatch(rb"([0-9.]{1,64})[\0 ]*", text)
-    if match is None:
-        raise ImageError(f"{name} names no transfer syntax (0002,0010). Export the DICOM anew.")
-    syntax = uid.UID(match[1].decode())
-    if syntax.is_deflated:
-        raise ImageError(
-            f"{name} is a deflated DICOM file, which can expand a thousandfold. "
-            "Convert it first, for example with dcmtk: dcmconv +te in.dcm out.dcm"
-        )
-    decoder = pixels.get_decoder(syntax)
-    order = (syntax.is_implicit_VR, syntax.is_little_endian)
-    data = read(file, *order, stop_when=lambda tag, *_: tag >> 16 >= 0x7FE0)
-    if data.get("Rows") is None or data.get("Columns") is None:
-        raise ImageError(f"{name} is a DICOM file without an image (no Rows and Columns).")
-    _check_size((int(data.Columns), int(data.Rows)), name, max_pixels)
-    data.update(read(file, *order, stop_when=lambda tag, *_: tag > 0x7FE00010))
-    if not any(key in data for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise ImageError(f"{name} is a DICOM file without pixel data.")
-    if not decoder.is_available:
-        raise ImageError(
-            f"{name} is compressed ({syntax.name}) and no decoder for that is installed. For JPEG "
-            'and JPEG 2000: pip install "chestxray-covid[dicom]". For lossless JPEG and JPEG-LS: '
-            "pip install python-gdcm"
-        )
-    data.file_meta = require_extra("pydicom.dataset", "dicom").FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = syntax
-    if syntax.is_encapsulated:
-        _check_frame(data, name, max_pixels)
-    return data, pixels.pixel_array(data, index=0)
-
-
-def _check_frame(data: Any, name: str, max_pixels: int) -> None:
-    """Refuse a compressed first frame that claims more pixels than the DICOM header does.
-
-    Decoders believe the frame: a few hundred bytes of JPEG 2000 took 12 GB and 84 s, measured.
-    """
-    frame = require_extra("pydicom.encaps", "dicom").get_frame(
-        data.PixelData, 0, number_of_frames=int(data.get("NumberOfFrames") or 1)
-    )
-    what = f"The first frame of {name}"
-    # SOC and SIZ markers, then x1, y1, x0, y0 of the image area (ISO/IEC 15444-1, A.5.1).
-    for match in re.finditer(rb"\xff\x4f\xff\x51.{4}(.{16})", frame, re.DOTALL):
-        x1, y1, x0, y0 = struct.unpack(">4I", match[1])
-        _check_size((x1 - x0, y1 - y0), what, max_pixels)
-    if frame.startswith(b"\xff\xd8"):
-        _check_jpeg(frame, what, max_pixels)
-
-
-def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:
-    """Return stored grey values as shown on a monitor (PS3.3 C.11.1 and C.11.2)."""
-    values = frame
-    if data.get("ModalityLUTSequence"):
-        values, _ = _lookup(values, data.ModalityLUTSequence[0], data)
-    else:
-        slope, intercept = _first(data, "RescaleSlope"), _first(data, "RescaleIntercept")
-        if slope is not None and intercept is not None and (slope, intercept) != (1, 0):
-            values = values * slope + intercept
-    low, high = _range(values, name)
-    if data.get("VOILUTSequence"):
-        values, top = _lookup(values, data.VOILUTSequence[0], data)
-        return _stretch(values, 0, top)
-    center, width = _first(data, "WindowCenter"), _first(data, "WindowWidth")
-    if center is not None and width is not None:
-        function = str(data.get("VOILUTFunction") or "LINEAR").upper()
-        return _stretch(_window(values, center, width, function), 0, 1)
-    if values.dtype == np.uint8 and data.BitsStored == 8:
-        return values
-    return _stretch(values, low, high)
-
-
-def _first(data: Any, keyword: str) -> float | None:
-    """Return the first value of a numeric element, ``None`` where it is absent or empty."""
-    value = data.get(keyword)
-    if value is None or str(value) == "":
-        return None
-    number = float(np.ravel(np.asarray(value, dtype=np.float64))[0])
-    if not math.isfinite(number):
-        raise ValueError(f"{keyword} is {number}")
-    return number
-
-
-def _window(
-    values: NDArray[Any], center: float, width: float, function: str
-) -> NDArray[np.float64]:
-    """Return values in [0, 1] after a VOI window (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
-    if function == "LINEAR" and width >= 1:
-        center, width = center - 0.5, width - 1
-    elif function not in ("LINEAR_EXACT", "SIGMOID") or not width > 0:
-        raise ValueError(f"window width {width} is impossible for the VOI function {function}")
-    # A width of 0 is a threshold.
-    position = (values.astype(np.float64) - center) / max(width, 1e-9)
-    if function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * position, -60, 60)))
-    return np.clip(position + 0.5, 0, 1)
-
-
-def _lookup(values: NDArray[Any], item: Any, data: Any) -> tuple[NDArray[Any], int]:
-    """Return values through a lookup table, and its largest possible output (PS3.3 C.11.2.1.1).
-
-    pydicom's own functions wrap around where a table of 8-bit outputs has more than 256 entries.
-    """
-    entries, first, bits = (int(number) for number in item.LUTDescriptor)
-    entries = entries or 1 << 16
-    table = item.LUTData
-    if isinstance(table, bytes):
-        wide = ("<" if data.file_meta.TransferSyntaxUID.is_little_endian else ">") + "u2"
-        table = np.frombuffer(table, "u1" if len(table) in (entries, entries + 1) else wide)
-    top = (1 << bits) - 1
-    table = np.clip(np.ravel(np.asarray(table))[:entries], 0, top)
-    if table.size < entries:
-        raise ValueError(f"a lookup table of {entries} entries holds {table.size}")
-    index = np.clip(np.rint(values.astype(np.float64) - first), 0, entries - 1)
-    return table[index.astype(np.int32)], top
 
 
 # ---------------------------------------------------------------- to the model's size

@@ -1,0 +1,181 @@
+"""DICOM radiographs as a monitor shows them; needs the extra ``dicom``."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from chestxray_covid.errors import ImageError, require_extra
+from chestxray_covid.pixels import (
+    DECODE_ERRORS,
+    check_jpeg,
+    check_size,
+    from_planes,
+    reason,
+    stretch,
+    value_range,
+)
+
+
+def decode_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[Image.Image, bool]:
+    """Return the first frame as 8-bit grey, bone bright, and whether there are more frames.
+
+    Args:
+        file: Seekable, of a file in the format of PS3.10.
+        name: Names the file in messages.
+        max_pixels: Larger images are refused from their header.
+
+    Raises:
+        ImageError: If it cannot be decoded or is too large; no message quotes patient data.
+        MissingExtraError: If pydicom is not installed.
+    """
+    errors = require_extra("pydicom.errors", "dicom")
+    try:
+        data, frame = _read_dicom(file, name, max_pixels)
+        photometric = data.PhotometricInterpretation
+        if photometric == "PALETTE COLOR":
+            frame = require_extra("pydicom.pixels", "dicom").apply_color_lut(frame, data)
+        planes = frame if frame.ndim == 3 else _display(frame, data, name)[..., np.newaxis]
+        grey = from_planes(
+            255 - planes if photometric == "MONOCHROME1" else planes, name, max_pixels
+        )
+        return grey, int(data.get("NumberOfFrames") or 1) > 1
+    except ImageError:
+        raise
+    except (*DECODE_ERRORS, errors.BytesLengthException, errors.InvalidDicomError) as error:
+        # pydicom's warnings and some errors quote the file: a patient's name must not get out.
+        quotes_nothing = isinstance(error, AttributeError | RuntimeError | ValueError)
+        said = reason(error) if quotes_nothing else type(error).__name__
+        raise ImageError(f"{name} is a DICOM file that cannot be read: {said}") from error
+
+
+def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[Any, NDArray[Any]]:
+    """Return the data set and its first frame, decoded only after every limit was checked."""
+    # Not `dcmread`: it inflates a deflated data set before anything can be looked at.
+    read = require_extra("pydicom.filereader", "dicom").read_dataset
+    pixels = require_extra("pydicom.pixels", "dicom")
+    uid = require_extra("pydicom.uid", "dicom")
+    file.seek(132)
+    meta = read(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+    # The raw value: pydicom would quote an odd one in a warning, patient's name behind it and all.
+    text = bytes(meta.get_item(0x00020010).value) if 0x00020010 in meta else b""
+    match = re.fullmatch(rb"([0-9.]{1,64})[\0 ]*", text)
+    if match is None:
+        raise ImageError(f"{name} names no transfer syntax (0002,0010). Export the DICOM anew.")
+    syntax = uid.UID(match[1].decode())
+    if syntax.is_deflated:
+        raise ImageError(
+            f"{name} is a deflated DICOM file, which can expand a thousandfold. "
+            "Convert it first, for example with dcmtk: dcmconv +te in.dcm out.dcm"
+        )
+    decoder = pixels.get_decoder(syntax)
+    order = (syntax.is_implicit_VR, syntax.is_little_endian)
+    data = read(file, *order, stop_when=lambda tag, *_: tag >> 16 >= 0x7FE0)
+    if data.get("Rows") is None or data.get("Columns") is None:
+        raise ImageError(f"{name} is a DICOM file without an image (no Rows and Columns).")
+    check_size((int(data.Columns), int(data.Rows)), name, max_pixels)
+    data.update(read(file, *order, stop_when=lambda tag, *_: tag > 0x7FE00010))
+    if not any(key in data for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise ImageError(f"{name} is a DICOM file without pixel data.")
+    if not decoder.is_available:
+        raise ImageError(
+            f"{name} is compressed ({syntax.name}) and no decoder for that is installed. For JPEG "
+            'and JPEG 2000: pip install "chestxray-covid[dicom]". For lossless JPEG and JPEG-LS: '
+            "pip install python-gdcm"
+        )
+    data.file_meta = require_extra("pydicom.dataset", "dicom").FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = syntax
+    if syntax.is_encapsulated:
+        _check_frame(data, name, max_pixels)
+    return data, pixels.pixel_array(data, index=0)
+
+
+def _check_frame(data: Any, name: str, max_pixels: int) -> None:
+    """Refuse a compressed first frame that claims more pixels than the DICOM header does.
+
+    Decoders believe the frame: a few hundred bytes of JPEG 2000 took 12 GB and 84 s, measured.
+    """
+    frame = require_extra("pydicom.encaps", "dicom").get_frame(
+        data.PixelData, 0, number_of_frames=int(data.get("NumberOfFrames") or 1)
+    )
+    what = f"The first frame of {name}"
+    # SOC and SIZ markers, then x1, y1, x0, y0 of the image area (ISO/IEC 15444-1, A.5.1).
+    for match in re.finditer(rb"\xff\x4f\xff\x51.{4}(.{16})", frame, re.DOTALL):
+        x1, y1, x0, y0 = struct.unpack(">4I", match[1])
+        check_size((x1 - x0, y1 - y0), what, max_pixels)
+    if frame.startswith(b"\xff\xd8"):
+        check_jpeg(frame, what, max_pixels)
+
+
+def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:
+    """Return stored grey values as shown on a monitor (PS3.3 C.11.1 and C.11.2)."""
+    values = frame
+    if data.get("ModalityLUTSequence"):
+        values, _ = _lookup(values, data.ModalityLUTSequence[0], data)
+    else:
+        slope, intercept = _first(data, "RescaleSlope"), _first(data, "RescaleIntercept")
+        if slope is not None and intercept is not None and (slope, intercept) != (1, 0):
+            values = values * slope + intercept
+    low, high = value_range(values, name)
+    if data.get("VOILUTSequence"):
+        values, top = _lookup(values, data.VOILUTSequence[0], data)
+        return stretch(values, 0, top)
+    center, width = _first(data, "WindowCenter"), _first(data, "WindowWidth")
+    if center is not None and width is not None:
+        function = str(data.get("VOILUTFunction") or "LINEAR").upper()
+        return stretch(_window(values, center, width, function), 0, 1)
+    if values.dtype == np.uint8 and data.BitsStored == 8:
+        return values
+    return stretch(values, low, high)
+
+
+def _first(data: Any, keyword: str) -> float | None:
+    """Return the first value of a numeric element, ``None`` where it is absent or empty."""
+    value = data.get(keyword)
+    if value is None or str(value) == "":
+        return None
+    number = float(np.ravel(np.asarray(value, dtype=np.float64))[0])
+    if not math.isfinite(number):
+        raise ValueError(f"{keyword} is {number}")
+    return number
+
+
+def _window(
+    values: NDArray[Any], center: float, width: float, function: str
+) -> NDArray[np.float64]:
+    """Return values in [0, 1] after a VOI window (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    if function == "LINEAR" and width >= 1:
+        center, width = center - 0.5, width - 1
+    elif function not in ("LINEAR_EXACT", "SIGMOID") or not width > 0:
+        raise ValueError(f"window width {width} is impossible for the VOI function {function}")
+    # A width of 0 is a threshold.
+    position = (values.astype(np.float64) - center) / max(width, 1e-9)
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(np.clip(-4 * position, -60, 60)))
+    return np.clip(position + 0.5, 0, 1)
+
+
+def _lookup(values: NDArray[Any], item: Any, data: Any) -> tuple[NDArray[Any], int]:
+    """Return values through a lookup table, and its largest possible output (PS3.3 C.11.2.1.1).
+
+    pydicom's own functions wrap around where a table of 8-bit outputs has more than 256 entries.
+    """
+    entries, first, bits = (int(number) for number in item.LUTDescriptor)
+    entries = entries or 1 << 16
+    table = item.LUTData
+    if isinstance(table, bytes):
+        wide = ("<" if data.file_meta.TransferSyntaxUID.is_little_endian else ">") + "u2"
+        table = np.frombuffer(table, "u1" if len(table) in (entries, entries + 1) else wide)
+    top = (1 << bits) - 1
+    table = np.clip(np.ravel(np.asarray(table))[:entries], 0, top)
+    if table.size < entries:
+        raise ValueError(f"a lookup table of {entries} entries holds {table.size}")
+    index = np.clip(np.rint(values.astype(np.float64) - first), 0, entries - 1)
+    return table[index.astype(np.int32)], top

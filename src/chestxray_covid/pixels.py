@@ -1,0 +1,186 @@
+"""Arrays and pictures to 8-bit grey pixels, and the limits of what is decoded."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops
+
+from chestxray_covid.errors import ImageError
+
+#: Largest stream that is read, in bytes: an endless one must not fill the memory.
+MAX_STREAM_BYTES = 1 << 30
+#: Longest side, JPEG's own limit: Pillow spends 8 bytes on every row, however short.
+MAX_SIDE = 65_535
+#: Most scans of a JPEG; libjpeg's progressive encoder writes 10 in colour, 18 for CMYK. Each costs
+#: work on the whole image: measured, 64 megapixels with 106 scans in 260 kB took 7.6 s.
+MAX_JPEG_SCANS = 50
+# What Pillow and pydicom may raise on damaged bytes: Pillow has `assert` in its parsers, and where
+# the caller turns warnings into errors, theirs come as exceptions.
+DECODE_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError),
+    *(MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, Warning),
+    *(Image.DecompressionBombError, struct.error, zlib.error),
+)
+# EXIF 2.32, tag 0x0112: value → how the stored image becomes upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Start of a JPEG segment: FF00 and FFD0 to FFD7 belong to a scan, FF01 and FFFF have no length.
+_JPEG_SEGMENT = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
+# Markers whose segment holds height and width: SOF0 to SOF15, and JPEG-LS's SOF55 (ITU-T T.87).
+_JPEG_FRAMES = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
+
+
+def from_planes(planes: NDArray[Any], name: str, max_pixels: int) -> Image.Image:
+    """Return ``(H, W, C)`` values, C 1, 3 or 4, as an 8-bit grey image.
+
+    Raises:
+        ImageError: If there are too many of them, none, or one that is not finite.
+    """
+    height, width, channels = planes.shape
+    check_size((width, height), name, max_pixels)
+    grey = np.ascontiguousarray(_to_uint8(planes, name))
+    if channels == 1:
+        return Image.fromarray(grey[..., 0]).copy()
+    return to_grey(Image.fromarray(grey), name)
+
+
+def channels_last(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """Return an array as ``(H, W, C)`` with C 1, 3 or 4."""
+    if array.ndim == 2:
+        return array[..., np.newaxis]
+    first, last = (array.ndim == 3 and array.shape[axis] in (1, 3, 4) for axis in (0, -1))
+    if first == last:
+        doubt = "which of the two ends holds the channels is ambiguous; " if first else ""
+        raise ImageError(
+            f"{name} has shape {array.shape}: {doubt}expected one image, (H, W), or with 1, 3 or 4 "
+            "channels first or last. Pass a batch image by image, and tiny images as (H, W)."
+        )
+    return np.moveaxis(array, 0, -1) if first else array
+
+
+def to_grey(image: Image.Image, name: str) -> Image.Image:
+    """Return an upright copy in mode ``"L"`` without metadata."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = _to_uint8(np.asarray(image), name)
+        # TIFF 6.0, tag 262: 0 is WhiteIsZero, which Pillow inverts in shallow modes only.
+        white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0
+        grey = Image.fromarray(255 - values if white_is_zero else values).copy()
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        grey = ImageChops.multiply(rgba.convert("L"), rgba.getchannel("A"))
+    else:
+        grey = image.convert("L")  # a copy if it is "L" already
+    # Last, because Pillow turns TIFF itself while decoding, and then forgets the tag.
+    turn = _UPRIGHT.get(orientation(image))
+    if turn is not None:
+        grey = grey.transpose(turn)
+    grey.info = {}  # or the orientation would be applied again to the result
+    return grey
+
+
+def _to_uint8(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
+    """Return pixels scaled to 8 bits by the rules in :func:`load_image`."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    low, high = value_range(values, name)
+    is_float = values.dtype.kind == "f"
+    if is_float and low >= 0 and high <= 1:
+        return stretch(values, 0, 1)
+    if low >= 0 and high <= 255 and (high >= 2 or not is_float):
+        return stretch(values, 0, 255)
+    return stretch(values, low, high)
+
+
+def value_range(values: NDArray[Any], name: str) -> tuple[float, float]:
+    """Return minimum and maximum.
+
+    Raises:
+        ImageError: If they are not finite.
+    """
+    low, high = float(values.min()), float(values.max())
+    if not math.isfinite(high - low):
+        raise ImageError(
+            f"{name} holds NaN, infinite or huge values (from {low} to {high}). "
+            "Mask or replace them first."
+        )
+    return low, high
+
+
+def stretch(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+    """Return pixels with ``low`` at 0 and ``high`` at 255, rounded; black if there is no range."""
+    if not high > low:
+        return np.zeros(values.shape, np.uint8)
+    # Single precision holds 16-bit integers exactly and halves the memory.
+    exact = np.float32 if values.dtype.kind != "f" and values.dtype.itemsize <= 2 else np.float64
+    scaled: NDArray[Any] = np.subtract(values, low, dtype=exact)
+    np.multiply(scaled, 255 / (high - low), out=scaled)
+    result: NDArray[np.uint8] = np.rint(scaled, out=scaled).astype(np.uint8)
+    return result
+
+
+def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    """Raise unless an image of this ``(width, height)`` may be decoded.
+
+    Raises:
+        ImageError: If it is empty or too large.
+    """
+    width, height = size
+    if not min(size) > 0:
+        raise ImageError(f"{name} is {width}x{height} pixels, expected at least 1x1.")
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} has or claims {width}x{height} pixels, more than the limit of {max_pixels}. "
+            "If you trust it, pass a larger max_pixels."
+        )
+    if max(size) > MAX_SIDE:
+        raise ImageError(
+            f"{name} is {width}x{height} pixels, expected sides of at most {MAX_SIDE}. Crop it."
+        )
+
+
+def check_jpeg(data: bytes, name: str, max_pixels: int) -> None:
+    """Refuse a JPEG of too many pixels or absurdly many scans (ITU-T T.81, B.1.1)."""
+    scans, position = 0, 2
+    while match := _JPEG_SEGMENT.search(data, position):
+        marker, position = data[match.end() - 1], match.end()
+        if marker == 0xD9:  # end of image: what follows, such as a phone's video, is not decoded
+            break
+        if marker in _JPEG_FRAMES and len(data) >= position + 7:
+            height, width = struct.unpack_from(">HH", data, position + 3)
+            check_size((width, height), name, max_pixels)
+        scans += marker == 0xDA
+        position += int.from_bytes(data[position : position + 2], "big")
+    if scans > MAX_JPEG_SCANS:
+        raise ImageError(
+            f"{name} is a JPEG of {scans} scans, more than {MAX_JPEG_SCANS}; decoding it could "
+            "take minutes. If you trust it, save it anew with another program."
+        )
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) where EXIF is absent or broken."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except DECODE_ERRORS:
+        return 1
+
+
+def reason(error: BaseException) -> str:
+    """Return an exception as text for the end of a message."""
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
