@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -30,7 +29,15 @@ from chestxray_covid.errors import (
     IntegrityError,
     MissingExtraError,
 )
-from servers import GitHubServer, LocalServer, Reply, Request, forkserver, git_blob_sha1
+from servers import (
+    GitHubServer,
+    LocalServer,
+    Reply,
+    Request,
+    download_without_locks,
+    forkserver,
+    git_blob_sha1,
+)
 
 METADATA = """Patientid,finding, view,modality,folder, filename,
 1,COVID-19,PA,X-ray,images,a.jpeg,
@@ -534,20 +541,17 @@ def test_whenever_it_is_killed_the_next_run_succeeds(tmp_path: Path) -> None:
     files["metadata.csv"] = table.encode()
     with GitHubServer(files) as github:
         github.faults = dict.fromkeys(
-            files, lambda request, reply: Reply(body=reply.body, pause_s=0.005)
+            files, lambda request, reply: Reply(body=reply.body, pause_s=0.002)
         )
-        for name in ("first", "second"):  # the first one starts the server of processes
-            start = time.monotonic()
-            process = downloading(github, tmp_path / name, workers=2)
-            process.start()
-            process.join()
-            duration = time.monotonic() - start
         killed = continued = 0
         for round_ in range(50):
             root = tmp_path / str(round_)
+            github.sent.clear()
             process = downloading(github, root, workers=2)
             process.start()
-            process.join(rng.uniform(0.05, 1.1 * duration))
+            until = rng.randrange(600_000)
+            while github.sent.total() < until and process.is_alive():
+                time.sleep(0.001)
             process.kill()
             process.join()
             killed += process.exitcode != 0
@@ -564,11 +568,6 @@ def test_whenever_it_is_killed_the_next_run_succeeds(tmp_path: Path) -> None:
             assert not set(github.fetched()) & set(whole)
     assert killed >= 25
     assert continued >= 10
-
-
-def _without_locks(root: Path, options: dict[str, Any]) -> None:
-    fcntl.flock = lambda handle, operation: None
-    download_cohen(root, **options)
 
 
 @pytest.fixture
@@ -604,9 +603,8 @@ def test_eight_processes_without_working_locks_do_no_harm(
     small_github: GitHubServer, tmp_path: Path
 ) -> None:
     options = {"ref": small_github.commit, "endpoints": small_github.endpoints, **QUICK}
-    run_all(
-        [forkserver().Process(target=_without_locks, args=(tmp_path, options)) for _ in range(8)]
-    )
+    process, args = forkserver().Process, (tmp_path, options)
+    run_all([process(target=download_without_locks, args=args) for _ in range(8)])
     assert contents(tmp_path) == small_github.files
 
 

@@ -153,7 +153,8 @@ def test_a_wrong_continuation_is_not_appended(client: Client, tmp_path: Path, wr
             return Reply(body=DATA, cut_after=100_000)
         if request.number == 2:
             return Reply(status=206, body=b"x" * 10, headers={"Content-Range": wrong})
-        return Reply(body=DATA)
+        # had it been appended, these would be wrong bytes for the second time
+        return Reply(body=DATA if request.number > 3 else bytes(len(DATA)))
 
     with LocalServer(answer) as server:
         assert fetch(client, remote(server, tmp_path))
@@ -250,7 +251,7 @@ def _bombed(url: str, folder: Path, pipe: Connection) -> None:
 
 
 def test_a_gzip_bomb_is_read_no_further_than_the_expected_size(tmp_path: Path) -> None:
-    bomb = gzip.compress(bytes(300_000_000))
+    bomb = gzip.compress(bytes(200_000_000), compresslevel=1)
     reply = Reply(body=bomb, headers={"Content-Encoding": "gzip"})
     ours, theirs = forkserver().Pipe()
     with LocalServer(always(reply)) as server:
@@ -258,7 +259,7 @@ def test_a_gzip_bomb_is_read_no_further_than_the_expected_size(tmp_path: Path) -
         process = forkserver().Process(target=_bombed, args=args)
         process.start()
         assert ours.poll(20)
-        assert ours.recv() < 100_000  # KiB
+        assert ours.recv() < 50_000  # KiB
         process.join()
     assert list(tmp_path.iterdir()) == []
 
@@ -321,10 +322,9 @@ def test_the_first_failure_stops_the_others_and_keeps_what_arrived(tmp_path: Pat
     with LocalServer(answer) as server, Client() as client:
         files = [remote(server, tmp_path, name=name) for name in ("slow", "good", "bad")]
         files += [remote(server, tmp_path, name=f"later-{i}") for i in range(20)]
-        start = time.monotonic()
         with pytest.raises(DownloadError, match="bad cannot be fetched"):
             fetch_all(client, files, workers=2, progress=False)
-        assert time.monotonic() - start < 3  # the slow file alone would take four seconds
+        assert len(server.requests) < len(files)
     assert (tmp_path / "images" / "good").read_bytes() == DATA
     assert not (tmp_path / "images" / "slow").exists()
     assert any(name.endswith(".part") for name in names(tmp_path))
@@ -391,18 +391,23 @@ def test_a_place_that_cannot_be_written_is_told(client: Client, tmp_path: Path) 
         fetch(client, remote(server, tmp_path))
 
 
+def wait_for_part(folder: Path) -> Path:
+    while not (parts := list((folder / "images").glob("*.part"))):
+        time.sleep(0.001)
+    return parts[0]
+
+
 def test_a_part_is_no_longer_needed_when_another_process_finished(
     client: Client, tmp_path: Path
 ) -> None:
     def answer(request: Request) -> Reply:
-        reply = Reply(body=DATA, pause_s=0.001)
-        threading.Timer(0.005, finish).start()
-        return reply
+        threading.Thread(target=finish).start()
+        return Reply(body=DATA, pause_s=0.01)
 
     def finish() -> None:
+        part = wait_for_part(tmp_path)
         (tmp_path / "images" / "a.png").write_bytes(DATA)
-        for part in (tmp_path / "images").glob("*.part"):
-            part.unlink()
+        part.unlink()
 
     with LocalServer(answer) as server:
         assert fetch(client, remote(server, tmp_path))
@@ -412,13 +417,10 @@ def test_a_part_is_no_longer_needed_when_another_process_finished(
 
 def test_a_part_that_vanishes_is_begun_again(client: Client, tmp_path: Path) -> None:
     def answer(request: Request) -> Reply:
-        if request.number == 1:
-            threading.Timer(0.005, vanish).start()
-        return Reply(body=DATA, pause_s=0.001 if request.number == 1 else 0)
-
-    def vanish() -> None:
-        for part in (tmp_path / "images").glob("*.part"):
-            part.unlink()
+        if request.number > 1:
+            return Reply(body=DATA)
+        threading.Thread(target=lambda: wait_for_part(tmp_path).unlink()).start()
+        return Reply(body=DATA, pause_s=0.01)
 
     with LocalServer(answer) as server:
         assert fetch(client, remote(server, tmp_path))

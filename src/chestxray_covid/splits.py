@@ -6,6 +6,7 @@ Also: does the source give the label away (:func:`confounding`)?
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -311,6 +312,9 @@ def divide(
         groups: Group of every sample of the data set.
         fraction: In [0, 1); above 0.5, the first side is the one that is held out.
         seed: Seed of the assignment.
+
+    Raises:
+        SplitError: If a class has one sample alone among them.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -322,7 +326,13 @@ def divide(
     chosen_groups = groups[indices]
     folds = min(folds, len(np.unique(chosen_groups)))
     strata = _strata(dataset, indices.tolist(), groups, folds)
-    smallest = min(Counter(strata).values())
+    name, smallest = min(Counter(strata).items(), key=operator.itemgetter(1))
+    if smallest < 2:
+        label = name.partition("\0")[0]
+        raise SplitError(
+            f"One image with {label} is left for two sides: too few patients "
+            "for these fractions. Use other fractions, more data, or another seed."
+        )
     folds = max(2, min(folds, smallest))
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     rest, held_out = next(splitter.split(strata, strata, chosen_groups))

@@ -1,0 +1,38 @@
+"""What the benchmarks share: where results go, and on what machine they were made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chestxray_covid.models import native_bfloat16
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Return processor, threads and versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "native_bfloat16": native_bfloat16(torch.device("cpu")),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "pillow", "numpy")},
+    }
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Write one benchmark's numbers and the machine they are from, and show them."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({**result, "machine": machine()}, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    print(text)

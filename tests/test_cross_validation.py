@@ -1,0 +1,93 @@
+"""Cross-validation by patient, with real training in every fold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chestxray_covid import (
+    Classifier,
+    EvaluationReport,
+    Preprocess,
+    SyntheticChestXray,
+    TrainingConfig,
+    build_densenet121,
+    cross_validate,
+)
+from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.errors import SplitError
+from chestxray_covid.splits import folds_by_patient
+
+DATA = SyntheticChestXray(48, image_size_px=64, sources=("a", "b"))
+CONFIG = TrainingConfig(
+    preprocess=Preprocess(size_px=32),
+    epochs=1,
+    batch_size=8,
+    samples_per_epoch=16,
+    device="cpu",
+    precision="float32",
+    progress=False,
+)
+
+
+def network() -> torch.nn.Module:
+    return build_densenet121(pretrained=False, trainable="head")
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluationReport, Path]:
+    place = tmp_path_factory.mktemp("folds")
+    return cross_validate(DATA, CONFIG, folds=3, model=network, output=place), place
+
+
+def test_every_image_is_judged_once_by_a_model_that_did_not_see_its_patient(
+    validated: tuple[EvaluationReport, Path],
+) -> None:
+    report, place = validated
+    groups = patient_groups(DATA)
+    folds = folds_by_patient(DATA, groups, folds=3, seed=0)
+    assert sorted(np.concatenate([held_out for _, held_out in folds])) == list(range(48))
+    table = report.predictions
+    assert table["id"].tolist() == [str(s.path) for s in DATA.samples]
+    for number, (rest, held_out) in enumerate(folds):
+        assert {groups[i] for i in rest}.isdisjoint(groups[i] for i in held_out)
+        classifier = Classifier.from_pretrained(place / f"fold-{number}")
+        trained = classifier.config.provenance["train"]["kept"]
+        chosen = classifier.config.provenance["val"]["kept"]
+        assert trained + chosen == len(rest)
+        assert chosen > 0
+        expected = classifier.predict_proba(DATA.subset(held_out))
+        found = table[["p_normal", "p_covid19"]].to_numpy()[held_out]
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_pooled_report_counts_all_images_and_both_sources(
+    validated: tuple[EvaluationReport, Path],
+) -> None:
+    report, _ = validated
+    assert report.n_images == 48
+    counts = {name: part.n_images for name, part in report.by_source.items()}
+    assert counts == {name: sum(s.source == name for s in DATA.samples) for name in "ab"}
+    assert report.positive == "covid19"
+    assert not report.confounded
+
+
+def test_finished_folds_are_read_not_trained_again(
+    validated: tuple[EvaluationReport, Path],
+) -> None:
+    report, place = validated
+    before = {p: p.stat().st_mtime_ns for p in place.rglob("model.safetensors")}
+    again = cross_validate(DATA, CONFIG, folds=3, model=network, output=place)
+    assert again.to_dict() == report.to_dict()
+    assert {p: p.stat().st_mtime_ns for p in place.rglob("model.safetensors")} == before
+
+
+def test_too_few_patients_or_folds_are_refused() -> None:
+    few = DATA.filter(lambda s: s.label == "normal" or s.patient_id == DATA.samples[-1].patient_id)
+    with pytest.raises(SplitError, match="covid19 has 1 patient"):
+        cross_validate(few, CONFIG, folds=2, model=network)
+    with pytest.raises(ValueError, match="folds must be at least 2"):
+        cross_validate(DATA, CONFIG, folds=1, model=network)
