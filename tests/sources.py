@@ -234,11 +234,11 @@ def write_kermany(root: Path, layout: str = "kaggle") -> Path:
                 write_image(root / place / folder / name)
     if layout == "kaggle":
         for folder, names in files.items():
-            copy = root / "chest_xray" / "__MACOSX" / "chest_xray" / folder
-            for place in (copy, root / "chest_xray" / folder):
-                place.mkdir(parents=True, exist_ok=True)
-                (place / f"._{names[0]}").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X")
-                (place / ".DS_Store").write_bytes(b"\0\0\0\x01Bud1")
+            fork = root / "chest_xray" / "__MACOSX" / "chest_xray" / folder
+            for where in (fork, root / "chest_xray" / folder):
+                where.mkdir(parents=True, exist_ok=True)
+                (where / f"._{names[0]}").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X")
+                (where / ".DS_Store").write_bytes(b"\0\0\0\x01Bud1")
     return root
 
 

@@ -375,9 +375,7 @@ def test_equal_scores_keep_the_order_of_the_classes() -> None:
     tensors = random_tensors(50)
     tensors["classifier.weight"][:] = 0
     classes = tuple(f"finding {n:02d}" for n in range(50))
-    undecided = Classifier(
-        ModelConfig(classes=classes, preprocess=Preprocess(size_px=32)), tensors
-    )
+    undecided = Classifier(ModelConfig(classes=classes, preprocess=Preprocess(size_px=32)), tensors)
     ranked = undecided(noise(1, 32)[0], top_k=50)
     assert [entry["label"] for entry in ranked] == list(classes)
     assert undecided.predict(noise(1, 32)[0]).label == classes[0]

@@ -15,7 +15,7 @@ from chestxray_covid.datasets.cohen import (
 )
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.folder import HannoverCovidDataset
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError, DownloadError
 from sources import (
     COHEN_HEADERS,
     HANNOVER_URL,
@@ -368,6 +368,12 @@ def test_a_view_that_nothing_has_is_an_error(tmp_path: Path) -> None:
 def test_a_missing_folder_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(DatasetNotFoundError, match=r"nowhere is no folder, expected .*download="):
         CohenCovidDataset(tmp_path / "nowhere")
+
+
+def test_a_download_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DownloadError, match="is needed, but HF_HUB_OFFLINE is set"):
+        CohenCovidDataset(tmp_path / "new", download=True)
 
 
 @pytest.mark.parametrize("inside", ["images", "annotations"])

@@ -8,7 +8,7 @@ import pytest
 
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layout
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError, DownloadError
 from sources import KERMANY_FILES, KERMANY_V3_FILES, write_image, write_kermany
 
 BOTH = ("normal", "pneumonia")
@@ -146,6 +146,14 @@ def test_byte_identical_images_under_other_names_are_one_group(tmp_path: Path) -
 def test_a_download_is_not_started_where_the_collection_is(tmp_path: Path) -> None:
     root = write_kermany(tmp_path)
     assert len(KermanyPneumoniaDataset(root, download=True)) == 11
+
+
+def test_a_download_is_asked_for_where_the_collection_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DownloadError, match="is needed, but HF_HUB_OFFLINE is set"):
+        KermanyPneumoniaDataset(tmp_path / "new", download=True)
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -302,7 +300,7 @@ def predict(
     classifier = Classifier.from_pretrained(model, device=device)
     results = classifier.predict_stream(paths, batch_size, "return", workers=workers)
     failed: list[FailedPrediction] = []
-    with _writer(output, classifier.classes) as write:
+    with _taking(output, classifier.classes) as write:
         for result in tqdm(results, "predict", unit="img", disable=output is None):
             write(result)
             if isinstance(result, FailedPrediction):
@@ -390,38 +388,11 @@ def _write_json(path: Path, data: Any) -> None:
     write_files(path.parent, {path.name: json.dumps(data, indent=1).encode()})
 
 
-@contextmanager
-def _writer(
+def _taking(
     output: Path | None, classes: tuple[str, ...]
-) -> Iterator[Callable[[Prediction | FailedPrediction], None]]:
-    """Yield what takes results: a table on the screen, or a file that appears when complete."""
+) -> AbstractContextManager[Callable[[Prediction | FailedPrediction], None]]:
+    from chestxray_covid.prediction_table import prediction_writer
+
     if output is None:
-        yield lambda result: click.echo(str(result))
-        return
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            if output.suffix.lower() == ".jsonl":
-                yield lambda result: _write_line(file, result)
-            else:
-                table = csv.writer(file)
-                names = (f"p_{name}" for name in classes)
-                table.writerow(["path", "label", *names, "score", "is_positive", "error"])
-                yield lambda result: table.writerow(_cells(result, classes))
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_line(file: IO[str], result: Prediction | FailedPrediction) -> None:
-    file.write(result.to_json() + "\n")
-
-
-def _cells(result: Prediction | FailedPrediction, classes: tuple[str, ...]) -> list[Any]:
-    row = result.to_dict()
-    if "error" in row:
-        return [row["source"], "", *("" for _ in classes), "", "", row["error"]]
-    shares = [f"{row['probabilities'][name]:.6f}" for name in classes]
-    score = "" if row["score"] is None else f"{row['score']:.6f}"
-    return [row["source"], row["label"], *shares, score, row["is_positive"], ""]
+        return nullcontext(lambda result: click.echo(str(result)))
+    return prediction_writer(output, classes)
