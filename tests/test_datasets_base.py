@@ -422,7 +422,7 @@ def test_a_named_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) ->
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    reader.join(timeout=5)
+    reader.join(timeout=30)
     assert len(errors) == 1
 
 

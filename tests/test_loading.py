@@ -123,7 +123,7 @@ def test_an_endless_source_can_be_read_as_far_as_wanted() -> None:
 
 
 def test_several_threads_work_at_the_same_time() -> None:
-    together = threading.Barrier(3, timeout=10)
+    together = threading.Barrier(3, timeout=60)
     assert len(list(map_ahead(lambda _: together.wait(), range(6), workers=3, ahead=3))) == 6
 
 
@@ -148,7 +148,7 @@ def test_closing_early_cancels_what_has_not_begun() -> None:
     def work(item: int) -> int:
         begun.append(item)
         if item:
-            go_on.wait(10)
+            go_on.wait(60)
         return item
 
     results = map_ahead(work, range(1000), workers=2, ahead=50)
@@ -384,7 +384,7 @@ def run_and_fill(code: str, root: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

@@ -142,7 +142,7 @@ from chestxray_covid.splits import split_by_patient
 samples = [
     Sample(path=Path(str(i)), label=label, finding="", patient_id=str(i), source=source)
     for i, (label, source) in enumerate(
-        [(l, s) for l in ("normal", "covid19") for s in "abcd" * 12 + "small"]
+        [(l, s) for l in ("normal", "covid19") for s in "abcd" * 12 + "xyz"]
     )
 ]
 dataset = ChestXrayDataset(samples, classes=("normal", "covid19"))
@@ -156,7 +156,7 @@ print(dict(split_by_patient(dataset, val=0.1, test=0.1, find_copies=False).indic
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=300,
         ).stdout
         for seed in ("1", "2")
     }
