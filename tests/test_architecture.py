@@ -30,7 +30,7 @@ ROWS = (
     ("datasets.cohen", "datasets.kermany", "datasets.duplicates", "datasets.synthetic"),
     ("datasets.folder",),
     ("datasets",),
-    ("splits",),
+    ("splits", "confounders"),
     # Here begins torch: layer 4 of the design.
     ("augment", "models"),
     ("engines", "training_config"),

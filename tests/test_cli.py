@@ -183,13 +183,38 @@ def test_predict_writes_json_lines(mixed: Path, checkpoint_folder: Path, tmp_pat
     assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in good)
 
 
+def test_a_folder_without_images_is_an_error_and_leaves_no_file(
+    checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    output = tmp_path / "out.csv"
+    arguments = ["predict", tmp_path / "empty", "--model", checkpoint_folder]
+    for extra in ([], ["--output", output]):
+        done = call(*arguments, *extra)
+        assert done.exit_code == 1
+        assert "No image file in" in done.output
+    assert not output.exists()
+
+
+def test_the_same_seed_trains_the_same_model(phantoms: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        options = [*TRAIN, "--seed", 3, "--limit", 12, "--quiet"]
+        done = call("train", "--data", phantoms, "--output", tmp_path / name, *options)
+        assert done.exit_code == 0, done.output
+    first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("a", "b"))
+    assert first == second
+
+
 def test_predict_prints_a_table_and_succeeds_when_all_is_well(
     mixed: Path, checkpoint_folder: Path
 ) -> None:
     done = call("predict", mixed / "a,1.png", "--model", checkpoint_folder)
     assert done.exit_code == 0
-    assert "a,1.png: " in done.output
-    assert "covid19 0." in done.output
+    header, row = [line.split() for line in done.output.splitlines()[:2]]
+    assert header == ["label", "normal", "pneumonia", "covid19", "path"]
+    assert row[0] in header[1:4]
+    assert sum(map(float, row[1:4])) == pytest.approx(1, abs=1e-3)
+    assert row[4].endswith("a,1.png")
     assert NOT_A_DEVICE in done.output
 
 
@@ -334,4 +359,4 @@ def test_a_blank_and_a_tiny_image_still_get_probabilities(
     Image.fromarray(np.full((1, 1), 9, np.uint8)).save(tmp_path / "dot.png")
     done = call("predict", tmp_path, "--model", checkpoint_folder)
     assert done.exit_code == 0
-    assert done.output.count("covid19 ") == 2
+    assert len(done.output.splitlines()) == 4  # header, two rows, what this is not

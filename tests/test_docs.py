@@ -114,6 +114,8 @@ def test_the_readme_block_holds_the_measured_numbers_and_that_they_prove_nothing
     assert "**The AUROC of 0." in block
     assert "proves nothing about COVID-19" in block
     assert "97.5% of the cases (Cramér's V: 0.87)" in block  # (90 + 300) / 400
+    assert "on 20 and 5 images with and without covid19" in block
+    assert block.count("alone, where the collection cannot help") == 1  # kermany: one class
     assert "40 minutes (two cores of a model, 16 GiB)" in block
 
 
@@ -130,6 +132,7 @@ def test_the_baseline_page_holds_the_whole_run(generate: ModuleType, results: Pa
         shown = row["metric"].replace("_", " ")
         assert f"| {row['class']} | {shown} | {row['value']:.3f} (" in page
     assert "no evidence" in page
+    assert "Inside cohen alone" in page
     assert "0.56" in page
 
 

@@ -153,7 +153,7 @@ def test_closing_early_cancels_what_has_not_begun() -> None:
 
     results = map_ahead(work, range(1000), workers=2, ahead=50)
     assert next(results) == 0
-    threading.Timer(0.1, go_on.set).start()
+    threading.Timer(1.0, go_on.set).start()
     results.close()
     assert len(begun) <= 4
     assert not decoding_threads()

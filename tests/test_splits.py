@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats.contingency import association
 
+from chestxray_covid.confounders import confounding
 from chestxray_covid.datasets.base import LABELS, ChestXrayDataset, Sample, concatenate
 from chestxray_covid.datasets.cohen import CohenCovidDataset
 from chestxray_covid.datasets.folder import FolderDataset, HannoverCovidDataset
@@ -24,7 +25,6 @@ from chestxray_covid.errors import DatasetError, SplitError
 from chestxray_covid.splits import (
     SIDES,
     Split,
-    confounding,
     divide,
     folds_by_patient,
     saved_side,

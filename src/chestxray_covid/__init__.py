@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.classifier import Classifier as Classifier
     from chestxray_covid.classifier import FailedPrediction as FailedPrediction
     from chestxray_covid.classifier import Prediction as Prediction
+    from chestxray_covid.confounders import Confounding as Confounding
+    from chestxray_covid.confounders import confounding as confounding
     from chestxray_covid.datasets.base import ChestXrayDataset as ChestXrayDataset
     from chestxray_covid.datasets.base import Sample as Sample
     from chestxray_covid.datasets.base import concatenate as concatenate
@@ -59,9 +61,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.image import load_image as load_image
     from chestxray_covid.models import build_densenet121 as build_densenet121
     from chestxray_covid.models import set_trainable as set_trainable
-    from chestxray_covid.splits import Confounding as Confounding
     from chestxray_covid.splits import Split as Split
-    from chestxray_covid.splits import confounding as confounding
     from chestxray_covid.splits import split_by_patient as split_by_patient
     from chestxray_covid.training import Trainer as Trainer
     from chestxray_covid.training_config import Callback as Callback
@@ -110,7 +110,8 @@ _MODULES = {
     "evaluation_report": ("EvaluationReport",),
     "image": ("Preprocess", "load_image"),
     "models": ("build_densenet121", "set_trainable"),
-    "splits": ("Confounding", "Split", "confounding", "split_by_patient"),
+    "confounders": ("Confounding", "confounding"),
+    "splits": ("Split", "split_by_patient"),
     "training": ("Trainer",),
     "training_config": ("Callback", "EpochRecord", "History", "TrainingConfig"),
 }

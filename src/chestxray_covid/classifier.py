@@ -16,10 +16,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from chestxray_covid.checkpoint import ModelConfig, is_folder, load_checkpoint
-from chestxray_covid.datasets.base import IMAGE_SUFFIXES, ChestXrayDataset
-from chestxray_covid.datasets.loading import decoder, in_batches, map_ahead
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.loading import decoder, image_files, in_batches, map_ahead
 from chestxray_covid.engines import open_engine
-from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError, ImageError
+from chestxray_covid.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ChestXrayError,
+    ImageError,
+    MissingExtraError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,7 @@ class FailedPrediction:
     """
 
     source: str
-    error: ImageError
+    error: ChestXrayError
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able data."""
@@ -95,7 +101,7 @@ class FailedPrediction:
         return json.dumps(self.to_dict())
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.error}"
+        return str(self.error) if self.source in str(self.error) else f"{self.source}: {self.error}"
 
 
 class Classifier:
@@ -282,10 +288,10 @@ class Classifier:
     def _stream(
         self, images: Any, batch_size: int, raising: bool, workers: int
     ) -> Iterator[Prediction | FailedPrediction]:
-        def decode(image: Any) -> tuple[str, NDArray[np.uint8] | ImageError]:
+        def decode(image: Any) -> tuple[str, NDArray[np.uint8] | ChestXrayError]:
             try:
                 return _name(image), self._pixels(image)
-            except ImageError as error:
+            except (ImageError, MissingExtraError) as error:
                 if raising:
                     raise
                 return _name(image), error
@@ -294,10 +300,10 @@ class Classifier:
         items = chain.from_iterable(map(_expand, [images] if whole else images))
         decoded = map_ahead(decode, items, workers=workers, ahead=4 * batch_size)
         for batch in in_batches(decoded, batch_size):
-            good = [pixels for _, pixels in batch if not isinstance(pixels, ImageError)]
+            good = [pixels for _, pixels in batch if not isinstance(pixels, ChestXrayError)]
             rows = iter(self._probabilities(np.stack(good)) if good else ())
             for name, pixels in batch:
-                if isinstance(pixels, ImageError):
+                if isinstance(pixels, ChestXrayError):
                     yield FailedPrediction(source=name, error=pixels)
                 else:
                     yield self._prediction(name, next(rows))
@@ -372,20 +378,6 @@ def _expand(images: Any) -> Iterable[Any]:
     if isinstance(images, (str, os.PathLike)):
         return image_files(Path(images))
     return chain.from_iterable(map(_expand, images))
-
-
-def image_files(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder whose names are those of images, sorted within each folder.
-
-    A folder that cannot be listed is yielded itself, last: decoding it is an error that names it.
-    """
-    unlisted: list[OSError] = []
-    for here, folders, files in os.walk(folder, onerror=unlisted.append):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in sorted(files):
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield Path(here, name)
-    yield from (Path(error.filename) for error in unlisted)
 
 
 def _name(image: Any) -> str:

@@ -89,9 +89,10 @@ def download(
 ) -> None:
     """Fetch a public data set into FOLDER, or draw phantoms there."""
     if source == "cohen":
+        from chestxray_covid.datasets.cohen import is_frontal_radiograph
         from chestxray_covid.datasets.download import download_cohen
 
-        include = None if all_views else _is_frontal_row
+        include = None if all_views else is_frontal_radiograph
         place = download_cohen(folder, ref=ref, include=include)
     elif source == "kermany":
         from chestxray_covid.datasets.download import download_kermany
@@ -103,12 +104,6 @@ def download(
 
         place = SyntheticChestXray(count, classes=LABELS, seed=seed).save(folder)
     click.echo(f"{source} is in {place}")
-
-
-def _is_frontal_row(row: dict[str, str]) -> bool:
-    from chestxray_covid.datasets.cohen import is_frontal_radiograph
-
-    return is_frontal_radiograph(row)
 
 
 @main.command()
@@ -189,10 +184,10 @@ def train(
         dataset = dataset.limit(limit, seed=seed)
 
     from chestxray_covid.classifier import Classifier
+    from chestxray_covid.confounders import confounding
     from chestxray_covid.evaluation import evaluate
     from chestxray_covid.image import Preprocess
     from chestxray_covid.models import build_densenet121
-    from chestxray_covid.splits import confounding
     from chestxray_covid.training import Trainer
     from chestxray_covid.training_config import TrainingConfig
 
@@ -210,6 +205,7 @@ def train(
         checkpoint if checkpoint is not None else not no_pretrained,
         trainable=trainable,
         num_classes=len(labels),
+        seed=seed,
     )
     split = _split(dataset, output, seed=seed, progress=not quiet)
     found = confounding(dataset)
@@ -300,11 +296,15 @@ def predict(
     classifier = Classifier.from_pretrained(model, device=device)
     results = classifier.predict_stream(paths, batch_size, "return", workers=workers)
     failed: list[FailedPrediction] = []
+    judged = 0
     with _taking(output, classifier.classes) as write:
         for result in tqdm(results, "predict", unit="img", disable=output is None):
             write(result)
+            judged += 1
             if isinstance(result, FailedPrediction):
                 failed.append(result)
+        if not judged:
+            raise click.ClickException(f"No image file in {', '.join(map(str, paths))}.")
     for failure in failed:
         click.echo(f"failed: {failure}", err=True)
     click.echo(NOT_A_DEVICE, err=True)
@@ -391,8 +391,9 @@ def _write_json(path: Path, data: Any) -> None:
 def _taking(
     output: Path | None, classes: tuple[str, ...]
 ) -> AbstractContextManager[Callable[[Prediction | FailedPrediction], None]]:
-    from chestxray_covid.prediction_table import prediction_writer
+    from chestxray_covid.prediction_table import heading, line, prediction_writer
 
     if output is None:
-        return nullcontext(lambda result: click.echo(str(result)))
+        click.echo(heading(classes))
+        return nullcontext(lambda result: click.echo(line(result)))
     return prediction_writer(output, classes)

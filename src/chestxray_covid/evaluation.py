@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from chestxray_covid import metrics as m
+from chestxray_covid.confounders import Confounding
 from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
 from chestxray_covid.evaluation_report import IDENTITY, SMALL, EvaluationReport, Subgroup
 from chestxray_covid.intervals import (
@@ -21,6 +22,7 @@ from chestxray_covid.intervals import (
     check_resampling,
     proportion,
 )
+from chestxray_covid.splits import divide, folds_by_patient
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,7 +149,7 @@ def evaluate_probabilities(
         positive=chosen,
         n_images=overall.n_images,
         n_patients=overall.n_patients,
-        confounded=bool((table.groupby("source")["label"].nunique() == 1).all()),
+        confounded=Confounding.of(table["source"].tolist(), table["label"].tolist()).is_severe,
         **how,
         overall=overall,
         by_source={str(s): judge("source", str(s), part) for s, part in table.groupby("source")},
@@ -262,7 +264,6 @@ def cross_validate(
         WeightsUnavailableError: If ImageNet weights are wanted and not to be had.
     """
     from chestxray_covid.datasets.duplicates import patient_groups
-    from chestxray_covid.splits import folds_by_patient
     from chestxray_covid.training_config import TrainingConfig
 
     config = config or TrainingConfig()
@@ -310,12 +311,13 @@ def _predict_fold(
     """Train on what a fold leaves and return the fold's ``(N, K)`` probabilities."""
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.models import build_densenet121
-    from chestxray_covid.splits import divide
     from chestxray_covid.training import Trainer
 
     rest, held_out = fold
     train, chooses = divide(dataset, rest, np.asarray(groups), val, seed)
-    network = model() if model else build_densenet121(num_classes=len(dataset.classes))
+    network = (
+        model() if model else build_densenet121(num_classes=len(dataset.classes), seed=config.seed)
+    )
     trainer = Trainer(
         network, dataset.subset(train), dataset.subset(chooses), config, output=output
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Subgroups with fewer images are flagged: their numbers say next to nothing.
 SMALL = 20
-CAUTION = "Every source holds one class only: these numbers cannot tell disease from source."
+CAUTION = "The source all but gives the label here: these numbers cannot tell disease from source."
 _FORMAT = 1
 IDENTITY = ("id", "label", "patient_id", "source", "view")
 _COLUMNS = ("group", "subgroup", "class", "metric", "value", "low", "high", "n", "method")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ def build_densenet121(
     pretrained: bool | str | os.PathLike[str] = True,
     trainable: str = "all",
     num_classes: int = 2,
+    *,
+    seed: int | None = None,
 ) -> torchvision.models.DenseNet:
     """Return torchvision's own DenseNet-121: ``(N, 3, S, S)`` normalised → ``(N, K)`` logits.
 
@@ -35,6 +38,7 @@ def build_densenet121(
         trainable: ``"all"``, ``"head"`` (the classifier alone), or the first block that trains,
             for example ``"denseblock4"``; see :func:`set_trainable`.
         num_classes: Number of logits, at least 2.
+        seed: Makes the random weights a function of it; ``None`` takes torch's own randomness.
 
     Raises:
         ValueError: If ``trainable`` is unknown or ``num_classes`` is below 2.
@@ -52,6 +56,8 @@ def build_densenet121(
         model.classifier = nn.Linear(model.classifier.in_features, num_classes)
     else:
         model = torchvision.models.densenet121(weights=None, num_classes=num_classes)
+    if seed is not None:
+        _initialise(model, seed, features=pretrained is False)
     if not isinstance(pretrained, bool):
         if not is_folder(pretrained):
             raise CheckpointNotFoundError(
@@ -65,6 +71,18 @@ def build_densenet121(
         load_tensors(model, tensors)
     set_trainable(model, trainable)
     return model
+
+
+def _initialise(model: torchvision.models.DenseNet, seed: int, *, features: bool) -> None:
+    """Draw random weights as torchvision does, from a generator of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    if features:
+        for module in model.features.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, generator=generator)
+    # torch's default for a linear layer; torchvision's bias is 0.
+    nn.init.kaiming_uniform_(model.classifier.weight, a=math.sqrt(5), generator=generator)
+    nn.init.zeros_(model.classifier.bias)
 
 
 def _imagenet() -> torchvision.models.DenseNet:

@@ -1,4 +1,4 @@
-"""Predictions as a file: CSV or JSON lines, complete or not there."""
+"""Predictions as a table on a screen, or as a file: CSV or JSON lines, complete or not there."""
 
 from __future__ import annotations
 
@@ -57,3 +57,17 @@ def _cells(result: Prediction | FailedPrediction, classes: Sequence[str]) -> lis
     shares = [f"{result.probabilities[name]:.6f}" for name in classes]
     score = "" if result.score is None else f"{result.score:.6f}"
     return [result.source, result.label, *shares, score, result.is_positive, ""]
+
+
+def heading(classes: Sequence[str]) -> str:
+    """Return the first line of a table of predictions on a screen."""
+    return f"{'label':<12}{''.join(f'{name:>12}' for name in classes)}  path"
+
+
+def line(result: Prediction | FailedPrediction) -> str:
+    """Return a row of the table; a name that a terminal must not see raw is escaped."""
+    name = result.source if result.source.isprintable() else ascii(result.source)
+    if isinstance(result, FailedPrediction):
+        return f"{'failed':<12}  {name}"
+    shares = "".join(f"{share:>12.4f}" for share in result.probabilities.values())
+    return f"{result.label:<12}{shares}  {name}"

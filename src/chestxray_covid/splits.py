@@ -1,12 +1,8 @@
-"""Splits without leakage: no patient on two sides, no duplicate across them.
-
-Also: does the source give the label away (:func:`confounding`)?
-"""
+"""Splits without leakage: no patient on two sides, no duplicate across them."""
 
 from __future__ import annotations
 
 import json
-import operator
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,7 +18,7 @@ from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.errors import SplitError
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 SIDES = ("train", "val", "test")
 _FORMAT = 1
@@ -323,74 +319,43 @@ def divide(
     if fraction > 0.5:
         return divide(dataset, indices, groups, 1 - fraction, seed)[::-1]
     folds = max(2, round(1 / fraction))
-    chosen_groups = groups[indices]
-    folds = min(folds, len(np.unique(chosen_groups)))
-    strata = _strata(dataset, indices.tolist(), groups, folds)
-    name, smallest = min(Counter(strata).items(), key=operator.itemgetter(1))
-    if smallest < 2:
-        label = name.partition("\0")[0]
-        raise SplitError(
-            f"One image with {label} is left for two sides: too few patients "
-            "for these fractions. Use other fractions, more data, or another seed."
-        )
-    folds = max(2, min(folds, smallest))
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    rest, held_out = next(splitter.split(strata, strata, chosen_groups))
-    return indices[rest], indices[held_out]
+    own = groups[indices]
+    held, left = _divide_rare(dataset, indices, own, fraction, folds, seed)
+    if left.any():
+        strata = _strata(dataset, indices[left].tolist(), groups, folds)
+        # What patients of a rare class leave of a common one may be less than a fold each.
+        folds = max(2, min(folds, *Counter(strata).values()))
+        if min(Counter(strata).values()) < 2:
+            raise SplitError(
+                "A class has one image left for two sides: too few patients for these "
+                "fractions. Use other fractions, more data, or another seed."
+            )
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        _, chosen = next(splitter.split(strata, strata, own[left]))
+        held[np.flatnonzero(left)[chosen]] = True
+    return indices[~held], indices[held]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Confounding:
-    """How far the source alone gives the label.
+def _divide_rare(
+    dataset: ChestXrayDataset,
+    indices: NDArray[np.int64],
+    own: NDArray[np.int64],
+    fraction: float,
+    folds: int,
+    seed: int,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Deal out classes with fewer groups than folds, each by itself.
 
-    Attributes:
-        table: Source → label → number of images.
-        cramers_v: Cramér's V of source and label in [0, 1]; 0 unrelated, 1 one gives the other;
-            not a number if there is only one source or one label.
-        determined: Share of the images whose source holds one label only, in [0, 1].
+    Returns:
+        Which positions are held out, and which belong to no such class, both ``(N,)`` bool.
     """
-
-    table: Mapping[str, Mapping[str, int]]
-    cramers_v: float
-    determined: float
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return the table with sources as rows and labels as columns."""
-        import pandas as pd
-
-        return pd.DataFrame({s: dict(labels) for s, labels in self.table.items()}).T
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data; an undefined Cramér's V is ``None``."""
-        v = None if np.isnan(self.cramers_v) else self.cramers_v
-        table = {source: dict(labels) for source, labels in self.table.items()}
-        return {"table": table, "cramers_v": v, "determined": self.determined}
-
-    def __str__(self) -> str:
-        return (
-            f"{self.to_frame().to_string()}\n"
-            f"Cramér's V of source and label: {self.cramers_v:.2f}; "
-            f"{self.determined:.0%} of the images have a label that follows from the source alone."
-        )
-
-
-def confounding(dataset: ChestXrayDataset) -> Confounding:
-    """Return how far the source of a radiograph alone gives its label.
-
-    Cramér's V: H. Cramér, Mathematical Methods of Statistics, 1946, section 21.9.
-
-    Raises:
-        ValueError: If the data set is empty.
-    """
-    if not len(dataset):
-        raise ValueError("The data set is empty: nothing can be confounded.")
-    counts = Counter((s.source, s.label) for s in dataset.samples)
-    labels = [name for name in dataset.classes if any(counts[s, name] for s in dataset.sources)]
-    table = {s: {name: counts[s, name] for name in labels} for s in dataset.sources}
-    matrix = np.array([list(row.values()) for row in table.values()], float)
-    expected = matrix.sum(1, keepdims=True) * matrix.sum(0, keepdims=True) / matrix.sum()
-    chi2 = ((matrix - expected) ** 2 / expected).sum()
-    degrees = min(matrix.shape) - 1
-    v = float(np.sqrt(chi2 / (matrix.sum() * degrees))) if degrees else float("nan")
-    pure = matrix[(matrix > 0).sum(1) == 1].sum()
-    return Confounding(table=table, cramers_v=v, determined=float(pure / matrix.sum()))
+    rng = np.random.default_rng(seed)
+    targets = np.array(dataset.targets)[indices]
+    held, left = np.zeros(len(own), bool), np.ones(len(own), bool)
+    for target in np.unique(targets):
+        if len(np.unique(own[targets == target])) < folds:
+            mine = np.unique(own[(targets == target) & left])
+            count = min(max(1, round(fraction * len(mine))), len(mine))
+            held |= np.isin(own, rng.permutation(mine)[:count])
+            left &= ~np.isin(own, mine)
+    return held, left

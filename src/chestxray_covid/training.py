@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder, ma
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
 from chestxray_covid.models import check_model, load_tensors, to_tensors
 from chestxray_covid.training_config import (
-    RUNTIME_OPTIONS,
     Callback,
     EpochRecord,
     History,
@@ -40,22 +38,15 @@ from chestxray_covid.training_config import (
     validation_numbers,
 )
 from chestxray_covid.training_network import TrainingNetwork
-from chestxray_covid.training_state import SignalWatch, StateStore, epoch_batches
-
-
-@dataclass
-class _Progress:
-    """Where a run is: everything of a state that is no tensor."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    seen: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-    epochs_since_best: int = 0
-    best_score: float | None = None
+from chestxray_covid.training_state import (
+    Position,
+    SignalWatch,
+    StateStore,
+    check_identity,
+    check_sides,
+    epoch_batches,
+    run_identity,
+)
 
 
 class Trainer:
@@ -99,9 +90,10 @@ class Trainer:
         self.output = Path(output)
         self.callbacks = tuple(callbacks)
         self.history = History()
-        _check_fit(model, train, val)
+        check_model(model, train.classes)
+        check_sides(train, val)
         self._states = StateStore(self.output)
-        self._at = _Progress()
+        self._at = Position()
 
     def fit(self, *, resume: bool = False) -> History:
         """Train, and return the history; the run directory then holds the best weights.
@@ -117,10 +109,9 @@ class Trainer:
             TrainingInterrupted: If SIGINT or SIGTERM arrived; the state was saved.
             ImageError: If a file cannot be decoded.
         """
+        self._place()
         if resume and (self.output / "history.json").exists() and not self._states.steps():
-            self.history = History.from_dict(read_json(self.output / "history.json"))
-            load_tensors(self.model, load_checkpoint(self.output)[1])
-            return self.history
+            return self._read_finished()
         self._prepare(resume)
         with SignalWatch() as self._signals:
             for callback in self.callbacks:
@@ -132,11 +123,34 @@ class Trainer:
         self._finish()
         return self.history
 
+    def _place(self) -> None:
+        try:
+            # The precision is the config's alone: autocast is entered where the network is called.
+            self._accelerator = Accelerator(cpu=self.config.device == "cpu", mixed_precision="no")
+        except ValueError as error:
+            raise TrainingError(
+                f"Accelerate is set up differently in this process already: {error} "
+                "It can be set up once per process; start another for this run."
+            ) from error
+        self.device: torch.device = self._accelerator.device
+
+    def _read_finished(self) -> History:
+        """Take over a finished run, if it is one of these options and data."""
+        config, tensors = load_checkpoint(self.output)
+        check_identity(self._identity(), config.provenance.get("identity", {}), self.output)
+        self.history = History.from_dict(read_json(self.output / "history.json"))
+        load_tensors(self.model, tensors)
+        self.model.eval()
+        return self.history
+
     def _prepare(self, resume: bool) -> None:
         config = self.config
-        self._accelerator = Accelerator(cpu=config.device == "cpu")
-        self.device: torch.device = self._accelerator.device
-        self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(
+                f"{self.output} cannot become a run directory: {error}. Choose another."
+            ) from error
         started = (self.output / "config.json").exists() or bool(self._states.steps())
         if started and not resume:
             raise TrainingError(
@@ -169,6 +183,7 @@ class Trainer:
             processes=self._accelerator.num_processes,
         )
         steps = math.ceil(len(batches) / config.accumulate)
+        self._rate = config.rate_at(max(0, at.step - 1), steps)
         todo = batches[at.batch :]
         pixels = map_ahead(
             self._load_train,
@@ -189,8 +204,7 @@ class Trainer:
                 bar.set_postfix(loss=f"{at.loss_sum / at.seen:.4f}", refresh=False)
                 for callback in self.callbacks:
                     callback.on_step_end(self, at.step, at.loss_sum / at.seen)
-                if at.batch < len(batches):
-                    self._save_or_stop()
+                self._save_or_stop(last=at.batch == len(batches))
 
     def _step(
         self, group: list[list[tuple[int, int]]], pixels: Iterator[NDArray[np.uint8]]
@@ -219,17 +233,20 @@ class Trainer:
             raise TrainingError(
                 f"The loss is {loss} in epoch {at.epoch + 1}, batch {at.batch + 1}. Lower "
                 f"learning_rate ({self._rate:.3g}), use precision='float32', or look at the "
-                f"images of the batch: {', '.join(names)}. The weights of the last good epoch "
-                f"are in {self.output}."
+                f"images of the batch: {', '.join(names)}. The weights of the best epoch so "
+                f"far, if one is finished, are in {self.output}."
             )
         at.loss_sum += loss * len(batch)
         at.seen += len(batch)
 
-    def _save_or_stop(self) -> None:
-        """Save when a state is due; stop after that if a signal arrived in any process."""
+    def _save_or_stop(self, *, last: bool) -> None:
+        """Save when a state is due; stop after that if a signal arrived in any process.
+
+        After an epoch's last step one always is, so that validation can be interrupted.
+        """
         signal_number = self._signal()
         every = self.config.checkpoint_every
-        due = every is not None and self._at.step % every == 0
+        due = last or (every is not None and self._at.step % every == 0)
         if due or signal_number:
             self._save_state()
         if signal_number:
@@ -294,15 +311,19 @@ class Trainer:
                 images = torch.from_numpy(np.stack(batch)).to(self.device)
                 logits.append(self._network.forward(net, images))
                 bar.update(len(batch))
+                if self._signals.received and accelerator.num_processes == 1:
+                    raise TrainingInterrupted(self._signals.received, self.output)
         # Processes hold rows in turn; the shortest one's missing last row is padding.
-        padded = accelerator.pad_across_processes(torch.cat(logits))
+        none = torch.zeros((0, len(self.val.classes)), device=self.device)
+        padded = accelerator.pad_across_processes(torch.cat([none, *logits]))
         shares = accelerator.gather(padded).cpu().double().chunk(accelerator.num_processes)
         table = torch.stack(shares, 1).flatten(0, 1)[: len(self.val)]
         loss = float(F.cross_entropy(table, torch.tensor(self.val.targets)))
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The validation loss is {loss} after epoch {self._at.epoch + 1}: the weights have "
-                f"diverged. Lower learning_rate. The last good weights are in {self.output}."
+                f"diverged. Lower learning_rate. The best weights so far, if an epoch was good, "
+                f"are in {self.output}."
             )
         return loss, table.softmax(1).numpy()
 
@@ -320,6 +341,7 @@ class Trainer:
         provenance = {
             "training": self.config.to_dict(),
             "epoch": record.epoch,
+            "identity": self._identity(),
             "train": self.train.report().to_dict(),
             "val": self.val.report().to_dict(),
         }
@@ -342,31 +364,26 @@ class Trainer:
                 "identity": self._identity(),
             }
             self._states.save(self._at.step, self._network.state(), values)
-            self.history.save(self.output)
+            try:
+                self.history.save(self.output)
+            except OSError as error:
+                raise TrainingError(
+                    f"The history cannot be saved in {self.output}: {error}. Make room or mend "
+                    "the folder, then continue with resume=True."
+                ) from error
         self._accelerator.wait_for_everyone()
 
     def _identity(self) -> dict[str, Any]:
-        """Return what must be equal for a run to be continued."""
-        options = {k: v for k, v in self.config.to_dict().items() if k not in RUNTIME_OPTIONS}
-        rows = [
-            (s.path.name, s.label, s.source, s.patient_id)
-            for d in (self.train, self.val)
-            for s in d.samples
-        ]
-        data = hashlib.sha256(repr((self.train.classes, rows)).encode("utf-8", "surrogateescape"))
-        return {**options, "data": data.hexdigest(), "processes": self._accelerator.num_processes}
+        trains = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        return run_identity(
+            self.config, self.train, self.val, trains, self._accelerator.num_processes
+        )
 
     def _restore(self) -> None:
         _, tensors, values = self._states.load()
-        mine, theirs = self._identity(), values["identity"]
-        other = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-        if other:
-            raise TrainingError(
-                f"The run in {self.output} differs in {other} and cannot be continued like this. "
-                "Use the options and data that it began with, or another folder."
-            )
+        check_identity(self._identity(), values["identity"], self.output)
         self._network.load_state(tensors)
-        self._at = _Progress(**values["at"])
+        self._at = Position(**values["at"])
         self.history = History.from_dict(values["history"])
 
     def _finish(self) -> None:
@@ -378,19 +395,3 @@ class Trainer:
             self._states.clear()
         for callback in self.callbacks:
             callback.on_train_end(self, self.history)
-
-
-def _check_fit(
-    model: torchvision.models.DenseNet, train: ChestXrayDataset, val: ChestXrayDataset
-) -> None:
-    check_model(model, train.classes)
-    if train.classes != val.classes:
-        raise ValueError(f"train has the classes {train.classes}, val {val.classes}")
-    if not len(val):
-        raise TrainingError("The validation data are empty. Split with val > 0.")
-    missing = sorted(set(train.classes) - {s.label for s in train.samples})
-    if missing:
-        raise TrainingError(
-            f"No training image of {missing}: a classifier cannot learn a class that it never "
-            "sees. Add a data set that has it, or ask for other classes=."
-        )

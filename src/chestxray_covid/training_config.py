@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
     from chestxray_covid.training import Trainer
 
-#: Options that change how fast a run goes, not what it computes.
-RUNTIME_OPTIONS = frozenset({"workers", "cache_dir", "progress", "checkpoint_every"})
+_NUMBERS = (
+    *("learning_rate", "weight_decay", "warmup_epochs", "step_factor"),
+    *("label_smoothing", "ema_decay"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +47,14 @@ class TrainingConfig:
         weight_decay: Decoupled for ``adamw``, added to the gradient for ``adam``.
         schedule: ``"cosine"`` falls to 0 over the run, ``"step"`` multiplies by ``step_factor``
             every ``step_epochs``.
-        warmup_epochs: Epochs over which the rate rises linearly from 0; may be a fraction.
+        warmup_epochs: Epochs over which the rate rises linearly from 0; may be a fraction, and is
+            at most a fifth of the run.
         step_epochs: See ``schedule``.
         step_factor: See ``schedule``.
         label_smoothing: Share of the target spread over all classes, in [0, 1).
         balance: How images are drawn. ``"class_and_source"``: every class as often as another, and
             within a class every source; ``"class"``: classes only; ``"none"``: each image once.
-        class_weights: Weigh the loss by inverse class frequency, as an alternative to ``balance``.
+        class_weights: Weigh the loss by inverse class frequency; with ``balance="none"`` only.
         ema_decay: Decay of the exponential moving average of the weights per step, in [0, 1);
             0 keeps none. With one, it is what is validated and saved.
         monitor: What chooses the epoch: the lowest ``"val_loss"`` or the highest ``"val_auroc"``.
@@ -68,6 +71,7 @@ class TrainingConfig:
 
     Raises:
         ValueError: If a value is impossible.
+        TypeError: If it is of the wrong type.
     """
 
     preprocess: Preprocess = field(default_factory=Preprocess)
@@ -93,12 +97,23 @@ class TrainingConfig:
     device: Literal["auto", "cpu"] = "auto"
     channels_last: bool = True
     workers: int = 2
-    cache_dir: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
     checkpoint_every: int | None = None
     seed: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if self.cache_dir is not None:
+            object.__setattr__(self, "cache_dir", os.fspath(self.cache_dir))
+        for name, kind in (("preprocess", Preprocess), ("augmentation", Augmentation)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be {kind.__name__}, got {getattr(self, name)!r}")
+        for name in ("class_weights", "channels_last", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in _NUMBERS:
+            if type(getattr(self, name)) not in (int, float):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "accumulate", "step_epochs", "workers"):
             _check_count(name, getattr(self, name))
         for name in ("samples_per_epoch", "patience", "checkpoint_every"):
@@ -114,6 +129,11 @@ class TrainingConfig:
         for name in ("label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.class_weights and self.balance != "none":
+            raise ValueError(
+                f"class_weights would correct a second time what balance={self.balance!r} does. "
+                'Use class_weights=True with balance="none".'
+            )
         if not 0 < self.step_factor <= 1:
             raise ValueError(f"step_factor must be in (0, 1], got {self.step_factor}")
         hints = get_type_hints(type(self))
@@ -168,7 +188,7 @@ class TrainingConfig:
 
     def rate_at(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate of an optimizer step, numbered from 0."""
-        warmup = self.warmup_epochs * steps_per_epoch
+        warmup = min(self.warmup_epochs, self.epochs / 5) * steps_per_epoch
         if step < warmup:
             return self.learning_rate * (step + 1) / (warmup + 1)
         if self.schedule == "step":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -17,12 +19,15 @@ from numpy.typing import NDArray
 
 from chestxray_covid.checkpoint import read_json, read_tensors, sync_folder, write_files
 from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.duplicates import patient_key
 from chestxray_covid.errors import CheckpointError, TrainingError
 
 if TYPE_CHECKING:  # it imports torch, which nothing here needs
     from chestxray_covid.training_config import TrainingConfig
 
 STATE_FOLDER = "state"
+#: Options that change how fast a run goes, not what it computes.
+RUNTIME_OPTIONS = frozenset({"workers", "cache_dir", "progress", "checkpoint_every"})
 #: Domain of the random numbers, see :mod:`chestxray_covid.augment`.
 _STREAM = 1
 
@@ -88,12 +93,99 @@ def epoch_batches(
     pairs = list(zip(order.tolist(), repetitions(order, len(dataset)), strict=True))
     together = config.batch_size * processes
     if processes > 1:
-        pairs += pairs[: -len(pairs) % together]
+        whole = -(-len(pairs) // together) * together
+        pairs = [pairs[i % len(pairs)] for i in range(whole)]
     batches = [pairs[i : i + together] for i in range(0, len(pairs), together)]
-    if len(batches) > 1 and len(batches[-1]) == 1:
+    if len(batches) > 1 and len(batches[-1]) == 1 < config.batch_size:
         batches.pop()
     share = config.batch_size * process
     return [b[share : share + config.batch_size] for b in batches]
+
+
+@dataclass
+class Position:
+    """Where a run is: everything of its state that is no tensor."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    seen: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    epochs_since_best: int = 0
+    best_score: float | None = None
+
+
+def check_sides(train: ChestXrayDataset, val: ChestXrayDataset) -> None:
+    """Raise unless these can train and validate a model.
+
+    Raises:
+        ValueError: If their classes differ.
+        TrainingError: If validation data or a class are missing, or the two share a patient.
+    """
+    if train.classes != val.classes:
+        raise ValueError(f"train has the classes {train.classes}, val {val.classes}")
+    if not len(val):
+        raise TrainingError("The validation data are empty. Split with val > 0.")
+    shared = {patient_key(s) for s in train.samples} & {patient_key(s) for s in val.samples}
+    if shared:
+        raise TrainingError(
+            f"{len(shared)} patient(s) have an image in the training and in the validation data, "
+            f"for example {min(shared)}. Split with split_by_patient."
+        )
+    missing = sorted(set(train.classes) - {s.label for s in train.samples})
+    if missing:
+        raise TrainingError(
+            f"No training image of {missing}: a classifier cannot learn a class that it never "
+            "sees. Add a data set that has it, or ask for other classes=."
+        )
+
+
+def run_identity(
+    config: TrainingConfig,
+    train: ChestXrayDataset,
+    val: ChestXrayDataset,
+    trains: Sequence[str],
+    processes: int,
+) -> dict[str, Any]:
+    """Return what must be equal for a run to be continued, as JSON-able data.
+
+    Args:
+        config: Its options; those that only change how fast it goes are left out.
+        train: Its training data.
+        val: Its validation data.
+        trains: Names of the parameters that train.
+        processes: Number of processes.
+    """
+    options = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_OPTIONS}
+    rows = [
+        [(s.path.name, s.label, s.source, s.patient_id) for s in d.samples] for d in (train, val)
+    ]
+    return {
+        **options,
+        "data": _digest((train.classes, rows)),
+        "trainable": _digest(tuple(trains)),
+        "processes": processes,
+    }
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def check_identity(mine: Mapping[str, Any], theirs: Mapping[str, Any], run: Path) -> None:
+    """Raise unless a run is of these options and data.
+
+    Raises:
+        TrainingError: If something differs, with its name.
+    """
+    other = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+    if other:
+        raise TrainingError(
+            f"The run in {run} differs in {other} and cannot be continued like this. "
+            "Use the options and data that it began with, or another folder."
+        )
 
 
 class StateStore:

@@ -21,7 +21,7 @@ from chestxray_covid.datasets.base import (
     check_classes,
     existing_folder,
 )
-from chestxray_covid.datasets.download import download_cohen
+from chestxray_covid.datasets.download import download_cohen, recorded_commit
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
 
@@ -95,7 +95,7 @@ class CohenCovidDataset(ChestXrayDataset):
         download: bool = False,
     ) -> None:
         if download:
-            download_cohen(Path(root).expanduser())
+            _download(Path(root).expanduser(), views, modalities)
         classes = check_classes(classes)
         folder = existing_folder(root, "the folder of covid-chestxray-dataset")
         rows = read_metadata(folder / "metadata.csv")
@@ -128,6 +128,17 @@ class CohenCovidDataset(ChestXrayDataset):
             ),
         )
         self._promise(classes)
+
+
+def _download(root: Path, views: Sequence[str] | None, modalities: Sequence[str]) -> None:
+    """Fetch the images that are asked for, of the commit that is there already if one is."""
+
+    def include(row: Mapping[str, str]) -> bool:
+        view = _VIEWS.get(row.get("view", "").strip().lower(), UNKNOWN_VIEW)
+        wanted = views is None or view in views
+        return wanted and row.get("modality", "").strip() in modalities
+
+    download_cohen(root, ref=recorded_commit(root) or "master", include=include)
 
 
 def label_of_finding(finding: str) -> str | None:

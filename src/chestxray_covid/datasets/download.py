@@ -285,6 +285,12 @@ class _Record:
         return json.dumps(data).encode()
 
 
+def recorded_commit(root: str | os.PathLike[str]) -> str | None:
+    """Return the commit that a folder's files are from, ``None`` if no download was finished."""
+    record = _read_record(Path(root), COHEN)
+    return None if record is None else record.commit.sha
+
+
 def _read_record(folder: Path, endpoints: GitHubEndpoints) -> _Record | None:
     """Return the record of an earlier run; ``None`` where there is none of this repository."""
     try:

@@ -43,9 +43,16 @@ def patient_groups(
     return [number.setdefault(joined.root(i), len(number)) for i in range(len(dataset))]
 
 
+def patient_key(sample: Sample) -> tuple[str, str]:
+    """Return what identifies a sample's patient among all data sets.
+
+    A row that Cohen took over keeps Cohen's patient number, also when counted to its origin.
+    """
+    return sample.metadata.get("numbered_by") or sample.source, sample.patient_id
+
+
 def _identities(sample: Sample) -> Iterable[tuple[str, ...]]:
-    # A row that Cohen took over keeps Cohen's patient number, also when counted to its origin.
-    yield "patient", sample.metadata.get("numbered_by") or sample.source, sample.patient_id
+    yield "patient", *patient_key(sample)
     if image_id := sample.metadata.get("image_id"):
         yield "image", sample.metadata.get("origin") or sample.source, image_id
 

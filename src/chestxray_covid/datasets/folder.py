@@ -281,6 +281,12 @@ def class_folders(root: Path, labels: Mapping[str, str] | None) -> dict[Path, st
             found[child] = _FOLDER_LABELS.get(key, child.name)
         elif child.name in labels:
             found[child] = labels[child.name]
+    missing = sorted(set(labels or ()) - {child.name for child in found})
+    if found and missing:
+        raise DatasetNotFoundError(
+            f"{root} has no folder {missing}, which labels= names; it has "
+            f"{sorted(p.name for p in root.iterdir() if p.is_dir())}. Mend the names."
+        )
     return found
 
 

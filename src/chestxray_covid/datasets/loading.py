@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.base import IMAGE_SUFFIXES, ChestXrayDataset
 from chestxray_covid.image import Preprocess
 
 Item = TypeVar("Item")
@@ -187,3 +187,17 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[Sequence[Item]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder whose names are those of images, sorted within each folder.
+
+    A folder that cannot be listed is yielded itself, last: decoding it is an error that names it.
+    """
+    unlisted: list[OSError] = []
+    for here, folders, files in os.walk(folder, onerror=unlisted.append):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(files):
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                yield Path(here, name)
+    yield from (Path(error.filename) for error in unlisted)
