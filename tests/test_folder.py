@@ -431,3 +431,9 @@ def test_the_real_hannover_patients_are_71(real_data: Path) -> None:
     assert dataset.report().patients["covid19"] == 71
     assert dataset.report().found == 243
     assert {s.view for s in dataset.samples} == {"AP", "PA"}
+
+
+def test_a_folder_that_labels_names_must_exist(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"well": 2, "sick": 2})
+    with pytest.raises(DatasetNotFoundError, match=r"no folder \['sik'\], which labels= names"):
+        FolderDataset(tmp_path, {"well": "normal", "sik": "covid19"})

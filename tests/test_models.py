@@ -421,3 +421,14 @@ def test_bfloat16_is_native_where_the_processor_says_so() -> None:
     expected = "avx512_bf16" in words or "amx_tile" in words
     assert native_bfloat16(torch.device("cpu")) is expected
     assert native_bfloat16(torch.device("meta")) is False
+
+
+def test_a_seed_makes_random_weights_a_function_of_it() -> None:
+    first, again = (build_densenet121(pretrained=False, seed=1).state_dict() for _ in range(2))
+    other = build_densenet121(pretrained=False, seed=2).state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not torch.equal(first["features.conv0.weight"], other["features.conv0.weight"])
+    assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+    # He et al. 2015: deviation sqrt(2 / fan in); the network's own draws have it too.
+    layer = "features.denseblock3.denselayer9.conv2.weight"
+    assert float(first[layer].std()) == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.05)

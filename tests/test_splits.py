@@ -261,19 +261,36 @@ def test_a_class_of_two_patients_cannot_be_on_three_sides() -> None:
 
 
 def test_a_class_that_misses_a_side_is_refused() -> None:
-    images = {"0": 20, "1": 1, "2": 2}
-    rows = [("normal", "a", patient) for patient, count in images.items() for _ in range(count)]
-    rows += [("covid19", "a", f"9{i % 3}") for i in range(15)]
-    with pytest.raises(SplitError, match=r"No patient with \['covid19'\] fell into val: too few"):
-        split_by_patient(listed(*rows), val=0.3, test=0.15, find_copies=False)
+    rows = [("normal", "a", p) for p in "124"] + [("covid19", "a", p) for p in "123"]
+    data = listed(*rows)
+
+    def split_with_many_seeds() -> None:
+        for seed in range(20):
+            split = split_by_patient(data, val=0.3, test=0.15, seed=seed, find_copies=False)
+            assert all(set(side.targets) == {0, 1} for side in (split.train, split.val, split.test))
+
+    with pytest.raises(SplitError, match=r"No patient with \['\w+'\] fell into \w+: too few"):
+        split_with_many_seeds()
 
 
-def test_a_class_of_which_one_image_is_left_for_two_sides_is_refused() -> None:
-    rows = balanced(3)
-    with pytest.raises(SplitError, match=r"One image with \w+ is left for two sides: too few pat"):
-        split_by_patient(listed(*rows), val=0.1, test=0.45, find_copies=False)
-    with pytest.raises(SplitError, match="One image with covid19 is left for two sides"):
-        divide(listed(*rows), np.array([0, 1, 2, 3]), np.arange(6), 0.5, 0)
+def test_a_rare_class_is_on_every_side_and_leaves_the_others_their_sizes() -> None:
+    rows = [("normal", "a", f"n{i}") for i in range(1000)]
+    rows += [("covid19", "a", f"c{i}") for i in range(4)]
+    split = split_by_patient(listed(*rows), val=0.15, test=0.15, find_copies=False)
+    for side, share in ((split.val, 0.15), (split.test, 0.15), (split.train, 0.7)):
+        counts = np.bincount(side.targets)
+        assert counts[0] == pytest.approx(1000 * share, rel=0.06)
+        assert counts[1] >= 1
+
+
+def test_what_patients_of_a_rare_class_leave_of_a_common_one_stays_together() -> None:
+    rows = [("normal", "a", str(i)) for i in range(7)] + [
+        ("covid19", "a", str(i)) for i in range(6)
+    ]
+    rest, held = divide(listed(*rows), np.arange(13), np.array([*range(7), *range(6)]), 0.15, 0)
+    assert sorted([*rest, *held]) == list(range(13))
+    assert 6 in rest
+    assert len(held) == 2
 
 
 # Splits made by hand

@@ -59,6 +59,38 @@ def test_an_impossible_option_is_refused_by_name(field: str, value: object) -> N
         TrainingConfig(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("preprocess", 224),
+        ("augmentation", None),
+        ("channels_last", "no"),
+        ("progress", 1),
+        ("learning_rate", np.float32(1e-3)),
+        ("ema_decay", True),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(TypeError, match=field):
+        TrainingConfig(**{field: value})
+
+
+def test_class_weights_on_top_of_balanced_drawing_are_refused() -> None:
+    with pytest.raises(ValueError, match="correct a second time"):
+        TrainingConfig(class_weights=True)
+
+
+def test_a_cache_folder_may_be_a_path(tmp_path) -> None:
+    assert TrainingConfig(cache_dir=tmp_path).cache_dir == str(tmp_path)
+
+
+def test_warming_up_never_takes_more_than_a_fifth_of_the_run() -> None:
+    config = TrainingConfig(epochs=1, learning_rate=1.0)
+    rates = [config.rate_at(step, 10) for step in range(10)]
+    assert max(rates) == rates[2]
+    assert rates[-1] < 0.1
+
+
 def test_the_baseline_is_the_classic_recipe() -> None:
     config = TrainingConfig.baseline()
     assert (config.preprocess.size_px, config.batch_size, config.epochs) == (150, 8, 10)

@@ -101,6 +101,19 @@ def test_processes_share_an_epoch_in_batches_of_equal_number(processes: int) -> 
     )
 
 
+def test_few_images_still_fill_the_batches_of_many_processes() -> None:
+    few = listed({("a", "normal"): 4, ("a", "covid19"): 3})
+    config = TrainingConfig(batch_size=4, balance="none")
+    for process in range(8):
+        batches = epoch_batches(few, config, epoch=0, process=process, processes=8)
+        assert [len(b) for b in batches] == [4]
+
+
+def test_batches_of_one_image_are_all_kept() -> None:
+    config = TrainingConfig(batch_size=1, balance="none")
+    assert len(epoch_batches(UNEVEN, config, epoch=0, process=0, processes=1)) == 100
+
+
 def test_a_last_batch_of_one_image_is_left_out() -> None:
     config = TrainingConfig(batch_size=9, balance="none")
     sizes = [len(b) for b in epoch_batches(UNEVEN, config, epoch=0, process=0, processes=1)]

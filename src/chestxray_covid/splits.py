@@ -308,9 +308,6 @@ def divide(
         groups: Group of every sample of the data set.
         fraction: In [0, 1); above 0.5, the first side is the one that is held out.
         seed: Seed of the assignment.
-
-    Raises:
-        SplitError: If a class has one sample alone among them.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -323,13 +320,10 @@ def divide(
     held, left = _divide_rare(dataset, indices, own, fraction, folds, seed)
     if left.any():
         strata = _strata(dataset, indices[left].tolist(), groups, folds)
-        # What patients of a rare class leave of a common one may be less than a fold each.
-        folds = max(2, min(folds, *Counter(strata).values()))
-        if min(Counter(strata).values()) < 2:
-            raise SplitError(
-                "A class has one image left for two sides: too few patients for these "
-                "fractions. Use other fractions, more data, or another seed."
-            )
+        # Patients of rare classes may leave less of a common one than there are folds.
+        folds = min(folds, len(np.unique(own[left])), *Counter(strata).values())
+        if folds < 2:
+            return indices[~held], indices[held]
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         _, chosen = next(splitter.split(strata, strata, own[left]))
         held[np.flatnonzero(left)[chosen]] = True
