@@ -354,13 +354,15 @@ def test_the_cache_changes_nothing_but_is_filled(split: Split, tmp_path: Path) -
 
 
 def test_bfloat16_trains_close_to_float32(split: Split, tmp_path: Path) -> None:
-    # One step: after more, rounding has led the two to different weights.
+    # One step with frozen batch norms: those of six images would magnify the rounding.
     config = replace(QUICK, epochs=1, samples_per_epoch=6, augmentation=Augmentation.none())
-    single, _ = trained(split, tmp_path / "single", config)
-    half, _ = trained(split, tmp_path / "half", replace(config, precision="bfloat16"))
-    first, second = single.records[0].train_loss, half.records[0].train_loss
-    assert first != second
-    assert second == pytest.approx(first, rel=0.1)
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        model, own = network(trainable="head"), replace(config, precision=precision)
+        trainer = Trainer(model, split.train, split.val, own, output=tmp_path / precision)
+        losses.append(trainer.fit().records[0].train_loss)
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_automatic_precision_follows_the_hardware(split: Split, tmp_path: Path) -> None:
