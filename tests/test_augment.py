@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual name
 
-from chestxray_covid.augment import Augmentation
+from chestxray_covid.augment import Augmentation, hide_centres
 
 #: Everything at once, stronger than the default.
 STRONG = Augmentation(
@@ -24,6 +24,10 @@ STRONG = Augmentation(
     brightness=0.3,
     blur=0.5,
     noise=0.1,
+    aspect=1.3,
+    equalise=0.5,
+    resample=0.3,
+    hide_border=0.2,
 )
 #: What changes nothing, as arguments to change one of.
 NOTHING = Augmentation.none().to_dict()
@@ -155,6 +159,11 @@ def drawn(draw: int, *, seed: int = 3, epoch: int = 5) -> dict[str, float]:
     numbers["sigma"], numbers["angle"] = rng.uniform(0.3, 1.2), rng.uniform(-1, 1)
     numbers["side"], numbers["across"], numbers["down"] = (rng.random() for _ in range(3))
     numbers["gamma"], numbers["contrast"], numbers["shift"] = rng.uniform(-1, 1, 3)
+    numbers["noise"], numbers["aspect"] = rng.random(), rng.uniform(-1, 1)
+    for name in ("equalise", "mixed", "reduced", "scale", "covered", "grey"):
+        numbers[name] = rng.random()
+    for name in ("left", "top", "right", "bottom"):
+        numbers[name] = rng.random()
     return numbers
 
 
@@ -187,6 +196,54 @@ def test_crops_are_torchvisions(draw: int) -> None:
     part = pixels[0, :, top : top + width, left : left + width].float()
     expected = F.resize(part, [100, 100], antialias=True)
     torch.testing.assert_close(found, expected.clamp(0, 255), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("draw", range(5))
+def test_crops_change_their_aspect_by_at_most_the_factor(draw: int) -> None:
+    pixels, numbers = images(1, 100), drawn(draw)
+    found = vary(only(crop_min=0.5, aspect=1.5), pixels, [draw])[0]
+    side, stretch = 100 * (0.5 + 0.5 * numbers["side"]), 1.5 ** (numbers["aspect"] / 2)
+    width, height = min(100, round(side * stretch)), min(100, round(side / stretch))
+    top, left = round(numbers["down"] * (100 - height)), round(numbers["across"] * (100 - width))
+    part = pixels[0, :, top : top + height, left : left + width].float()
+    expected = F.resize(part, [100, 100], antialias=True)
+    torch.testing.assert_close(found, expected.clamp(0, 255), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("draw", range(8))
+def test_equalisation_mixes_in_that_of_pillow(draw: int) -> None:
+    pixels, numbers = smooth(), drawn(draw)
+    found = vary(only(equalise=0.5), pixels, [draw])[0, 0].numpy()
+    plain = pixels[0, 0].numpy()
+    flat = np.asarray(ImageOps.equalize(Image.fromarray(plain)), np.float32)
+    share = numbers["mixed"] if numbers["equalise"] < 0.5 else 0
+    np.testing.assert_allclose(found, plain + share * (flat - plain), atol=1e-3)
+
+
+@pytest.mark.parametrize("draw", range(6))
+def test_half_of_the_images_lose_resolution(draw: int) -> None:
+    pixels, numbers = images(1, 64), drawn(draw)
+    found = vary(only(resample=0.25), pixels, [draw])[0]
+    expected = pixels[0].float()
+    if numbers["reduced"] < 0.5:
+        small = round(64 * (0.25 + 0.75 * numbers["scale"]))
+        expected = F.resize(F.resize(expected, [small, small], antialias=True), [64, 64])
+    torch.testing.assert_close(found, expected.clamp(0, 255), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("draw", range(6))
+def test_borders_are_hidden_under_one_grey_level(draw: int) -> None:
+    pixels, numbers = images(1, 100), drawn(draw)
+    found = vary(only(hide_border=0.3), pixels, [draw])[0, 0].numpy()
+    expected = pixels[0, 0].numpy().astype(np.float32)
+    if numbers["covered"] < 0.5:
+        grey = np.float32(255 * numbers["grey"])
+        left, top, right, bottom = (
+            round(30 * numbers[n]) for n in ("left", "top", "right", "bottom")
+        )
+        expected[:top], expected[100 - bottom :] = grey, grey
+        expected[:, :left], expected[:, 100 - right :] = grey, grey
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("draw", range(5))
@@ -263,6 +320,10 @@ def test_as_many_images_are_mirrored_as_asked(probability: float) -> None:
         *(("brightness", v) for v in (-0.1, 1, math.nan)),
         *(("blur", v) for v in (-0.1, 1.1, math.nan)),
         *(("noise", v) for v in (-0.1, 1, math.nan)),
+        *(("aspect", v) for v in (0.9, 2.1, math.nan)),
+        *(("equalise", v) for v in (-0.1, 1.1, math.nan)),
+        *(("resample", v) for v in (0.05, 1.1, math.nan)),
+        *(("hide_border", v) for v in (-0.1, 0.46, math.nan)),
     ],
 )
 def test_an_option_out_of_range_is_refused(name: str, value: float) -> None:
@@ -285,3 +346,44 @@ def test_options_become_data_and_come_back() -> None:
 def test_as_many_draws_as_images_are_needed() -> None:
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         vary(STRONG, images(3), [0, 1])
+
+
+# ---------------------------------------------------------------- hidden centres
+
+
+def test_the_asked_share_of_centres_is_hidden_and_the_frame_stays() -> None:
+    pixels = images(400, 40).float()
+    before = pixels.clone()
+    found, hidden = hide_centres(pixels, 0.25, seed=1, epoch=2, draws=range(400))
+    assert torch.equal(pixels, before), "the caller's pixels stay as they were"
+    assert hidden.double().mean().item() == pytest.approx(
+        0.25, abs=4 * math.sqrt(0.25 * 0.75 / 400)
+    )
+    assert torch.equal(found[~hidden], pixels[~hidden])
+    own_mean = 0
+    for shown, original in zip(found[hidden], pixels[hidden], strict=True):
+        changed = shown != original
+        grey = shown[0, 20, 20].item()
+        assert (shown[changed] == grey).all()
+        rows = changed[0].any(1).nonzero()
+        side = int(rows[-1] - rows[0]) + 1
+        assert 0.5 * 40 - 2 <= side <= 0.95 * 40 + 2
+        assert int(rows[0]) == 39 - int(rows[-1]), "in the middle"
+        own_mean += abs(grey - original.mean().item()) < 1e-3
+    assert own_mean / int(hidden.sum()) == pytest.approx(0.5, abs=0.2)
+
+
+def test_a_centre_is_hidden_alike_whatever_its_batch() -> None:
+    pixels = images(30).float()
+    found, hidden = hide_centres(pixels, 0.5, seed=1, epoch=2, draws=range(30))
+    for i in range(30):
+        alone, flag = hide_centres(pixels[i : i + 1], 0.5, seed=1, epoch=2, draws=[i])
+        assert torch.equal(alone[0], found[i])
+        assert flag[0] == hidden[i]
+
+
+def test_no_share_hides_nothing() -> None:
+    pixels = images().float()
+    found, hidden = hide_centres(pixels, 0, seed=1, epoch=2, draws=range(4))
+    assert torch.equal(found, pixels)
+    assert not hidden.any()

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from chestxray_covid import (
     Augmentation,
@@ -33,6 +34,7 @@ from chestxray_covid import (
 )
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
 from chestxray_covid.models import native_bfloat16, to_tensors
+from chestxray_covid.training_network import TrainingNetwork
 
 QUICK = TrainingConfig(
     preprocess=Preprocess(size_px=32),
@@ -304,6 +306,39 @@ def test_class_weights_are_those_of_scikit_learn(split: Split, tmp_path: Path) -
     expected = compute_class_weight("balanced", classes=np.arange(2), y=np.array(uneven.targets))
     assert trainer._network.class_weights is not None
     assert trainer._network.class_weights.numpy() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_images_with_a_hidden_centre_have_a_uniform_target(weighted: bool) -> None:
+    config = replace(QUICK, class_weights=weighted, balance="none", label_smoothing=0.1)
+    targets = [0, 0, 0, 1, 1, 0]
+    trained_network = TrainingNetwork(network(), config, Accelerator(cpu=True), targets)
+    pixels = torch.rand(6, 1, 32, 32) * 255
+    hidden = torch.tensor([True, False, False, True, False, False])
+    found = trained_network.backward(
+        pixels, torch.tensor(targets), hidden=hidden, batches=1, last=True
+    )
+    wanted = np.eye(2)[targets]
+    wanted[hidden.numpy()] = 0.5
+    smoothed = 0.9 * wanted + 0.1 / 2
+    with torch.inference_mode():
+        logits = trained_network.forward(network().train(), pixels).double().numpy()
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    weights = np.array([6 / (2 * 4), 6 / (2 * 2)]) if weighted else np.ones(2)
+    total = -(smoothed * weights * logs).sum()
+    # torch divides by the weights of the targets only where these are classes.
+    assert found == pytest.approx(total / 6, rel=1e-4)
+
+
+def test_the_last_epoch_is_kept_where_the_schedule_shall_decide(
+    split: Split, tmp_path: Path
+) -> None:
+    worse = replace(QUICK, learning_rate=1e-2, epochs=3, monitor="last")
+    history, tensors = trained(split, tmp_path / "run", worse)
+    assert [r.is_best for r in history] == [True, True, True]
+    config = Classifier.from_pretrained(tmp_path / "run").config
+    assert config.provenance["epoch"] == 3
+    assert equal(to_tensors(build_densenet121(tmp_path / "run")), tensors)
 
 
 def test_training_stops_when_nothing_improves_or_a_callback_says_so(

@@ -49,7 +49,12 @@ def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
         *[("learning_rate", v) for v in (0, -1, math.nan, math.inf)],
         *[("weight_decay", v) for v in (-1, math.nan, math.inf)],
         ("warmup_epochs", math.nan),
-        *[(n, v) for n in ("label_smoothing", "ema_decay") for v in (-0.1, 1, math.nan)],
+        *[
+            (n, v)
+            for n in ("label_smoothing", "ema_decay", "hide_centre")
+            for v in (-0.1, 1, math.nan)
+        ],
+        *[("max_repeats", v) for v in (0.5, "4", True, math.nan)],
         *[("step_factor", v) for v in (0, 1.1, math.nan)],
         *[(n, "x") for n in ("optimizer", "schedule", "balance", "monitor", "precision", "device")],
     ],

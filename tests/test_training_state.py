@@ -82,6 +82,34 @@ def test_balance_draws_classes_and_sources_evenly(
         assert drawn[group] / 20_000 == pytest.approx(share, abs=0.015)
 
 
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        # 1,000 draws, 500 a class: 10 images at most 20 times are 200, the other source's 300.
+        (20, {("a", "normal"): 0.3, ("b", "normal"): 0.2, ("a", "covid19"): 0.5}),
+        (1000, {("a", "normal"): 0.25, ("b", "normal"): 0.25, ("a", "covid19"): 0.5}),
+        # Not even 90 images at most once fill 500 draws: by size.
+        (1, {("a", "normal"): 4 / 9, ("b", "normal"): 0.5 / 9, ("a", "covid19"): 0.5}),
+    ],
+)
+def test_no_image_of_a_small_source_comes_too_often(
+    limit: float, expected: dict[tuple[str, str], float]
+) -> None:
+    drawn: Counter[tuple[str, str]] = Counter()
+    for epoch in range(20):
+        order = epoch_order(
+            UNEVEN,
+            balance="class_and_source",
+            count=1000,
+            seed=0,
+            epoch=epoch,
+            max_repeats=limit,
+        )
+        drawn.update((UNEVEN.samples[i].source, UNEVEN.samples[i].label) for i in order)
+    for group, share in expected.items():
+        assert drawn[group] / 20_000 == pytest.approx(share, abs=0.015)
+
+
 def test_every_draw_of_an_image_has_a_number_of_its_own() -> None:
     assert repetitions(np.array([2, 0, 2, 2, 1]), 5) == [2, 0, 7, 12, 1]
 

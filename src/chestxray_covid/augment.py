@@ -18,6 +18,8 @@ from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual 
 
 #: Domain of the random numbers, so that order and augmentation never share a stream.
 _STREAM = 2
+#: The same, of :func:`hide_centres`.
+_CENTRE_STREAM = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,21 +31,31 @@ class Augmentation:
             are filled with the image's own border: black ones ruin batch-norm statistics.
         horizontal_flip: Probability of a mirror image, in [0, 1]. The heart then lies right.
         crop_min: Smallest side of a random crop, as a fraction in (0, 1]; the crop is scaled back.
+        aspect: Largest factor by which a crop's sides differ, at least 1; needs ``crop_min`` < 1.
         gamma: Largest factor by which the exponent of the grey scale moves up or down, at least 1.
         contrast: Largest factor by which contrast moves up or down, at least 1.
         brightness: Largest shift of the grey level, as a fraction of white, in [0, 1).
         blur: Probability of a slight Gaussian blur, in [0, 1].
         noise: Largest deviation of added Gaussian noise, as a fraction of white, in [0, 1).
+        equalise: Probability of moving towards the image's histogram equalisation, in [0, 1].
+        resample: Smallest side, as a fraction in (0, 1], to which half of the images are reduced
+            and enlarged again, so that the resolution of a source says less.
+        hide_border: Largest part of the side, in [0, 0.45), that is hidden at each edge of half of
+            the images, under one grey level drawn at random.
     """
 
     rotation_deg: float = 7.0
     horizontal_flip: float = 0.0
     crop_min: float = 0.8
+    aspect: float = 1.0
     gamma: float = 1.3
     contrast: float = 1.3
     brightness: float = 0.1
     blur: float = 0.2
     noise: float = 0.02
+    equalise: float = 0.0
+    resample: float = 1.0
+    hide_border: float = 0.0
 
     def __post_init__(self) -> None:
         bounds = {
@@ -55,6 +67,10 @@ class Augmentation:
             "brightness": (0, 0.99),
             "blur": (0, 1),
             "noise": (0, 0.99),
+            "aspect": (1, 2),
+            "equalise": (0, 1),
+            "resample": (0.1, 1),
+            "hide_border": (0, 0.45),
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
@@ -97,12 +113,18 @@ class Augmentation:
         angle, side, across, down = rng.uniform(-1, 1), rng.random(), rng.random(), rng.random()
         log_gamma, log_contrast, shift = rng.uniform(-1, 1, 3)
         noise = rng.random() * self.noise
+        log_aspect, equalise, mixed, reduced, scale = rng.uniform(-1, 1), *rng.random(4)
+        covered, grey, *edges = rng.random(6)
         if flip < self.horizontal_flip:
             image = F.horizontal_flip(image)
         if self.rotation_deg:
             image = _rotate(image, angle * self.rotation_deg)
         if self.crop_min < 1:
-            image = _crop(image, self.crop_min + side * (1 - self.crop_min), across, down)
+            fraction = self.crop_min + side * (1 - self.crop_min)
+            image = _crop(image, fraction, self.aspect ** (log_aspect / 2), across, down)
+        if equalise < self.equalise:
+            flat = F.equalize(image.clamp(0, 255).to(torch.uint8)).float()
+            image = torch.lerp(image, flat, mixed)
         if self.gamma > 1:
             image = 255 * F.adjust_gamma(image / 255, self.gamma**log_gamma)
         if self.contrast > 1:
@@ -111,9 +133,13 @@ class Augmentation:
         image = image + 255 * self.brightness * shift
         if blur < self.blur:
             image = F.gaussian_blur(image, [5, 5], [sigma, sigma])
+        if self.resample < 1 and reduced < 0.5:
+            image = _resample(image, self.resample + scale * (1 - self.resample))
         if self.noise:
             pattern = rng.standard_normal(image.shape, dtype=np.float32)
             image = image + torch.from_numpy(pattern).to(image.device) * (255 * noise)
+        if self.hide_border and covered < 0.5:
+            image = _hide_border(image, [self.hide_border * edge for edge in edges], 255 * grey)
         return image
 
 
@@ -128,9 +154,59 @@ def _rotate(image: Tensor, angle: float) -> Tensor:
     return centre
 
 
-def _crop(image: Tensor, fraction: float, across: float, down: float) -> Tensor:
+def _crop(image: Tensor, fraction: float, aspect: float, across: float, down: float) -> Tensor:
     side = image.shape[-1]
-    width = max(1, round(side * fraction))
-    top, left = round(down * (side - width)), round(across * (side - width))
-    cropped: Tensor = F.resized_crop(image, top, left, width, width, [side, side], antialias=True)
+    width = min(side, max(1, round(side * fraction * aspect)))
+    height = min(side, max(1, round(side * fraction / aspect)))
+    top, left = round(down * (side - height)), round(across * (side - width))
+    cropped: Tensor = F.resized_crop(image, top, left, height, width, [side, side], antialias=True)
     return cropped
+
+
+def _resample(image: Tensor, fraction: float) -> Tensor:
+    side = image.shape[-1]
+    small = F.resize(image, [max(1, round(side * fraction))] * 2, antialias=True)
+    enlarged: Tensor = F.resize(small, [side, side], antialias=True)
+    return enlarged
+
+
+def _hide_border(image: Tensor, parts: Sequence[float], grey: float) -> Tensor:
+    side = image.shape[-1]
+    left, top, right, bottom = (round(side * part) for part in parts)
+    hidden = torch.full_like(image, grey)
+    rows, columns = slice(top, side - bottom), slice(left, side - right)
+    hidden[..., rows, columns] = image[..., rows, columns]
+    return hidden
+
+
+def hide_centres(
+    images: Tensor, share: float, *, seed: int, epoch: int, draws: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Hide the centre of a share of the images, and say of which.
+
+    A model that is taught a uniform target for them learns that the frame (markers, borders,
+    the shape of the crop) says nothing. 50 to 95 % of the side are hidden, half of the time under
+    the image's mean and half of the time under a random grey level.
+
+    Args:
+        images: ``(N, 1, S, S)`` float32 in [0, 255]; not changed.
+        share: Probability that an image is hidden, in [0, 1).
+        seed, epoch, draws: As for :class:`Augmentation`.
+
+    Returns:
+        ``(N, 1, S, S)`` images and ``(N,)`` bool, true where the centre is hidden, both on the
+        images' device.
+    """
+    hidden = torch.zeros(len(images), dtype=torch.bool)
+    if share == 0:
+        return images, hidden.to(images.device)
+    shown, side = images.clone(), images.shape[-1]
+    for i, draw in enumerate(draws):
+        rng = np.random.default_rng([seed, epoch, _CENTRE_STREAM, draw])
+        chosen, part, own_mean, grey = rng.random(4)
+        if chosen < share:
+            hidden[i] = True
+            margin = round(side * (1 - (0.5 + 0.45 * part)) / 2)
+            inner = slice(margin, side - margin)
+            shown[i, :, inner, inner] = images[i].mean() if own_mean < 0.5 else 255 * grey
+    return shown, hidden.to(images.device)

@@ -217,11 +217,10 @@ class Trainer:
             images = torch.from_numpy(np.stack([next(pixels) for _ in batch])).to(self.device)
             at.data_seconds += time.perf_counter() - waiting
             targets = torch.tensor([self.train.targets[i] for i, _ in batch], device=self.device)
-            varied = self.config.augmentation(
-                images, seed=self.config.seed, epoch=at.epoch, draws=[d for _, d in batch]
+            varied, hidden = self._network.vary(images, at.epoch, [draw for _, draw in batch])
+            loss = self._network.backward(
+                varied, targets, hidden=hidden, batches=len(group), last=number == len(group)
             )
-            last = number == len(group)
-            loss = self._network.backward(varied, targets, batches=len(group), last=last)
             self._count(loss, batch)
         self._network.step(self._rate)
         at.seconds += time.perf_counter() - start
@@ -267,9 +266,10 @@ class Trainer:
         sums = torch.tensor([at.loss_sum, at.seen], device=self.device)
         loss_sum, seen = self._accelerator.reduce(sums, "sum").tolist()
         auroc = numbers["val_auroc"]
-        by_loss = self.config.monitor == "val_loss" or auroc is None
-        score = -loss if by_loss or auroc is None else auroc
-        is_best = at.best_score is None or score > at.best_score
+        by_auroc = self.config.monitor == "val_auroc" and auroc is not None
+        score = auroc if by_auroc and auroc is not None else -loss
+        newest = self.config.monitor == "last"
+        is_best = newest or at.best_score is None or score > at.best_score
         record = EpochRecord(
             epoch=at.epoch + 1,
             learning_rate=self._rate,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _NUMBERS = (
     *("learning_rate", "weight_decay", "warmup_epochs", "step_factor"),
-    *("label_smoothing", "ema_decay"),
+    *("label_smoothing", "ema_decay", "hide_centre"),
 )
 
 
@@ -54,10 +54,16 @@ class TrainingConfig:
         label_smoothing: Share of the target spread over all classes, in [0, 1).
         balance: How images are drawn. ``"class_and_source"``: every class as often as another, and
             within a class every source; ``"class"``: classes only; ``"none"``: each image once.
+        max_repeats: How often an image may come in an epoch, on average, for the sake of balance;
+            a small source then gets less than an equal share. ``None``: as often as it takes.
+        hide_centre: Share of the training images, in [0, 1), whose centre is hidden and whose
+            target becomes uniform, so that the frame alone is learned to say nothing; see
+            :func:`augment.hide_centres`.
         class_weights: Weigh the loss by inverse class frequency; with ``balance="none"`` only.
         ema_decay: Decay of the exponential moving average of the weights per step, in [0, 1);
             0 keeps none. With one, it is what is validated and saved.
-        monitor: What chooses the epoch: the lowest ``"val_loss"`` or the highest ``"val_auroc"``.
+        monitor: What chooses the epoch: the lowest ``"val_loss"``, the highest ``"val_auroc"``, or
+            ``"last"``, the end of the schedule whatever the validation says.
         patience: Epochs without improvement after which training stops; ``None`` never stops.
         precision: ``"bfloat16"`` (autocast), ``"float32"``, or ``"auto"``: bfloat16 where the
             processor or GPU computes it natively.
@@ -89,9 +95,11 @@ class TrainingConfig:
     step_factor: float = 0.1
     label_smoothing: float = 0.05
     balance: Literal["class_and_source", "class", "none"] = "class_and_source"
+    max_repeats: float | None = None
+    hide_centre: float = 0.0
     class_weights: bool = False
     ema_decay: float = 0.0
-    monitor: Literal["val_loss", "val_auroc"] = "val_loss"
+    monitor: Literal["val_loss", "val_auroc", "last"] = "val_loss"
     patience: int | None = 8
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
@@ -126,9 +134,12 @@ class TrainingConfig:
         for name in ("weight_decay", "warmup_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("label_smoothing", "ema_decay"):
+        for name in ("label_smoothing", "ema_decay", "hide_centre"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        repeats = self.max_repeats
+        if repeats is not None and (type(repeats) not in (int, float) or not repeats >= 1):
+            raise ValueError(f"max_repeats must be at least 1, or None, got {repeats!r}")
         if self.class_weights and self.balance != "none":
             raise ValueError(
                 f"class_weights would correct a second time what balance={self.balance!r} does. "

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from chestxray_covid.augment import hide_centres
 from chestxray_covid.models import (
     load_tensors,
     native_bfloat16,
@@ -79,24 +80,45 @@ class TrainingNetwork:
         """Put what trains in training mode."""
         set_training_mode(self._model)
 
-    def backward(self, pixels: Tensor, targets: Tensor, *, batches: int, last: bool) -> float:
+    def vary(self, images: Tensor, epoch: int, draws: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return augmented pixels, and of which images the centre is hidden.
+
+        Args:
+            images: ``(N, 1, S, S)`` uint8.
+            epoch: Epoch, from 0.
+            draws: ``(N,)`` numbers that identify each sample and its repetition.
+        """
+        stream: dict[str, Any] = {"seed": self._config.seed, "epoch": epoch, "draws": draws}
+        varied = self._config.augmentation(images, **stream)
+        return hide_centres(varied, self._config.hide_centre, **stream)
+
+    def backward(
+        self, pixels: Tensor, targets: Tensor, *, hidden: Tensor, batches: int, last: bool
+    ) -> float:
         """Add the gradient of one batch and return its loss.
 
         Args:
-            pixels: ``(N, 1, S, S)`` float32 in [0, 255], augmented.
+            pixels: ``(N, 1, S, S)`` float32 in [0, 255], from :meth:`vary`.
             targets: ``(N,)`` int64.
+            hidden: ``(N,)`` bool, where the target is uniform instead.
             batches: Batches of this optimizer step, by which the gradient is divided.
             last: Whether it is the step's last, after which processes share their gradients.
         """
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self._net):
             loss = F.cross_entropy(
                 self.forward(self._net, pixels),
-                targets,
+                self._soften(targets, hidden) if hidden.any() else targets,
                 weight=self.class_weights,
                 label_smoothing=self._config.label_smoothing,
             )
             self._accelerator.backward(loss / batches)
         return float(loss.detach())
+
+    def _soften(self, targets: Tensor, hidden: Tensor) -> Tensor:
+        """Return ``(N, K)`` targets that are uniform where ``hidden`` is true."""
+        classes = self._model.classifier.out_features
+        exact = F.one_hot(targets, classes).float()
+        return torch.where(hidden[:, None], 1 / classes, exact)
 
     def step(self, rate: float) -> None:
         """Move the weights with the gradient added so far, at this learning rate."""

@@ -33,7 +33,13 @@ _STREAM = 1
 
 
 def epoch_order(
-    dataset: ChestXrayDataset, *, balance: str, count: int | None, seed: int, epoch: int
+    dataset: ChestXrayDataset,
+    *,
+    balance: str,
+    count: int | None,
+    seed: int,
+    epoch: int,
+    max_repeats: float | None = None,
 ) -> NDArray[np.int64]:
     """Return the positions that an epoch trains on, in order; a function of its arguments alone.
 
@@ -43,6 +49,7 @@ def epoch_order(
         count: Number of positions; ``None`` for as many as there are images.
         seed: Seed of the run.
         epoch: Epoch, from 0.
+        max_repeats: See :class:`TrainingConfig`.
 
     Returns:
         ``(count,)`` int64. Each image once (and again once all were there) with
@@ -56,9 +63,32 @@ def epoch_order(
         return np.concatenate([rng.permutation(size) for _ in range(rounds)])[:count]
     keys = [(s.label, s.source if balance == "class_and_source" else "") for s in dataset.samples]
     images = Counter(keys)
-    sources = Counter(label for label, _ in images)
-    weights = np.array([1 / (images[key] * sources[key[0]]) for key in keys])
+    shares: dict[tuple[str, str], float] = {}
+    labels = {label for label, _ in images}
+    for label in labels:
+        own = {key: n for key, n in images.items() if key[0] == label}
+        limit = None if max_repeats is None else max_repeats * len(labels) / count
+        shares |= _shares(own, limit)
+    weights = np.array([shares[key] / images[key] for key in keys])
     return rng.choice(size, count, p=weights / weights.sum())
+
+
+def _shares(images: Mapping[Any, int], limit: float | None) -> dict[Any, float]:
+    """Return each source's share of its class: equal, but at most ``limit`` per image.
+
+    What a small source may not take is left to the others; if all are small, shares are by size.
+    """
+    shares: dict[Any, float] = {}
+    left, remaining = 1.0, sorted(images, key=lambda key: images[key])
+    while remaining:
+        key = remaining[0]
+        fair = left / len(remaining)
+        shares[key] = fair if limit is None else min(fair, limit * images[key])
+        left -= shares[key]
+        remaining = remaining[1:]
+    if left > 1e-9:  # every image is at the limit
+        return {key: n / sum(images.values()) for key, n in images.items()}
+    return shares
 
 
 def repetitions(order: NDArray[np.int64], size: int) -> list[int]:
@@ -89,6 +119,7 @@ def epoch_batches(
         count=config.samples_per_epoch,
         seed=config.seed,
         epoch=epoch,
+        max_repeats=config.max_repeats,
     )
     pairs = list(zip(order.tolist(), repetitions(order, len(dataset)), strict=True))
     together = config.batch_size * processes
