@@ -23,7 +23,7 @@ MAX_LINES = 400
 ROWS = (
     ("_version", "errors"),
     ("pixels", "metrics", "datasets.report", "datasets.storage", "datasets.web"),
-    ("dicom", "encoded", "intervals"),
+    ("dicom", "encoded", "intervals", "calibration"),
     ("image",),
     ("checkpoint", "datasets.archives", "datasets.transfer", "datasets.base"),
     ("datasets.download", "datasets.loading", "datasets.phantom"),
@@ -32,8 +32,8 @@ ROWS = (
     ("datasets",),
     ("splits", "confounders"),
     # Here begins torch: layer 4 of the design.
-    ("augment", "models"),
-    ("engines", "training_config"),
+    ("augment", "models", "lung_network"),
+    ("engines", "training_config", "lungs"),
     ("training_network", "training_state"),
     ("training",),
     ("classifier", "evaluation_report"),
@@ -45,7 +45,10 @@ RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 FIRST_WITH_TORCH = RANK["models"]
 TORCH = {"torch", "torchvision", "accelerate"}
 #: Modules that need torch as soon as they are imported; the others import it late or never.
-TORCH_AT_IMPORT = {"augment", "models", "training", "training_config", "training_network"}
+TORCH_AT_IMPORT = {
+    *("augment", "models", "training", "training_config", "training_network"),
+    "lung_network",
+}
 
 #: Distribution → the name that is imported, where they differ.
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "huggingface-hub": "huggingface_hub"}

@@ -15,6 +15,7 @@ from chestxray_covid._version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.augment import Augmentation as Augmentation
+    from chestxray_covid.calibration import fit_temperature as fit_temperature
     from chestxray_covid.checkpoint import ModelConfig as ModelConfig
     from chestxray_covid.classifier import Classifier as Classifier
     from chestxray_covid.classifier import FailedPrediction as FailedPrediction
@@ -59,6 +60,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.evaluation_report import EvaluationReport as EvaluationReport
     from chestxray_covid.image import Preprocess as Preprocess
     from chestxray_covid.image import load_image as load_image
+    from chestxray_covid.lungs import lung_box as lung_box
+    from chestxray_covid.lungs import segment as segment
     from chestxray_covid.models import build_densenet121 as build_densenet121
     from chestxray_covid.models import set_trainable as set_trainable
     from chestxray_covid.splits import Split as Split
@@ -72,6 +75,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
 #: Module → the public names that it defines.
 _MODULES = {
     "augment": ("Augmentation",),
+    "calibration": ("fit_temperature",),
     "checkpoint": ("ModelConfig",),
     "classifier": ("Classifier", "FailedPrediction", "Prediction"),
     "datasets.base": ("ChestXrayDataset", "Sample", "concatenate", "lung_mask"),
@@ -109,6 +113,7 @@ _MODULES = {
     "evaluation": ("cross_validate", "evaluate"),
     "evaluation_report": ("EvaluationReport",),
     "image": ("Preprocess", "load_image"),
+    "lungs": ("lung_box", "segment"),
     "models": ("build_densenet121", "set_trainable"),
     "confounders": ("Confounding", "confounding"),
     "splits": ("Split", "split_by_patient"),

@@ -1,0 +1,70 @@
+"""The radiographs that the bundled weights are trained on: four sources, counted by licence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from chestxray_covid import (
+    ChestXrayDataset,
+    CohenCovidDataset,
+    FolderDataset,
+    HannoverCovidDataset,
+    KermanyPneumoniaDataset,
+    Sample,
+    concatenate,
+)
+from chestxray_covid.datasets.base import LABELS
+
+#: Licence of the collections that have one for all of their images.
+LICENCES = {
+    "kermany": "CC BY 4.0",
+    "hannover": "CC BY 3.0",
+    "nih": "NIH Clinical Center, no restriction on use",
+}
+
+
+def licence(sample: Sample) -> str:
+    """Return the licence of an image, ``"not given"`` where its source names none."""
+    return sample.metadata.get("license") or LICENCES.get(sample.source, "not given")
+
+
+def forbids_derivatives(sample: Sample) -> bool:
+    """Return whether an image's licence has the part ND, so that no weights may come of it."""
+    return "-ND" in licence(sample).upper()
+
+
+def contradicts_origin(sample: Sample) -> bool:
+    """Return whether Cohen's row says anything but COVID-19 of an image of Hannover's.
+
+    Hannover lists every patient as COVID-19; eight of Cohen's rows say "No Finding" of them.
+    """
+    return sample.metadata.get("origin") == "hannover" and sample.label != "covid19"
+
+
+def open_cohen(data: Path) -> ChestXrayDataset:
+    """Return Cohen's frontal radiographs in three classes, without those that must stay out."""
+    cohen = CohenCovidDataset(data / "covid-chestxray-dataset", classes=LABELS)
+    return cohen.filter(lambda s: not forbids_derivatives(s) and not contradicts_origin(s))
+
+
+def open_sources(data: Path) -> ChestXrayDataset:
+    """Return all four sources in three classes, without images whose licence forbids it.
+
+    Args:
+        data: Folder with ``covid-chestxray-dataset``, ``chest_xray``,
+            ``covid-19-image-repository`` and ``nih-subset``.
+    """
+    return concatenate(
+        [
+            open_cohen(data),
+            KermanyPneumoniaDataset(data / "chest_xray", classes=("normal", "pneumonia")),
+            HannoverCovidDataset(data / "covid-19-image-repository", classes=("covid19",)),
+            FolderDataset(data / "nih-subset", source="nih", classes=("normal", "pneumonia")),
+        ]
+    )
+
+
+def count_by_licence(dataset: ChestXrayDataset) -> dict[str, int]:
+    """Return licence → number of images, the most frequent first."""
+    return dict(Counter(licence(s) for s in dataset.samples).most_common())

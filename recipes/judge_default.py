@@ -1,0 +1,329 @@
+"""Measure what the card of the bundled model says, each number with its interval.
+
+    python recipes/judge_default.py --data ../shared/data --run runs/default
+
+``--what`` chooses parts: ``checkpoint`` judges the weights themselves, ``folds``, ``subsources``
+and ``hannover`` train shorter relatives of them (five epochs at 160 px from a network that saw no
+image of Cohen's or Hannover's), because the weights have seen most of what they would be judged on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+from collection import open_sources
+from PIL import Image
+from train_default import COMMON, STRONG, open_split
+
+from chestxray_covid import (
+    ChestXrayDataset,
+    Classifier,
+    Preprocess,
+    Sample,
+    Trainer,
+    build_densenet121,
+    evaluate,
+    patient_groups,
+)
+from chestxray_covid.checkpoint import write_files
+from chestxray_covid.datasets.base import LABELS
+from chestxray_covid.evaluation import evaluate_probabilities
+from chestxray_covid.intervals import Estimate, bootstrap_by_group
+from chestxray_covid.metrics import auroc
+from chestxray_covid.splits import divide, folds_by_patient
+
+SHORT = replace(
+    COMMON,
+    preprocess=Preprocess(size_px=160),
+    augmentation=STRONG,
+    epochs=5,
+    samples_per_epoch=1200,
+    learning_rate=5e-4,
+    hide_centre=0.1,
+    ema_decay=0.98,
+)
+#: Before it, on Kermany and NIH alone, which hold no COVID-19.
+BASE = replace(SHORT, epochs=6, samples_per_epoch=1600, learning_rate=1.5e-3, ema_decay=0.0)
+#: Most images per class of a pairing in which the frame is looked at.
+MOST_PER_CLASS = 250
+
+
+def score(probabilities: np.ndarray) -> np.ndarray:
+    """Return p(covid19) / (p(covid19) + p(normal)) of ``(N, 3)`` probabilities."""
+    return probabilities[:, 2] / (probabilities[:, 2] + probabilities[:, 0])
+
+
+def by_patient(samples: Sequence[Sample]) -> list[tuple[str, str]]:
+    return [(s.source, s.patient_id) for s in samples]
+
+
+def estimate_auroc(samples: Sequence[Sample], truth: Any, scores: np.ndarray) -> Estimate:
+    """Return an AUROC with its interval by patient."""
+    return bootstrap_by_group(auroc, by_patient(samples), np.asarray(truth, int), scores)
+
+
+# ---------------------------------------------------------------- the weights themselves
+
+
+def hide(image: Image.Image, part: float) -> Image.Image:
+    """Return the image with its central part, by side length, under its own mean."""
+    pixels = np.array(image)
+    height, width = pixels.shape
+    top, left = round(height * (1 - part) / 2), round(width * (1 - part) / 2)
+    pixels[top : height - top, left : width - left] = round(float(pixels.mean()))
+    return Image.fromarray(pixels)
+
+
+def judge_frames(classifier: Classifier, dataset: ChestXrayDataset) -> list[dict[str, Any]]:
+    """Return how well COVID-19 of one source is told from normals of another by the frame alone."""
+    rows = []
+    for positive in ("cohen", "hannover"):
+        for negative in ("kermany", "nih"):
+            pair = dataset.filter(
+                lambda s, one=positive, other=negative: (
+                    (s.source, s.label) in {(one, "covid19"), (other, "normal")}
+                )
+            ).limit(MOST_PER_CLASS)
+            counts = Counter(s.label for s in pair.samples)
+            truth = [s.label == "covid19" for s in pair.samples]
+            for part in (0.0, 0.7, 0.9):
+                images = (hide(pair.image(i), part) for i in range(len(pair)))
+                found = np.concatenate(
+                    [
+                        classifier.predict_proba(batch, batch_size=32)
+                        for batch in in_lists(images, 64)
+                    ]
+                )
+                value = estimate_auroc(pair.samples, truth, score(found))
+                rows.append(
+                    {
+                        "covid19": positive,
+                        "normal": negative,
+                        "n": [counts["covid19"], counts["normal"]],
+                        "hidden": part,
+                        "auroc": value.to_dict(),
+                    }
+                )
+                print(positive, negative, part, value, flush=True)
+    return rows
+
+
+def in_lists(items: Any, size: int) -> Any:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def judge_checkpoint(data: Path, run: Path, output: Path, checkpoint: Path) -> None:
+    """Judge held-out patients of the pooled sources, and how far the frame gives the label away."""
+    split = open_split(data, run)
+    classifier = Classifier.from_pretrained(checkpoint)
+    evaluate(classifier, split.test, progress=True).save(output / "evaluation.json")
+    binary = Classifier.from_pretrained(checkpoint, classes=("normal", "covid19"))
+    two = ChestXrayDataset(
+        (s for s in split.test.samples if s.label != "pneumonia"), classes=binary.classes
+    )
+    evaluate(binary, two, progress=True).save(output / "evaluation_binary.json")
+    write(output, "frame", {"rows": judge_frames(classifier, split.dataset)})
+
+
+# ---------------------------------------------------------------- shorter relatives
+
+
+def train_relative(
+    train: ChestXrayDataset, groups: Sequence[int], start: Path | bool, folder: Path, config: Any
+) -> Classifier:
+    """Train a network on these patients and return it; a finished one is read."""
+    rest, held = divide(train, np.arange(len(train)), np.asarray(groups), 0.1, 0)
+    model = build_densenet121(
+        str(start) if start else False, num_classes=len(train.classes), seed=0
+    )
+    trainer = Trainer(model, train.subset(rest), train.subset(held), config, output=folder)
+    trainer.fit(resume=(folder / "history.json").exists())
+    return Classifier.from_pretrained(folder)
+
+
+class Relatives:
+    """Data with groups of patients, and the network that all relatives start from."""
+
+    def __init__(self, data: Path, run: Path) -> None:
+        self.dataset = open_sources(data)
+        self.groups = np.array(patient_groups(self.dataset, progress=True))
+        self.folder = run / "relatives"
+        self.cache = run / "cache"
+        self.base: Path | None = None
+
+    def without(self, held_out: np.ndarray) -> np.ndarray:
+        """Return the positions of all samples that share no group with these positions."""
+        return np.flatnonzero(~np.isin(self.groups, self.groups[held_out]))
+
+    def predict_without(self, held_out: np.ndarray, name: str) -> np.ndarray:
+        """Train on everyone else and return ``(N, 3)`` probabilities of the held-out samples."""
+        self._train_base()
+        chosen = self.without(held_out)
+        classifier = train_relative(
+            self.dataset.subset(chosen),
+            self.groups[chosen].tolist(),
+            self.base or False,
+            self.folder / name,
+            replace(SHORT, cache_dir=self.cache),
+        )
+        return classifier.predict_proba(self.dataset.subset(held_out), progress=True)
+
+    def _train_base(self) -> None:
+        nih = self.held_out_nih()
+        rest = np.array(
+            [
+                i
+                for i, s in enumerate(self.dataset.samples)
+                if s.source in {"kermany", "nih"} and i not in set(nih.tolist())
+            ]
+        )
+        samples = [self.dataset.samples[i] for i in rest]
+        two = ChestXrayDataset(samples, classes=("normal", "pneumonia"))
+        self.base = self.folder / "base"
+        config = replace(BASE, cache_dir=self.cache)
+        train_relative(two, self.groups[rest].tolist(), False, self.base, config)
+
+    def held_out_nih(self) -> np.ndarray:
+        """Return the half of NIH's patients that no relative trains on where Hannover is judged."""
+        samples = self.dataset.samples
+        patients = sorted({s.patient_id for s in samples if s.source == "nih"})
+        chosen = set(np.random.default_rng(0).permutation(patients)[::2].tolist())
+        return np.array(
+            [i for i, s in enumerate(samples) if s.source == "nih" and s.patient_id in chosen]
+        )
+
+
+def is_cohens(sample: Sample) -> bool:
+    """Return whether a sample is listed in Cohen's collection, also if it came from Hannover's."""
+    return sample.source == "cohen" or sample.metadata.get("numbered_by") == "cohen"
+
+
+def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
+    """COVID-19 against other findings inside Cohen, out-of-fold, by patient."""
+    samples = relatives.dataset.samples
+    cohen = np.array([i for i, s in enumerate(samples) if is_cohens(s)])
+    found = np.zeros((len(cohen), 3))
+    inside = relatives.dataset.subset(cohen)
+    pairs = folds_by_patient(inside, relatives.groups[cohen].tolist(), folds=folds, seed=0)
+    for number, (_, held_out) in enumerate(pairs):
+        found[held_out] = relatives.predict_without(cohen[held_out], f"fold-{number}")
+    truth = np.array([s.label == "covid19" for s in inside.samples])
+    own = np.array([s.source == "cohen" for s in inside.samples])
+    parts: dict[str, Any] = {}
+    for name, mask in {"all": own | ~own, "without Hannover's": own}.items():
+        chosen = [s for s, kept in zip(inside.samples, mask, strict=True) if kept]
+        parts[name] = {
+            "n": [int(truth[mask].sum()), int((~truth[mask]).sum())],
+            "auroc": estimate_auroc(chosen, truth[mask], found[mask, 2]).to_dict(),
+        }
+        print(name, parts[name])
+    write(output, "folds", {"folds": folds, "training": SHORT.to_dict(), **parts})
+    report = evaluate_probabilities(
+        [s.label for s in inside.samples],
+        found,
+        classes=LABELS,
+        patients=[s.patient_id for s in inside.samples],
+        sources=[s.source for s in inside.samples],
+        views=[s.view for s in inside.samples],
+    )
+    report.save(output / "folds_evaluation.json")
+
+
+#: Hosts of Cohen's sources, in groups that have COVID-19 and other findings.
+SUBSOURCES: dict[str, Callable[[str], bool]] = {
+    "radiopaedia": lambda host: host == "radiopaedia.org",
+    "eurorad": lambda host: host == "www.eurorad.org",
+    "journals and others": lambda host: (
+        host not in {"radiopaedia.org", "www.eurorad.org", "www.sirm.org", "github.com"}
+    ),
+}
+
+
+def judge_subsources(relatives: Relatives, output: Path) -> None:
+    """Cohen's own sources left out in turn: images that nobody of the same hospital was seen of."""
+    samples = relatives.dataset.samples
+    rows = []
+    for name, chosen in SUBSOURCES.items():
+        held_out = np.array(
+            [
+                i
+                for i, s in enumerate(samples)
+                if s.source == "cohen" and chosen(urlparse(s.metadata.get("url", "")).netloc)
+            ]
+        )
+        found = relatives.predict_without(held_out, f"without-{name.split()[0]}")
+        own = [samples[i] for i in held_out]
+        truth = np.array([s.label == "covid19" for s in own])
+        value = estimate_auroc(own, truth, found[:, 2])
+        counts = [int(truth.sum()), int((~truth).sum())]
+        rows.append({"left_out": name, "n": counts, "auroc": value.to_dict()})
+        print(rows[-1], flush=True)
+    write(output, "subsources", {"training": SHORT.to_dict(), "rows": rows})
+
+
+def judge_hannover(relatives: Relatives, output: Path) -> None:
+    """Cohen, Kermany and half of NIH's patients, tested on Hannover against the other half."""
+    samples = relatives.dataset.samples
+    hannover = np.array([i for i, s in enumerate(samples) if s.source == "hannover"])
+    held_out = np.concatenate([hannover, relatives.held_out_nih()])
+    found = relatives.predict_without(held_out, "without-hannover")
+    # Rows that Cohen took over from Hannover are the same radiographs again: not counted twice.
+    once = np.array([samples[i].metadata.get("numbered_by") != "cohen" for i in held_out])
+    normal = np.array([samples[i].label != "pneumonia" for i in held_out])
+    mask = once & normal
+    own = [samples[i] for i in held_out[mask]]
+    truth = np.array([s.label == "covid19" for s in own])
+    value = estimate_auroc(own, truth, score(found[mask]))
+    counts = [int(truth.sum()), int((~truth).sum())]
+    print("hannover against nih", value, counts)
+    result = {"training": SHORT.to_dict(), "n": counts, "auroc": value.to_dict()}
+    write(output, "hannover", result)
+
+
+def write(output: Path, name: str, content: dict[str, Any]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    write_files(output, {f"{name}.json": (json.dumps(content, indent=1) + "\n").encode()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--run", type=Path, default=Path("runs/default"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
+    parser.add_argument("--checkpoint", type=Path)
+    parts = ("checkpoint", "folds", "subsources", "hannover")
+    parser.add_argument("--what", choices=parts, action="append")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    what = options.what or parts
+    if "checkpoint" in what:
+        place = options.checkpoint or options.run / "224px"
+        judge_checkpoint(options.data, options.run, options.output, place)
+    if set(what) - {"checkpoint"}:
+        relatives = Relatives(options.data, options.run)
+        for name, judge in (
+            ("folds", judge_folds),
+            ("subsources", judge_subsources),
+            ("hannover", judge_hannover),
+        ):
+            if name in what:
+                judge(relatives, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Where the lungs are: masks of any radiograph from a small bundled network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from chestxray_covid.checkpoint import read_tensors, write_files
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.loading import in_batches
+from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError
+from chestxray_covid.image import Preprocess, load_image
+
+if TYPE_CHECKING:
+    from chestxray_covid.lung_network import LungNetwork
+
+#: Side of the network's input in pixels; masks are drawn there and enlarged.
+SIZE_PX = 128
+#: The bundled weights; ``lungs.json`` beside them names their SHA-256 and how good they are.
+WEIGHTS = Path(__file__).parent / "weights" / "lungs.safetensors"
+
+
+def segment(images: Any, *, batch_size: int = 16) -> Any:
+    """Return where the lungs are.
+
+    The network learned from 140 masks of Cohen's collection, which another model (lungVAE) drew
+    and nobody corrected: they leave out the heart and most of what a dense opacity hides. It is
+    for cropping, hiding and auditing, not for measuring.
+
+    Args:
+        images: One image (whatever :func:`load_image` takes); or a list or a data set of them.
+        batch_size: Images computed at once.
+
+    Returns:
+        For one image ``(H, W)`` bool, true inside the lungs, of the size of the upright image; for
+        several a list of such masks. A mask may be empty: the network found no lung.
+
+    Raises:
+        ImageError: If an image cannot be decoded.
+        CheckpointError: If the bundled weights are missing or damaged.
+        ValueError: If ``batch_size`` is not positive.
+    """
+    several = isinstance(images, (list, tuple, ChestXrayDataset))
+    found = list(segment_stream(images if several else [images], batch_size=batch_size))
+    return found if several else found[0]
+
+
+def segment_stream(
+    images: Iterable[Any] | ChestXrayDataset, *, batch_size: int = 16
+) -> Iterator[NDArray[np.bool_]]:
+    """Yield a mask per image, in order, in constant memory; see :func:`segment`."""
+    if not batch_size > 0:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+    if isinstance(images, ChestXrayDataset):
+        loaded: Iterator[Image.Image] = (images.image(i) for i in range(len(images)))
+    else:
+        loaded = (load_image(image) for image in images)
+    return draw_masks(_bundled(WEIGHTS), loaded, batch_size=batch_size)
+
+
+def draw_masks(
+    network: LungNetwork, images: Iterable[Image.Image], *, batch_size: int = 16
+) -> Iterator[NDArray[np.bool_]]:
+    """Yield a network's mask of each image: its two largest parts, without specks."""
+    preprocess = Preprocess(size_px=SIZE_PX)
+    for batch in in_batches(images, batch_size):
+        maps = probabilities(network, np.stack([preprocess(image) for image in batch]))
+        for image, one in zip(batch, maps, strict=True):
+            kept = np.where(_two_lungs(one[0] > 0.5), one[0], 0)
+            yield np.asarray(Image.fromarray(kept).resize(image.size)) > 0.5
+
+
+def _two_lungs(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the largest connected part and the next, if that is a fifth of it: no stomach gas."""
+    from scipy.ndimage import label
+
+    parts, count = label(mask)
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+    order = np.argsort(-sizes, kind="stable")[:2]
+    kept = [i + 1 for i in order if sizes[i] >= 0.2 * sizes[order[0]]]
+    found: NDArray[np.bool_] = np.isin(parts, kept)
+    return found
+
+
+def probabilities(network: LungNetwork, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return ``(N, 1, S, S)`` probabilities of being lung of ``(N, 1, S, S)`` uint8 pixels."""
+    import torch
+
+    with torch.inference_mode():
+        logits = network(torch.from_numpy(pixels).float() / 255)
+    found: NDArray[np.float32] = logits.sigmoid().numpy()
+    return found
+
+
+def lung_box(
+    mask: NDArray[np.bool_], *, margin: float = 0.05
+) -> tuple[float, float, float, float] | None:
+    """Return ``(left, upper, right, lower)`` around the lungs, as :class:`Preprocess` takes it.
+
+    Args:
+        mask: ``(H, W)`` bool, from :func:`segment`.
+        margin: Added on every side, a fraction of the image's side in [0, 0.5].
+
+    Returns:
+        Fractions of width and height in [0, 1]; ``None`` if the mask has no lung of at least a
+        fiftieth of the image, which is too little to be one.
+
+    Raises:
+        ValueError: If the mask is not of two dimensions or ``margin`` is out of range.
+
+    >>> box = lung_box(np.pad(np.ones((50, 60), bool), ((25, 25), (20, 20))), margin=0)
+    >>> box
+    (0.2, 0.25, 0.8, 0.75)
+    """
+    if mask.ndim != 2 or not 0 <= margin <= 0.5:
+        raise ValueError(
+            f"mask must be (H, W) and margin in [0, 0.5], got shape {mask.shape} and {margin}"
+        )
+    if mask.mean() < 0.02:
+        return None
+    height, width = mask.shape
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return (
+        max(0.0, float(columns[0] / width - margin)),
+        max(0.0, float(rows[0] / height - margin)),
+        min(1.0, float((columns[-1] + 1) / width + margin)),
+        min(1.0, float((rows[-1] + 1) / height + margin)),
+    )
+
+
+def save_network(
+    path: str | os.PathLike[str], network: LungNetwork, provenance: Mapping[str, Any]
+) -> None:
+    """Write a network in half precision, and ``<name>.json`` with its hash and provenance.
+
+    Raises:
+        OSError: If they cannot be written; older files are intact.
+    """
+    from safetensors.numpy import save
+
+    from chestxray_covid.models import to_tensors
+
+    half = {
+        name: tensor.astype(np.float16) if tensor.dtype == np.float32 else tensor
+        for name, tensor in to_tensors(network).items()
+    }
+    data, target = save(half), Path(path)
+    about = {"sha256": hashlib.sha256(data).hexdigest(), "size_px": SIZE_PX, **provenance}
+    text = json.dumps(about, indent=1, sort_keys=True, allow_nan=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_files(target.parent, {target.name: data, f"{target.stem}.json": text.encode()})
+
+
+def load_network(path: str | os.PathLike[str]) -> LungNetwork:
+    """Return a network that :func:`save_network` wrote, verified, in ``eval()`` mode.
+
+    Raises:
+        CheckpointNotFoundError: If a file is missing.
+        CheckpointError: If the weights do not fit their hash or the network.
+    """
+    from chestxray_covid.lung_network import LungNetwork
+    from chestxray_covid.models import load_tensors
+
+    target = Path(path)
+    try:
+        data = target.read_bytes()
+        about = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
+        expected = about["sha256"]
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"The weights of the lung network are missing: {error.filename}. Install the package "
+            "again, or train them with recipes/train_lungs.py."
+        ) from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{target} cannot be read: {error!r}. Install it again.") from error
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise CheckpointError(
+            f"{target} is not the file that {target.stem}.json describes: its SHA-256 differs. "
+            "Install the package again."
+        )
+    network, tensors = LungNetwork(), read_tensors(data, target)
+    own = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    if {name: t.shape for name, t in tensors.items()} != own or not all(
+        np.isfinite(t).all() for t in tensors.values()
+    ):
+        raise CheckpointError(f"{target} does not hold the finite weights of a lung network.")
+    load_tensors(network, tensors)
+    return network.eval()
+
+
+@lru_cache(maxsize=1)
+def _bundled(path: Path) -> LungNetwork:
+    return load_network(path)

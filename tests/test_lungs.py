@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from chestxray_covid import ChestXrayDataset, CohenCovidDataset, SyntheticChestXray, lung_mask
+from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError, ImageError
+from chestxray_covid.lung_network import LungNetwork
+from chestxray_covid.lungs import (
+    WEIGHTS,
+    load_network,
+    lung_box,
+    probabilities,
+    save_network,
+    segment,
+    segment_stream,
+)
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return float(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
+
+
+def image(width: int = 90, height: int = 70) -> Image.Image:
+    phantom: Image.Image = SyntheticChestXray(2, image_size_px=128)[0][0]
+    return phantom.resize((width, height))
+
+
+def test_one_image_gives_a_mask_of_its_own_size() -> None:
+    mask = segment(image(90, 70))
+    assert (mask.shape, mask.dtype) == ((70, 90), np.bool_)
+
+
+def test_several_images_of_several_kinds_give_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "one.png"
+    image(64, 48).save(path)
+    found = segment([path, path.read_bytes(), np.asarray(image(50, 60))], batch_size=2)
+    assert [mask.shape for mask in found] == [(48, 64), (48, 64), (60, 50)]
+    assert np.array_equal(found[0], found[1])
+    assert segment([]) == []
+
+
+def test_a_data_set_gives_a_mask_per_sample_whatever_the_batch() -> None:
+    phantoms = SyntheticChestXray(5, image_size_px=96)
+    together = segment(phantoms, batch_size=5)
+    one_by_one = segment(phantoms, batch_size=1)
+    assert len(together) == 5
+    assert all(dice(a, b) > 0.999 for a, b in zip(together, one_by_one, strict=True))
+    assert not any(np.array_equal(a, together[0]) for a in together[1:])
+
+
+def test_exposure_says_little() -> None:
+    plain = np.asarray(image(128, 128), np.float32)
+    darker = segment((plain * 0.5).astype(np.uint8))
+    brighter = segment((plain * 0.5 + 120).astype(np.uint8))
+    assert dice(darker, brighter) > 0.97
+
+
+def test_what_is_no_image_is_refused() -> None:
+    with pytest.raises(ImageError, match=r"<bytes>"):
+        segment(b"no image")
+    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
+        segment(image(), batch_size=0)
+
+
+def test_a_stream_is_read_batch_by_batch() -> None:
+    taken = []
+
+    def images() -> object:
+        for i in range(6):
+            taken.append(i)
+            yield image(40, 40)
+
+    stream = segment_stream(images(), batch_size=2)
+    assert taken == []
+    next(stream)
+    assert taken == [0, 1]
+    assert len(list(stream)) == 5
+
+
+# ---------------------------------------------------------------- the box
+
+
+def test_the_box_holds_the_lungs_and_a_margin() -> None:
+    mask = np.zeros((100, 200), bool)
+    mask[30:70, 40:160] = True
+    assert lung_box(mask, margin=0) == (0.2, 0.3, 0.8, 0.7)
+    assert lung_box(mask, margin=0.1) == pytest.approx((0.1, 0.2, 0.9, 0.8))
+    assert lung_box(mask, margin=0.5) == (0, 0, 1, 1)
+
+
+def test_too_little_lung_gives_no_box() -> None:
+    mask = np.zeros((100, 100), bool)
+    assert lung_box(mask) is None
+    mask[:10, :19] = True
+    assert lung_box(mask) is None
+    mask[:10, :20] = True
+    assert lung_box(mask) is not None
+
+
+@pytest.mark.parametrize(("shape", "margin"), [((4, 4, 1), 0.1), ((4, 4), -0.1), ((4, 4), np.nan)])
+def test_an_impossible_box_is_refused(shape: tuple[int, ...], margin: float) -> None:
+    with pytest.raises(ValueError, match=r"mask must be \(H, W\) and margin in \[0, 0.5\]"):
+        lung_box(np.ones(shape, bool), margin=margin)
+
+
+# ---------------------------------------------------------------- the weights
+
+
+def test_the_network_gives_a_logit_per_pixel_that_exposure_does_not_change() -> None:
+    torch.manual_seed(0)
+    network = LungNetwork().eval()
+    pixels = torch.rand(2, 1, 64, 64)
+    with torch.inference_mode():
+        found = network(pixels)
+        assert found.shape == (2, 1, 64, 64)
+        torch.testing.assert_close(network(pixels * 0.5 + 0.3), found, atol=0.1, rtol=0.1)
+
+
+def test_bundled_weights_are_small_and_measured() -> None:
+    assert WEIGHTS.stat().st_size < 2_000_000
+    about = json.loads(WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
+    assert about["dice"]["value"] > 0.93
+    assert about["dice"]["low"] < about["dice"]["value"] < about["dice"]["high"]
+    assert about["test_patients"] > 20
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    path = tmp_path / "own.safetensors"
+    save_network(path, LungNetwork(), {"note": "random"})
+    return path
+
+
+def test_weights_survive_the_disk_in_half_precision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = LungNetwork().eval()
+    save_network(tmp_path / "own.safetensors", network, {})
+    again = load_network(tmp_path / "own.safetensors")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 1, 32, 32), dtype=np.uint8)
+    expected = probabilities(network, pixels)
+    np.testing.assert_allclose(probabilities(again, pixels), expected, atol=0.01)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["own.json", "own.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["own.safetensors", "own.json"])
+def test_missing_weights_are_named(written: Path, name: str) -> None:
+    (written.parent / name).unlink()
+    with pytest.raises(CheckpointNotFoundError, match=re.escape(name)):
+        load_network(written)
+
+
+def test_damaged_weights_are_refused(written: Path) -> None:
+    data = bytearray(written.read_bytes())
+    data[-5] ^= 1
+    written.write_bytes(data)
+    with pytest.raises(CheckpointError, match="its SHA-256 differs"):
+        load_network(written)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "<html>"])
+def test_a_damaged_description_is_refused(written: Path, text: str) -> None:
+    written.with_suffix(".json").write_text(text)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_network(written)
+
+
+@pytest.mark.parametrize("defect", ["nan", "misshapen", "missing"])
+def test_weights_of_another_kind_are_refused(written: Path, defect: str) -> None:
+    network = LungNetwork()
+    if defect == "nan":
+        with torch.no_grad():
+            network.head.bias.fill_(torch.nan)
+    elif defect == "misshapen":
+        network.head = torch.nn.Conv2d(16, 2, 1)
+    else:
+        network.head = torch.nn.Conv2d(16, 1, 1, bias=False)
+    save_network(written, network, {})
+    with pytest.raises(CheckpointError, match="finite weights of a lung network"):
+        load_network(written)
+
+
+# ---------------------------------------------------------------- real radiographs
+
+
+@pytest.mark.real_data
+def test_masks_agree_with_those_of_cohen(real_data: Path) -> None:
+    cohen = CohenCovidDataset(real_data / "covid-chestxray-dataset")
+    drawn = cohen.filter(lambda s: "lung_mask" in s.metadata)
+    scores = [
+        dice(mask, lung_mask(sample))  # type: ignore[arg-type]
+        for mask, sample in zip(segment(drawn), drawn.samples, strict=True)
+    ]
+    assert len(scores) > 150
+    assert np.mean(scores) > 0.93
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("folder", ["chest_xray", "nih-subset", "covid-19-image-repository"])
+def test_lungs_of_other_sources_lie_on_both_sides_of_the_middle(
+    real_data: Path, folder: str
+) -> None:
+    from chestxray_covid import open_dataset
+
+    whole = open_dataset(real_data / folder, classes=("normal", "pneumonia", "covid19"))
+    some: ChestXrayDataset = whole.subset(range(0, len(whole), max(1, len(whole) // 25)))
+    for mask in segment(some):
+        middle = mask.shape[1] // 2
+        assert 0.06 < mask.mean() < 0.7
+        assert min(mask[:, :middle].sum(), mask[:, middle:].sum()) > 0.15 * mask.sum()
