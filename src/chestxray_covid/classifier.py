@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from chestxray_covid.checkpoint import ModelConfig, is_folder, load_checkpoint
+from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import decoder, image_files, in_batches, map_ahead
 from chestxray_covid.engines import open_engine
@@ -26,6 +26,7 @@ from chestxray_covid.errors import (
     ImageError,
     MissingExtraError,
 )
+from chestxray_covid.files import is_folder
 
 
 @dataclass(frozen=True, kw_only=True)

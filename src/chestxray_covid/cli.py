@@ -383,7 +383,7 @@ def _count_seen(saved: Path, dataset: ChestXrayDataset) -> int:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    from chestxray_covid.checkpoint import write_files
+    from chestxray_covid.files import write_files
 
     write_files(path.parent, {path.name: json.dumps(data, indent=1).encode()})
 
