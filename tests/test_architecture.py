@@ -22,7 +22,15 @@ MAX_LINES = 400
 #: package's ``__init__`` loads names lazily, so it imports the version alone.
 ROWS = (
     ("_version", "errors"),
-    ("files", "pixels", "metrics", "datasets.report", "datasets.storage", "datasets.web"),
+    (
+        "files",
+        "pixels",
+        "prediction",
+        "metrics",
+        "datasets.report",
+        "datasets.storage",
+        "datasets.web",
+    ),
     ("dicom", "encoded", "intervals", "tensors"),
     ("image",),
     ("checkpoint", "datasets.archives", "datasets.transfer", "datasets.base"),

@@ -1,6 +1,6 @@
 """The checkpoint directory: weights, configuration, integrity. Needs no torch.
 
-A checkpoint is a folder with ``model.safetensors`` and ``config.json``, and maybe attachments: small
+A checkpoint is a folder with ``model.safetensors``, ``config.json`` and maybe attachments: further
 files that a model needs beside its weights. The config names the SHA-256 of all of them, which
 is verified at every load. It is at the same time a config as timm writes it, so that timm and
 transformers open the folder as well.
