@@ -33,9 +33,9 @@ from chestxray_covid import (
     evaluate,
     patient_groups,
 )
-from chestxray_covid.checkpoint import write_files
 from chestxray_covid.datasets.base import LABELS
 from chestxray_covid.evaluation import evaluate_probabilities
+from chestxray_covid.files import write_files
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
 from chestxray_covid.metrics import auroc
 from chestxray_covid.splits import divide, folds_by_patient

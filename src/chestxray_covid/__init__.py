@@ -18,8 +18,6 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.calibration import fit_temperature as fit_temperature
     from chestxray_covid.checkpoint import ModelConfig as ModelConfig
     from chestxray_covid.classifier import Classifier as Classifier
-    from chestxray_covid.classifier import FailedPrediction as FailedPrediction
-    from chestxray_covid.classifier import Prediction as Prediction
     from chestxray_covid.confounders import Confounding as Confounding
     from chestxray_covid.confounders import confounding as confounding
     from chestxray_covid.datasets.base import ChestXrayDataset as ChestXrayDataset
@@ -64,6 +62,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.lungs import segment as segment
     from chestxray_covid.models import build_densenet121 as build_densenet121
     from chestxray_covid.models import set_trainable as set_trainable
+    from chestxray_covid.prediction import FailedPrediction as FailedPrediction
+    from chestxray_covid.prediction import Prediction as Prediction
     from chestxray_covid.splits import Split as Split
     from chestxray_covid.splits import split_by_patient as split_by_patient
     from chestxray_covid.training import Trainer as Trainer
@@ -77,7 +77,7 @@ _MODULES = {
     "augment": ("Augmentation",),
     "calibration": ("fit_temperature",),
     "checkpoint": ("ModelConfig",),
-    "classifier": ("Classifier", "FailedPrediction", "Prediction"),
+    "classifier": ("Classifier",),
     "datasets.base": ("ChestXrayDataset", "Sample", "concatenate", "lung_mask"),
     "datasets.cohen": ("CohenCovidDataset",),
     "datasets.download": ("download_cohen", "download_kermany"),
@@ -115,6 +115,7 @@ _MODULES = {
     "image": ("Preprocess", "load_image"),
     "lungs": ("lung_box", "segment"),
     "models": ("build_densenet121", "set_trainable"),
+    "prediction": ("FailedPrediction", "Prediction"),
     "confounders": ("Confounding", "confounding"),
     "splits": ("Split", "split_by_patient"),
     "training": ("Trainer",),

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid.checkpoint import read_tensors, write_files
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError
+from chestxray_covid.files import write_files
 from chestxray_covid.image import Preprocess, load_image
+from chestxray_covid.tensors import read_tensors
 
 if TYPE_CHECKING:
     from chestxray_covid.lung_network import LungNetwork
