@@ -1,0 +1,126 @@
+"""The recipes of the bundled weights, on phantoms in the layouts of the four collections."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sources
+from chestxray_covid import Augmentation, Classifier, Preprocess
+from chestxray_covid.tensors import read_tensors
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def recipes() -> Iterator[dict[str, Any]]:
+    """Import the recipes as they import each other: as scripts of one folder."""
+    names = ("collection", "train_default", "judge_default", "publish_default")
+    sys.path.insert(0, str(RECIPES))
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(RECIPES))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    findings = ("COVID-19", "No Finding", "Streptococcus")
+    rows = [
+        sources.cohen_row(f"{f[:2]}{i}", f, f"{f[:2]}{i}.png", license="CC BY-NC-SA")
+        for f in findings
+        for i in range(12)
+    ]
+    rows.append(sources.cohen_row("nd", "COVID-19", "nd.png", license="CC BY-NC-ND 4.0"))
+    url = "https://github.com/ml-workgroup/covid-19-image-repository/tree/master/png"
+    rows.append(sources.cohen_row("han1", "COVID-19", "own1.png", url=url))
+    rows.append(sources.cohen_row("han2", "No Finding", "own2.png", url=url))
+    sources.write_cohen(root / "covid-chestxray-dataset", "flat", rows=rows)
+    sources.write_kermany(root)
+    sources.write_hannover(root / "covid-19-image-repository", patients=12)
+    sources.write_nih(root / "nih-subset", patients=12)
+    return root
+
+
+def test_what_may_not_be_trained_on_stays_out(recipes: dict[str, Any], data: Path) -> None:
+    collection = recipes["collection"]
+    dataset = collection.open_sources(data)
+    names = {s.path.name for s in dataset.samples}
+    assert "own1.png" in names
+    assert not {"nd.png", "own2.png"} & names
+    assert dataset.sources == ("cohen", "hannover", "kermany", "nih")
+    counts = collection.count_by_licence(dataset)
+    assert sum(counts.values()) == len(dataset)
+    assert counts["CC BY-NC-SA"] == 37, "own1.png among them"
+    assert not any("ND" in name.split("-") for name in counts)
+
+
+def test_a_hidden_centre_shows_the_mean(recipes: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (100, 60), dtype=np.uint8)
+    found = np.asarray(recipes["judge_default"].hide(Image.fromarray(pixels), 0.7))
+    assert (found[15:85, 9:51] == round(pixels.mean())).all()
+    outside = np.ones((100, 60), bool)
+    outside[15:85, 9:51] = False
+    assert np.array_equal(found[outside], pixels[outside])
+
+
+@pytest.mark.slow
+def test_the_recipe_leads_from_data_to_a_calibrated_checkpoint(
+    recipes: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, publish = recipes["train_default"], recipes["publish_default"]
+    stages = tuple(
+        replace(
+            stage,
+            config=replace(
+                stage.config,
+                preprocess=Preprocess(size_px=32),
+                augmentation=Augmentation.none(),
+                epochs=1,
+                samples_per_epoch=48,
+                learning_rate=1e-3,
+                progress=False,
+            ),
+        )
+        for stage in train.STAGES[:2]
+    )
+    monkeypatch.setattr(train, "STAGES", stages)
+    monkeypatch.setattr(publish, "STAGES", stages)
+    run = tmp_path / "run"
+    split = train.open_split(data, run)
+    last = train.train_stages(split, run, pretrained=None)
+    assert last == run / stages[-1].name
+    before = (last / "model.safetensors").read_bytes()
+    assert train.train_stages(train.open_split(data, run), run, pretrained=None) == last
+    assert (last / "model.safetensors").read_bytes() == before, "a finished run is read"
+
+    output, results = tmp_path / "weights", tmp_path / "results"
+    options = ["--data", data, "--run", run, "--output", output, "--results", results]
+    monkeypatch.setattr(sys, "argv", ["publish", *map(str, options)])
+    publish.main()
+    weights = output / "model.safetensors"
+    tensors = read_tensors(weights.read_bytes(), weights)
+    assert {t.dtype.name for t in tensors.values()} == {"float16", "int64"}
+    classifier = Classifier.from_pretrained(output)
+    found = json.loads((results / "calibration.json").read_text())
+    assert classifier.config.threshold == found["threshold"]
+    assert "90% sensitivity" in classifier.config.threshold_origin
+
+    covid = [i for i, s in enumerate(split.val.samples) if s.label == "covid19"]
+    called = [classifier.predict(split.val.image(i)).is_positive for i in covid]
+    assert np.mean(called) >= 0.9
+    history = json.loads((results / "history.json").read_text())
+    assert [len(stage["epochs"]) for stage in history["stages"]] == [1, 1]
