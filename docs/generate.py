@@ -256,12 +256,12 @@ def wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False)
 
 
-def with_block(readme: str, block: str) -> str:
-    """Return a README with the text between its markers replaced."""
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise SystemExit(f"README.md needs the markers {START} and {END}, in this order.")
+def with_block(page: str, block: str, *, start: str = START, end: str = END) -> str:
+    """Return a page with the text between its markers replaced."""
+    before, found_start, rest = page.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not found_start or not found_end:
+        raise SystemExit(f"The page needs the markers {start} and {end}, in this order.")
     return f"{before}{start}\n{block}\n{end}{after}"
 
 
@@ -321,6 +321,9 @@ def main() -> None:
     readme.write_text(text, encoding="utf-8")
     (DOCS / "baseline.md").write_text(baseline_page(results), encoding="utf-8")
     draw_history(RESULTS)
+    import generate_model
+
+    generate_model.write_pages()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "lungs.safetensors"
 def segment(images: Any, *, batch_size: int = 16) -> Any:
     """Return where the lungs are.
 
-    The network learned from 140 masks of Cohen's collection, which another model (lungVAE) drew
+    The network learned from masks of Cohen's collection, which another model (lungVAE) drew
     and nobody corrected: they leave out the heart and most of what a dense opacity hides. It is
     for cropping, hiding and auditing, not for measuring.
 

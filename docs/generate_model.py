@@ -1,0 +1,277 @@
+"""Write what README and documentation say of the bundled weights, from their measured results.
+
+Called by ``generate.py``; reads ``docs/results/default/*.json``, which ``recipes/judge_default.py``
+and ``recipes/publish_default.py`` leave, and the numbers beside the bundled weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from generate import (
+    DOCS,
+    SOURCE_KEY,
+    digest,
+    shown,
+    source_table,
+    table,
+    with_block,
+    wrapped,
+)
+
+from chestxray_covid import EvaluationReport
+from chestxray_covid.intervals import Estimate
+from chestxray_covid.lungs import WEIGHTS
+
+RESULTS = DOCS / "results" / "default"
+LUNGS_START, LUNGS_END = "<!-- lungs:start -->", "<!-- lungs:end -->"
+MODEL_START, MODEL_END = "<!-- model:start -->", "<!-- model:end -->"
+
+
+def write_pages() -> None:
+    """Write the lungs' and the model's numbers into README and documentation."""
+    blocks = (
+        (DOCS / "lungs.md", lungs_block(), LUNGS_START, LUNGS_END),
+        (DOCS.parent / "README.md", model_block(), MODEL_START, MODEL_END),
+    )
+    for page, block, start, end in blocks:
+        text = with_block(page.read_text(encoding="utf-8"), block, start=start, end=end)
+        page.write_text(text, encoding="utf-8")
+    (DOCS / "model.md").write_text(model_page(), encoding="utf-8")
+    draw_reliability()
+    draw_stages()
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def estimate(data: Mapping[str, Any]) -> str:
+    return shown(Estimate.from_dict(data))
+
+
+def pair(counts: list[int]) -> str:
+    return f"{counts[0]} against {counts[1]}"
+
+
+def honest_rows() -> list[tuple[str, str, str]]:
+    """Return what was measured where the source cannot give all of the label away."""
+    folds, hannover = read("folds"), read("hannover")
+    rows = [
+        (
+            f"COVID-19 against other findings inside Cohen, {folds['folds']} folds by patient",
+            pair(folds["all"]["n"]),
+            estimate(folds["all"]["auroc"]),
+        ),
+        (
+            "the same without the rows that are Hannover's",
+            pair(folds["without Hannover's"]["n"]),
+            estimate(folds["without Hannover's"]["auroc"]),
+        ),
+    ]
+    rows += [
+        (
+            f"the same, {row['left_out']} left out of training",
+            pair(row["n"]),
+            estimate(row["auroc"]),
+        )
+        for row in read("subsources")["rows"]
+    ]
+    title = "Hannover's COVID-19 against NIH's normals, patients and hospital unseen (confounded)"
+    return [*rows, (title, pair(hannover["n"]), estimate(hannover["auroc"]))]
+
+
+def frame_rows() -> list[tuple[Any, ...]]:
+    """Return how well the weights tell sources apart with the centre hidden."""
+    cells: dict[tuple[str, str], dict[float, Any]] = {}
+    for row in read("frame")["rows"]:
+        cells.setdefault((row["covid19"], row["normal"]), {})[row["hidden"]] = row
+    return [
+        (
+            f"{one} COVID-19, {other} normal",
+            pair(parts[0.0]["n"]),
+            *(estimate(parts[part]["auroc"]) for part in (0.0, 0.7, 0.9)),
+        )
+        for (one, other), parts in cells.items()
+    ]
+
+
+def model_block() -> str:
+    """Return what README says of the bundled weights."""
+    report = EvaluationReport.load(RESULTS / "evaluation.json")
+    ours = table(("AUROC of COVID-19", "Images", "Value"), honest_rows())
+    pooled = report.overall.per_class["covid19"]
+    text = f"""
+        The bundled weights (three classes, four public sources, trained from random weights) are
+        for research. Internal numbers are no evidence: on held-out patients of the four sources,
+        the AUROC of COVID-19 against normal is {shown(pooled["auroc_vs_normal"])}, and the sources
+        all but give the label away. What is worth more is what was measured inside one source, or
+        on a source that was left out, with shorter relatives of the weights that never saw it:"""
+    frame = f"""
+        With the central 70 % or 90 % of the side hidden under the image's mean, the weights tell
+        COVID-19 of one source from normals of another with an AUROC of {frame_range()} (0.5:
+        the frame says nothing). [The bundled model](docs/model.md) has all numbers."""
+    return f"{wrapped(text)}\n\n{ours}\n\n{wrapped(frame)}"
+
+
+def frame_range() -> str:
+    values = [r["auroc"]["value"] for r in read("frame")["rows"] if r["hidden"] > 0]
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def model_page() -> str:
+    """Return the page ``docs/model.md``."""
+    report = EvaluationReport.load(RESULTS / "evaluation.json")
+    binary = EvaluationReport.load(RESULTS / "evaluation_binary.json")
+    calibration = read("calibration")
+    before, after = calibration["before"], calibration["after"]
+    names = {
+        "ece": "ECE",
+        "ece_balanced": "ECE, every class counting alike",
+        "brier": "Brier score",
+        "brier_balanced": "Brier score, every class counting alike",
+    }
+    calibrated = table(
+        ("", "before", "after"),
+        [(title, estimate(before[k]), estimate(after[k])) for k, title in names.items()],
+    )
+    temperature = f"""
+        The temperature {calibration["temperature"]:.3f} was fitted on validation patients and is
+        folded into the last layer, so that every engine and every other library sees the same
+        probabilities. The threshold {calibration["threshold"]:.3f} of p(covid19) / (p(covid19) +
+        p(normal)) was chosen for {calibration["threshold_origin"]}."""
+    pooled = f"""
+        {report.n_images} radiographs of {report.n_patients} patients that training never saw, of
+        the same four sources. The source all but gives the label away here: these numbers cannot
+        tell disease from source."""
+    return f"""\
+<!-- Written by docs/generate.py from docs/results/default/*.json: do not edit. -->
+
+# The bundled model
+
+```{{warning}}
+It is not a medical device. The weights are for research only (CC BY-NC-SA 4.0), and nothing that
+they say is a diagnosis.
+```
+
+DenseNet-121 with the classes `normal`, `pneumonia` (any other than COVID-19) and `covid19`, trained
+from random weights on four public sources by `recipes/train_default.py`. What was tried on the way
+is in `recipes/README.md`.
+
+```python
+from chestxray_covid import Classifier
+
+classifier = Classifier.from_pretrained()
+print(classifier.predict("data/phantoms/covid19/00002_000002.png"))
+two = Classifier.from_pretrained(classes=("normal", "covid19"))  # the same network, renormalised
+```
+
+## Where the source cannot help, or not as much
+
+Shorter relatives of the weights (the same recipe, five epochs at 160 px), because the weights
+themselves have seen most of these images. Intervals at 95 % by patient.
+
+{table(("AUROC of COVID-19", "Images", "Value"), honest_rows())}
+
+## Does it read the frame?
+
+AUROC with nothing, the central 70 % and the central 90 % of the side hidden under the image's mean.
+Where the centre is hidden, 0.5 is what a model should reach that looks at lungs alone.
+
+{table(("Pairing", "Images", "whole", "70 % hidden", "90 % hidden"), frame_rows())}
+
+## On held-out patients of the same sources
+
+{wrapped(pooled)}
+
+{source_table(report)}
+
+Restricted to `normal` and `covid19`:
+
+{source_table(binary)}
+
+## Calibration
+
+{wrapped(temperature)}
+
+{calibrated}
+
+![Share that is right against the probability of the label](results/default/reliability.png)
+
+## Training
+
+![Validation AUROC and losses over the stages](results/default/history.png)
+"""
+
+
+def lungs_block() -> str:
+    """Return how good the lung segmenter is."""
+    about = json.loads(WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
+    worst, tenth, quarter, median = about["dice_quantiles"]
+    return wrapped(
+        f"""
+        On {about["test_images"]} radiographs of {about["test_patients"]} patients of Cohen's that
+        it was not trained on, the mean Dice coefficient with the annotated masks is
+        {estimate(about["dice"])}; the worst is {worst:.2f}, a tenth lies below {tenth:.2f}, a
+        quarter below {quarter:.2f}, half below {median:.2f}. The masks are drawings of another
+        model (lungVAE), not of a reader. It was trained on {about["train_images"]} others of
+        Cohen's; on children's radiographs (Kermany) its outlines were looked at, not measured."""
+    )
+
+
+def draw_reliability() -> Path:
+    """Draw how often the label is right, by its probability."""
+    from matplotlib.figure import Figure
+
+    rows = read("calibration")["reliability"]
+    panel = Figure(figsize=(4, 3.6), layout="constrained")
+    axes = panel.subplots()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    axes.plot([r["confidence"] for r in rows], [r["accuracy"] for r in rows], "o-")
+    for r in rows:
+        axes.annotate(
+            f"n = {r['n']}",
+            (r["confidence"], r["accuracy"]),
+            textcoords="offset points",
+            xytext=(6, -10),
+            fontsize=7,
+        )
+    axes.set(
+        xlabel="probability of the label", ylabel="share that is right", xlim=(0.3, 1), ylim=(0, 1)
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(panel, "reliability", "calibration")
+
+
+def draw_stages() -> Path:
+    """Draw losses and validation AUROC over all stages."""
+    from matplotlib.figure import Figure
+
+    panel = Figure(figsize=(8, 3), layout="constrained")
+    left, right = panel.subplots(1, 2)
+    start = 0
+    for stage in read("history")["stages"]:
+        epochs = stage["epochs"]
+        x = [start + e["epoch"] for e in epochs]
+        left.plot(x, [e["train_loss"] for e in epochs], "o-", color="C0", markersize=3)
+        left.plot(x, [e["val_loss"] for e in epochs], "s--", color="C1", markersize=3)
+        right.plot(x, [e["val_auroc"] for e in epochs], "s--", color="C1", markersize=3)
+        for axes in (left, right):
+            axes.axvline(start + 0.5, color="0.85", linewidth=1)
+            axes.text(start + 0.7, 0.02, stage["stage"], transform=axes.get_xaxis_transform())
+        start = x[-1]
+    left.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, 2.1))
+    left.legend(["training", "validation"], frameon=False)
+    right.set(xlabel="epoch", ylabel="validation AUROC (one against the rest)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return _save(panel, "history", "history")
+
+
+def _save(panel: Any, name: str, source: str) -> Path:
+    target = RESULTS / f"{name}.png"
+    panel.savefig(target, dpi=120, metadata={SOURCE_KEY: digest(RESULTS / f"{source}.json")})
+    return target
