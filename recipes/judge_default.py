@@ -21,7 +21,7 @@ from urllib.parse import urlparse
 import numpy as np
 from collection import open_sources
 from PIL import Image
-from train_default import COMMON, STRONG, open_split
+from train_default import COMMON, STAGES, STRONG, open_split
 
 from chestxray_covid import (
     ChestXrayDataset,
@@ -312,7 +312,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     what = options.what or parts
     if "checkpoint" in what:
-        place = options.checkpoint or options.run / "224px"
+        place = options.checkpoint or options.run / STAGES[-1].name
         judge_checkpoint(options.data, options.run, options.output, place)
     if set(what) - {"checkpoint"}:
         relatives = Relatives(options.data, options.run)

@@ -352,38 +352,42 @@ def test_as_many_draws_as_images_are_needed() -> None:
 
 
 def test_the_asked_share_of_centres_is_hidden_and_the_frame_stays() -> None:
-    pixels = images(400, 40).float()
-    before = pixels.clone()
-    found, hidden = hide_centres(pixels, 0.25, seed=1, epoch=2, draws=range(400))
-    assert torch.equal(pixels, before), "the caller's pixels stay as they were"
-    assert hidden.double().mean().item() == pytest.approx(
-        0.25, abs=4 * math.sqrt(0.25 * 0.75 / 400)
-    )
-    assert torch.equal(found[~hidden], pixels[~hidden])
-    own_mean = 0
-    for shown, original in zip(found[hidden], pixels[hidden], strict=True):
-        changed = shown != original
+    plain, varied = images(400, 40), images(400, 40, seed=1).float()
+    before = varied.clone()
+    found, hidden = hide_centres(varied, plain, 0.25, seed=1, epoch=2, draws=range(400))
+    assert torch.equal(varied, before), "the caller's pixels stay as they were"
+    deviation = math.sqrt(0.25 * 0.75 / 400)
+    assert hidden.double().mean().item() == pytest.approx(0.25, abs=4 * deviation)
+    assert torch.equal(found[~hidden], varied[~hidden])
+    own_mean = from_plain = 0
+    for shown, *both in zip(found[hidden], plain[hidden].float(), varied[hidden], strict=True):
+        frames = [b for b in both if torch.equal(shown[0, 0], b[0, 0])]
+        assert len(frames) == 1, "the frame is that of the image, before or after augmentation"
+        from_plain += torch.equal(frames[0], both[0])
+        changed = (shown != frames[0])[0]
         grey = shown[0, 20, 20].item()
-        assert (shown[changed] == grey).all()
-        rows = changed[0].any(1).nonzero()
+        assert (shown[0][changed] == grey).all()
+        rows = changed.any(1).nonzero()
         side = int(rows[-1] - rows[0]) + 1
         assert 0.5 * 40 - 2 <= side <= 0.95 * 40 + 2
         assert int(rows[0]) == 39 - int(rows[-1]), "in the middle"
-        own_mean += abs(grey - original.mean().item()) < 1e-3
-    assert own_mean / int(hidden.sum()) == pytest.approx(0.5, abs=0.2)
+        own_mean += abs(grey - frames[0].mean().item()) < 1e-3
+    assert own_mean / int(hidden.sum()) == pytest.approx(1 / 2, abs=0.2)
+    assert from_plain / int(hidden.sum()) == pytest.approx(2 / 3, abs=0.2)
 
 
 def test_a_centre_is_hidden_alike_whatever_its_batch() -> None:
-    pixels = images(30).float()
-    found, hidden = hide_centres(pixels, 0.5, seed=1, epoch=2, draws=range(30))
+    plain, varied = images(30), images(30, seed=1).float()
+    found, hidden = hide_centres(varied, plain, 0.5, seed=1, epoch=2, draws=range(30))
     for i in range(30):
-        alone, flag = hide_centres(pixels[i : i + 1], 0.5, seed=1, epoch=2, draws=[i])
+        own = slice(i, i + 1)
+        alone, flag = hide_centres(varied[own], plain[own], 0.5, seed=1, epoch=2, draws=[i])
         assert torch.equal(alone[0], found[i])
         assert flag[0] == hidden[i]
 
 
 def test_no_share_hides_nothing() -> None:
     pixels = images().float()
-    found, hidden = hide_centres(pixels, 0, seed=1, epoch=2, draws=range(4))
+    found, hidden = hide_centres(pixels, pixels, 0, seed=1, epoch=2, draws=range(4))
     assert torch.equal(found, pixels)
     assert not hidden.any()

@@ -180,16 +180,24 @@ def _hide_border(image: Tensor, parts: Sequence[float], grey: float) -> Tensor:
 
 
 def hide_centres(
-    images: Tensor, share: float, *, seed: int, epoch: int, draws: Sequence[int]
+    images: Tensor,
+    plain: Tensor,
+    share: float,
+    *,
+    seed: int,
+    epoch: int,
+    draws: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Hide the centre of a share of the images, and say of which.
 
     A model that is taught a uniform target for them learns that the frame (markers, borders,
     the shape of the crop) says nothing. 50 to 95 % of the side are hidden, half of the time under
-    the image's mean and half of the time under a random grey level.
+    the image's mean and half of the time under a random grey level. Two thirds of the frames are
+    those of the image before augmentation, whose crops would leave out what a frame gives away.
 
     Args:
         images: ``(N, 1, S, S)`` float32 in [0, 255]; not changed.
+        plain: ``(N, 1, S, S)`` the same before augmentation, uint8 or float32; not changed.
         share: Probability that an image is hidden, in [0, 1).
         seed, epoch, draws: As for :class:`Augmentation`.
 
@@ -203,10 +211,12 @@ def hide_centres(
     shown, side = images.clone(), images.shape[-1]
     for i, draw in enumerate(draws):
         rng = np.random.default_rng([seed, epoch, _CENTRE_STREAM, draw])
-        chosen, part, own_mean, grey = rng.random(4)
+        chosen, part, own_mean, grey, whole = rng.random(5)
         if chosen < share:
             hidden[i] = True
             margin = round(side * (1 - (0.5 + 0.45 * part)) / 2)
             inner = slice(margin, side - margin)
-            shown[i, :, inner, inner] = images[i].mean() if own_mean < 0.5 else 255 * grey
+            frame = plain[i].to(images.dtype) if whole < 2 / 3 else images[i]
+            shown[i] = frame
+            shown[i, :, inner, inner] = frame.mean() if own_mean < 0.5 else 255 * grey
     return shown, hidden.to(images.device)

@@ -90,7 +90,7 @@ class TrainingNetwork:
         """
         stream: dict[str, Any] = {"seed": self._config.seed, "epoch": epoch, "draws": draws}
         varied = self._config.augmentation(images, **stream)
-        return hide_centres(varied, self._config.hide_centre, **stream)
+        return hide_centres(varied, images, self._config.hide_centre, **stream)
 
     def backward(
         self, pixels: Tensor, targets: Tensor, *, hidden: Tensor, batches: int, last: bool
