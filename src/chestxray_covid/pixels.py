@@ -132,7 +132,8 @@ def _coloured_share(image: Image.Image) -> float:
     if image.mode in _GREY_MODES or image.mode.startswith("I;16"):
         return 0.0
     grid = (min(image.width, _COLOUR_GRID), min(image.height, _COLOUR_GRID))
-    red, green, blue = image.resize(grid, Image.Resampling.NEAREST).convert("RGB").split()
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    red, green, blue, *_ = image.resize(grid, Image.Resampling.NEAREST).convert(mode).split()
     highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
     lowest = ImageChops.darker(ImageChops.darker(red, green), blue)
     counts = ImageChops.subtract(highest, lowest).histogram()
