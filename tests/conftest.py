@@ -12,8 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
-from chestxray_covid.checkpoint import ModelConfig, densenet121_shapes, save_checkpoint
+from chestxray_covid.checkpoint import ModelConfig, save_checkpoint
 from chestxray_covid.image import Preprocess
+from chestxray_covid.tensors import densenet121_shapes
 
 
 @pytest.fixture(scope="session")

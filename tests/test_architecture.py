@@ -22,8 +22,16 @@ MAX_LINES = 400
 #: package's ``__init__`` loads names lazily, so it imports the version alone.
 ROWS = (
     ("_version", "errors"),
-    ("pixels", "metrics", "datasets.report", "datasets.storage", "datasets.web"),
-    ("dicom", "encoded", "intervals"),
+    (
+        "files",
+        "pixels",
+        "prediction",
+        "metrics",
+        "datasets.report",
+        "datasets.storage",
+        "datasets.web",
+    ),
+    ("dicom", "encoded", "intervals", "tensors"),
     ("image",),
     ("checkpoint", "datasets.archives", "datasets.transfer", "datasets.base"),
     ("datasets.download", "datasets.loading", "datasets.phantom"),

@@ -25,17 +25,15 @@ from chestxray_covid.checkpoint import (
     FORMAT_VERSION,
     WEIGHTS_NAME,
     ModelConfig,
-    densenet121_shapes,
-    is_folder,
+    load_attachment,
     load_checkpoint,
     load_config,
-    read_json,
-    read_tensors,
     save_checkpoint,
-    write_files,
 )
 from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from chestxray_covid.files import is_folder, read_json, write_files
 from chestxray_covid.image import Preprocess
+from chestxray_covid.tensors import densenet121_shapes, read_tensors
 from conftest import random_tensors
 
 Tensors = dict[str, NDArray[Any]]
@@ -130,6 +128,62 @@ def test_shapes_are_those_of_torchvision_in_its_order(num_classes: int) -> None:
     assert list(densenet121_shapes(num_classes).items()) == list(expected.items())
 
 
+# ---------------------------------------------------------------- attachments
+
+ATTACHED = {"gate.safetensors": b"\x00\x01" * 1000, "lungs.json": b"{}"}
+
+
+def test_attachments_come_back_and_the_config_names_their_hashes(
+    tmp_path: Path, tensors: Tensors
+) -> None:
+    saved = save_checkpoint(tmp_path / "run", CONFIG, tensors, ATTACHED)
+    config = load_config(tmp_path / "run")
+    assert config == saved
+    assert config.attachments == {k: hashlib.sha256(v).hexdigest() for k, v in ATTACHED.items()}
+    assert {n: load_attachment(tmp_path / "run", config, n) for n in ATTACHED} == ATTACHED
+    assert load_attachment(tmp_path / "run", config, "other.json") is None
+    assert load_attachment(tmp_path / "run", config, "config.json") is None
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {CONFIG_NAME, WEIGHTS_NAME, *ATTACHED}
+
+
+def test_saving_without_attachments_means_none(tmp_path: Path, tensors: Tensors) -> None:
+    saved = save_checkpoint(tmp_path, CONFIG, tensors, ATTACHED)
+    assert save_checkpoint(tmp_path, saved, tensors).attachments == {}
+    assert load_attachment(tmp_path, load_config(tmp_path), "lungs.json") is None
+
+
+def test_a_damaged_or_missing_attachment_is_refused(tmp_path: Path, tensors: Tensors) -> None:
+    config = save_checkpoint(tmp_path, CONFIG, tensors, ATTACHED)
+    path, good = tmp_path / "gate.safetensors", ATTACHED["gate.safetensors"]
+    for bad in (good[:-1], good + b"x", b"", bytes([good[0] ^ 1]) + good[1:], good * 20_000):
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"gate\.safetensors is not the file that"):
+            load_attachment(tmp_path, config, path.name)
+    path.unlink()
+    with pytest.raises(CheckpointNotFoundError, match=r"gate\.safetensors is missing beside"):
+        load_attachment(tmp_path, config, path.name)
+    path.mkdir()
+    with pytest.raises(CheckpointNotFoundError, match=r"gate\.safetensors is missing beside"):
+        load_attachment(tmp_path, config, path.name)
+
+
+@pytest.mark.parametrize(
+    ("attachments", "reason"),
+    [
+        ({"config.json": b"{}"}, "neither config.json nor model.safetensors"),
+        ({"../gate.json": b"{}"}, "attachments must be named like"),
+        ({"gate.json": bytes(20_000_001)}, "gate.json has 20000001 bytes, expected at most"),
+    ],
+)
+def test_an_impossible_attachment_is_not_saved_and_nothing_is_written(
+    tmp_path: Path, tensors: Tensors, attachments: dict[str, bytes], reason: str
+) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        save_checkpoint(tmp_path / "new", CONFIG, tensors, attachments)
+    assert not (tmp_path / "new").exists()
+
+
 # ---------------------------------------------------------------- config
 
 
@@ -148,13 +202,21 @@ def json_values() -> st.SearchStrategy[Any]:
 
 names = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=100)
 fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
+digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 configs = st.builds(
     ModelConfig,
     classes=st.lists(names, min_size=2, max_size=20, unique=True).map(tuple),
     preprocess=st.builds(Preprocess, size_px=st.integers(32, 2048), mean=fractions, std=fractions),
     threshold=fractions,
     threshold_origin=st.text(),
-    weights_sha256=st.text("0123456789abcdef", min_size=64, max_size=64) | st.just(""),
+    weights_sha256=digests | st.just(""),
+    attachments=st.dictionaries(
+        st.from_regex(r"[a-z][a-z0-9_]{0,40}\.(safetensors|json)", fullmatch=True).filter(
+            lambda name: name not in (CONFIG_NAME, WEIGHTS_NAME)
+        ),
+        digests,
+        max_size=3,
+    ),
     provenance=st.dictionaries(st.text(), json_values(), max_size=4),
 )
 
@@ -168,10 +230,51 @@ def test_any_config_survives_its_json(config: ModelConfig) -> None:
 
 def test_a_config_says_what_it_is() -> None:
     data = CONFIG.to_dict()
-    assert data["format_version"] == FORMAT_VERSION == 1
+    assert data["format_version"] == FORMAT_VERSION == 2
     assert data["architecture"] == "densenet121"
     assert data["classes"] == ["normal", "covid19"]
     assert data["preprocess"] == {"size_px": 224, "mean": 0.449, "std": 0.226, "resize": "squash"}
+
+
+def test_a_config_says_the_same_in_the_words_of_timm() -> None:
+    preprocess = Preprocess(size_px=160, mean=0.5, std=0.25)
+    data = ModelConfig(classes=("a", "b", "c"), preprocess=preprocess).to_dict()
+    assert (data["num_classes"], data["num_features"]) == (3, 1024)
+    assert data["label_names"] == ["a", "b", "c"]
+    assert data["pretrained_cfg"]["input_size"] == [3, 160, 160]
+    assert data["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
+    assert data["pretrained_cfg"]["std"] == [0.25, 0.25, 0.25]
+    assert data["pretrained_cfg"]["crop_mode"] == "squash"
+    assert data["pretrained_cfg"]["num_classes"] == 3
+    assert "model_type" not in data
+
+
+def version_1() -> dict[str, Any]:
+    """Return the config of format 1: before attachments and timm's fields."""
+    ours = ("classes", "preprocess", "threshold", "threshold_origin", "architecture")
+    about = ("weights_sha256", "provenance", "chestxray_covid_version")
+    return {name: CONFIG.to_dict()[name] for name in ours + about} | {"format_version": 1}
+
+
+def test_a_checkpoint_of_format_1_is_read_and_saved_in_the_present_one(
+    tmp_path: Path, good_file: bytes, tensors: Tensors
+) -> None:
+    (tmp_path / WEIGHTS_NAME).write_bytes(good_file)
+    digest = hashlib.sha256(good_file).hexdigest()
+    written(tmp_path, version_1() | {"weights_sha256": digest, "threshold": 0.25})
+    config, found = load_checkpoint(tmp_path)
+    assert (config.format_version, config.threshold, config.attachments) == (2, 0.25, {})
+    assert same(found, {name: tensors[name] for name in found})
+    save_checkpoint(tmp_path, config, found)
+    assert json.loads((tmp_path / CONFIG_NAME).read_text())["format_version"] == 2
+    assert load_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("name", ["attachments", "num_classes", "pretrained_cfg"])
+def test_format_1_has_no_fields_of_format_2(tmp_path: Path, name: str) -> None:
+    later = {name: CONFIG.to_dict()[name]}
+    with pytest.raises(ConfigError, match=f"unknown fields: {name}; missing: none"):
+        load_config(written(tmp_path, version_1() | later))
 
 
 def valid() -> dict[str, Any]:
@@ -179,13 +282,13 @@ def valid() -> dict[str, Any]:
 
 
 HOSTILE_FIELDS: list[tuple[str, Any, str]] = [
-    ("format_version", 0, "format_version is 0, expected 1: .*Train again"),
-    ("format_version", 2, "format_version is 2, expected 1: .*install the version that wrote it"),
+    ("format_version", 0, "format_version is '0', expected 1 or 2: .*Train again"),
+    ("format_version", 3, "format_version is '3', expected 1 or 2: .*the version that wrote it"),
     ("format_version", "1", "format_version is '1'"),
-    ("format_version", 1.0, "format_version is 1.0"),
-    ("format_version", True, "format_version is True"),
-    ("format_version", None, "format_version is None"),
-    ("format_version", [1], r"format_version is \[1\]"),
+    ("format_version", 2.0, "format_version is '2.0'"),
+    ("format_version", True, "format_version is 'True'"),
+    ("format_version", None, "format_version is 'None'"),
+    ("format_version", [1], r"format_version is '\[1\]'"),
     ("architecture", "resnet50", "architecture is 'resnet50', expected 'densenet121'"),
     ("architecture", "os.system", "architecture is 'os.system'"),
     ("architecture", "../../models", "architecture is '../../models'"),
@@ -219,6 +322,30 @@ HOSTILE_FIELDS: list[tuple[str, Any, str]] = [
     ("weights_sha256", "A" * 64, "weights_sha256 must be 64 hex digits"),
     ("weights_sha256", "0" * 64 + "\n", "weights_sha256 must be 64 hex digits"),
     ("weights_sha256", 0, "weights_sha256 must be text, got 0"),
+    ("attachments", [], "attachments must be an object of at most 16 files"),
+    ("attachments", {f"a{n}.json": "0" * 64 for n in range(17)}, "attachments must be an object"),
+    ("attachments", {"../a.json": "0" * 64}, "attachments must be named like gate.safetensors"),
+    ("attachments", {"/etc/passwd": "0" * 64}, "attachments must be named like"),
+    ("attachments", {"a/b.json": "0" * 64}, "attachments must be named like"),
+    ("attachments", {"gate.pkl": "0" * 64}, "attachments must be named like"),
+    ("attachments", {"Gate.json": "0" * 64}, "attachments must be named like"),
+    ("attachments", {"gate.json\n": "0" * 64}, "attachments must be named like"),
+    ("attachments", {"a" * 42 + ".json": "0" * 64}, "attachments must be named like"),
+    ("attachments", {"config.json": "0" * 64}, "neither config.json nor model.safetensors"),
+    ("attachments", {"model.safetensors": "0" * 64}, "neither config.json nor model.safetensors"),
+    ("attachments", {"gate.json": "0" * 63}, "attachments: gate.json must have 64 hex digits"),
+    ("attachments", {"gate.json": None}, "attachments: gate.json must have 64 hex digits"),
+    ("num_classes", 1_000_000_000, "num_classes is '1000000000', but classes and preprocess make"),
+    ("num_classes", -1, "num_classes is '-1', but .* make it 2"),
+    ("num_classes", "2", "num_classes is '2', but .* make it 2"),
+    ("num_classes", None, "num_classes is 'None'"),
+    ("num_features", 10**9, "num_features is '1000000000', but .* make it 1024"),
+    ("label_names", ["covid19", "normal"], "label_names is .* make it .'normal', 'covid19'"),
+    ("label_names", [str(n) for n in range(100_000)], "label_names is"),
+    ("dtype", "float16", "dtype is 'float16', but .* make it 'float32'"),
+    ("dtype", {"$ref": "os.system"}, "dtype is"),
+    ("pretrained_cfg", {}, "pretrained_cfg is '{}', but .*'crop_mode': 'squash'"),
+    ("pretrained_cfg", {"url": "http://127.0.0.1/model.bin"}, "pretrained_cfg is"),
     ("chestxray_covid_version", {}, "chestxray_covid_version must be text"),
     ("provenance", [], r"provenance must be an object, got \[\]"),
     ("provenance", "x", "provenance must be an object, got 'x'"),
@@ -273,7 +400,7 @@ def test_a_missing_field_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_a_config_without_a_version_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="format_version is None, expected 1"):
+    with pytest.raises(ConfigError, match="format_version is 'None', expected 1 or 2"):
         load_config(written(tmp_path, {"architecture": "densenet121", "num_classes": 2}))
 
 
@@ -302,7 +429,8 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path, data: Any) -> Non
         ({"classes": ["normal", "covid19"]}, "classes must be 2 to 1000"),
         ({"threshold": math.nan}, r"threshold must be inside \(0, 1\)"),
         ({"preprocess": {"size_px": 64}}, "preprocess must be a Preprocess"),
-        ({"format_version": 2}, "format_version is 2, this version of chestxray-covid reads 1"),
+        ({"format_version": 1}, "format_version is 1, chestxray-covid here writes 2"),
+        ({"attachments": None}, "attachments must be an object"),
         ({"provenance": None}, "provenance must be an object"),
     ],
 )
@@ -698,7 +826,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_as_it_was(
 WRITE_LIMITED = """
 import resource, sys
 from pathlib import Path
-from chestxray_covid.checkpoint import write_files
+from chestxray_covid.files import write_files
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 try:
     write_files(Path(sys.argv[1]), {"a": b"new", "b": b"new" * 1000, "c": b"new"})

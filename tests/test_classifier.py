@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
-from chestxray_covid.classifier import Classifier, FailedPrediction, Prediction, image_files
+from chestxray_covid.classifier import Classifier, image_files
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.folder import FolderDataset
 from chestxray_covid.errors import (
@@ -32,6 +32,7 @@ from chestxray_covid.errors import (
     ImageNotFoundError,
 )
 from chestxray_covid.image import Preprocess, load_image
+from chestxray_covid.prediction import FailedPrediction, Prediction
 from conftest import random_tensors
 
 CLASSES = ("normal", "pneumonia", "covid19")

@@ -11,11 +11,11 @@ from chestxray_covid.datasets.storage import (
     exclusive,
     path_problem,
     sync_file,
-    sync_folder,
     write_file,
     writing_to,
 )
 from chestxray_covid.errors import DownloadError, IntegrityError
+from chestxray_covid.files import sync_folder
 from servers import forkserver
 
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.augment import Augmentation as Augmentation
     from chestxray_covid.checkpoint import ModelConfig as ModelConfig
     from chestxray_covid.classifier import Classifier as Classifier
-    from chestxray_covid.classifier import FailedPrediction as FailedPrediction
-    from chestxray_covid.classifier import Prediction as Prediction
     from chestxray_covid.confounders import Confounding as Confounding
     from chestxray_covid.confounders import confounding as confounding
     from chestxray_covid.datasets.base import ChestXrayDataset as ChestXrayDataset
@@ -61,6 +59,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.image import load_image as load_image
     from chestxray_covid.models import build_densenet121 as build_densenet121
     from chestxray_covid.models import set_trainable as set_trainable
+    from chestxray_covid.prediction import FailedPrediction as FailedPrediction
+    from chestxray_covid.prediction import Prediction as Prediction
     from chestxray_covid.splits import Split as Split
     from chestxray_covid.splits import split_by_patient as split_by_patient
     from chestxray_covid.training import Trainer as Trainer
@@ -73,7 +73,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
 _MODULES = {
     "augment": ("Augmentation",),
     "checkpoint": ("ModelConfig",),
-    "classifier": ("Classifier", "FailedPrediction", "Prediction"),
+    "classifier": ("Classifier",),
     "datasets.base": ("ChestXrayDataset", "Sample", "concatenate", "lung_mask"),
     "datasets.cohen": ("CohenCovidDataset",),
     "datasets.download": ("download_cohen", "download_kermany"),
@@ -110,6 +110,7 @@ _MODULES = {
     "evaluation_report": ("EvaluationReport",),
     "image": ("Preprocess", "load_image"),
     "models": ("build_densenet121", "set_trainable"),
+    "prediction": ("FailedPrediction", "Prediction"),
     "confounders": ("Confounding", "confounding"),
     "splits": ("Split", "split_by_patient"),
     "training": ("Trainer",),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, overload
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from chestxray_covid.checkpoint import ModelConfig, is_folder, load_checkpoint
+from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import decoder, image_files, in_batches, map_ahead
 from chestxray_covid.engines import open_engine
@@ -26,82 +25,8 @@ from chestxray_covid.errors import (
     ImageError,
     MissingExtraError,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What a model says of one image. It is no diagnosis.
-
-    Attributes:
-        label: The class of the highest probability.
-        probabilities: Class → probability, in the model's order; they sum to 1.
-        threshold: Of :attr:`score`, from which a case counts as positive.
-        source: The image's path, or what it was given as: ``"<array>"`` (also of a tensor),
-            ``"<bytes>"``, ``"<stream>"`` or ``"<PIL image>"``.
-    """
-
-    label: str
-    probabilities: Mapping[str, float]
-    threshold: float
-    source: str
-
-    @property
-    def score(self) -> float | None:
-        """p(covid19) / (p(covid19) + p(normal)), in [0, 1]; ``None`` if the model lacks one."""
-        p = self.probabilities
-        if "covid19" not in p or "normal" not in p:
-            return None
-        total = p["covid19"] + p["normal"]
-        return p["covid19"] / total if total > 0 else 0.5
-
-    @property
-    def is_positive(self) -> bool | None:
-        """Whether :attr:`score` reaches the threshold; ``None`` without a score."""
-        score = self.score
-        return None if score is None else score >= self.threshold
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data."""
-        return {
-            "source": self.source,
-            "label": self.label,
-            "probabilities": dict(self.probabilities),
-            "score": self.score,
-            "threshold": self.threshold,
-            "is_positive": self.is_positive,
-        }
-
-    def to_json(self) -> str:
-        """Return :meth:`to_dict` as one line of JSON."""
-        return json.dumps(self.to_dict())
-
-    def __str__(self) -> str:
-        ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])
-        return f"{self.source}: " + ", ".join(f"{name} {p:.3f}" for name, p in ranked)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FailedPrediction:
-    """An image that could not be judged.
-
-    Attributes:
-        source: As in :class:`Prediction`.
-        error: Why.
-    """
-
-    source: str
-    error: ChestXrayError
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data."""
-        return {"source": self.source, "error": str(self.error)}
-
-    def to_json(self) -> str:
-        """Return :meth:`to_dict` as one line of JSON."""
-        return json.dumps(self.to_dict())
-
-    def __str__(self) -> str:
-        return str(self.error) if self.source in str(self.error) else f"{self.source}: {self.error}"
+from chestxray_covid.files import is_folder
+from chestxray_covid.prediction import FailedPrediction, Prediction
 
 
 class Classifier:

@@ -16,8 +16,8 @@ from chestxray_covid._version import __version__
 from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
 
 if TYPE_CHECKING:
-    from chestxray_covid.classifier import FailedPrediction, Prediction
     from chestxray_covid.datasets.base import ChestXrayDataset
+    from chestxray_covid.prediction import FailedPrediction, Prediction
     from chestxray_covid.splits import Split
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -291,7 +291,8 @@ def predict(
     """
     from tqdm import tqdm
 
-    from chestxray_covid.classifier import Classifier, FailedPrediction
+    from chestxray_covid.classifier import Classifier
+    from chestxray_covid.prediction import FailedPrediction
 
     classifier = Classifier.from_pretrained(model, device=device)
     results = classifier.predict_stream(paths, batch_size, "return", workers=workers)
@@ -383,7 +384,7 @@ def _count_seen(saved: Path, dataset: ChestXrayDataset) -> int:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    from chestxray_covid.checkpoint import write_files
+    from chestxray_covid.files import write_files
 
     write_files(path.parent, {path.name: json.dumps(data, indent=1).encode()})
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid.checkpoint import ModelConfig, check_tensors
+from chestxray_covid.checkpoint import ModelConfig
+from chestxray_covid.tensors import check_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -115,6 +115,16 @@ class MissingExtraError(ChestXrayError, ImportError):
     """An optional package is not installed; the message holds the pip command."""
 
 
+def first_of(names: list[str]) -> str:
+    """Return the first three names for a message, and how many more there are.
+
+    >>> first_of(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    shown = ", ".join(names[:3]) or "none"
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
 def require_extra(module: str, extra: str) -> ModuleType:
     """Return an optional module, imported now.
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from chestxray_covid import metrics as m
-from chestxray_covid.checkpoint import write_files
 from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.errors import ReportError
+from chestxray_covid.files import write_files
 from chestxray_covid.intervals import Estimate
 
 if TYPE_CHECKING:

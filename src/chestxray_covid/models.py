@@ -14,9 +14,11 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from chestxray_covid.checkpoint import densenet121_shapes, is_folder, load_checkpoint
+from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.errors import CheckpointNotFoundError, WeightsUnavailableError
+from chestxray_covid.files import is_folder
 from chestxray_covid.image import Preprocess
+from chestxray_covid.tensors import densenet121_shapes
 
 #: Values of ``trainable``, from the whole network to the classifier alone.
 TRAINABLE = ("all", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head")

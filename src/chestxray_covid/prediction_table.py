@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chestxray_covid.classifier import FailedPrediction, Prediction
+from chestxray_covid.prediction import FailedPrediction, Prediction
 
 
 @contextmanager

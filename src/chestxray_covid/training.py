@@ -20,15 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from tqdm import tqdm
 
-from chestxray_covid.checkpoint import (
-    ModelConfig,
-    load_checkpoint,
-    read_json,
-    save_checkpoint,
-)
+from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder, map_ahead
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
+from chestxray_covid.files import read_json
 from chestxray_covid.models import check_model, load_tensors, to_tensors
 from chestxray_covid.training_config import (
     Callback,

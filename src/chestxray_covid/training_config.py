@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid.augment import Augmentation
-from chestxray_covid.checkpoint import write_files
 from chestxray_covid.errors import TrainingError
+from chestxray_covid.files import write_files
 from chestxray_covid.image import Preprocess
 
 if TYPE_CHECKING:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid.checkpoint import read_json, read_tensors, sync_folder, write_files
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_key
 from chestxray_covid.errors import CheckpointError, TrainingError
+from chestxray_covid.files import read_json, sync_folder, write_files
+from chestxray_covid.tensors import read_tensors
 
 if TYPE_CHECKING:  # it imports torch, which nothing here needs
     from chestxray_covid.training_config import TrainingConfig

@@ -24,11 +24,11 @@ from chestxray_covid.datasets.storage import (
     exclusive,
     path_problem,
     sync_file,
-    sync_folder,
     write_file,
     writing_to,
 )
 from chestxray_covid.errors import ArchiveError, DatasetNotFoundError, DownloadError
+from chestxray_covid.files import sync_folder
 
 #: Written last into an unpacked folder; holds a hash of what was unpacked.
 MARKER_NAME = ".complete"

@@ -1,0 +1,103 @@
+"""Files that appear complete or not at all, and strict JSON from files that are not trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from chestxray_covid.errors import ConfigError
+
+#: A config of this library has about 1 kB; more is no config.
+_MAX_JSON_BYTES = 1_000_000
+_MAX_JSON_DEPTH = 20
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a small JSON file.
+
+    Raises:
+        ConfigError: If it is too large, nested too deep, or no strict JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            return parse_json(file.read(_MAX_JSON_BYTES + 1))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error}") from error
+
+
+def parse_json(data: bytes) -> Any:
+    """Return the content of small, strict JSON: UTF-8, finite numbers, not nested too deep.
+
+    Raises:
+        ConfigError: If it is anything else.
+    """
+    if len(data) > _MAX_JSON_BYTES:
+        raise ConfigError(f"more than {_MAX_JSON_BYTES} bytes, too large for a config")
+    try:
+        content = json.loads(data.decode(), parse_float=_finite, parse_constant=_finite)
+        if _depth(content) > _MAX_JSON_DEPTH:
+            raise RecursionError
+    except RecursionError as error:
+        raise ConfigError(f"nested deeper than {_MAX_JSON_DEPTH}") from error
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"cannot be read as JSON: {error}") from error
+    return content
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ConfigError("holds NaN or an infinite number, which JSON has not")
+    return number
+
+
+def _depth(content: Any) -> int:
+    depth, level = 0, [content]
+    while level:
+        nested = [part for part in level if isinstance(part, (dict, list))]
+        level = [p for n in nested for p in (n.values() if isinstance(n, dict) else n)]
+        depth += bool(nested)
+    return depth
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Return whether there is a folder; ``Path.is_dir`` raises if the name is too long."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files into a folder, in order, each complete or not at all and synced to the disk.
+
+    Raises:
+        OSError: If one cannot be written, for want of room for example; all are as they were.
+    """
+    partials = {name: folder / f".{name}.{os.getpid()}.partial" for name in contents}
+    try:
+        for name, data in contents.items():
+            with partials[name].open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        # Only now: a disk that is full at the last file leaves the first as it was, too.
+        for name, partial in partials.items():
+            partial.replace(folder / name)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,103 @@
+"""The tensors of a DenseNet-121 in a checkpoint: names, shapes, types. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid.errors import CheckpointError, first_of
+
+#: No more is read; single precision and 1000 classes come to 32 MB, with a header of 90 kB.
+MAX_WEIGHTS_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 1_000_000
+_DTYPES = frozenset({"float16", "float32", "int64"})
+
+
+def densenet121_shapes(num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor of torchvision's DenseNet-121, in its order.
+
+    Huang et al., Densely Connected Convolutional Networks, CVPR 2017, table 1: growth rate 32,
+    blocks of 6, 12, 24 and 16 layers, bottleneck 4, compression 0.5, 64 initial features.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"features.conv0.weight": (64, 3, 7, 7)}
+
+    def norm(name: str, width: int) -> None:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = (width,)
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    norm("features.norm0", 64)
+    width = 64
+    for block, layers in enumerate((6, 12, 24, 16), 1):
+        for layer in range(1, layers + 1):
+            place = f"features.denseblock{block}.denselayer{layer}"
+            norm(f"{place}.norm1", width)
+            shapes[f"{place}.conv1.weight"] = (128, width, 1, 1)
+            norm(f"{place}.norm2", 128)
+            shapes[f"{place}.conv2.weight"] = (32, 128, 3, 3)
+            width += 32
+        if block < 4:
+            norm(f"features.transition{block}.norm", width)
+            shapes[f"features.transition{block}.conv.weight"] = (width // 2, width, 1, 1)
+            width //= 2
+    norm("features.norm5", width)
+    shapes["classifier.weight"] = (num_classes, width)
+    shapes["classifier.bias"] = (num_classes,)
+    return shapes
+
+
+def read_tensors(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: If it is damaged or has a type other than half, single or int64.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    length = int.from_bytes(data[:8], "little")
+    if length > _MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path} is no safetensors file: its header claims {length} bytes.")
+    try:
+        tensors = dict(load(data))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is no safetensors file of half, single and int64 tensors: {error}."
+        ) from error
+    strange = {t.dtype.name for t in tensors.values()} - _DTYPES
+    if strange:
+        raise CheckpointError(f"{path} has tensors of type {sorted(strange)}.")
+    return tensors
+
+
+def check_tensors(tensors: Mapping[str, NDArray[Any]], num_classes: int, where: Path) -> None:
+    """Raise unless the tensors are those of a DenseNet-121, with finite values.
+
+    Raises:
+        CheckpointError: If a tensor is missing, extra, misshapen, not finite or neither half nor
+            single precision (int64 for a batch norm's counter).
+    """
+    shapes = densenet121_shapes(num_classes)
+    missing = [name for name in shapes if name not in tensors]
+    extra = [name for name in tensors if name not in shapes]
+    if missing or extra:
+        raise CheckpointError(
+            f"{where} is no DenseNet-121 with {num_classes} classes: "
+            f"missing {first_of(missing)}, unexpected {first_of(extra)}."
+        )
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {tensors[name].shape}, expected {shape}."
+            )
+        expected = ("int64",) if name.endswith("num_batches_tracked") else ("float16", "float32")
+        if tensors[name].dtype not in expected:
+            raise CheckpointError(
+                f"{where}: {name} has type {tensors[name].dtype}, expected {' or '.join(expected)}."
+            )
+        if not np.isfinite(tensors[name]).all():
+            raise CheckpointError(f"{where}: {name} has values that are not finite.")
