@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, overload
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
+from chestxray_covid.checkpoint import ModelConfig, load_attachment, load_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.datasets.loading import decoder, image_files, in_batches, map_ahead
+from chestxray_covid.datasets.loading import image_files, in_batches, map_ahead
 from chestxray_covid.engines import open_engine
 from chestxray_covid.errors import (
     CheckpointError,
@@ -26,7 +26,12 @@ from chestxray_covid.errors import (
     MissingExtraError,
 )
 from chestxray_covid.files import is_folder
+from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
+from chestxray_covid.pixels import ImageFacts
 from chestxray_covid.prediction import FailedPrediction, Prediction
+
+#: Pixels of an image, and what it was before.
+_Read: TypeAlias = tuple[NDArray[np.uint8], ImageFacts]
 
 
 class Classifier:
@@ -39,6 +44,8 @@ class Classifier:
     Args:
         config: Config of the checkpoint.
         tensors: Weights of the checkpoint.
+        gate: Says what is odd about an image; without it, predictions tell only what needs no
+            statistics: blank, low resolution, colour.
         classes, device, engine: See :meth:`from_pretrained`.
 
     Raises:
@@ -50,6 +57,7 @@ class Classifier:
         config: ModelConfig,
         tensors: Mapping[str, NDArray[Any]],
         *,
+        gate: Gate | None = None,
         classes: Sequence[str] | None = None,
         device: str | None = None,
         engine: str = "auto",
@@ -57,6 +65,7 @@ class Classifier:
         if classes is not None:
             config, tensors = _restrict(config, tensors, classes)
         self.config = config
+        self.gate = gate
         self._engine = open_engine(config, tensors, engine=engine, device=device)
 
     @classmethod
@@ -89,7 +98,9 @@ class Classifier:
                 "comes without weights of its own."
             )
         config, tensors = load_checkpoint(name_or_path)
-        return cls(config, tensors, classes=classes, device=device, engine=engine)
+        attached = load_attachment(name_or_path, config, GATE_NAME)
+        gate = None if attached is None else Gate.from_bytes(attached)
+        return cls(config, tensors, gate=gate, classes=classes, device=device, engine=engine)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -135,11 +146,11 @@ class Classifier:
         """
         _check_positive("batch_size", batch_size)
         items = list(_expand(images))
-        pixels = map_ahead(self._pixels, items, workers=workers, ahead=4 * batch_size)
+        images_read = map_ahead(self._read, items, workers=workers, ahead=4 * batch_size)
         rows = []
         with tqdm(desc="predict", total=len(items), unit="img", disable=not progress) as bar:
-            for batch in in_batches(pixels, batch_size):
-                rows.append(self._probabilities(np.stack(batch)))
+            for batch in in_batches(images_read, batch_size):
+                rows.append(self._compute(np.stack([pixels for pixels, _ in batch]))[0])
                 bar.update(len(batch))
         return np.concatenate(rows) if rows else np.zeros((0, len(self.classes)))
 
@@ -213,9 +224,9 @@ class Classifier:
     def _stream(
         self, images: Any, batch_size: int, raising: bool, workers: int
     ) -> Iterator[Prediction | FailedPrediction]:
-        def decode(image: Any) -> tuple[str, NDArray[np.uint8] | ChestXrayError]:
+        def decode(image: Any) -> tuple[str, _Read | ChestXrayError]:
             try:
-                return _name(image), self._pixels(image)
+                return _name(image), self._read(image)
             except (ImageError, MissingExtraError) as error:
                 if raising:
                     raise
@@ -225,29 +236,48 @@ class Classifier:
         items = chain.from_iterable(map(_expand, [images] if whole else images))
         decoded = map_ahead(decode, items, workers=workers, ahead=4 * batch_size)
         for batch in in_batches(decoded, batch_size):
-            good = [pixels for _, pixels in batch if not isinstance(pixels, ChestXrayError)]
-            rows = iter(self._probabilities(np.stack(good)) if good else ())
-            for name, pixels in batch:
-                if isinstance(pixels, ChestXrayError):
-                    yield FailedPrediction(source=name, error=pixels)
+            good = [read[0] for _, read in batch if not isinstance(read, ChestXrayError)]
+            rows = iter(zip(*self._compute(np.stack(good)), strict=True) if good else ())
+            for name, read in batch:
+                if isinstance(read, ChestXrayError):
+                    yield FailedPrediction(source=name, error=read)
                 else:
-                    yield self._prediction(name, next(rows))
+                    shares, features = next(rows)
+                    yield self._prediction(name, shares, self._flags(features, *read))
 
-    def _pixels(self, image: Any) -> NDArray[np.uint8]:
-        if isinstance(image, _Item):
-            return decoder(image.dataset, self.config.preprocess)(image.position)
-        return self.config.preprocess(image)
+    def _read(self, image: Any) -> _Read:
+        if not isinstance(image, _Item):
+            return self.config.preprocess.read(image)
+        sample = image.dataset.samples[image.position]
+        if sample.is_file and image.dataset.transform is None:
+            return self.config.preprocess.read(sample.path)
+        size = self.config.preprocess.decode_size()
+        return self.config.preprocess.read(image.dataset.image(image.position, size))
 
-    def _prediction(self, source: str, row: NDArray[np.float64]) -> Prediction:
+    def _flags(
+        self, features: NDArray[np.float32], pixels: NDArray[np.uint8], facts: ImageFacts
+    ) -> tuple[Flag, ...]:
+        if self.gate is None:
+            return check_image(pixels, facts)
+        return self.gate.check(features, pixels, facts)
+
+    def _prediction(
+        self, source: str, row: NDArray[np.float64], flags: tuple[Flag, ...]
+    ) -> Prediction:
         return Prediction(
             label=self.classes[int(row.argmax())],
             probabilities=dict(zip(self.classes, row.tolist(), strict=True)),
             threshold=self.config.threshold,
             source=source,
+            flags=flags,
         )
 
-    def _probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-        logits = self._engine(pixels)[0].astype(np.float64)
+    def _compute(
+        self, pixels: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Return ``(N, K)`` probabilities and ``(N, 1024)`` features."""
+        found, features = self._engine(pixels)
+        logits = found.astype(np.float64)
         if not np.isfinite(logits).all():
             raise CheckpointError(
                 "The model gave a value that is not finite: its weights overflow. "
@@ -255,7 +285,7 @@ class Classifier:
             )
         powers = np.exp(logits - logits.max(1, keepdims=True))
         shares: NDArray[np.float64] = powers / powers.sum(1, keepdims=True)
-        return shares
+        return shares, features
 
 
 def _check_positive(name: str, value: int) -> None:
