@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chestxray_covid import (
-    ChestXrayDataset,
     CohenCovidDataset,
     Preprocess,
     Split,
     SyntheticChestXray,
 )
 from chestxray_covid.datasets.base import LABELS
+from chestxray_covid.datasets.cohen import read_metadata
 from chestxray_covid.datasets.duplicates import patient_key
 from chestxray_covid.image import read_image
 from chestxray_covid.pixels import ImageFacts
@@ -89,14 +89,16 @@ def cohen_others(data: Path, split: Split, preprocess: Preprocess) -> Iterator[E
     Patients who have frontal radiographs as well stay on the side of those, the others are dealt
     by turns. An image whose licence forbids derivatives is measured with only.
     """
+    folder = data / "covid-chestxray-dataset"
     side_of = _sides(split)
-    for kind, options in (
-        ("lateral", {"views": ("L",)}),
-        ("ct", {"views": None, "modalities": ("CT",)}),
-    ):
-        folder = data / "covid-chestxray-dataset"
-        dataset = CohenCovidDataset(folder, classes=("covid19",), findings={}, **options)
-        dataset = _all_findings(folder, dataset, options)
+    # Whatever the finding: to a gate it is all the same.
+    findings = {row["finding"].strip(): "covid19" for row in read_metadata(folder / "metadata.csv")}
+    choices: dict[str, dict[str, Any]] = {
+        "lateral": {"views": ("L",)},
+        "ct": {"views": None, "modalities": ("CT",)},
+    }
+    for kind, choice in choices.items():
+        dataset = CohenCovidDataset(folder, classes=("covid19",), findings=findings, **choice)
         dealt: dict[tuple[str, str], bool] = {}
         for sample in dataset.samples:
             patient = patient_key(sample)
@@ -115,17 +117,6 @@ def cohen_others(data: Path, split: Split, preprocess: Preprocess) -> Iterator[E
             yield example
             if not held_out:
                 yield replace(example, pixels=pixels[:, :, ::-1].copy())
-
-
-def _all_findings(
-    folder: Path, dataset: ChestXrayDataset, options: dict[str, Any]
-) -> ChestXrayDataset:
-    # Whatever the finding: a gate does not care.
-    from chestxray_covid.datasets.cohen import read_metadata
-
-    rows = read_metadata(folder / "metadata.csv")
-    findings = {row["finding"].strip(): "covid19" for row in rows}
-    return CohenCovidDataset(folder, classes=("covid19",), findings=findings, **options)
 
 
 def _sides(split: Split) -> dict[tuple[str, str], bool]:
@@ -177,8 +168,13 @@ def foreign(preprocess: Preprocess, *, count: int, seed: int = 0) -> Iterator[Ex
             yield _unseen(preprocess, part, "picture of another kind", name)
     for number in range(count):
         yield _unseen(preprocess, waves(rng, DRAWN_PX), "waves", f"waves {number}")
-    for number, (phantom, _) in enumerate(SyntheticChestXray(count, classes=LABELS, seed=seed)):
-        yield _unseen(preprocess, phantom, "phantom", f"phantom {number}")
+    for held_out in (False, True):
+        phantoms = SyntheticChestXray(
+            count, classes=LABELS, seed=seed + held_out, sources=("a", "b"), site_effect=True
+        )
+        for number, (phantom, _) in enumerate(phantoms):
+            group = f"phantom {held_out} {number}"
+            yield _foreign(preprocess, phantom, "phantom", group, held_out=held_out)
 
 
 def _foreign(

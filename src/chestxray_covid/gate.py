@@ -153,8 +153,8 @@ class Gate:
         probe: ``(6, 1024 + D)`` weights of a multinomial logistic regression on the standardised
             input, a row for each of :data:`KINDS`.
         bias: ``(6,)``.
-        min_log_odds: ``(1,)``; the logarithm of how many times more probable than a frontal
-            radiograph another kind must be to be flagged.
+        min_log_odds: ``(5,)``; the logarithm of how many times more probable than a frontal
+            radiograph each other kind must be to be flagged.
         centre: ``(1024,)`` mean of the standardised features of frontal radiographs.
         basis: ``(1024, C)`` orthonormal directions in which those vary most.
         variances: ``(C,)`` in those directions, positive.
@@ -196,8 +196,8 @@ class Gate:
     ) -> tuple[Flag, ...]:
         """Return all that is odd about an image.
 
-        One flag at most says what kind of image it is, the first of: ``blank``; the kind that is
-        most probable besides a frontal radiograph; and, where that is none,
+        One flag at most says what kind of image it is, the first of: ``blank``; the kind whose
+        odds against a frontal radiograph exceed their threshold most; and, where none does,
         ``out_of_distribution`` by distance. Their scores are the share of even pixels; the
         probability of the kind; and d² / (d² + t²) of the distance d and the threshold t, from
         0.5 on.
@@ -215,8 +215,9 @@ class Gate:
         return (*([kind] if kind else self._check_distance(features)), *flags)
 
     def _check_kind(self, log_odds: NDArray[np.float64]) -> Flag | None:
-        best = int(log_odds[1:].argmax()) + 1
-        if not log_odds[best] > self.min_log_odds[0]:
+        excess = log_odds[1:] - self.min_log_odds
+        best = int(excess.argmax()) + 1
+        if not excess[best - 1] > 0:
             return None
         name, reason = _KIND_FLAGS[KINDS[best]]
         odds = np.exp(log_odds - log_odds.max())
@@ -315,7 +316,7 @@ def _shapes(components: int) -> Mapping[str, tuple[int, ...]]:
         "scale": (inputs,),
         "probe": (len(KINDS), inputs),
         "bias": (len(KINDS),),
-        "min_log_odds": (1,),
+        "min_log_odds": (len(KINDS) - 1,),
         "centre": (FEATURES,),
         "basis": (FEATURES, components),
         "variances": (components,),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,16 +48,16 @@ def fit_gate(
     kinds: Sequence[str],
     patients: Sequence[str],
     sources: Sequence[str],
-    false_alarms: float = 0.04,
+    false_alarms: float = 0.05,
     components: int = 64,
 ) -> Gate:
     """Return the gate of a network, fitted on what it was trained on and on what it must refuse.
 
     A multinomial logistic regression learns the kinds, a Gaussian what frontal radiographs are
-    like. Each of its two thresholds gives false alarms to half of ``false_alarms``, or fewer: of
-    the frontal radiographs of held-out patients (five folds by patient), and of those of a source
-    that was left out, in the median over the sources. The latter is what a new hospital is; it
-    decides wherever it is the stricter one.
+    like. Each of their six thresholds, five kinds and the distance, gives false alarms to a sixth
+    of ``false_alarms`` or fewer: of the frontal radiographs of held-out patients (five folds by
+    patient), and of those of a source that was left out, in the median over the sources. The
+    latter is what another hospital is; it decides wherever it is the stricter one.
 
     Args:
         pixels: ``(N, 1, S, S)`` uint8, as the model gets them.
@@ -78,7 +78,7 @@ def fit_gate(
         raise ValueError(f"false_alarms must be inside (0, 1), got {false_alarms}")
     examples = _gather(pixels, features, kinds, patients, sources)
     _check_enough(examples, components)
-    level = 1 - false_alarms / 2
+    level = 1 - false_alarms / len(KINDS)
     held_out = np.concatenate([_judge(*fold, components) for fold in _by_patient(examples)])
     limits = [np.quantile(held_out, level, axis=0)]
     unseen = [
@@ -86,9 +86,13 @@ def fit_gate(
     ]
     if unseen:
         limits.append(np.median(unseen, axis=0))
-    log_odds, distance = np.max(limits, axis=0)
-    # Never below 0: a kind less probable than a frontal radiograph is no reason to flag one.
-    return _fit(examples, components, min_log_odds=max(log_odds, 0.0), max_distance=distance)
+    highest = np.max(limits, axis=0).astype(np.float32)
+    return replace(
+        _fit(examples, components),
+        # Never below 0: a kind less probable than a frontal radiograph is no reason to flag one.
+        min_log_odds=np.maximum(highest[:-1], 0),
+        max_distance=highest[-1:],
+    )
 
 
 def _gather(
@@ -158,21 +162,15 @@ def _by_source(examples: _Examples) -> Iterator[tuple[_Examples, _Examples]]:
 
 
 def _judge(rest: _Examples, left: _Examples, components: int) -> NDArray[np.float64]:
-    """Return ``(N, 2)`` log-odds and distances of the frontal radiographs that were left out."""
+    """Return ``(N, 6)``, five log-odds and a distance, of the frontal radiographs left out."""
     gate = _fit(rest, components)
     inputs = left.inputs[left.is_frontal]
-    log_odds = gate.log_odds(inputs)[:, 1:].max(1)
-    return np.stack([log_odds, gate.distances(inputs[:, :FEATURES])], axis=1)
+    distances = gate.distances(inputs[:, :FEATURES])
+    return np.column_stack([gate.log_odds(inputs)[:, 1:], distances])
 
 
-def _fit(
-    examples: _Examples,
-    components: int,
-    *,
-    min_log_odds: float = 0.0,
-    max_distance: float = 1.0,
-) -> Gate:
-    """Return a gate of all examples, with these thresholds."""
+def _fit(examples: _Examples, components: int) -> Gate:
+    """Return a gate of all examples; its thresholds are still to be chosen."""
     from sklearn.linear_model import LogisticRegression
 
     mean = examples.inputs.mean(0, dtype=np.float64)
@@ -190,11 +188,11 @@ def _fit(
         "scale": scale,
         "probe": probe.coef_,
         "bias": probe.intercept_,
-        "min_log_odds": [min_log_odds],
+        "min_log_odds": np.zeros(len(KINDS) - 1),
         "centre": centre,
         "basis": directions[:components].T,
         "variances": variances[:components],
         "noise": [variances[components:].sum() / (FEATURES - components)],
-        "max_distance": [max_distance],
+        "max_distance": [1.0],
     }
     return Gate(**{name: np.asarray(value, np.float32) for name, value in parts.items()})
