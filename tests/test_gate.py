@@ -460,3 +460,26 @@ def test_a_warning_alone_does_not_abstain() -> None:
     prediction = replace(flagged(), flags=flagged().flags[1:])
     assert not prediction.abstained
     assert str(prediction) == "x.png: normal 0.800, covid19 0.200; colour: is red"
+
+
+# ---------------------------------------------------------------- the bundled weights
+
+
+@pytest.mark.real_data
+def test_the_bundled_gate_passes_radiographs_and_refuses_laterals(real_data: Path) -> None:
+    from chestxray_covid.datasets.base import FRONTAL_VIEWS
+    from chestxray_covid.datasets.cohen import CohenCovidDataset
+
+    bundled = Path(sys.modules["chestxray_covid"].__file__ or "").parent / "weights"
+    folders = [p.parent for p in bundled.rglob(GATE_NAME)]
+    if not folders:
+        pytest.skip("no checkpoint with a gate is bundled yet")
+    clf = Classifier.from_pretrained(folders[0])
+    folder = real_data / "covid-chestxray-dataset"
+    frontal = CohenCovidDataset(folder, classes=("covid19",), views=FRONTAL_VIEWS)
+    lateral = CohenCovidDataset(folder, classes=("covid19",), views=("L",))
+    passed = [not p.abstained for p in clf.predict(frontal.limit(40))]
+    assert np.mean(passed) > 0.9
+    assert np.mean([p.abstained for p in clf.predict(lateral)]) > 0.8
+    turned = [np.rot90(np.asarray(frontal.image(i, (256, 256)))) for i in range(20)]
+    assert np.mean([p.abstained for p in clf.predict(turned)]) > 0.8
