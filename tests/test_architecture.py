@@ -38,7 +38,7 @@ ROWS = (
     ("datasets.cohen", "datasets.kermany", "datasets.duplicates", "datasets.synthetic"),
     ("datasets.folder",),
     ("datasets",),
-    ("splits", "confounders"),
+    ("hub", "splits", "confounders"),
     # Here begins torch: layer 4 of the design.
     ("augment", "models"),
     ("engines", "training_config"),
