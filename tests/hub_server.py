@@ -132,7 +132,9 @@ class HubServer(LocalServer):
     def _batch(self, request: Request, repo: str) -> Reply:
         objects = [
             {
-                "oid": wanted["oid"], "size": wanted["size"], "authenticated": True,
+                "oid": wanted["oid"],
+                "size": wanted["size"],
+                "authenticated": True,
                 "actions": {"upload": {"href": f"{self.url}/upload/{wanted['oid']}"}},
             }
             for wanted in json.loads(request.body)["objects"]

@@ -233,7 +233,7 @@ def _handler(server: LocalServer) -> type[BaseHTTPRequestHandler]:
             if self.command != "HEAD":
                 self._send_body(path, reply, body)
 
-        do_HEAD = do_POST = do_PUT = do_GET
+        do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 - http.server calls them
 
         def _send_body(self, path: str, reply: Reply, body: bytes) -> None:
             end = len(body) if reply.cut_after is None else min(reply.cut_after, len(body))

@@ -131,7 +131,7 @@ def resolve(
         force_download=force_download,
         offline=local_files_only,
     )
-    with _hub_errors(name_or_path):
+    with hub_errors(name_or_path):
         return repository.checkpoint()
 
 
@@ -156,8 +156,12 @@ def _bundled_names() -> str:
 
 
 @contextmanager
-def _hub_errors(repo_id: str) -> Iterator[None]:
+def hub_errors(repo_id: str, what: str = "fetched") -> Iterator[None]:
     """Let errors that people know from the Hub through, and make all others ours.
+
+    Args:
+        repo_id: Named in messages.
+        what: What cannot be done with it.
 
     Raises:
         DownloadError: For everything that went wrong on the way and has no name of its own.
@@ -180,7 +184,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, _transport_error()) as error:
         raise DownloadError(
-            f"{repo_id} cannot be fetched: {error or type(error).__name__}. Check the network and "
+            f"{repo_id} cannot be {what}: {error or type(error).__name__}. Check the network and "
             "HF_ENDPOINT; and that the cache can be written, or choose another one with cache_dir "
             "or in the environment, HF_HOME or HF_HUB_CACHE."
         ) from error
