@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -17,18 +18,18 @@ from tqdm import tqdm
 from chestxray_covid.checkpoint import ModelConfig, load_attachment, load_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import image_files, in_batches, map_ahead
-from chestxray_covid.engines import open_engine
+from chestxray_covid.engines import open_engine, softmax
 from chestxray_covid.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
     ChestXrayError,
     ImageError,
     MissingExtraError,
 )
 from chestxray_covid.files import is_folder
 from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
+from chestxray_covid.hub import resolve
 from chestxray_covid.pixels import ImageFacts
 from chestxray_covid.prediction import FailedPrediction, Prediction
+from chestxray_covid.publish import export, push
 
 #: Pixels of an image, and what it was before.
 _Read: TypeAlias = tuple[NDArray[np.uint8], ImageFacts]
@@ -66,6 +67,8 @@ class Classifier:
             config, tensors = _restrict(config, tensors, classes)
         self.config = config
         self.gate = gate
+        self._tensors = tensors
+        self._origin: Path | None = None
         self._engine = open_engine(config, tensors, engine=engine, device=device)
 
     @classmethod
@@ -73,6 +76,12 @@ class Classifier:
         cls,
         name_or_path: str | os.PathLike[str] | None = None,
         *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
         classes: Sequence[str] | None = None,
         device: str | None = None,
         engine: str = "auto",
@@ -80,7 +89,10 @@ class Classifier:
         """Return the classifier of a checkpoint, whose integrity is verified first.
 
         Args:
-            name_or_path: Checkpoint folder, for example the output of a training run.
+            name_or_path: ``None`` for the bundled model, the name of a bundled one, a checkpoint
+                folder such as the output of a training run, or a repository: ``"user/name"``.
+            revision, subfolder, cache_dir, token, force_download, local_files_only: For the Hub,
+                see :func:`resolve`.
             classes: Restrict the model to these of its classes, at least two, in this order;
                 their probabilities are renormalised to sum to 1.
             device: Torch device such as ``"cpu"`` (if not given), ``"cuda"`` or ``"mps"``.
@@ -89,18 +101,68 @@ class Classifier:
         Raises:
             CheckpointNotFoundError: If there is no such checkpoint.
             CheckpointError: If it is damaged or of another kind.
+            DownloadError: If it cannot be fetched; errors of the Hub as :func:`resolve` says.
             ValueError: If ``classes``, ``device`` or ``engine`` do not fit.
         """
-        if name_or_path is None or not is_folder(name_or_path):
-            raise CheckpointNotFoundError(
-                f"{name_or_path} is no checkpoint folder. Pass a folder with config.json and "
-                "model.safetensors, for example the output of chestxray-covid train; this version "
-                "comes without weights of its own."
-            )
-        config, tensors = load_checkpoint(name_or_path)
-        attached = load_attachment(name_or_path, config, GATE_NAME)
+        folder = resolve(
+            name_or_path,
+            revision=revision,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        config, tensors = load_checkpoint(folder)
+        attached = load_attachment(folder, config, GATE_NAME)
         gate = None if attached is None else Gate.from_bytes(attached)
-        return cls(config, tensors, gate=gate, classes=classes, device=device, engine=engine)
+        made = cls(config, tensors, gate=gate, classes=classes, device=device, engine=engine)
+        made._origin = folder
+        return made
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> str | None:
+        """Write the checkpoint with its attachments, results and, if there is none, a card.
+
+        Args:
+            folder: Made if missing; other files in it stay.
+            repo_id: For ``push_to_hub``; the folder's name if not given.
+            push_to_hub: Also publish it.
+            options: For ``push_to_hub``, as :meth:`push_to_hub` takes them.
+
+        Returns:
+            The address of the commit if it was published, else ``None``.
+
+        Raises:
+            CheckpointError: If an attachment of the original is missing or damaged.
+            OSError: If the folder cannot be written.
+            ReportError: As :meth:`push_to_hub`.
+        """
+        target = Path(folder)
+        export(target, self.config, self._tensors, self._origin)
+        return push(target, repo_id or target.name, **options) if push_to_hub else None
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish the checkpoint on the Hub and return the address of the commit.
+
+        Args:
+            repo_id: ``"user/name"``; made if missing.
+            options: ``commit_message``, ``private``, ``token``, ``branch``, ``create_pr``,
+                ``allow_unjudged`` and ``license``, see :func:`push`.
+
+        Raises:
+            ReportError: If the checkpoint has no evaluation and audit beside it.
+            DownloadError: If the Hub cannot be reached or says no.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            export(Path(folder), self.config, self._tensors, self._origin)
+            return push(folder, repo_id, **options)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -243,7 +305,9 @@ class Classifier:
                     yield FailedPrediction(source=name, error=read)
                 else:
                     shares, features = next(rows)
-                    yield self._prediction(name, shares, self._flags(features, *read))
+                    gate = self.gate
+                    flags = gate.check(features, *read) if gate else check_image(*read)
+                    yield self._prediction(name, shares, flags)
 
     def _read(self, image: Any) -> _Read:
         if not isinstance(image, _Item):
@@ -253,13 +317,6 @@ class Classifier:
             return self.config.preprocess.read(sample.path)
         size = self.config.preprocess.decode_size()
         return self.config.preprocess.read(image.dataset.image(image.position, size))
-
-    def _flags(
-        self, features: NDArray[np.float32], pixels: NDArray[np.uint8], facts: ImageFacts
-    ) -> tuple[Flag, ...]:
-        if self.gate is None:
-            return check_image(pixels, facts)
-        return self.gate.check(features, pixels, facts)
 
     def _prediction(
         self, source: str, row: NDArray[np.float64], flags: tuple[Flag, ...]
@@ -276,16 +333,8 @@ class Classifier:
         self, pixels: NDArray[np.uint8]
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """Return ``(N, K)`` probabilities and ``(N, 1024)`` features."""
-        found, features = self._engine(pixels)
-        logits = found.astype(np.float64)
-        if not np.isfinite(logits).all():
-            raise CheckpointError(
-                "The model gave a value that is not finite: its weights overflow. "
-                "Train it again with a lower learning rate."
-            )
-        powers = np.exp(logits - logits.max(1, keepdims=True))
-        shares: NDArray[np.float64] = powers / powers.sum(1, keepdims=True)
-        return shares, features
+        logits, features = self._engine(pixels)
+        return softmax(logits), features
 
 
 def _check_positive(name: str, value: int) -> None:
