@@ -14,8 +14,8 @@ from chestxray_covid.gate import FEATURES, KINDS, Gate, describe, standardise
 #: Kinds that are made of frontal radiographs, and so show the look of their source.
 _FROM_FRONTAL = ("frontal", "inverted", "turned")
 _FOLDS = 5
-#: Strength of the probe's penalty, the inverse of scikit-learn's C. Among 1e-4 to 1e-1 the one
-#: whose probe kept to frontal radiographs of a source that it had never seen (docs/gate.md).
+#: Inverse strength of the probe's penalty, scikit-learn's C. From 1e-3 to 1e-1 held-out results
+#: hardly differ (false alarms 2.2 to 0.7 % without thresholds); below, turned images are missed.
 _PENALTY_C = 0.01
 #: Least deviation, relative to the largest: what hardly varies must not weigh thousandfold.
 _LEAST_SCALE = 1e-3
