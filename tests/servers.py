@@ -24,12 +24,14 @@ from chestxray_covid.datasets.download import GitHubEndpoints, download_cohen
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asked for; ``number`` counts the requests for the same path from 1."""
+    """What a client asked for; ``number`` counts the same method and path from 1."""
 
     path: str
     headers: Mapping[str, str]
     number: int
     time_s: float
+    method: str = "GET"
+    body: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +96,16 @@ class LocalServer:
         self._thread.join()
         self._server.server_close()
 
-    def count(self, path: str) -> int:
+    def count(self, path: str, method: str = "GET") -> int:
         """Return how often a path was asked for."""
-        return sum(request.path == path for request in self.requests)
+        return sum((r.method, r.path) == (method, path) for r in self.requests)
 
-    def receive(self, path: str, headers: Mapping[str, str]) -> Reply:
+    def receive(
+        self, path: str, headers: Mapping[str, str], method: str = "GET", body: bytes = b""
+    ) -> Reply:
         with self._lock:
-            number = self.count(path) + 1
-            request = Request(path, dict(headers), number, time.monotonic())
+            number = self.count(path, method) + 1
+            request = Request(path, dict(headers), number, time.monotonic(), method, body)
             self.requests.append(request)
         return self.answer(request) or Reply(status=404, body=b"404: Not Found")
 
@@ -215,7 +219,8 @@ def _handler(server: LocalServer) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             path = unquote(self.path)
-            reply = server.receive(path, dict(self.headers))
+            given = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            reply = server.receive(path, dict(self.headers), self.command, given)
             status, body, headers = _ranged(reply, self.headers.get("Range"))
             self.send_response(status)
             for name, value in headers.items():
@@ -225,7 +230,10 @@ def _handler(server: LocalServer) -> type[BaseHTTPRequestHandler]:
             elif "Content-Length" not in headers:
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self._send_body(path, reply, body)
+            if self.command != "HEAD":
+                self._send_body(path, reply, body)
+
+        do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 - http.server calls them
 
         def _send_body(self, path: str, reply: Reply, body: bytes) -> None:
             end = len(body) if reply.cut_after is None else min(reply.cut_after, len(body))

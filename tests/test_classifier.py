@@ -593,6 +593,8 @@ def test_a_prediction_becomes_data_json_and_text() -> None:
         "score": 0.25,
         "threshold": 0.3,
         "is_positive": False,
+        "abstained": False,
+        "flags": [],
     }
     assert found.to_dict() == data
     assert json.loads(found.to_json()) == data

@@ -29,6 +29,7 @@ from chestxray_covid.image import (
     ImageWarning,
     Preprocess,
     load_image,
+    read_image,
 )
 from chestxray_covid.pixels import MAX_JPEG_SCANS
 
@@ -1363,3 +1364,98 @@ def test_reduced_decoding_of_real_originals_stays_close_to_full_decoding(real_da
         )
         difference = np.abs(preprocess(real_data / name)[0].astype(int) - np.asarray(full))
         assert difference.mean() < 1.5, name
+
+
+# ---------------------------------------------------------------- facts
+
+
+def arrowed(size: tuple[int, int] = (400, 300)) -> Image.Image:
+    """Return a grey picture with a red tenth."""
+    rng = np.random.default_rng(0)
+    grey = Image.fromarray(rng.integers(60, 200, (6, 8)).astype(np.uint8)).resize(size)
+    image = grey.convert("RGB")
+    image.paste((255, 30, 30), (0, 0, size[0] // 5, size[1] // 2))
+    return image
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        arrowed(),
+        np.asarray(arrowed()),
+        np.asarray(arrowed().convert("RGBA")).transpose(2, 0, 1),
+        encoded(arrowed(), "PNG"),
+        encoded(arrowed().quantize(32), "PNG"),
+        encoded(arrowed().convert("RGBA"), "WEBP", lossless=True),
+        encoded(arrowed(), "JPEG"),
+        encoded(arrowed(), "JPEG", subsampling=0, progressive=True),
+        encoded(arrowed().convert("CMYK"), "JPEG"),
+    ],
+    ids=["pil", "array", "rgba", "png", "palette", "webp", "jpeg", "progressive", "cmyk"],
+)
+def test_colour_and_size_are_told_whatever_the_form(source: Any) -> None:
+    image, facts = read_image(source, min_size=(100, 75))
+    assert (facts.width_px, facts.height_px) == (400, 300)
+    assert facts.colour == pytest.approx(0.1, abs=0.01)
+    assert image.mode == "L"
+    assert image.tobytes() == load_image(source, min_size=(100, 75)).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_equal_channels_are_no_colour(kind: str, mode: str) -> None:
+    grey = arrowed().convert("L").convert(mode)
+    assert read_image(encoded(grey, kind))[1].colour == 0
+
+
+def test_a_tint_is_no_colour_but_a_tenth_of_red_is() -> None:
+    levels = np.full((50, 50, 3), 100, np.uint8)
+    levels[..., 0] += 40
+    assert read_image(levels)[1].colour == 0
+    levels[:5, :, 0] += 1
+    assert read_image(levels)[1].colour == pytest.approx(0.1)
+
+
+def test_a_jpeg_stored_as_rgb_is_read_as_before_and_its_colour_passed_over() -> None:
+    data = encoded(arrowed(), "JPEG", keep_rgb=True, quality=95)
+    image, facts = read_image(data)
+    assert np.abs(np.asarray(image, int) - np.asarray(arrowed().convert("L"), int)).mean() < 2
+    assert facts.colour == 0
+
+
+def test_a_jpeg_without_any_marker_is_told_by_its_components() -> None:
+    data = encoded(arrowed(), "JPEG")
+    assert data[2:4] == b"\xff\xe0"  # JFIF's segment, as it comes first
+    bare = data[:2] + data[4 + int.from_bytes(data[4:6], "big") :]
+    assert read_image(bare)[1].colour == pytest.approx(0.1, abs=0.01)
+    assert load_image(bare).tobytes() == load_image(data).tobytes()
+
+
+def test_luma_of_a_colour_jpeg_is_that_of_decoding_it_to_grey() -> None:
+    data = encoded(arrowed(), "JPEG")
+    for min_size in (None, (100, 75)):
+        plain = Image.open(io.BytesIO(data))
+        plain.draft("L", min_size)
+        assert load_image(data, min_size=min_size).tobytes() == plain.tobytes()
+
+
+def test_width_and_height_are_those_of_the_upright_image() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(arrowed(), "JPEG", exif=exif)
+    assert read_image(data, min_size=(75, 100))[0].size == (75, 100)
+    facts = read_image(data, min_size=(75, 100))[1]
+    assert (facts.width_px, facts.height_px) == (300, 400)
+
+
+def test_preprocessing_hands_the_facts_on_beside_the_same_pixels() -> None:
+    preprocess = Preprocess(size_px=32)
+    pixels, facts = preprocess.read(arrowed())
+    assert np.array_equal(pixels, preprocess(arrowed()))
+    assert (facts.width_px, facts.height_px) == (400, 300)

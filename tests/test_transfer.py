@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import random
 import resource
@@ -13,7 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from chestxray_covid.datasets.transfer import RemoteFile, fetch, fetch_all, remove_stale_parts
+from chestxray_covid.datasets.transfer import (
+    RemoteFile,
+    fetch,
+    fetch_all,
+    has_oid,
+    remove_stale_parts,
+)
 from chestxray_covid.datasets.web import Client
 from chestxray_covid.errors import DownloadError, IntegrityError
 from servers import LocalServer, Reply, Request, forkserver, git_blob_sha1
@@ -32,7 +39,7 @@ def remote(
 ) -> RemoteFile:
     sha1 = git_blob_sha1(data)
     return RemoteFile(
-        url=f"{server.url}/{name}", target=folder / "images" / name, size=len(data), sha1=sha1
+        url=f"{server.url}/{name}", target=folder / "images" / name, size=len(data), oid=sha1
     )
 
 
@@ -64,8 +71,15 @@ def test_hashes_are_those_of_git(tmp_path: Path) -> None:
     except FileNotFoundError:
         pytest.skip("git is not installed")
     sha1 = run.stdout.decode().strip()
-    assert RemoteFile(url="", target=path, size=len(DATA), sha1=sha1).is_at(path)
+    assert RemoteFile(url="", target=path, size=len(DATA), oid=sha1).is_at(path)
     assert sha1 == git_blob_sha1(DATA)
+
+
+def test_a_hash_of_sixty_four_digits_is_that_of_large_file_storage(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(DATA)
+    assert has_oid(path, hashlib.sha256(DATA).hexdigest())
+    assert not has_oid(path, hashlib.sha256(DATA[1:]).hexdigest())
 
 
 def test_a_right_file_is_not_fetched_again(client: Client, tmp_path: Path) -> None:
@@ -241,7 +255,7 @@ def test_odd_answers_with_the_right_bytes_are_taken(
 
 
 def _bombed(url: str, folder: Path, pipe: Connection) -> None:
-    file = RemoteFile(url=url, target=folder / "a.png", size=1000, sha1="0" * 40)
+    file = RemoteFile(url=url, target=folder / "a.png", size=1000, oid="0" * 40)
     with Client() as client:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
@@ -355,7 +369,7 @@ def test_only_our_own_old_parts_are_removed(tmp_path: Path) -> None:
 
 def _limited(limit: int, url: str, folder: Path, pipe: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    file = RemoteFile(url=url, target=folder / "a.png", size=len(DATA), sha1=git_blob_sha1(DATA))
+    file = RemoteFile(url=url, target=folder / "a.png", size=len(DATA), oid=git_blob_sha1(DATA))
     try:
         with Client() as client:
             fetch(client, file)

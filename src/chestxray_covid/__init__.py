@@ -56,6 +56,9 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.evaluation import cross_validate as cross_validate
     from chestxray_covid.evaluation import evaluate as evaluate
     from chestxray_covid.evaluation_report import EvaluationReport as EvaluationReport
+    from chestxray_covid.gate import Flag as Flag
+    from chestxray_covid.gate import Gate as Gate
+    from chestxray_covid.gate_fit import fit_gate as fit_gate
     from chestxray_covid.image import Preprocess as Preprocess
     from chestxray_covid.image import load_image as load_image
     from chestxray_covid.lungs import lung_box as lung_box
@@ -112,6 +115,8 @@ _MODULES = {
     ),
     "evaluation": ("cross_validate", "evaluate"),
     "evaluation_report": ("EvaluationReport",),
+    "gate": ("Flag", "Gate"),
+    "gate_fit": ("fit_gate",),
     "image": ("Preprocess", "load_image"),
     "lungs": ("lung_box", "segment"),
     "models": ("build_densenet121", "set_trainable"),

@@ -27,7 +27,7 @@ from chestxray_covid.errors import (
     ConfigError,
     first_of,
 )
-from chestxray_covid.files import parse_json, read_json, write_files
+from chestxray_covid.files import MAX_JSON_BYTES, parse_json, read_json, write_files
 from chestxray_covid.image import Preprocess
 from chestxray_covid.tensors import MAX_WEIGHTS_BYTES, check_tensors, read_tensors
 
@@ -256,6 +256,12 @@ def save_checkpoint(
     target.mkdir(parents=True, exist_ok=True)
     write_files(target, {WEIGHTS_NAME: weights, **further, CONFIG_NAME: text})
     return final
+
+
+def size_limit(name: str) -> int:
+    """Return how many bytes a file of a checkpoint has at most."""
+    limits = {CONFIG_NAME: MAX_JSON_BYTES, WEIGHTS_NAME: MAX_WEIGHTS_BYTES}
+    return limits.get(name, _MAX_ATTACHMENT_BYTES)
 
 
 def config_text(config: ModelConfig) -> bytes:

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, overload
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
+from chestxray_covid.checkpoint import ModelConfig, load_attachment, load_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.datasets.loading import decoder, image_files, in_batches, map_ahead
-from chestxray_covid.engines import open_engine
+from chestxray_covid.datasets.loading import image_files, in_batches, map_ahead
+from chestxray_covid.engines import open_engine, softmax
 from chestxray_covid.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
     ChestXrayError,
     ImageError,
     MissingExtraError,
 )
 from chestxray_covid.files import is_folder
+from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
+from chestxray_covid.hub import resolve
+from chestxray_covid.pixels import ImageFacts
 from chestxray_covid.prediction import FailedPrediction, Prediction
+from chestxray_covid.publish import export, push
+
+#: Pixels of an image, and what it was before.
+_Read: TypeAlias = tuple[NDArray[np.uint8], ImageFacts]
 
 
 class Classifier:
@@ -39,6 +45,8 @@ class Classifier:
     Args:
         config: Config of the checkpoint.
         tensors: Weights of the checkpoint.
+        gate: Says what is odd about an image; without it, predictions tell only what needs no
+            statistics: blank, low resolution, colour.
         classes, device, engine: See :meth:`from_pretrained`.
 
     Raises:
@@ -50,6 +58,7 @@ class Classifier:
         config: ModelConfig,
         tensors: Mapping[str, NDArray[Any]],
         *,
+        gate: Gate | None = None,
         classes: Sequence[str] | None = None,
         device: str | None = None,
         engine: str = "auto",
@@ -57,6 +66,9 @@ class Classifier:
         if classes is not None:
             config, tensors = _restrict(config, tensors, classes)
         self.config = config
+        self.gate = gate
+        self._tensors = tensors
+        self._origin: Path | None = None
         self._engine = open_engine(config, tensors, engine=engine, device=device)
 
     @classmethod
@@ -64,6 +76,12 @@ class Classifier:
         cls,
         name_or_path: str | os.PathLike[str] | None = None,
         *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
         classes: Sequence[str] | None = None,
         device: str | None = None,
         engine: str = "auto",
@@ -71,7 +89,10 @@ class Classifier:
         """Return the classifier of a checkpoint, whose integrity is verified first.
 
         Args:
-            name_or_path: Checkpoint folder, for example the output of a training run.
+            name_or_path: ``None`` for the bundled model, the name of a bundled one, a checkpoint
+                folder such as the output of a training run, or a repository: ``"user/name"``.
+            revision, subfolder, cache_dir, token, force_download, local_files_only: For the Hub,
+                see :func:`resolve`.
             classes: Restrict the model to these of its classes, at least two, in this order;
                 their probabilities are renormalised to sum to 1.
             device: Torch device such as ``"cpu"`` (if not given), ``"cuda"`` or ``"mps"``.
@@ -80,16 +101,68 @@ class Classifier:
         Raises:
             CheckpointNotFoundError: If there is no such checkpoint.
             CheckpointError: If it is damaged or of another kind.
+            DownloadError: If it cannot be fetched; errors of the Hub as :func:`resolve` says.
             ValueError: If ``classes``, ``device`` or ``engine`` do not fit.
         """
-        if name_or_path is None or not is_folder(name_or_path):
-            raise CheckpointNotFoundError(
-                f"{name_or_path} is no checkpoint folder. Pass a folder with config.json and "
-                "model.safetensors, for example the output of chestxray-covid train; this version "
-                "comes without weights of its own."
-            )
-        config, tensors = load_checkpoint(name_or_path)
-        return cls(config, tensors, classes=classes, device=device, engine=engine)
+        folder = resolve(
+            name_or_path,
+            revision=revision,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        config, tensors = load_checkpoint(folder)
+        attached = load_attachment(folder, config, GATE_NAME)
+        gate = None if attached is None else Gate.from_bytes(attached)
+        made = cls(config, tensors, gate=gate, classes=classes, device=device, engine=engine)
+        made._origin = folder
+        return made
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> str | None:
+        """Write the checkpoint with its attachments, results and, if there is none, a card.
+
+        Args:
+            folder: Made if missing; other files in it stay.
+            repo_id: For ``push_to_hub``; the folder's name if not given.
+            push_to_hub: Also publish it.
+            options: For ``push_to_hub``, as :meth:`push_to_hub` takes them.
+
+        Returns:
+            The address of the commit if it was published, else ``None``.
+
+        Raises:
+            CheckpointError: If an attachment of the original is missing or damaged.
+            OSError: If the folder cannot be written.
+            ReportError: As :meth:`push_to_hub`.
+        """
+        target = Path(folder)
+        export(target, self.config, self._tensors, self._origin)
+        return push(target, repo_id or target.name, **options) if push_to_hub else None
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish the checkpoint on the Hub and return the address of the commit.
+
+        Args:
+            repo_id: ``"user/name"``; made if missing.
+            options: ``commit_message``, ``private``, ``token``, ``branch``, ``create_pr``,
+                ``allow_unjudged`` and ``license``, see :func:`push`.
+
+        Raises:
+            ReportError: If the checkpoint has no evaluation and audit beside it.
+            DownloadError: If the Hub cannot be reached or says no.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            export(Path(folder), self.config, self._tensors, self._origin)
+            return push(folder, repo_id, **options)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -135,11 +208,11 @@ class Classifier:
         """
         _check_positive("batch_size", batch_size)
         items = list(_expand(images))
-        pixels = map_ahead(self._pixels, items, workers=workers, ahead=4 * batch_size)
+        images_read = map_ahead(self._read, items, workers=workers, ahead=4 * batch_size)
         rows = []
         with tqdm(desc="predict", total=len(items), unit="img", disable=not progress) as bar:
-            for batch in in_batches(pixels, batch_size):
-                rows.append(self._probabilities(np.stack(batch)))
+            for batch in in_batches(images_read, batch_size):
+                rows.append(self._compute(np.stack([pixels for pixels, _ in batch]))[0])
                 bar.update(len(batch))
         return np.concatenate(rows) if rows else np.zeros((0, len(self.classes)))
 
@@ -213,9 +286,9 @@ class Classifier:
     def _stream(
         self, images: Any, batch_size: int, raising: bool, workers: int
     ) -> Iterator[Prediction | FailedPrediction]:
-        def decode(image: Any) -> tuple[str, NDArray[np.uint8] | ChestXrayError]:
+        def decode(image: Any) -> tuple[str, _Read | ChestXrayError]:
             try:
-                return _name(image), self._pixels(image)
+                return _name(image), self._read(image)
             except (ImageError, MissingExtraError) as error:
                 if raising:
                     raise
@@ -225,37 +298,43 @@ class Classifier:
         items = chain.from_iterable(map(_expand, [images] if whole else images))
         decoded = map_ahead(decode, items, workers=workers, ahead=4 * batch_size)
         for batch in in_batches(decoded, batch_size):
-            good = [pixels for _, pixels in batch if not isinstance(pixels, ChestXrayError)]
-            rows = iter(self._probabilities(np.stack(good)) if good else ())
-            for name, pixels in batch:
-                if isinstance(pixels, ChestXrayError):
-                    yield FailedPrediction(source=name, error=pixels)
+            good = [read[0] for _, read in batch if not isinstance(read, ChestXrayError)]
+            rows = iter(zip(*self._compute(np.stack(good)), strict=True) if good else ())
+            for name, read in batch:
+                if isinstance(read, ChestXrayError):
+                    yield FailedPrediction(source=name, error=read)
                 else:
-                    yield self._prediction(name, next(rows))
+                    shares, features = next(rows)
+                    gate = self.gate
+                    flags = gate.check(features, *read) if gate else check_image(*read)
+                    yield self._prediction(name, shares, flags)
 
-    def _pixels(self, image: Any) -> NDArray[np.uint8]:
-        if isinstance(image, _Item):
-            return decoder(image.dataset, self.config.preprocess)(image.position)
-        return self.config.preprocess(image)
+    def _read(self, image: Any) -> _Read:
+        if not isinstance(image, _Item):
+            return self.config.preprocess.read(image)
+        sample = image.dataset.samples[image.position]
+        if sample.is_file and image.dataset.transform is None:
+            return self.config.preprocess.read(sample.path)
+        size = self.config.preprocess.decode_size()
+        return self.config.preprocess.read(image.dataset.image(image.position, size))
 
-    def _prediction(self, source: str, row: NDArray[np.float64]) -> Prediction:
+    def _prediction(
+        self, source: str, row: NDArray[np.float64], flags: tuple[Flag, ...]
+    ) -> Prediction:
         return Prediction(
             label=self.classes[int(row.argmax())],
             probabilities=dict(zip(self.classes, row.tolist(), strict=True)),
             threshold=self.config.threshold,
             source=source,
+            flags=flags,
         )
 
-    def _probabilities(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-        logits = self._engine(pixels)[0].astype(np.float64)
-        if not np.isfinite(logits).all():
-            raise CheckpointError(
-                "The model gave a value that is not finite: its weights overflow. "
-                "Train it again with a lower learning rate."
-            )
-        powers = np.exp(logits - logits.max(1, keepdims=True))
-        shares: NDArray[np.float64] = powers / powers.sum(1, keepdims=True)
-        return shares
+    def _compute(
+        self, pixels: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Return ``(N, K)`` probabilities and ``(N, 1024)`` features."""
+        logits, features = self._engine(pixels)
+        return softmax(logits), features
 
 
 def _check_positive(name: str, value: int) -> None:

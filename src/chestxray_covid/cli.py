@@ -2,67 +2,35 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from chestxray_covid._version import __version__
-from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
+from chestxray_covid.command import BATCH, DATA, DEVICE, MODEL, NOT_A_DEVICE, translated
+from chestxray_covid.hub_commands import models, push
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
     from chestxray_covid.prediction import FailedPrediction, Prediction
     from chestxray_covid.splits import Split
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-NOT_A_DEVICE = "For research only. This is not a medical device and makes no diagnosis."
 SPLIT_NAME = "split.json"
-
-_DATA = click.option(
-    "--data",
-    "data",
-    multiple=True,
-    required=True,
-    type=click.Path(exists=True, path_type=Path),
-    help="Folder or CSV of a data set; may be given several times.",
-)
-_MODEL = click.option(
-    "--model",
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Checkpoint folder, for example the output of train.",
-)
-_DEVICE = click.option("--device", default=None, help="Torch device, for example cpu or cuda.")
-_BATCH = click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-
-
-def _translated(command: Command) -> Command:
-    """Turn the library's errors into a message and an exit status."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except TrainingInterrupted as stop:
-            click.echo(str(stop), err=True)
-            sys.exit(128 + stop.signal_number)
-        except (ChestXrayError, ValueError, OSError) as error:
-            raise click.ClickException(str(error)) from error
-
-    return run  # type: ignore[return-value]
 
 
 @click.group(epilog=NOT_A_DEVICE, context_settings={"max_content_width": 100})
 @click.version_option(__version__, prog_name="chestxray-covid")
 def main() -> None:
     """COVID-19 classification of chest radiographs with DenseNet-121."""
+
+
+main.add_command(models)
+main.add_command(push)
 
 
 @main.command()
@@ -77,7 +45,7 @@ def main() -> None:
 )
 @click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Phantoms.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Phantoms.")
-@_translated
+@translated
 def download(
     source: str,
     folder: Path,
@@ -107,7 +75,7 @@ def download(
 
 
 @main.command()
-@_DATA
+@DATA
 @click.option(
     "--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Run folder."
 )
@@ -124,8 +92,7 @@ def download(
 @click.option(
     "--pretrained",
     "checkpoint",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Start from a checkpoint folder instead of ImageNet's weights.",
+    help="Start from a checkpoint, a folder, bundled model or user/name, instead of ImageNet's.",
 )
 @click.option(
     "--trainable",
@@ -153,13 +120,13 @@ def download(
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
-@_translated
+@translated
 def train(
     data: tuple[Path, ...],
     output: Path,
     recipe: str,
     no_pretrained: bool,
-    checkpoint: Path | None,
+    checkpoint: str | None,
     trainable: str,
     classes: str,
     epochs: int | None,
@@ -221,8 +188,8 @@ def train(
 
 
 @main.command()
-@_MODEL
-@_DATA
+@MODEL
+@DATA
 @click.option(
     "--split",
     "side",
@@ -230,11 +197,11 @@ def train(
     help="Judge only this side of the split that the run was trained with.",
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
-@_BATCH
-@_DEVICE
-@_translated
+@BATCH
+@DEVICE
+@translated
 def evaluate(
-    model: Path,
+    model: str | None,
     data: tuple[Path, ...],
     side: str | None,
     output: Path | None,
@@ -248,7 +215,7 @@ def evaluate(
 
     classifier = Classifier.from_pretrained(model, device=device)
     dataset = _open(data, classifier.classes)
-    saved = model / SPLIT_NAME
+    saved = Path(model or "") / SPLIT_NAME
     if side is not None:
         dataset = getattr(Split.load(saved, dataset), side)
     elif saved.is_file():
@@ -267,19 +234,19 @@ def evaluate(
 
 @main.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_MODEL
+@MODEL
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write CSV, or JSON lines where the name ends in .jsonl, instead of a table.",
 )
-@_BATCH
+@BATCH
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
-@_DEVICE
-@_translated
+@DEVICE
+@translated
 def predict(
     paths: tuple[Path, ...],
-    model: Path,
+    model: str | None,
     output: Path | None,
     batch_size: int,
     workers: int,
@@ -314,13 +281,9 @@ def predict(
 
 
 @main.command()
-@click.option(
-    "--model",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Also describe this checkpoint.",
-)
-@_translated
-def info(model: Path | None) -> None:
+@click.option("--model", help="Also describe this checkpoint, as for predict.")
+@translated
+def info(model: str | None) -> None:
     """Show versions, devices and optional packages, and what a checkpoint is."""
     import importlib.metadata as metadata
     import platform
@@ -340,8 +303,9 @@ def info(model: Path | None) -> None:
     click.echo(f"  device {kind}, bfloat16 {fast}, {torch.get_num_threads()} threads")
     if model is not None:
         from chestxray_covid.checkpoint import load_checkpoint
+        from chestxray_covid.hub import resolve
 
-        config, _ = load_checkpoint(model)
+        config, _ = load_checkpoint(resolve(model))
         click.echo(json.dumps(config.to_dict(), indent=2))
     click.echo(NOT_A_DEVICE)
 

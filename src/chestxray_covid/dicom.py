@@ -15,6 +15,7 @@ from PIL import Image
 from chestxray_covid.errors import ImageError, require_extra
 from chestxray_covid.pixels import (
     DECODE_ERRORS,
+    ImageFacts,
     check_jpeg,
     check_size,
     from_planes,
@@ -24,8 +25,10 @@ from chestxray_covid.pixels import (
 )
 
 
-def decode_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[Image.Image, bool]:
-    """Return the first frame as 8-bit grey, bone bright, and whether there are more frames.
+def decode_dicom(
+    file: io.BufferedIOBase, name: str, max_pixels: int
+) -> tuple[Image.Image, ImageFacts, bool]:
+    """Return the first frame as 8-bit grey, bone bright, its facts, and if there are more frames.
 
     Args:
         file: Seekable, of a file in the format of PS3.10.
@@ -43,10 +46,10 @@ def decode_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[I
         if photometric == "PALETTE COLOR":
             frame = require_extra("pydicom.pixels", "dicom").apply_color_lut(frame, data)
         planes = frame if frame.ndim == 3 else _display(frame, data, name)[..., np.newaxis]
-        grey = from_planes(
+        grey, facts = from_planes(
             255 - planes if photometric == "MONOCHROME1" else planes, name, max_pixels
         )
-        return grey, int(data.get("NumberOfFrames") or 1) > 1
+        return grey, facts, int(data.get("NumberOfFrames") or 1) > 1
     except ImageError:
         raise
     except (*DECODE_ERRORS, errors.BytesLengthException, errors.InvalidDicomError) as error:

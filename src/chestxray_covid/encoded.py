@@ -18,8 +18,10 @@ from chestxray_covid.errors import ImageError
 from chestxray_covid.pixels import (
     DECODE_ERRORS,
     MAX_STREAM_BYTES,
+    ImageFacts,
     check_jpeg,
     check_size,
+    is_sideways,
     orientation,
     reason,
     to_grey,
@@ -61,8 +63,8 @@ def decode_image(
     name: str,
     min_size: tuple[int, int] | None,
     max_pixels: int,
-) -> tuple[Image.Image, bool]:
-    """Return the first frame of an encoded image as 8-bit grey, and whether there are more.
+) -> tuple[Image.Image, ImageFacts, bool]:
+    """Return the first frame of an encoded image as 8-bit grey, its facts, and if there are more.
 
     Args:
         file: Seekable, at its start.
@@ -81,7 +83,8 @@ def decode_image(
         )
     try:
         image = plugin(cast(IO[bytes], file))
-        check_size(image.size, name, max_pixels)
+        size = image.size
+        check_size(size, name, max_pixels)
         if isinstance(image, TiffImageFile):
             # TIFF 6.0, section 15: libtiff allocates whole tiles, which may exceed the image.
             tile = (int(image.tag_v2.get(322, 1)), int(image.tag_v2.get(323, 1)))
@@ -91,16 +94,27 @@ def decode_image(
             file.seek(0)
             check_jpeg(file.read(MAX_STREAM_BYTES), name, max_pixels)
             file.seek(start)
-            sideways = orientation(image) in (5, 6, 7, 8)
-            image.draft("L", min_size[::-1] if min_size and sideways else min_size)
-        grey = to_grey(image, name)
+            sideways = is_sideways(orientation(image))
+            # Either way luma as it is stored; "L" would lose what says whether it is coloured.
+            mode = "YCbCr" if _holds_ycbcr(image) else "L"
+            image.draft(mode, min_size[::-1] if min_size and sideways else min_size)
+        grey, facts = to_grey(image, name, size)
     except ImageError:
         raise
     except DECODE_ERRORS as error:
         raise ImageError(
             f"{name} is damaged, or not a {plugin.format} that can be read: {reason(error)}"
         ) from error
-    return grey, _has_more_frames(image)
+    return grey, facts, _has_more_frames(image)
+
+
+def _holds_ycbcr(image: JpegImageFile) -> bool:
+    """Return whether three components are luma and chroma, by the rules of libjpeg's jdapimin.c."""
+    if image.mode != "RGB" or "jfif" in image.info:
+        return image.mode == "RGB"
+    if "adobe" in image.info:
+        return image.info.get("adobe_transform") == 1
+    return [chr(part[0]) for part in image.layer] != ["R", "G", "B"]
 
 
 def _looks_like(head: bytes, name: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid.checkpoint import ModelConfig
+from chestxray_covid.errors import CheckpointError
 from chestxray_covid.tensors import check_tensors
 
 if TYPE_CHECKING:
@@ -51,6 +52,22 @@ def open_engine(
         raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
     check_tensors(tensors, len(config.classes), Path("tensors"))
     return TorchEngine(config, tensors, device=device or "cpu")
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return ``(N, K)`` probabilities of ``(N, K)`` logits, rows summing to 1.
+
+    Raises:
+        CheckpointError: If a logit is not finite.
+    """
+    exact = logits.astype(np.float64)
+    if not np.isfinite(exact).all():
+        raise CheckpointError(
+            "The model gave a value that is not finite: its weights overflow. "
+            "Train it again with a lower learning rate."
+        )
+    powers = np.exp(exact - exact.max(1, keepdims=True))
+    return np.asarray(powers / powers.sum(1, keepdims=True))
 
 
 class TorchEngine:

@@ -12,7 +12,7 @@ from typing import Any
 from chestxray_covid.errors import ConfigError
 
 #: A config of this library has about 1 kB; more is no config.
-_MAX_JSON_BYTES = 1_000_000
+MAX_JSON_BYTES = 1_000_000
 _MAX_JSON_DEPTH = 20
 
 
@@ -24,7 +24,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            return parse_json(file.read(_MAX_JSON_BYTES + 1))
+            return parse_json(file.read(MAX_JSON_BYTES + 1))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error}") from error
 
@@ -35,8 +35,8 @@ def parse_json(data: bytes) -> Any:
     Raises:
         ConfigError: If it is anything else.
     """
-    if len(data) > _MAX_JSON_BYTES:
-        raise ConfigError(f"more than {_MAX_JSON_BYTES} bytes, too large for a config")
+    if len(data) > MAX_JSON_BYTES:
+        raise ConfigError(f"more than {MAX_JSON_BYTES} bytes, too large for a config")
     try:
         content = json.loads(data.decode(), parse_float=_finite, parse_constant=_finite)
         if _depth(content) > _MAX_JSON_DEPTH:

@@ -27,6 +27,7 @@ from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError
 from chestxray_covid.pixels import (
     DECODE_ERRORS,
     MAX_STREAM_BYTES,
+    ImageFacts,
     channels_last,
     check_size,
     from_planes,
@@ -101,6 +102,22 @@ def load_image(
     >>> load_image(np.array([[0, 4095]], np.uint16)).tobytes()
     b'\x00\xff'
     """
+    return read_image(source, min_size=min_size, max_pixels=max_pixels)[0]
+
+
+def read_image(
+    source: ImageSource,
+    *,
+    min_size: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[Image.Image, ImageFacts]:
+    """Return what :func:`load_image` returns, and what the image was before: size and colour.
+
+    Arguments, errors and warnings are those of :func:`load_image`. It is decoded once.
+
+    >>> read_image(np.zeros((2, 3), np.uint8))[1]
+    ImageFacts(width_px=3, height_px=2, colour=0.0)
+    """
     if not max_pixels > 0 or (min_size is not None and not min(min_size) > 0):
         raise ValueError(
             f"max_pixels and min_size must be positive, got {max_pixels} and {min_size}"
@@ -120,7 +137,7 @@ def load_image(
 # ---------------------------------------------------------------- sources
 
 
-def _from_pil(source: Image.Image, max_pixels: int) -> Image.Image:
+def _from_pil(source: Image.Image, max_pixels: int) -> tuple[Image.Image, ImageFacts]:
     name = "<PIL image>"
     try:
         check_size(source.size, name, max_pixels)
@@ -131,7 +148,9 @@ def _from_pil(source: Image.Image, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name} cannot be converted to grey: {reason(error)}") from error
 
 
-def _from_path(path: Path, min_size: tuple[int, int] | None, max_pixels: int) -> Image.Image:
+def _from_path(
+    path: Path, min_size: tuple[int, int] | None, max_pixels: int
+) -> tuple[Image.Image, ImageFacts]:
     text = str(path)
     # Newlines, control characters, direction marks and bytes that are not UTF-8 are escaped.
     name = text if text.isprintable() else ascii(text)
@@ -193,7 +212,7 @@ def _as_array(source: object) -> NDArray[Any]:
     )
 
 
-def _from_array(array: NDArray[Any], name: str, max_pixels: int) -> Image.Image:
+def _from_array(array: NDArray[Any], name: str, max_pixels: int) -> tuple[Image.Image, ImageFacts]:
     if array.dtype.kind not in "buif":
         raise ImageError(
             f"{name} has dtype {array.dtype}, expected bool, an integer or a float type."
@@ -206,20 +225,20 @@ def _from_array(array: NDArray[Any], name: str, max_pixels: int) -> Image.Image:
 
 def _decode(
     file: io.BufferedIOBase, name: str, min_size: tuple[int, int] | None, max_pixels: int
-) -> Image.Image:
+) -> tuple[Image.Image, ImageFacts]:
     head = file.read(132)
     file.seek(0)
     if head[128:] == b"DICM":  # PS3.10 7.1: 128 bytes of preamble, then this prefix
-        grey, has_more_frames = decode_dicom(file, name, max_pixels)
+        grey, facts, has_more_frames = decode_dicom(file, name, max_pixels)
     else:
-        grey, has_more_frames = decode_image(file, head, name, min_size, max_pixels)
+        grey, facts, has_more_frames = decode_image(file, head, name, min_size, max_pixels)
     if has_more_frames:
         warnings.warn(
             f"{name} holds more than one frame; only the first is used.",
             ImageWarning,
-            stacklevel=4,  # the caller of load_image
+            stacklevel=5,  # the caller of load_image
         )
-    return grey
+    return grey, facts
 
 
 # ---------------------------------------------------------------- to the model's size
@@ -287,8 +306,17 @@ class Preprocess:
             ImageError: If the source cannot be decoded.
             ValueError: If the box is outside the image or narrower than a hundredth of it.
         """
+        return self.read(source, box=box)[0]
+
+    def read(
+        self,
+        source: ImageSource,
+        *,
+        box: tuple[float, float, float, float] | None = None,
+    ) -> tuple[NDArray[np.uint8], ImageFacts]:
+        """Return what the call returns, and the facts of the image, see :func:`read_image`."""
         left, upper, right, lower = _check_box(box)
-        image = load_image(source, min_size=self.decode_size(box))
+        image, facts = read_image(source, min_size=self.decode_size(box))
         width, height = image.size
         small = image.resize(
             (self.size_px, self.size_px),
@@ -296,7 +324,7 @@ class Preprocess:
             box=(left * width, upper * height, right * width, lower * height),
             reducing_gap=2.0,
         )
-        return np.array(small)[np.newaxis]
+        return np.array(small)[np.newaxis], facts
 
     def decode_size(self, box: tuple[float, float, float, float] | None = None) -> tuple[int, int]:
         """Return the ``(width, height)`` below which an image should not be decoded.

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from chestxray_covid.checkpoint import load_checkpoint
-from chestxray_covid.errors import CheckpointNotFoundError, WeightsUnavailableError
-from chestxray_covid.files import is_folder
+from chestxray_covid.errors import WeightsUnavailableError
+from chestxray_covid.hub import resolve
 from chestxray_covid.image import Preprocess
 from chestxray_covid.tensors import densenet121_shapes
 
@@ -35,8 +35,9 @@ def build_densenet121(
 
     Args:
         pretrained: ``True`` for ImageNet weights, which torchvision downloads once and caches;
-            ``False`` for random ones; or a checkpoint folder. A checkpoint with another number
-            of classes gives its features, and the classifier starts at random.
+            ``False`` for random ones; or a checkpoint: a folder, the name of a bundled one or a
+            repository of the Hub, see :func:`resolve`. One with another number of classes gives
+            its features, and the classifier starts at random.
         trainable: ``"all"``, ``"head"`` (the classifier alone), or the first block that trains,
             for example ``"denseblock4"``; see :func:`set_trainable`.
         num_classes: Number of logits, at least 2.
@@ -46,6 +47,7 @@ def build_densenet121(
         ValueError: If ``trainable`` is unknown or ``num_classes`` is below 2.
         WeightsUnavailableError: If ImageNet weights are neither cached nor to be fetched.
         CheckpointError: If the checkpoint is missing or damaged.
+        DownloadError: If it cannot be fetched; errors of the Hub as :func:`resolve` says.
 
     >>> model = build_densenet121(pretrained=False, trainable="head", num_classes=3)
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
@@ -61,12 +63,7 @@ def build_densenet121(
     if seed is not None:
         _initialise(model, seed, features=pretrained is False)
     if not isinstance(pretrained, bool):
-        if not is_folder(pretrained):
-            raise CheckpointNotFoundError(
-                f"{pretrained} is no checkpoint folder. Pass True (ImageNet weights), False "
-                "(random weights), or a folder with config.json and model.safetensors."
-            )
-        _, tensors = load_checkpoint(pretrained)
+        _, tensors = load_checkpoint(resolve(pretrained))
         if len(tensors["classifier.bias"]) != num_classes:
             own = model.state_dict()
             tensors |= {k: own[k].numpy() for k in ("classifier.weight", "classifier.bias")}

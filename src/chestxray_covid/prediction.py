@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chestxray_covid.errors import ChestXrayError
+from chestxray_covid.gate import Flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +21,19 @@ class Prediction:
         threshold: Of :attr:`score`, from which a case counts as positive.
         source: The image's path, or what it was given as: ``"<array>"`` (also of a tensor),
             ``"<bytes>"``, ``"<stream>"`` or ``"<PIL image>"``.
+        flags: What is odd about the image. They change none of the above.
     """
 
     label: str
     probabilities: Mapping[str, float]
     threshold: float
     source: str
+    flags: tuple[Flag, ...] = ()
+
+    @property
+    def abstained(self) -> bool:
+        """Whether a flag makes the answer worthless, so that nobody should use it."""
+        return any(flag.abstains for flag in self.flags)
 
     @property
     def score(self) -> float | None:
@@ -51,6 +59,8 @@ class Prediction:
             "score": self.score,
             "threshold": self.threshold,
             "is_positive": self.is_positive,
+            "abstained": self.abstained,
+            "flags": [flag.to_dict() for flag in self.flags],
         }
 
     def to_json(self) -> str:
@@ -59,7 +69,9 @@ class Prediction:
 
     def __str__(self) -> str:
         ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])
-        return f"{self.source}: " + ", ".join(f"{name} {p:.3f}" for name, p in ranked)
+        shares = ", ".join(f"{name} {p:.3f}" for name, p in ranked)
+        reasons = "".join(f"; {flag.name}: {flag.reason}" for flag in self.flags)
+        return f"{self.source}: {'abstained, ' if self.abstained else ''}{shares}{reasons}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 from chestxray_covid.prediction import FailedPrediction, Prediction
 
+_FLAGS = ("abstained", "flags")
+
 
 @contextmanager
 def prediction_writer(
@@ -19,9 +21,10 @@ def prediction_writer(
     """Yield a function that takes predictions one by one and writes them to a file.
 
     The file appears when the block ends without an error. CSV has the columns ``path``, ``label``,
-    ``p_<class>`` for each class, ``score``, ``is_positive`` and ``error``, of which a failed image
-    has the first and the last; JSON lines hold :meth:`Prediction.to_dict`. A file name that is not
-    UTF-8 is written byte for byte in CSV, and with its bytes as surrogate escapes in JSON.
+    ``p_<class>`` for each class, ``score``, ``is_positive``, ``abstained``, ``flags`` (names, a
+    space between) and ``error``, of which a failed image has the first and the last; JSON lines
+    hold :meth:`Prediction.to_dict`. A file name that is not UTF-8 is written byte for byte in CSV,
+    and with its bytes as surrogate escapes in JSON.
 
     Args:
         path: Ends in ``.jsonl`` for JSON lines, anything else is CSV. Its folder is made.
@@ -44,7 +47,7 @@ def prediction_writer(
             else:
                 table = csv.writer(file)
                 names = (f"p_{name}" for name in classes)
-                table.writerow(["path", "label", *names, "score", "is_positive", "error"])
+                table.writerow(["path", "label", *names, "score", "is_positive", *_FLAGS, "error"])
                 yield lambda result: table.writerow(_cells(result, classes))
         partial.replace(output)
     finally:
@@ -53,10 +56,12 @@ def prediction_writer(
 
 def _cells(result: Prediction | FailedPrediction, classes: Sequence[str]) -> list[Any]:
     if isinstance(result, FailedPrediction):
-        return [result.source, "", *("" for _ in classes), "", "", str(result.error)]
+        return [result.source, "", *("" for _ in classes), *[""] * 4, str(result.error)]
     shares = [f"{result.probabilities[name]:.6f}" for name in classes]
     score = "" if result.score is None else f"{result.score:.6f}"
-    return [result.source, result.label, *shares, score, result.is_positive, ""]
+    flags = " ".join(flag.name for flag in result.flags)
+    answer = [result.label, *shares, score, result.is_positive]
+    return [result.source, *answer, result.abstained, flags, ""]
 
 
 def heading(classes: Sequence[str]) -> str:
@@ -70,4 +75,6 @@ def line(result: Prediction | FailedPrediction) -> str:
     if isinstance(result, FailedPrediction):
         return f"{'failed':<12}  {name}"
     shares = "".join(f"{share:>12.4f}" for share in result.probabilities.values())
-    return f"{result.label:<12}{shares}  {name}"
+    notes = [*(["abstained"] if result.abstained else []), *(flag.name for flag in result.flags)]
+    noted = f"  [{', '.join(notes)}]" if notes else ""
+    return f"{result.label:<12}{shares}  {name}{noted}"

@@ -255,7 +255,7 @@ class _Commit:
             )
         size, sha1 = self.tree[path]
         url = self.endpoints.file_url(self.sha, path)
-        return RemoteFile(url=url, target=folder / path, size=size, sha1=sha1)
+        return RemoteFile(url=url, target=folder / path, size=size, oid=sha1)
 
 
 @dataclass(frozen=True, kw_only=True)

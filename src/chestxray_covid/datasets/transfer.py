@@ -1,4 +1,4 @@
-"""Files of a git repository: verified, resumable, written whole or not at all."""
+"""Files of a git repository or the Hub: verified, resumable, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,27 +29,40 @@ _QUIET_S = 300
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    r"""A file of a git repository, and where it belongs.
+    """A file of a git repository, and where it belongs.
 
     Attributes:
         url: Where its bytes are.
         target: Where they belong.
         size: Their number.
-        sha1: Name of the git blob: SHA-1 of ``b"blob <size>\0"`` and the bytes, 40 hex digits.
+        oid: Its hash, see :func:`has_oid`.
     """
 
     url: str
     target: Path
     size: int
-    sha1: str
+    oid: str
 
     def is_at(self, path: Path) -> bool:
         """Return whether a path holds exactly these bytes."""
-        if not path.is_file() or path.stat().st_size != self.size:
-            return False
-        digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: digest).hexdigest() == self.sha1
+        return path.is_file() and path.stat().st_size == self.size and has_oid(path, self.oid)
+
+
+def has_oid(path: Path, oid: str) -> bool:
+    r"""Return whether a file has the hash that git, or its large file storage, names it by.
+
+    Args:
+        path: An existing file.
+        oid: 64 hex digits: SHA-256 of the bytes. 40 hex digits, the name of a git blob: SHA-1 of
+            ``b"blob <size>\0"`` and the bytes.
+    """
+    if len(oid) == 64:
+        digest = hashlib.sha256()
+    else:
+        head = b"blob %d\0" % path.stat().st_size
+        digest = hashlib.sha1(head, usedforsecurity=False)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest() == oid
 
 
 def fetch_all(client: Client, files: Sequence[RemoteFile], *, workers: int, progress: bool) -> int:
@@ -95,7 +108,7 @@ def fetch(client: Client, file: RemoteFile) -> bool:
             return True
     raise IntegrityError(
         f"{file.url} gave other bytes than the published ones, twice: expected {file.size} bytes "
-        f"of git blob {file.sha1}. A proxy or a login page of the network may stand between; "
+        f"with the hash {file.oid}. A proxy or a login page of the network may stand between; "
         "open the address in a browser, or try another network."
     )
 
@@ -118,7 +131,7 @@ def _bring(client: Client, file: RemoteFile, *, anew: bool) -> bool:
 
 
 def _bring_once(client: Client, file: RemoteFile, anew: bool) -> bool:
-    key = hashlib.sha256(f"{file.target.name}\0{file.sha1}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{file.target.name}\0{file.oid}".encode()).hexdigest()[:16]
     folder = file.target.parent
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{key}-{secrets.token_hex(4)}.part"

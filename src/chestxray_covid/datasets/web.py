@@ -63,6 +63,7 @@ class Client:
             spread at random by half. A server's ``Retry-After`` is respected up to two minutes.
         connections: Connections kept open per server.
         tokens: Origin (see :func:`origin`) → bearer token, sent to that origin and no other.
+        user_agent: What the client calls itself.
 
     Raises:
         ValueError: If a number or a token is impossible.
@@ -76,6 +77,7 @@ class Client:
         backoff_s: float = 0.5,
         connections: int = 8,
         tokens: Mapping[str, str] | None = None,
+        user_agent: str = f"chestxray-covid/{__version__}",
     ) -> None:
         if not timeout_s > 0 or not retries >= 0 or not backoff_s >= 0 or not connections >= 1:
             raise ValueError(
@@ -86,6 +88,7 @@ class Client:
         if not all(re.fullmatch(r"[!-~]+", token) for token in self._tokens.values()):
             # without the token itself, which must not appear in a message
             raise ValueError("token must be printable ASCII without spaces or line ends")
+        self._user_agent = user_agent
         self._timeout_s = timeout_s
         self._retries = retries
         self._backoff_s = backoff_s
@@ -210,10 +213,7 @@ class Client:
         for _ in range(_MAX_REDIRECTS + 1):
             self._refuse_stopped(url)
             # identity: sizes and ranges count the bytes that the hash counts
-            headers = {
-                "Accept-Encoding": "identity",
-                "User-Agent": f"chestxray-covid/{__version__}",
-            }
+            headers = {"Accept-Encoding": "identity", "User-Agent": self._user_agent}
             if start:
                 headers["Range"] = f"bytes={start}-"
             if token := self._tokens.get(origin(url)):

@@ -1,0 +1,165 @@
+"""Fit the input gate of a checkpoint, measure it, and put it beside the weights.
+
+    python recipes/fit_gate.py --checkpoint runs/default/224px --split runs/default/split.json \
+        --data ../shared/data --results gate.json
+
+Needs, besides the data, the photographs inside scikit-image: ``pip install scikit-image``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from collection import open_sources
+from gate_examples import Example, cohen_others, foreign, frontals, spoilt
+from numpy.typing import NDArray
+
+from chestxray_covid import Flag, Gate, Split, fit_gate
+from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
+from chestxray_covid.engines import Engine, open_engine
+from chestxray_covid.files import write_files
+from chestxray_covid.gate import GATE_NAME
+from chestxray_covid.intervals import wilson_interval
+
+SOURCES = ("cohen", "hannover", "kermany", "nih")
+
+
+def collect(data: Path, split: Split, preprocess: Any, *, limit: int, count: int) -> list[Example]:
+    """Return all examples, to fit on and to measure with.
+
+    Args:
+        data: Folder of the collections.
+        split: That the checkpoint was trained with.
+        preprocess: Of the checkpoint.
+        limit: Most frontal radiographs of each source and side.
+        count: Pictures of each drawn kind.
+    """
+    radiographs = list(frontals(split, preprocess, limit=limit))
+    return [
+        *radiographs,
+        *cohen_others(data, split, preprocess),
+        *spoilt(radiographs, every=4),
+        *foreign(preprocess, count=count),
+    ]
+
+
+def features_of(engine: Engine, examples: Sequence[Example]) -> NDArray[np.float32]:
+    """Return ``(N, 1024)`` features."""
+    batches = (examples[i : i + 16] for i in range(0, len(examples), 16))
+    return np.concatenate([engine(np.stack([e.pixels for e in batch]))[1] for batch in batches])
+
+
+def fit(examples: Sequence[Example], features: NDArray[np.float32], *, without: str = "") -> Gate:
+    """Return the gate of the examples that are not held out.
+
+    Args:
+        examples: All of them.
+        features: Theirs.
+        without: A source whose radiographs are left out, save laterals and slices.
+    """
+    chosen = [
+        i
+        for i, e in enumerate(examples)
+        if not e.held_out and (e.source != without or e.kind in ("lateral", "ct"))
+    ]
+    taken = [examples[i] for i in chosen]
+    return fit_gate(
+        np.stack([e.pixels for e in taken]),
+        features[chosen],
+        kinds=[e.kind for e in taken],
+        patients=[e.group for e in taken],
+        sources=[e.source for e in taken],
+    )
+
+
+def measure(
+    gate: Gate, examples: Sequence[Example], features: NDArray[np.float32]
+) -> dict[str, Any]:
+    """Return how often held-out examples are flagged and refused, with Wilson intervals of 95 %."""
+    flags: dict[str, list[tuple[Flag, ...]]] = {}
+    for example, row in zip(examples, features, strict=True):
+        if example.held_out:
+            found = gate.check(row, example.pixels, example.facts)
+            flags.setdefault(example.what, []).append(found)
+            if example.what == "frontal":
+                flags.setdefault(f"frontal, {example.source}", []).append(found)
+    return {what: _summary(found) for what, found in sorted(flags.items())}
+
+
+def _summary(found: Sequence[tuple[Flag, ...]]) -> dict[str, Any]:
+    names = sorted({flag.name for flags in found for flag in flags})
+    counts = {
+        "flagged": sum(bool(flags) for flags in found),
+        "abstained": sum(any(flag.abstains for flag in flags) for flags in found),
+        **{name: sum(any(f.name == name for f in flags) for flags in found) for name in names},
+    }
+    return {"images": len(found), **{name: _rate(k, len(found)) for name, k in counts.items()}}
+
+
+def _rate(count: int, total: int) -> dict[str, Any]:
+    low, high = wilson_interval(count, total)
+    return {"count": count, "rate": count / total, "low": low, "high": high}
+
+
+def unseen_sources(
+    examples: Sequence[Example], features: NDArray[np.float32]
+) -> dict[str, dict[str, Any]]:
+    """Return, for each source, what a gate fitted without it makes of its frontal radiographs."""
+    results = {}
+    for source in SOURCES:
+        gate = fit(examples, features, without=source)
+        found = [
+            gate.check(row, e.pixels, e.facts)
+            for e, row in zip(examples, features, strict=True)
+            if e.what == "frontal" and e.source == source
+        ]
+        results[source] = _summary(found)
+    return results
+
+
+def attach(folder: Path, gate: Gate) -> None:
+    """Put the gate beside the weights of a checkpoint; its other attachments stay."""
+    config, tensors = load_checkpoint(folder)
+    others = {name: load_attachment(folder, config, name) for name in config.attachments}
+    kept = {name: data for name, data in others.items() if data is not None}
+    save_checkpoint(folder, config, tensors, {**kept, GATE_NAME: gate.to_bytes()})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--split", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=600, help="frontal, per source and side")
+    parser.add_argument("--count", type=int, default=120, help="of each drawn kind")
+    options = parser.parse_args(argv)
+    config, tensors = load_checkpoint(options.checkpoint)
+    split = Split.load(options.split, open_sources(options.data))
+    examples = collect(
+        options.data, split, config.preprocess, limit=options.limit, count=options.count
+    )
+    print(f"{len(examples)} examples", flush=True)
+    features = features_of(open_engine(config, tensors), examples)
+    gate = Gate.from_bytes(fit(examples, features).to_bytes())  # as it will be read
+    results = {
+        "held_out": measure(gate, examples, features),
+        "source_left_out": unseen_sources(examples, features),
+        "weights_sha256": config.weights_sha256,
+    }
+    attach(options.checkpoint, gate)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=1).encode()
+    write_files(options.results.parent, {options.results.name: text})
+    for what, found in results["held_out"].items():
+        print(f"{what:<26} {found['images']:>5}  flagged {found['flagged']['rate']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

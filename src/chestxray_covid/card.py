@@ -1,0 +1,264 @@
+"""The model card, in the Hub's format, made from a checkpoint's config and results.
+
+Everything that comes from data (names of sources, texts in the provenance) is escaped: it can
+neither end a table's row nor bring links, pictures or HTML into the page.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from chestxray_covid.checkpoint import ModelConfig, load_config
+from chestxray_covid.errors import ConfigError
+from chestxray_covid.evaluation_report import CAUTION, EvaluationReport, Subgroup
+from chestxray_covid.files import read_json
+from chestxray_covid.intervals import Estimate
+
+_METRICS = ("sensitivity", "specificity", "auroc")
+_BINS = 10
+
+
+def model_card(
+    folder: Path, name: str, *, license: str | None = None, figure: str | None = None
+) -> str:
+    """Return the text of ``README.md`` for a checkpoint.
+
+    Args:
+        folder: Holds the checkpoint, and ``evaluation.json`` and ``audit.json`` if there are any.
+        name: Repository or folder, for the title and the snippets.
+        license: Identifier of a licence; if not given, ``license`` of the config's provenance.
+        figure: File name of the calibration figure, if there is one.
+
+    Raises:
+        CheckpointError: If the config is missing or damaged.
+        ReportError: If ``evaluation.json`` is no report.
+    """
+    config = load_config(folder)
+    report = _evaluation(folder)
+    parts = [
+        _front_matter(config, report, name, license),
+        _introduction(config, name),
+        _data(config),
+        "\n".join(_results(report, figure)),
+        _audit(folder),
+        _facts("Known failures", config.provenance.get("known_failures")),
+        _loading(config, name),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def calibration_figure(folder: Path) -> bytes | None:
+    """Return a PNG: how often a score came true; ``None`` without predictions to draw it from.
+
+    Raises:
+        ReportError: If ``evaluation.json`` is no report.
+    """
+    report = _evaluation(folder)
+    if report is None or report.predictions is None:
+        return None
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    scores = report.predictions[f"p_{report.positive}"].to_numpy(float)
+    truth = (report.predictions["label"] == report.positive).to_numpy(float)
+    places = np.minimum((scores * _BINS).astype(int), _BINS - 1)
+    filled = np.unique(places)
+    predicted = [scores[places == place].mean() for place in filled]
+    observed = [truth[places == place].mean() for place in filled]
+    drawing = Figure(figsize=(4, 4), layout="constrained")
+    axes = drawing.add_subplot(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.plot([0, 1], [0, 1], ":", color="grey")
+    axes.plot(predicted, observed, "o-")
+    axes.set_xlabel(f"predicted probability of {report.positive}")
+    axes.set_ylabel("share that has it")
+    axes.set_title(f"Calibration, {len(scores)} images")
+    stream = io.BytesIO()
+    drawing.savefig(stream, format="png", dpi=100)
+    return stream.getvalue()
+
+
+def _evaluation(folder: Path) -> EvaluationReport | None:
+    path = folder / "evaluation.json"
+    return EvaluationReport.load(path) if path.is_file() else None
+
+
+def _front_matter(
+    config: ModelConfig, report: EvaluationReport | None, name: str, license: str | None
+) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    stated = license or config.provenance.get("license")
+    datasets = config.provenance.get("datasets")
+    results = []
+    if report is not None:
+        results = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=_slug(part.name),
+                dataset_name=f"{part.group}: {part.name}"[:200],
+                metric_type="roc_auc" if metric == "auroc" else metric,
+                metric_value=round(part.per_class[report.positive][metric].value, 4),
+                metric_name=f"{report.positive} {metric}",
+            )
+            for part in (report.overall, *report.by_source.values())
+            for metric in _METRICS
+            if _is_defined(part, report.positive, metric)
+        ]
+    data = ModelCardData(
+        license=stated if isinstance(stated, str) else "other",
+        library_name="chestxray_covid",
+        pipeline_tag="image-classification",
+        tags=["chest-x-ray", "covid-19", "densenet", "medical-imaging", "timm", "transformers"],
+        datasets=list(datasets) if isinstance(datasets, list | tuple) else None,
+        metrics=["roc_auc", "recall", "specificity"] if results else None,
+        model_name=name,
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _introduction(config: ModelConfig, name: str) -> str:
+    return f"""# {_plain(name)}
+
+DenseNet-121 on chest radiographs, {config.preprocess.size_px} px, classes
+{", ".join(map(_plain, config.classes))}.
+
+**This is not a medical device.** It makes no diagnosis and must not be used for any decision about
+a patient.
+
+## Intended use
+
+Research and teaching on frontal chest radiographs: to study how such models work, where they fail,
+and whether they read lungs or the data set. Out of scope: diagnosis, triage, screening, other
+modalities and views, and children where the training data have none.
+
+The operating threshold on p(covid19) / (p(covid19) + p(normal)) is {config.threshold:.4g}; it comes
+from: {_plain(config.threshold_origin)}."""
+
+
+def _data(config: ModelConfig) -> str:
+    known = {"license", "headline", "known_failures"}
+    rest = {k: v for k, v in config.provenance.items() if k not in known}
+    return _facts("Data and training", rest)
+
+
+def _facts(title: str, content: Any) -> str:
+    """Return a section with JSON data as nested lists; nothing if there are none."""
+    if not content:
+        return ""
+    return "\n".join([f"## {title}\n", *_items(content, 0)])
+
+
+def _items(content: Any, depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            label = _plain(str(key).replace("_", " "))
+            if isinstance(value, Mapping | list | tuple) and value:
+                yield f"{indent}- {label}:"
+                yield from _items(value, depth + 1)
+            else:
+                yield f"{indent}- {label}: {_plain(value)}"
+    elif isinstance(content, list | tuple):
+        for value in content:
+            if isinstance(value, Mapping | list | tuple):
+                yield f"{indent}- {_plain(json.dumps(value))}"
+            else:
+                yield f"{indent}- {_plain(value)}"
+    else:
+        yield f"{indent}{_plain(content)}"
+
+
+def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[str]:
+    yield "## Results\n"
+    if report is None:
+        yield "This model has not been evaluated."
+        return
+    yield (
+        f"{report.n_images} images of {report.n_patients} patients that were not trained on; "
+        f"{_plain(report.positive)} against the other classes, with intervals at "
+        f"{100 * report.confidence:g}%, by patient. A dash is a number that is not defined there.\n"
+    )
+    if report.confounded:
+        yield f"**{CAUTION}**\n"
+    yield f"| Tested on | Images | Patients | {' | '.join(_METRICS)} |"
+    yield f"| --- | --- | --- |{' --- |' * len(_METRICS)}"
+    for part in report.subgroups:
+        numbers = [_number(part.per_class[report.positive].get(metric)) for metric in _METRICS]
+        where = "all" if part.group == "overall" else f"{part.group}: {part.name}"
+        cells = [_plain(where), str(part.n_images), str(part.n_patients), *numbers]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    for metric, estimate in report.overall.metrics.items():
+        yield f"- {metric}: {_number(estimate)}"
+    if figure:
+        yield f"\n![Predicted probability against the share that came true]({figure})"
+
+
+def _audit(folder: Path) -> str:
+    path = folder / "audit.json"
+    if not path.is_file():
+        return "## Audit\n\nThis model has not been audited for shortcuts."
+    try:
+        content = read_json(path)
+    except ConfigError as error:
+        return f"## Audit\n\nThe audit cannot be read: {_plain(error)}"
+    return _facts("Audit", content) or "## Audit\n\nThe audit is empty."
+
+
+def _loading(config: ModelConfig, name: str) -> str:
+    where = re.sub(r"[^\w./-]", "", name)
+    return f"""## How to load it
+
+```python
+from chestxray_covid import Classifier
+
+classifier = Classifier.from_pretrained("{where}")
+print(classifier.predict("radiograph.png"))
+```
+
+With timm, and with transformers (these apply neither the input checks nor the threshold):
+
+```python
+import timm
+from transformers import pipeline
+
+model = timm.create_model("hf-hub:{where}", pretrained=True).eval()
+classify = pipeline("image-classification", model="{where}")
+```
+
+Grey radiographs have to be given as three equal channels; {config.preprocess.size_px} px, squashed
+to a square, mean {config.preprocess.mean:g} and deviation {config.preprocess.std:g}."""
+
+
+def _is_defined(part: Subgroup, positive: str, metric: str) -> bool:
+    estimate = part.per_class[positive].get(metric)
+    return estimate is not None and estimate.value == estimate.value
+
+
+def _number(estimate: Estimate | None) -> str:
+    if estimate is None or estimate.value != estimate.value:
+        return "–"
+    if estimate.low != estimate.low:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} ({estimate.low:.3f}–{estimate.high:.3f})"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")[:60] or "unknown"
+
+
+def _plain(value: Any) -> str:
+    r"""Return text that Markdown shows as it is, on one line.
+
+    >>> print(_plain("<b>|[x](http://y)"))
+    &lt;b&gt;\|\[x\](http&#58;//y)
+    """
+    text = " ".join(str(value).split())[:1000].replace("&", "&amp;")
+    text = text.replace("<", "&lt;").replace(">", "&gt;").replace("://", "&#58;//")
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)

@@ -1,0 +1,51 @@
+"""What the subcommands share: options, and how errors become messages."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+NOT_A_DEVICE = "For research only. This is not a medical device and makes no diagnosis."
+
+DATA = click.option(
+    "--data",
+    "data",
+    multiple=True,
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder or CSV of a data set; may be given several times.",
+)
+MODEL = click.option(
+    "--model",
+    default=None,
+    help="Folder, for example the output of train, bundled model or repository of the Hub, "
+    "user/name; the bundled default if not given.",
+)
+DEVICE = click.option("--device", default=None, help="Torch device, for example cpu or cuda.")
+BATCH = click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+
+
+def translated(command: Command) -> Command:
+    """Turn the library's errors into a message and an exit status."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except TrainingInterrupted as stop:
+            click.echo(str(stop), err=True)
+            sys.exit(128 + stop.signal_number)
+        except (ChestXrayError, ValueError, OSError) as error:
+            notes = [str(error), *getattr(error, "__notes__", ())]
+            raise click.ClickException("\n".join(notes)) from error
+
+    return run  # type: ignore[return-value]

@@ -1,0 +1,198 @@
+"""How a gate comes about: statistics of training radiographs, thresholds on held-out patients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid.gate import FEATURES, KINDS, Gate, describe, standardise
+
+#: Kinds that are made of frontal radiographs, and so show the look of their source.
+_FROM_FRONTAL = ("frontal", "inverted", "turned")
+_FOLDS = 5
+#: Inverse strength of the probe's penalty, scikit-learn's C. From 1e-3 to 1e-1 held-out results
+#: hardly differ (false alarms 2.2 to 0.7 % without thresholds); below, turned images are missed.
+_PENALTY_C = 0.01
+#: Least deviation, relative to the largest: what hardly varies must not weigh thousandfold.
+_LEAST_SCALE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Examples:
+    inputs: NDArray[np.float32]  # (N, 1024 + D)
+    kinds: NDArray[np.int64]  # (N,) positions in KINDS
+    patients: NDArray[np.str_]
+    sources: NDArray[np.str_]
+
+    @property
+    def is_frontal(self) -> NDArray[np.bool_]:
+        return np.asarray(self.kinds == 0)
+
+    def take(self, chosen: NDArray[Any]) -> _Examples:
+        return _Examples(
+            inputs=self.inputs[chosen],
+            kinds=self.kinds[chosen],
+            patients=self.patients[chosen],
+            sources=self.sources[chosen],
+        )
+
+
+def fit_gate(
+    pixels: NDArray[np.uint8],
+    features: NDArray[np.float32],
+    *,
+    kinds: Sequence[str],
+    patients: Sequence[str],
+    sources: Sequence[str],
+    false_alarms: float = 0.05,
+    components: int = 64,
+) -> Gate:
+    """Return the gate of a network, fitted on what it was trained on and on what it must refuse.
+
+    A multinomial logistic regression learns the kinds, a Gaussian what frontal radiographs are
+    like. Each of their six thresholds, five kinds and the distance, gives false alarms to a sixth
+    of ``false_alarms`` or fewer: of the frontal radiographs of held-out patients (five folds by
+    patient), and of those of a source that was left out, in the median over the sources. The
+    latter is what another hospital is; it decides wherever it is the stricter one.
+
+    Args:
+        pixels: ``(N, 1, S, S)`` uint8, as the model gets them.
+        features: ``(N, 1024)`` of the engine.
+        kinds: Kind of each image, of :data:`KINDS`; every kind occurs.
+        patients: What must not be divided: patients, across sources and with all that was made of
+            their radiographs; a photograph with its crops.
+        sources: Collection that each image comes from.
+        false_alarms: Share of frontal radiographs that may be flagged, in (0, 1).
+        components: Directions of the Gaussian that have a variance of their own.
+
+    Raises:
+        ValueError: If lengths or shapes differ, values are not finite, a kind is unknown or
+            missing, there are fewer than five frontal patients, or too few frontal radiographs
+            for the components.
+    """
+    if not 0 < false_alarms < 1:
+        raise ValueError(f"false_alarms must be inside (0, 1), got {false_alarms}")
+    examples = _gather(pixels, features, kinds, patients, sources)
+    _check_enough(examples, components)
+    level = 1 - false_alarms / len(KINDS)
+    held_out = np.concatenate([_judge(*fold, components) for fold in _by_patient(examples)])
+    limits = [np.quantile(held_out, level, axis=0)]
+    unseen = [
+        np.quantile(_judge(*fold, components), level, axis=0) for fold in _by_source(examples)
+    ]
+    if unseen:
+        limits.append(np.median(unseen, axis=0))
+    highest = np.max(limits, axis=0).astype(np.float32)
+    return replace(
+        _fit(examples, components),
+        # Never below 0: a kind less probable than a frontal radiograph is no reason to flag one.
+        min_log_odds=np.maximum(highest[:-1], 0),
+        max_distance=highest[-1:],
+    )
+
+
+def _gather(
+    pixels: NDArray[np.uint8],
+    features: NDArray[np.float32],
+    kinds: Sequence[str],
+    patients: Sequence[str],
+    sources: Sequence[str],
+) -> _Examples:
+    count = len(pixels)
+    lengths = {len(features), len(kinds), len(patients), len(sources)}
+    if lengths != {count} or pixels.ndim != 4 or features.shape != (count, FEATURES):
+        raise ValueError(
+            f"expected (N, 1, S, S) pixels, (N, {FEATURES}) features and N kinds, patients and "
+            f"sources, got {pixels.shape}, {features.shape} and {len(kinds)}, {len(patients)}, "
+            f"{len(sources)}"
+        )
+    strange = sorted(set(kinds) - set(KINDS))
+    if strange:
+        raise ValueError(f"kinds must be among {KINDS}, got {strange}")
+    if not np.isfinite(features).all():
+        raise ValueError("features must be finite; the network's weights overflow")
+    descriptions = np.stack([describe(image) for image in pixels])
+    return _Examples(
+        inputs=np.concatenate([features, descriptions], axis=1),
+        kinds=np.array([KINDS.index(kind) for kind in kinds]),
+        patients=np.array(patients),
+        sources=np.array(sources),
+    )
+
+
+def _check_enough(examples: _Examples, components: int) -> None:
+    missing = [kind for k, kind in enumerate(KINDS) if not (examples.kinds == k).any()]
+    if missing:
+        raise ValueError(f"there is no example of {missing}; every kind is needed")
+    frontal = examples.take(examples.is_frontal)
+    count = len(set(frontal.patients))
+    if count < _FOLDS:
+        raise ValueError(f"there are {count} frontal patients, expected at least {_FOLDS}")
+    least = min(len(frontal.kinds) * (_FOLDS - 1) // _FOLDS - 2, FEATURES - 1)
+    if not 1 <= components <= least:
+        raise ValueError(
+            f"components must be in 1 to {least} for {len(frontal.kinds)} frontal radiographs, "
+            f"got {components}"
+        )
+
+
+def _by_patient(examples: _Examples) -> Iterator[tuple[_Examples, _Examples]]:
+    """Yield the rest and a fold, five times; every patient is once in a fold."""
+    from sklearn.model_selection import GroupKFold
+
+    folds = GroupKFold(n_splits=_FOLDS)
+    for rest, left in folds.split(examples.inputs, groups=examples.patients):
+        yield examples.take(rest), examples.take(left)
+
+
+def _by_source(examples: _Examples) -> Iterator[tuple[_Examples, _Examples]]:
+    """Yield the rest and a source, for every source of frontal radiographs if there are several.
+
+    Laterals and slices stay, for they may come from one source alone.
+    """
+    sources = sorted(set(examples.sources[examples.is_frontal]))
+    of_source = np.isin(examples.kinds, [KINDS.index(kind) for kind in _FROM_FRONTAL])
+    for source in sources if len(sources) > 1 else []:
+        left = of_source & (examples.sources == source)
+        yield examples.take(~left), examples.take(left)
+
+
+def _judge(rest: _Examples, left: _Examples, components: int) -> NDArray[np.float64]:
+    """Return ``(N, 6)``, five log-odds and a distance, of the frontal radiographs left out."""
+    gate = _fit(rest, components)
+    inputs = left.inputs[left.is_frontal]
+    distances = gate.distances(inputs[:, :FEATURES])
+    return np.column_stack([gate.log_odds(inputs)[:, 1:], distances])
+
+
+def _fit(examples: _Examples, components: int) -> Gate:
+    """Return a gate of all examples; its thresholds are still to be chosen."""
+    from sklearn.linear_model import LogisticRegression
+
+    mean = examples.inputs.mean(0, dtype=np.float64)
+    deviation = examples.inputs.std(0, dtype=np.float64)
+    scale = np.maximum(deviation, _LEAST_SCALE * deviation.max())
+    standard = standardise(examples.inputs, mean, scale).astype(np.float32)
+    probe = LogisticRegression(C=_PENALTY_C, class_weight="balanced", max_iter=1000, tol=1e-3)
+    probe.fit(standard, examples.kinds)
+    frontal = standard[examples.is_frontal, :FEATURES]
+    centre = frontal.mean(0)
+    _, singular, directions = np.linalg.svd(frontal - centre, full_matrices=False)
+    variances = singular**2 / len(frontal)
+    parts = {
+        "mean": mean,
+        "scale": scale,
+        "probe": probe.coef_,
+        "bias": probe.intercept_,
+        "min_log_odds": np.zeros(len(KINDS) - 1),
+        "centre": centre,
+        "basis": directions[:components].T,
+        "variances": variances[:components],
+        "noise": [variances[components:].sum() / (FEATURES - components)],
+        "max_distance": [1.0],
+    }
+    return Gate(**{name: np.asarray(value, np.float32) for name, value in parts.items()})

@@ -1,0 +1,485 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load, save
+from scipy.spatial.distance import mahalanobis
+from scipy.stats import chi2
+from sklearn.linear_model import LogisticRegression
+
+from chestxray_covid.checkpoint import ModelConfig, load_attachment, save_checkpoint
+from chestxray_covid.classifier import Classifier
+from chestxray_covid.datasets.synthetic import SyntheticChestXray
+from chestxray_covid.errors import CheckpointError
+from chestxray_covid.gate import (
+    ABSTAINING,
+    DESCRIPTORS,
+    FEATURES,
+    GATE_NAME,
+    KINDS,
+    Flag,
+    Gate,
+    check_image,
+    describe,
+    standardise,
+)
+from chestxray_covid.gate_fit import fit_gate
+from chestxray_covid.image import Preprocess
+from chestxray_covid.pixels import ImageFacts
+from chestxray_covid.prediction import Prediction
+from chestxray_covid.prediction_table import line, prediction_writer
+
+from conftest import random_tensors  # isort: skip
+
+FACTS = ImageFacts(width_px=300, height_px=300)
+SIZE = 64
+COUNT = 60
+
+
+def pictures(kind: str, count: int, seed: int) -> list[np.ndarray]:
+    """Return ``(1, S, S)`` pixels of a kind; phantoms stand for radiographs."""
+    rng = np.random.default_rng(seed)
+    phantoms = SyntheticChestXray(count, image_size_px=SIZE, seed=seed)
+    found = []
+    for phantom, _ in phantoms:
+        upright = np.asarray(phantom)[np.newaxis]
+        y, x = np.mgrid[0:SIZE, 0:SIZE]
+        wedge = np.clip(3 * x + rng.integers(20), 0, 255)
+        disc = 200 * (np.hypot(x - 32, y - 32) < rng.integers(18, 28))
+        found.append(
+            {
+                "frontal": upright,
+                "lateral": wedge[np.newaxis],
+                "ct": disc[np.newaxis],
+                "inverted": 255 - upright,
+                "turned": upright[:, ::-1],
+                "foreign": rng.integers(0, 256, upright.shape),
+            }[kind].astype(np.uint8)
+        )
+    return found
+
+
+def features_of(pixels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return ``(N, 1024)`` non-negative features, a random layer over thumbnails."""
+    weights = np.random.default_rng(seed).normal(size=(DESCRIPTORS, FEATURES)) / 16
+    return np.maximum(np.stack([describe(p) for p in pixels]) @ weights, 0).astype(np.float32)
+
+
+def examples(seed: int = 0) -> dict[str, Any]:
+    kinds = [kind for kind in KINDS for _ in range(COUNT)]
+    pixels = np.stack([p for kind in KINDS for p in pictures(kind, COUNT, seed)])
+    return {
+        "pixels": pixels,
+        "features": features_of(pixels),
+        "kinds": kinds,
+        "patients": [f"{i % COUNT // 2}" for i in range(len(kinds))],
+        "sources": ["ab"[i % COUNT // 2 % 2] for i in range(len(kinds))],
+    }
+
+
+def fit(data: dict[str, Any], **options: Any) -> Gate:
+    rest = {k: v for k, v in data.items() if k not in ("pixels", "features")}
+    return fit_gate(data["pixels"], data["features"], **{"components": 16, **rest, **options})
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, Any]:
+    return examples()
+
+
+@pytest.fixture(scope="module")
+def gate(data: dict[str, Any]) -> Gate:
+    return fit(data)
+
+
+def names(flags: tuple[Flag, ...]) -> list[str]:
+    return [flag.name for flag in flags]
+
+
+# ---------------------------------------------------------------- without statistics
+
+
+def radiograph() -> np.ndarray:
+    return pictures("frontal", 2, 5)[0]
+
+
+def test_a_plain_radiograph_has_no_flag_without_a_gate() -> None:
+    assert check_image(radiograph(), FACTS) == ()
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_an_even_image_is_blank_and_nothing_else(level: int, gate: Gate) -> None:
+    pixels = np.full((1, SIZE, SIZE), level, np.uint8)
+    pixels[0, :3, :3] = 77
+    for flags in (
+        check_image(pixels, FACTS),
+        gate.check(np.zeros(FEATURES, np.float32), pixels, FACTS),
+    ):
+        assert names(flags) == ["blank"]
+        assert flags[0].score == pytest.approx(1 - 9 / SIZE**2)
+        assert flags[0].abstains
+
+
+@pytest.mark.parametrize(("side", "expected"), [(25, ["low_resolution"]), (26, [])])
+def test_an_image_much_smaller_than_the_input_is_of_low_resolution(
+    side: int, expected: list[str]
+) -> None:
+    facts = ImageFacts(width_px=200, height_px=side)
+    flags = check_image(radiograph(), facts)
+    assert names(flags) == expected
+    for flag in flags:
+        assert flag.score == pytest.approx(1 - 25 / 25.6)
+        assert not flag.abstains
+        assert "200x25" in flag.reason
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0049, []), (0.005, ["colour"])])
+def test_colour_is_flagged_from_a_share_of_the_pixels_on(share: float, expected: list[str]) -> None:
+    flags = check_image(radiograph(), replace(FACTS, colour=share))
+    assert names(flags) == expected
+    assert not any(flag.abstains for flag in flags)
+
+
+def test_the_flags_that_abstain_are_those_that_are_documented() -> None:
+    page = Path(__file__).parents[1] / "docs" / "gate.md"
+    rows = [row for row in page.read_text(encoding="utf-8").splitlines() if row.startswith("| `")]
+    said = {row.split("`")[1]: "yes" in row.split("|")[2] for row in rows}
+    assert {name for name, abstains in said.items() if abstains} == ABSTAINING
+    assert set(said) - ABSTAINING == {"low_resolution", "colour"}
+
+
+# ---------------------------------------------------------------- the mathematics
+
+
+def gaussian_gate(rng: np.random.Generator, components: int) -> tuple[Gate, np.ndarray, np.ndarray]:
+    """Return a gate of a known Gaussian, its mean and its covariance."""
+    basis, _ = np.linalg.qr(rng.normal(size=(FEATURES, components)))
+    variances = rng.uniform(0.05, 0.3, components)
+    centre = rng.normal(size=FEATURES) * 0.1
+    inputs = FEATURES + DESCRIPTORS
+    values = {
+        "mean": np.zeros(inputs),
+        "scale": np.ones(inputs),
+        "probe": np.zeros((len(KINDS), inputs)),
+        "bias": [1, 0, 0, 0, 0, 0],
+        "min_log_odds": np.zeros(len(KINDS) - 1),
+        "centre": centre,
+        "basis": basis,
+        "variances": variances,
+        "noise": [0.02],
+        "max_distance": [np.sqrt(chi2.ppf(0.99, FEATURES))],
+    }
+    covariance = basis * (variances - 0.02) @ basis.T + 0.02 * np.eye(FEATURES)
+    made = Gate(**{name: np.asarray(v, np.float32) for name, v in values.items()})
+    return made, centre, covariance
+
+
+def test_distances_are_those_of_scipy_and_follow_its_chi_square() -> None:
+    rng = np.random.default_rng(1)
+    made, centre, covariance = gaussian_gate(rng, 12)
+    drawn = rng.multivariate_normal(centre, covariance, 2000, method="cholesky")
+    distances = made.distances(drawn)
+    inverse = np.linalg.inv(covariance)
+    for row, distance in zip(drawn[:50], distances[:50], strict=True):
+        assert distance == pytest.approx(mahalanobis(row, centre, inverse), rel=1e-4)
+    for level in (0.05, 0.5, 0.95, 0.99):
+        share = (distances**2 < chi2.ppf(level, FEATURES)).mean()
+        assert abs(share - level) < 4 * np.sqrt(level * (1 - level) / 2000)
+
+
+def test_what_is_far_is_out_of_distribution_with_a_score_from_one_half_on() -> None:
+    made, centre, _ = gaussian_gate(np.random.default_rng(2), 12)
+    limit = float(made.max_distance[0])
+    away = np.ones(FEATURES) / np.sqrt(FEATURES)
+    scale = limit / float(made.distances((centre + away)[np.newaxis])[0])
+    for factor, expected in ((0.99, []), (1.01, ["out_of_distribution"]), (2.0, None)):
+        row = (centre + factor * scale * away).astype(np.float32)
+        flags = made.check(row, radiograph(), FACTS)
+        if expected is not None:
+            assert names(flags) == expected
+        else:
+            assert flags[0].score == pytest.approx(0.8, abs=0.01)
+            assert "2.00 times" in flags[0].reason
+
+
+def test_log_odds_are_those_of_scikit_learn(gate: Gate, data: dict[str, Any]) -> None:
+    descriptions = np.stack([describe(p) for p in data["pixels"]])
+    inputs = np.concatenate([data["features"], descriptions], axis=1)
+    standard = standardise(inputs, gate.mean, gate.scale)
+    model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000, tol=1e-3)
+    model.fit(standard.astype(np.float32), [KINDS.index(kind) for kind in data["kinds"]])
+    logs = model.predict_log_proba(standard)
+    assert np.abs(gate.log_odds(inputs) - (logs - logs[:, :1])).max() < 1e-2
+
+
+def test_a_description_does_not_depend_on_brightness_and_hardly_on_size() -> None:
+    small, large = (Preprocess(size_px=s)(Image.fromarray(radiograph()[0])) for s in (64, 160))
+    assert np.abs(describe(small)[:256] - describe(large)[:256]).max() < 0.2
+    darker = (small // 2 + 20).astype(np.uint8)
+    assert np.abs(describe(small)[:256] - describe(darker)[:256]).max() < 0.1
+    assert describe(small).shape == (DESCRIPTORS,)
+    assert describe(small).dtype == np.float32
+
+
+# ---------------------------------------------------------------- fitted
+
+
+EXPECTED = {
+    "lateral": "lateral_view",
+    "ct": "not_a_chest_radiograph",
+    "inverted": "inverted",
+    "turned": "out_of_distribution",
+    "foreign": "not_a_chest_radiograph",
+}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_every_kind_gets_its_own_flag_and_no_other(gate: Gate, kind: str) -> None:
+    pixels = np.stack(pictures(kind, 20, seed=99))
+    for row, image in zip(features_of(pixels), pixels, strict=True):
+        flags = gate.check(row, image, FACTS)
+        assert names(flags) == [EXPECTED[kind]]
+        assert 0.5 < flags[0].score <= 1
+        assert flags[0].abstains
+
+
+def test_radiographs_of_other_patients_pass(gate: Gate) -> None:
+    pixels = np.stack(pictures("frontal", 100, seed=77))
+    rows = features_of(pixels)
+    flagged = sum(bool(gate.check(r, p, FACTS)) for r, p in zip(rows, pixels, strict=True))
+    assert flagged <= 5
+
+
+def test_a_source_that_looks_different_loosens_the_thresholds(data: dict[str, Any]) -> None:
+    shifted = {**data, "features": data["features"].copy()}
+    of_b = np.array(data["sources"]) == "b"
+    shifted["features"][of_b] += np.random.default_rng(3).normal(size=FEATURES) * 0.3
+    together = {**shifted, "sources": ["a"] * len(data["sources"])}
+    assert fit(shifted).max_distance[0] > fit(together).max_distance[0]
+
+
+def test_a_fit_depends_on_nothing_but_its_arguments(data: dict[str, Any], gate: Gate) -> None:
+    assert fit(data).to_bytes() == gate.to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"false_alarms": 0.0}, "false_alarms must be inside"),
+        ({"false_alarms": float("nan")}, "false_alarms must be inside"),
+        ({"kinds": ["frontal"]}, "expected .N, 1, S, S. pixels"),
+        ({"features": np.zeros((COUNT * 6, 3), np.float32)}, "expected .N, 1, S, S. pixels"),
+        ({"kinds": ["cat"] * COUNT * 6}, r"kinds must be among .*, got \['cat'\]"),
+        ({"kinds": ["frontal"] * COUNT * 6}, "no example of .'lateral', 'ct'"),
+        ({"features": np.full((COUNT * 6, FEATURES), np.nan, np.float32)}, "must be finite"),
+        ({"patients": ["one"] * COUNT * 6}, "1 frontal patients, expected at least 5"),
+        ({"components": 0}, "components must be in 1 to 46 for 60 frontal"),
+        ({"components": 47}, "components must be in 1 to 46 for 60 frontal"),
+    ],
+)
+def test_impossible_examples_are_refused(
+    data: dict[str, Any], change: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        fit({**data, **change})
+
+
+# ---------------------------------------------------------------- as a file
+
+
+def test_a_gate_survives_the_file_to_half_precision(gate: Gate, data: dict[str, Any]) -> None:
+    written = gate.to_bytes()
+    again = Gate.from_bytes(written)
+    assert again.to_bytes() == written
+    assert len(written) < 200_000
+    for field in fields(Gate):
+        assert np.allclose(getattr(again, field.name), getattr(gate, field.name), atol=2e-3)
+    rows = data["features"]
+    assert np.allclose(again.distances(rows), gate.distances(rows), rtol=1e-2)
+
+
+def tampered(gate: Gate, **changes: Any) -> bytes:
+    tensors = {**load(gate.to_bytes()), **changes}
+    return save({k: v for k, v in tensors.items() if v is not None})
+
+
+HOSTILE = [
+    *(({f.name: None}, "expected the tensors") for f in fields(Gate)),
+    ({"more": np.zeros(1, np.float32)}, "expected the tensors"),
+    ({"mean": np.zeros(3, np.float32)}, "mean must be of shape"),
+    ({"probe": np.zeros((6, 3), np.float16)}, "probe must be of shape"),
+    ({"basis": np.zeros((1024, 0), np.float16)}, "basis must be"),
+    ({"basis": np.zeros((1024, 300), np.float16)}, "basis must be"),
+    ({"basis": np.zeros(1024, np.float16)}, "basis must be"),
+    ({"bias": np.full(6, np.nan, np.float32)}, "bias has values that are not finite"),
+    ({"noise": np.array([np.inf], np.float32)}, "noise has values that are not finite"),
+    ({"noise": np.array([0], np.float32)}, "noise must be positive"),
+    ({"max_distance": np.array([-1], np.float32)}, "max_distance must be positive"),
+    ({"probe": np.zeros((6, FEATURES + DESCRIPTORS), np.float32)}, "probe has type float32"),
+    ({"bias": np.zeros(6, np.int64)}, "bias has type int64"),
+    ({"bias": np.zeros(6, np.float64)}, "tensors of type"),
+]
+
+
+@pytest.mark.parametrize(("changes", "match"), HOSTILE)
+def test_a_hostile_attachment_is_refused(gate: Gate, changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        Gate.from_bytes(tampered(gate, **changes), "here/gate.safetensors")
+
+
+@pytest.mark.parametrize("data_", [b"", b"\xff" * 64, b"{}" * 100])
+def test_what_is_no_safetensors_file_is_refused(data_: bytes) -> None:
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        Gate.from_bytes(data_)
+
+
+def test_no_gate_needs_torch() -> None:
+    code = (
+        "import sys, numpy as np; from chestxray_covid.gate import *; "
+        "from chestxray_covid.gate_fit import fit_gate; "
+        "sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---------------------------------------------------------------- through a classifier
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Path:
+    """Return a checkpoint of random weights with a gate that was fitted on its own features."""
+    folder = tmp_path_factory.mktemp("gated")
+    config = ModelConfig(
+        classes=("normal", "pneumonia", "covid19"), preprocess=Preprocess(size_px=SIZE)
+    )
+    tensors = random_tensors(3)
+    own = {**data, "features": Classifier(config, tensors)._compute(data["pixels"])[1]}
+    save_checkpoint(folder, config, tensors, {GATE_NAME: fit(own).to_bytes()})
+    return folder
+
+
+def test_a_classifier_flags_and_abstains_and_answers_all_the_same(gated: Path) -> None:
+    clf = Classifier.from_pretrained(gated)
+    bare = Classifier(clf.config, random_tensors(3))
+    for kind, expected in EXPECTED.items():
+        images = [p[0] for p in pictures(kind, 5, seed=55)]
+        for found, plain in zip(clf.predict(images), bare.predict(images), strict=True):
+            assert names(found.flags) == [expected]
+            assert found.abstained
+            assert not plain.flags
+            assert not plain.abstained
+            answers = [(p.label, p.probabilities, p.score, p.is_positive) for p in (found, plain)]
+            assert answers[0] == answers[1]
+    good = clf.predict([p[0] for p in pictures("frontal", 20, seed=55)])
+    assert sum(p.abstained for p in good) <= 1
+
+
+def test_restricting_the_classes_keeps_the_gate(gated: Path) -> None:
+    clf = Classifier.from_pretrained(gated, classes=("normal", "covid19"))
+    assert names(clf.predict(pictures("inverted", 2, seed=55)[0]).flags) == ["inverted"]
+
+
+def test_size_and_colour_are_those_of_the_file(gated: Path, tmp_path: Path) -> None:
+    clf = Classifier.from_pretrained(gated)
+    grey = Image.fromarray(pictures("frontal", 2, seed=55)[0][0])
+    coloured = grey.convert("RGB")
+    coloured.paste((255, 40, 40), (0, 0, 12, 12))
+    coloured.save(tmp_path / "arrow.png")
+    grey.resize((20, 30)).save(tmp_path / "small.png")
+    arrow, small = clf.predict([tmp_path / "arrow.png", tmp_path / "small.png"])
+    assert "colour" in names(arrow.flags)
+    assert "low_resolution" in names(small.flags)
+
+
+def test_a_data_set_gives_the_flags_of_its_files(gated: Path, tmp_path: Path) -> None:
+    from chestxray_covid.datasets.folder import FolderDataset
+
+    for label, number in (("normal", 0), ("covid19", 1)):
+        (tmp_path / label).mkdir()
+        image = Image.fromarray(pictures("frontal", 2, seed=55)[number][0]).convert("RGB")
+        image.paste((0, 0, 255), (0, 0, 20, 20))
+        image.resize((1000, 1000)).save(tmp_path / label / f"{number}.jpg")
+    clf = Classifier.from_pretrained(gated)
+    dataset = FolderDataset(tmp_path)
+    of_files = clf.predict([sample.path for sample in dataset.samples])
+    assert [p.flags for p in clf.predict(dataset)] == [p.flags for p in of_files]
+    assert all("colour" in names(p.flags) for p in of_files)
+    changed = FolderDataset(tmp_path, transform=lambda image: image)
+    assert not any("colour" in names(p.flags) for p in clf.predict(changed))
+
+
+def test_a_damaged_gate_keeps_a_checkpoint_from_loading(gated: Path, tmp_path: Path) -> None:
+    clf = Classifier.from_pretrained(gated)
+    save_checkpoint(tmp_path, clf.config, random_tensors(3), {GATE_NAME: b"no gate at all"})
+    with pytest.raises(CheckpointError, match=r"gate.safetensors is no safetensors file"):
+        Classifier.from_pretrained(tmp_path)
+    (tmp_path / GATE_NAME).write_bytes(load_attachment(gated, clf.config, GATE_NAME) or b"")
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        Classifier.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------- as text
+
+
+def flagged() -> Prediction:
+    return Prediction(
+        label="normal",
+        probabilities={"normal": 0.8, "covid19": 0.2},
+        threshold=0.5,
+        source="x.png",
+        flags=(
+            Flag(name="lateral_view", reason="looks lateral", score=0.9),
+            Flag(name="colour", reason="is red", score=0.1),
+        ),
+    )
+
+
+def test_flags_show_in_every_form_of_a_prediction(tmp_path: Path) -> None:
+    prediction = flagged()
+    assert prediction.to_dict()["abstained"] is True
+    assert prediction.to_dict()["flags"][1] == {"name": "colour", "reason": "is red", "score": 0.1}
+    assert str(prediction) == (
+        "x.png: abstained, normal 0.800, covid19 0.200; lateral_view: looks lateral; colour: is red"
+    )
+    assert line(prediction).endswith("x.png  [abstained, lateral_view, colour]")
+    with prediction_writer(tmp_path / "p.csv", ("normal", "covid19")) as write:
+        write(prediction)
+    heading, row = (tmp_path / "p.csv").read_text().splitlines()
+    assert heading.endswith("score,is_positive,abstained,flags,error")
+    assert row.endswith("False,True,lateral_view colour,")
+
+
+def test_a_warning_alone_does_not_abstain() -> None:
+    prediction = replace(flagged(), flags=flagged().flags[1:])
+    assert not prediction.abstained
+    assert str(prediction) == "x.png: normal 0.800, covid19 0.200; colour: is red"
+
+
+# ---------------------------------------------------------------- the bundled weights
+
+
+@pytest.mark.real_data
+def test_the_bundled_gate_passes_radiographs_and_refuses_laterals(real_data: Path) -> None:
+    from chestxray_covid.datasets.base import FRONTAL_VIEWS
+    from chestxray_covid.datasets.cohen import CohenCovidDataset
+
+    bundled = Path(sys.modules["chestxray_covid"].__file__ or "").parent / "weights"
+    folders = [p.parent for p in bundled.rglob(GATE_NAME)]
+    if not folders:
+        pytest.skip("no checkpoint with a gate is bundled yet")
+    clf = Classifier.from_pretrained(folders[0])
+    folder = real_data / "covid-chestxray-dataset"
+    frontal = CohenCovidDataset(folder, classes=("covid19",), views=FRONTAL_VIEWS)
+    lateral = CohenCovidDataset(folder, classes=("covid19",), views=("L",))
+    passed = [not p.abstained for p in clf.predict(frontal.limit(40))]
+    assert np.mean(passed) > 0.9
+    assert np.mean([p.abstained for p in clf.predict(lateral)]) > 0.8
+    turned = [np.rot90(np.asarray(frontal.image(i, (256, 256)))) for i in range(20)]
+    assert np.mean([p.abstained for p in clf.predict(turned)]) > 0.8

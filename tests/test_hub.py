@@ -1,0 +1,678 @@
+"""Checkpoints from the package, the disk and the Hub; the Hub is a server on this machine.
+
+All cases run with the huggingface_hub that is installed. They run a second time with another one
+where ``CHESTXRAY_COVID_OTHER_HUB`` names a folder that holds it, for example from
+``pip install --target FOLDER huggingface-hub==1.33.0``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chestxray_covid import hub
+from chestxray_covid.checkpoint import ModelConfig, config_text
+from chestxray_covid.errors import CheckpointNotFoundError, ConfigError
+from chestxray_covid.hub import DEFAULT_MODEL, bundled_models, resolve
+from hub_server import REPO, HubServer, hub_environment, sha256
+from servers import LocalServer, Reply
+
+CONFIG = ModelConfig(classes=("normal", "covid19"))
+WEIGHTS = random.Random(0).randbytes(300_000)
+GATE = random.Random(1).randbytes(100_000)
+FILES = ("config.json", "gate.safetensors", "lungs.json", "model.safetensors")
+
+
+def checkpoint(weights: bytes = WEIGHTS, gate: bytes = GATE, **changes: Any) -> dict[str, bytes]:
+    """Return the files of a checkpoint; the weights are any bytes, as only their hash matters."""
+    further = {"gate.safetensors": gate, "lungs.json": b"{}"}
+    config = replace(
+        CONFIG,
+        weights_sha256=sha256(weights),
+        attachments={name: sha256(data) for name, data in further.items()},
+        **changes,
+    )
+    return {"config.json": config_text(config), "model.safetensors": weights, **further}
+
+
+class Worker:
+    """The process of ``hub_worker.py``."""
+
+    def __init__(self, server: HubServer, home: Path, version: str, **environment: str) -> None:
+        self.server = server
+        more = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        if version == "other":
+            other = os.environ.get("CHESTXRAY_COVID_OTHER_HUB", "")
+            if not other:
+                pytest.skip("CHESTXRAY_COVID_OTHER_HUB names no folder with another version")
+            more["PYTHONPATH"] = os.pathsep.join([other, more["PYTHONPATH"]])
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("hub_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=hub_environment(server, home, **more, **environment),
+        )
+
+    def ask(self, command: str, wanted: Any = None) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([command, wanted]) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def resolve(self, cache: Path, name: str = REPO, **options: Any) -> Path:
+        answer = self.ask("resolve", {"name_or_path": name, "cache_dir": str(cache), **options})
+        assert "path" in answer, answer
+        return Path(answer["path"])
+
+    def refused(self, cache: Path, name: str = REPO, **options: Any) -> tuple[set[str], str]:
+        """Return the names of the error's classes, and its message."""
+        answer = self.ask("resolve", {"name_or_path": name, "cache_dir": str(cache), **options})
+        assert "error" in answer, answer
+        assert len(answer["message"]) < 2000
+        return set(answer["error"]), answer["message"]
+
+    def close(self) -> None:
+        self._process.communicate("", timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["installed", "other"])
+def worker(
+    request: pytest.FixtureRequest, server: HubServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Worker]:
+    worker = Worker(server, tmp_path_factory.mktemp("home"), request.param)
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def published(server: HubServer) -> HubServer:
+    """Return the server with one sound checkpoint, and nothing asked yet."""
+    server.publish(checkpoint())
+    server.forget()
+    return server
+
+
+def left_over(cache: Path) -> list[str]:
+    """Return the files of a cache that no finished download leaves."""
+    blobs = [p for p in cache.glob("models--*/blobs/*") if len(p.name) not in (40, 64)]
+    return [p.name for p in blobs]
+
+
+def assert_sound(folder: Path, expected: dict[str, bytes] | None = None) -> None:
+    found = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert found == (expected or checkpoint())
+
+
+# ---------------------------------------------------------------- bundled and local
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_folder: Path) -> Path:
+    """Return a folder of bundled models that holds two."""
+    for name in (DEFAULT_MODEL, "another-v2"):
+        shutil.copytree(checkpoint_folder, tmp_path / "weights" / name)
+    monkeypatch.setattr(hub, "BUNDLED", tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+def test_bundled_models_are_found_by_name_and_the_default_without(bundle: Path) -> None:
+    assert resolve() == resolve(DEFAULT_MODEL) == bundle / DEFAULT_MODEL
+    assert resolve("another-v2") == bundle / "another-v2"
+    models = bundled_models()
+    assert list(models) == [DEFAULT_MODEL, "another-v2"]
+    assert models[DEFAULT_MODEL].classes == ("normal", "pneumonia", "covid19")
+
+
+def test_a_damaged_bundled_config_is_named(bundle: Path) -> None:
+    (bundle / "another-v2" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="another-v2"):
+        bundled_models()
+
+
+def test_without_bundled_weights_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "BUNDLED", tmp_path / "nothing")
+    assert bundled_models() == {}
+    with pytest.raises(CheckpointNotFoundError, match=f"no bundled model '{DEFAULT_MODEL}'"):
+        resolve()
+
+
+def test_a_folder_is_itself_and_its_subfolder_a_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "user" / "model").mkdir(parents=True)
+    assert resolve(tmp_path) == tmp_path
+    assert resolve(str(tmp_path), subfolder="user/model") == tmp_path / "user" / "model"
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "a/b/c", "/no/such/folder", "", "user/", "user/na me", Path("user/model")]
+)
+def test_what_is_no_folder_and_no_repository_is_not_found(name: Any) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="is no checkpoint folder, no bundled model"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("subfolder", ["../x", "/etc", "a//b", "a\\b"])
+def test_a_subfolder_leads_nowhere_else(subfolder: str) -> None:
+    with pytest.raises(ValueError, match="subfolder "):
+        resolve(REPO, subfolder=subfolder)
+
+
+# ---------------------------------------------------------------- from the Hub
+
+
+def test_a_checkpoint_comes_whole_and_its_config_first(
+    worker: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    folder = worker.resolve(tmp_path)
+    assert_sound(folder)
+    assert left_over(tmp_path) == []
+    gets = [line for line in published.asked() if line.startswith("GET")]
+    assert [line.rpartition("/")[2] for line in gets] == [
+        *("config.json", "model.safetensors"),
+        *("gate.safetensors", "lungs.json"),
+    ]
+    version = worker.ask("version")["version"]
+    agents = {r.headers.get("User-Agent", r.headers.get("user-agent")) for r in published.requests}
+    assert all(f"hf_hub/{version}" in str(agent) for agent in agents)
+    assert any(str(agent).startswith("chestxray_covid/") for agent in agents)
+
+
+def test_a_cached_branch_costs_one_request_and_a_commit_none(
+    worker: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    folder = worker.resolve(tmp_path)
+    published.forget()
+    assert worker.resolve(tmp_path) == folder
+    assert published.asked() == ["HEAD /user/model/resolve/main/config.json"]
+    published.forget()
+    assert worker.resolve(tmp_path, revision=folder.name) == folder
+    assert worker.resolve(tmp_path, local_files_only=True) == folder
+    assert published.asked() == []
+    assert worker.resolve(tmp_path, force_download=True) == folder
+    assert published.payloads() == 1
+
+
+def test_branches_tags_commits_and_subfolders_are_told_apart(
+    worker: Worker, server: HubServer, tmp_path: Path
+) -> None:
+    server.forget()
+    older = checkpoint(threshold=0.25)
+    first = server.publish(older, "user/many", "v1")
+    both = {**checkpoint(), **{f"small/x/{k}": v for k, v in older.items()}}
+    server.publish(both, "user/many")
+    assert_sound(worker.resolve(tmp_path, "user/many", revision="v1"), older)
+    assert_sound(worker.resolve(tmp_path, "user/many", revision=first), older)
+    assert worker.resolve(tmp_path, "user/many").name == server.heads["user/many", "main"]
+    inner = worker.resolve(tmp_path, "user/many", subfolder="small/x")
+    assert_sound(inner, older)
+    server.forget()
+    commit = server.heads["user/many", "main"]
+    assert worker.resolve(tmp_path, "user/many", subfolder="small/x", revision=commit) == inner
+    assert server.asked() == []
+
+
+def test_a_branch_that_moved_is_followed(worker: Worker, server: HubServer, tmp_path: Path) -> None:
+    server.forget()
+    for threshold in (0.3, 0.6):
+        files = checkpoint(threshold=threshold)
+        server.publish(files, "user/moves")
+        assert_sound(worker.resolve(tmp_path, "user/moves"), files)
+    assert server.payloads() == 1  # the weights are the same
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "family"),
+    [
+        ("user/nothing", {}, "RepositoryNotFoundError"),
+        (REPO, {"revision": "v9"}, "RevisionNotFoundError"),
+        (REPO, {"revision": "0" * 40}, "RevisionNotFoundError"),
+        ("user/gated", {"token": False}, "GatedRepoError"),
+        (REPO, {"subfolder": "nothing"}, "RemoteEntryNotFoundError"),
+        ("user/no--name", {}, "HFValidationError"),
+        (REPO, {"local_files_only": True}, "LocalEntryNotFoundError"),
+        (REPO, {"token": True}, "LocalTokenNotFoundError"),
+    ],
+)
+def test_errors_that_users_of_the_hub_know_keep_their_names(
+    worker: Worker, published: HubServer, tmp_path: Path, name: str, options: Any, family: str
+) -> None:
+    published.publish(checkpoint(), "user/gated")
+    published.gated = {"user/gated"}
+    families, message = worker.refused(tmp_path, name, **options)
+    assert family in families
+    assert families & {"OSError", "ValueError"}
+    if family == "RepositoryNotFoundError":
+        assert "There is no folder user/nothing either" in message
+    assert published.payloads() == 0
+
+
+def test_a_gated_repository_opens_for_the_right_token(
+    worker: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    published.publish(checkpoint(), "user/gated")
+    published.gated = {"user/gated"}
+    assert_sound(worker.resolve(tmp_path, "user/gated", token=published.token))
+
+
+OTHER_KINDS: dict[str, tuple[dict[str, bytes], str]] = {
+    "BERT": ({"config.json": b'{"model_type": "bert"}'}, "format_version is 'None'"),
+    "timm": (
+        {"config.json": b'{"architecture": "densenet121", "num_classes": 2}'},
+        "format_version is 'None'",
+    ),
+    "a page": ({"config.json": b"<html></html>"}, "cannot be read as JSON"),
+    "a later format": ({"config.json": b'{"format_version": 9}'}, "expected 1 or 2"),
+    "two MB": ({"config.json": b" " * 2_000_000}, "expected at most 1000000"),
+    "weights too large": ({"model.safetensors": bytes(100_000_001)}, "expected at most 100000000"),
+    "attachment too large": ({"gate.safetensors": bytes(20_000_001)}, "expected at most 20000000"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_checkpoint_of_another_kind_is_refused_before_its_weights_come(
+    worker: Worker, server: HubServer, tmp_path: Path, kind: str
+) -> None:
+    server.forget()
+    files, reason = OTHER_KINDS[kind]
+    server.publish({**checkpoint(), **files}, "user/other")
+    families, message = worker.refused(tmp_path, "user/other")
+    assert {"CheckpointError", "ChestXrayError", "ValueError"} <= families
+    assert "user/other is no checkpoint of chestxray-covid" in message
+    assert reason in message
+    assert (
+        server.payloads(next(iter(files))) == (1 if len(files["config.json"]) < 100 else 0)
+        if ("config.json" in files)
+        else server.payloads(next(iter(files))) == 0
+    )
+
+
+def test_a_repository_without_safetensors_is_not_searched_for_pickles(
+    worker: Worker, server: HubServer, tmp_path: Path
+) -> None:
+    server.forget()
+    files = checkpoint()
+    files["pytorch_model.bin"] = files.pop("model.safetensors")
+    server.publish(files, "user/pickled")
+    families, message = worker.refused(tmp_path, "user/pickled")
+    assert "RemoteEntryNotFoundError" in families
+    assert "model.safetensors" in message
+    assert not [line for line in server.asked() if ".bin" in line]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "lungs.json"])
+def test_a_repository_whose_config_names_other_bytes_contradicts_itself(
+    worker: Worker, server: HubServer, tmp_path: Path, name: str
+) -> None:
+    server.forget()
+    server.publish(checkpoint() | {name: b"others"}, "user/torn")
+    families, message = worker.refused(tmp_path, "user/torn")
+    assert {"IntegrityError", "ChestXrayError", "OSError", "ValueError"} <= families
+    assert f"user/torn contradicts itself: {name}" in message
+    assert server.payloads() == (0 if name == "model.safetensors" else 1)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Repo-Commit": "../../../etc"},
+        {"X-Repo-Commit": ""},
+        {"ETag": '"../../x"', "X-Linked-Etag": '"../../x"'},
+        {"ETag": '"' + "0" * 41 + '"', "X-Linked-Etag": ""},
+    ],
+)
+def test_a_server_that_is_no_hub_cannot_choose_where_its_bytes_go(
+    worker: Worker, published: HubServer, tmp_path: Path, headers: dict[str, str]
+) -> None:
+    published.faults["HEAD", "config.json"] = lambda request, good: replace(
+        good, headers={**good.headers, **headers}
+    )
+    families, message = worker.refused(tmp_path / "cache")
+    assert "DownloadError" in families
+    assert "this is no Hub" in message
+    assert not any(p.is_file() for p in tmp_path.rglob("*"))
+
+
+# ---------------------------------------------------------------- row 1: cut downloads
+
+
+@pytest.mark.parametrize("cut", [65_536, 1_000_000, 9_000_000])
+def test_a_download_that_is_cut_again_and_again_finishes(
+    worker: Worker, server: HubServer, tmp_path: Path, cut: int
+) -> None:
+    server.forget()
+    weights = random.Random(2).randbytes(30_000_000)
+    server.publish(checkpoint(weights), "user/large")
+    server.faults["GET", "model.safetensors"] = lambda request, good: replace(good, cut_after=cut)
+    folder = worker.resolve(tmp_path, "user/large")
+    assert (folder / "model.safetensors").read_bytes() == weights
+    sent = sum(count for path, count in server.sent.items() if path.endswith("/model.safetensors"))
+    assert sent <= 1.1 * len(weights)
+    assert left_over(tmp_path) == []
+
+
+# ---------------------------------------------------------------- row 2: wrong bytes
+
+
+def test_one_wrong_byte_is_fetched_again_once_and_then_refused(
+    worker: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    positions = random.Random(3).sample(range(len(GATE)), 20)
+    for number, position in enumerate(positions):
+        published.forget()
+        wrong = bytearray(GATE)
+        wrong[position] ^= 1 << (position % 8)
+        for_ever = number % 2 == 0
+        published.faults["GET", "gate.safetensors"] = (
+            lambda request, good, w=bytes(wrong), f=for_ever: (
+                replace(good, body=w) if f or request.number == 1 else good
+            )
+        )
+        cache = tmp_path / str(number)
+        if for_ever:
+            families, message = worker.refused(cache)
+            assert "IntegrityError" in families
+            assert "gate.safetensors gave other bytes than the published ones, twice" in message
+            assert not list(cache.rglob("gate.safetensors"))
+        else:
+            assert_sound(worker.resolve(cache))
+        assert published.payloads("gate.safetensors") == 2
+        assert left_over(cache) == []
+        assert sha256(GATE) not in {p.name for p in cache.rglob("*")} or not for_ever
+
+
+# ---------------------------------------------------------------- row 3: damaged later
+
+DAMAGES = {
+    "cut": lambda data: data[:-1],
+    "cut to half": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "first byte": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "last byte": lambda data: data[:-1] + bytes([data[-1] ^ 128]),
+    "zeros": lambda data: bytes(len(data)),
+    "longer": lambda data: data + b" ",
+    "page": lambda data: b"<html></html>",
+    "zeros within": lambda data: data[:100] + bytes(50) + data[150:],
+    "missing": lambda data: None,
+}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "lungs.json"])
+def test_a_damaged_cache_heals_with_the_network_and_is_told_without(
+    worker: Worker, published: HubServer, tmp_path: Path, name: str
+) -> None:
+    folder = worker.resolve(tmp_path)
+    good = (folder / name).read_bytes()
+    healed = 0
+    for damage in DAMAGES.values():
+        changed = damage(good)
+        if changed == good:
+            continue
+        blob = (folder / name).resolve()
+        if changed is None:
+            blob.unlink()
+        else:
+            blob.write_bytes(changed)
+        families, message = worker.refused(tmp_path, local_files_only=True)
+        assert families & {"IntegrityError", "LocalEntryNotFoundError"}
+        assert name in message
+        published.forget()
+        # by commit, too: what is cached is not simply believed
+        revision = folder.name if healed % 2 else None
+        assert_sound(worker.resolve(tmp_path, revision=revision))
+        assert published.payloads(name) == 1
+        assert left_over(tmp_path) == []
+        healed += 1
+    assert healed >= 9
+
+
+def test_what_was_damaged_is_refused_where_the_hub_is_out_of_reach(
+    worker: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    folder = worker.resolve(tmp_path)
+    for method in ("HEAD", "GET"):
+        for name in FILES:
+            published.faults[method, name] = lambda request, good: Reply(status=503)
+    assert worker.resolve(tmp_path) == folder  # the cache is sound, so it serves
+    (folder / "model.safetensors").resolve().write_bytes(b"damaged")
+    families, message = worker.refused(tmp_path)
+    assert "IntegrityError" in families
+    assert "model.safetensors is damaged" in message
+
+
+# ---------------------------------------------------------------- row 4: kill -9
+
+
+def test_a_killed_download_never_leaves_a_partial_file_in_use(
+    worker: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    slow = dict.fromkeys(("model.safetensors", "gate.safetensors"), 0.0008)
+    delays = random.Random(4)
+    killed = 0
+    for number in range(50):
+        cache = tmp_path / str(number // 5)  # five kills in a row in the same cache
+        published.faults = {
+            ("GET", name): (lambda request, good, p=pause: replace(good, pause_s=p))
+            for name, pause in slow.items()
+        }
+        child = worker.ask("start", {"name_or_path": REPO, "cache_dir": str(cache)})
+        time.sleep(delays.uniform(0, 0.06))
+        os.kill(child, signal.SIGKILL)
+        answer = worker.ask("finish", child)
+        killed += answer is None
+        published.faults = {}
+        shutil.copytree(cache, tmp_path / "copy", symlinks=True, dirs_exist_ok=False) if (
+            cache.exists()
+        ) else None
+        assert_sound(worker.resolve(tmp_path / "copy"))
+        assert left_over(tmp_path / "copy") == []
+        shutil.rmtree(tmp_path / "copy")
+        assert len(left_over(cache)) <= 1 + number % 5
+    assert killed >= 25
+
+
+def test_parts_that_nobody_wants_any_more_go_after_a_day(
+    worker: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    blobs = tmp_path / "models--user--model" / "blobs"
+    blobs.mkdir(parents=True)
+    old, young = (blobs / f".{n * 16}-00000000.part" for n in "ab")
+    for part in (old, young):
+        part.write_bytes(b"x")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    worker.resolve(tmp_path)
+    assert left_over(tmp_path) == [young.name]
+
+
+# ---------------------------------------------------------------- row 5: at the same time
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_eight_processes_at_once_all_get_a_sound_checkpoint(
+    worker: Worker, published: HubServer, tmp_path: Path, locks: bool
+) -> None:
+    for number in range(5 if locks else 1):
+        published.forget()
+        cache = tmp_path / str(number)
+        wanted = {"name_or_path": REPO, "cache_dir": str(cache), "locks": locks}
+        answers = worker.ask("together", [wanted] * 8)
+        assert all("path" in answer for answer in answers), answers
+        assert len({answer["path"] for answer in answers}) == 1
+        assert_sound(Path(answers[0]["path"]))
+        if locks:
+            assert published.payloads() <= 2
+            assert left_over(cache) == []
+
+
+# ---------------------------------------------------------------- row 6: read-only cache
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Return a folder that every user of the machine may enter."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_a_read_only_cache_serves_what_it_has_and_tells_what_it_has_not(
+    worker: Worker, published: HubServer, open_folder: Path
+) -> None:
+    folder = worker.resolve(open_folder / "full")
+    (open_folder / "empty").mkdir()
+    for path in open_folder.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o555)
+    # without a token: the folder where it would be stored is closed to others
+    wanted = {"name_or_path": REPO, "as_nobody": True, "token": False}
+    full = {**wanted, "cache_dir": str(open_folder / "full")}
+    empty = {**wanted, "cache_dir": str(open_folder / "empty")}
+    sound, missing = worker.ask("together", [full, empty])
+    assert sound.get("path") == str(folder), sound
+    assert "DownloadError" in missing["error"]
+    assert "HF_HOME or HF_HUB_CACHE" in missing["message"]
+    published.publish(checkpoint(threshold=0.9))
+    (moved,) = worker.ask("together", [full])
+    assert "DownloadError" in moved["error"]
+    assert "cache cannot be written" in moved["message"]
+    assert "HF_HOME or HF_HUB_CACHE" in moved["message"]
+
+
+# ---------------------------------------------------------------- row 8: strange replies
+
+PAGE = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
+STRANGE: dict[str, dict[str, Any]] = {
+    "a page": {"body": PAGE},
+    "404": {"status": 404, "body": PAGE},
+    "403": {"status": 403, "body": PAGE},
+    "429 for ever": {"status": 429, "headers": {"Retry-After": "0"}},
+    "500 for ever": {"status": 500},
+    "empty": {"body": b""},
+    "too short a length": {"headers": {"Content-Length": "10"}},
+    "too long a length": {"headers": {"Content-Length": "99999999"}},
+}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_strange_reply_is_never_taken_for_the_file(
+    worker: Worker, published: HubServer, tmp_path: Path, kind: str, name: str
+) -> None:
+    published.faults["GET", name] = lambda request, good: replace(good, **STRANGE[kind])
+    families, message = worker.refused(tmp_path)
+    assert {"DownloadError", "ChestXrayError", "OSError"} <= families
+    assert name in message
+    assert not list(tmp_path.rglob(name))
+    published.forget()
+    assert_sound(worker.resolve(tmp_path))
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["chunked", "gzip", "429 once", "500 once"])
+def test_a_reply_that_is_right_after_all_is_used(
+    worker: Worker, published: HubServer, tmp_path: Path, kind: str
+) -> None:
+    def answer(request: Any, good: Reply) -> Reply:
+        if kind == "chunked":
+            return replace(good, chunked=True)
+        if kind == "gzip":
+            packed = gzip.compress(good.body)
+            return replace(good, body=packed, headers={"Content-Encoding": "gzip"})
+        if request.number == 1:
+            return Reply(status=int(kind[:3]), headers={"Retry-After": "0"})
+        return good
+
+    for name in FILES:
+        published.faults["GET", name] = answer
+    assert_sound(worker.resolve(tmp_path))
+
+
+@pytest.mark.parametrize("status", [403, 500, 503])
+def test_a_hub_that_does_not_say_what_it_has_is_an_error_of_the_download(
+    worker: Worker, published: HubServer, tmp_path: Path, status: int
+) -> None:
+    published.faults["HEAD", "config.json"] = lambda request, good: Reply(status=status)
+    families, message = worker.refused(tmp_path)
+    assert {"DownloadError", "OSError"} <= families
+    assert str(status) in message
+
+
+# ---------------------------------------------------------------- row 9: the token
+
+
+def test_the_token_never_reaches_another_server(
+    worker: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    with LocalServer(lambda request: Reply(body=WEIGHTS)) as other:
+        away = {"Location": f"{other.url}/signed/model.safetensors"}
+        for method in ("HEAD", "GET"):
+            published.faults[method, "model.safetensors"] = lambda request, good: replace(
+                good, status=302, headers={**good.headers, **away}, body=b""
+            )
+        for number in range(20):
+            folder = worker.resolve(tmp_path / str(number), token=published.token)
+            assert_sound(folder)
+        assert other.count("/signed/model.safetensors") == 20
+        seen = [k for r in other.requests for k in r.headers if k.lower() == "authorization"]
+        assert seen == []
+    mine = [
+        r.headers.get("Authorization", r.headers.get("authorization")) for r in published.requests
+    ]
+    assert f"Bearer {published.token}" in mine
+
+
+# ---------------------------------------------------------------- the environment
+
+
+@pytest.mark.parametrize("version", ["installed", "other"])
+def test_the_variables_of_the_hub_are_honoured(
+    published: HubServer, tmp_path: Path, version: str
+) -> None:
+    def ask(**environment: str) -> Any:
+        worker = Worker(published, tmp_path / "home", version, **environment)
+        try:
+            return worker.ask("resolve", {"name_or_path": REPO})
+        finally:
+            worker.close()
+
+    folder = Path(ask()["path"])  # HF_ENDPOINT
+    assert folder.is_relative_to(tmp_path / "home" / "hub")  # HF_HOME
+    published.forget()
+    assert ask(HF_HUB_OFFLINE="1")["path"] == str(folder)
+    missing = ask(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "other"))
+    assert "LocalEntryNotFoundError" in missing["error"]
+    assert "model" in missing["message"]
+    assert published.asked() == []
+    (folder / "model.safetensors").resolve().write_bytes(b"")
+    damaged = ask(HF_HUB_OFFLINE="1")
+    assert "IntegrityError" in damaged["error"]
+    assert (
+        hashlib.sha256(WEIGHTS).hexdigest() in damaged["message"] or "damaged" in damaged["message"]
+    )

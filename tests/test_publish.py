@@ -1,0 +1,213 @@
+"""Saving, publishing and the card; the Hub is a server on this machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from chestxray_covid import Classifier, SyntheticChestXray, evaluate
+from chestxray_covid.card import model_card
+from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
+from chestxray_covid.errors import CheckpointError, ReportError
+from chestxray_covid.publish import push
+from hub_server import HubServer, hub_environment, run_python
+
+LABELS = ("normal", "pneumonia", "covid19")
+HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `c`"
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a judged run of three classes at 64 px with an attachment; do not change it."""
+    folder = tmp_path_factory.mktemp("run")
+    config, tensors = load_checkpoint(checkpoint_folder)
+    provenance = {"license": "cc-by-nc-sa-4.0", "sources": {HOSTILE: {"images": 7}, "b": "x"}}
+    provenance |= {"known_failures": ["children", HOSTILE], "headline": {"AUROC": "0.5"}}
+    rng = np.random.default_rng(0)
+    tensors = tensors | {"classifier.bias": rng.normal(size=3).astype(np.float32)}
+    save_checkpoint(folder, replace(config, provenance=provenance), tensors, {"gate.json": b"{}"})
+    dataset = SyntheticChestXray(24, classes=LABELS, image_size_px=64)
+    evaluate(Classifier.from_pretrained(folder), dataset, n_resamples=20).save(
+        folder / "evaluation.json"
+    )
+    (folder / "audit.json").write_text('{"hidden_centre": {"auroc": 0.5}}')
+    (folder / "notes.txt").write_text("private")
+    return folder
+
+
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(run, tmp_path / "copied")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+# ---------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "audit.json"])
+def test_what_was_not_judged_is_not_published(copied: Path, name: str) -> None:
+    (copied / name).unlink()
+    with pytest.raises(ReportError, match=rf"{name} is missing: .*allow_unjudged=True"):
+        push(copied, "user/model")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("evaluation.json", "cannot be read as an evaluation report"),
+        ("audit.json", "Make it again"),
+    ],
+)
+def test_judgements_that_cannot_be_read_are_not_published(
+    copied: Path, name: str, reason: str
+) -> None:
+    (copied / name).write_text("{")
+    with pytest.raises(ReportError, match=reason):
+        push(copied, "user/model")
+
+
+def test_results_of_an_impossible_size_are_not_published(copied: Path) -> None:
+    with (copied / "history.json").open("wb") as file:
+        file.truncate(50_000_001)
+    with pytest.raises(CheckpointError, match=r"history\.json has 50000001 bytes"):
+        push(copied, "user/model")
+
+
+def test_a_damaged_checkpoint_is_not_published(copied: Path) -> None:
+    (copied / "gate.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"gate\.json is not the file"):
+        push(copied, "user/model")
+
+
+# ---------------------------------------------------------------- saved
+
+
+def test_a_saved_classifier_is_the_same_and_its_card_stays(run: Path, tmp_path: Path) -> None:
+    classifier = Classifier.from_pretrained(run)
+    target = tmp_path / "a" / "saved"
+    assert classifier.save_pretrained(target) is None
+    names = {p.name for p in target.iterdir()}
+    assert names == {
+        *("config.json", "model.safetensors", "gate.json", "evaluation.json", "audit.json"),
+        *("README.md", "calibration.png"),
+    }
+    image = SyntheticChestXray(1, image_size_px=64).image(0)
+    again = Classifier.from_pretrained(target)
+    assert np.array_equal(again.predict_proba(image), classifier.predict_proba(image))
+    (target / "README.md").write_text("mine")
+    classifier.save_pretrained(target)
+    assert (target / "README.md").read_text() == "mine"
+
+
+def test_a_part_of_the_classes_is_saved_without_results_of_the_whole(
+    run: Path, tmp_path: Path
+) -> None:
+    part = Classifier.from_pretrained(run, classes=("normal", "covid19"))
+    part.save_pretrained(tmp_path)
+    assert not (tmp_path / "evaluation.json").exists()
+    assert "has not been evaluated" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ReportError, match=r"evaluation\.json is missing"):
+        part.push_to_hub("user/part")
+
+
+# ---------------------------------------------------------------- the card
+
+
+def test_the_card_is_in_the_format_of_the_hub_and_escapes_what_comes_from_data(run: Path) -> None:
+    text = model_card(run, "user/model")
+    _, front, body = text.split("---\n", 2)
+    data = yaml.safe_load(front)
+    assert data["license"] == "cc-by-nc-sa-4.0"
+    assert data["library_name"] == "chestxray_covid"
+    assert data["pipeline_tag"] == "image-classification"
+    results = data["model-index"][0]["results"]
+    report = json.loads((run / "evaluation.json").read_text())
+    auroc = report["overall"]["per_class"]["covid19"]["auroc"]["value"]
+    given = [m["value"] for r in results for m in r["metrics"] if m["type"] == "roc_auc"]
+    assert math.isclose(given[0], auroc, abs_tol=1e-4)
+    assert "**This is not a medical device.**" in body
+    assert "<script>" not in text
+    assert "[x](" not in body
+    assert "\n# &lt;" not in body
+    assert f"{auroc:.3f} (" in body
+    assert "hidden centre" in body.replace("\\_", " ")
+    assert 'Classifier.from_pretrained("user/model")' in body
+    assert 'timm.create_model("hf-hub:user/model"' in body
+
+
+def test_a_card_without_results_says_so(checkpoint_folder: Path) -> None:
+    text = model_card(checkpoint_folder, "x", license="mit")
+    assert "license: mit" in text
+    assert "has not been evaluated" in text
+    assert "has not been audited" in text
+
+
+# ---------------------------------------------------------------- there and back
+
+PUSH = """
+import json, sys
+from chestxray_covid.publish import push
+from chestxray_covid.cli import main
+print(push(sys.argv[1], "user/model", token="hf_x", commit_message="First"))
+try:
+    main(["push", sys.argv[1], "user/other"], standalone_mode=False)
+except SystemExit: pass
+print(json.dumps("done"))
+"""
+LOAD = """
+import json, sys
+from chestxray_covid import Classifier, SyntheticChestXray
+image = SyntheticChestXray(1, image_size_px=64).image(0)
+found = [Classifier.from_pretrained(name).predict_proba(image).tolist() for name in sys.argv[1:]]
+print(json.dumps(found))
+"""
+
+
+def test_a_model_goes_to_the_hub_and_comes_back_in_another_process(
+    run: Path, server: HubServer, tmp_path: Path
+) -> None:
+    environment = hub_environment(server, tmp_path / "home", HF_TOKEN="hf_x")
+    assert run_python(PUSH, environment, run) == "done"
+    commit = server.commits["user/model", server.heads["user/model", "main"]]
+    assert set(commit) == {
+        *("config.json", "model.safetensors", "gate.json", "evaluation.json", "audit.json"),
+        *("README.md", "calibration.png"),
+    }
+    assert b"# user/model" in commit["README.md"]
+    messages = [r.body for r in server.requests if "/commit/" in r.path]
+    assert b"First" in messages[0]
+    found = run_python(LOAD, environment, "user/model", "user/other", run)
+    assert found[0] == found[1] == found[2]
+    assert not np.allclose(found[0], 1 / 3, atol=1e-3)
+
+
+def test_a_hub_that_refuses_is_an_error_with_a_name(
+    run: Path, server: HubServer, tmp_path: Path
+) -> None:
+    code = PUSH.replace("print(push(", "push(", 1).replace(
+        'token="hf_x", commit_message="First"))', 'token="hf_x")', 1
+    )
+    environment = hub_environment(server, tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
+    guarded = (
+        "import json, sys\nfrom chestxray_covid.errors import DownloadError\n"
+        "from chestxray_covid.publish import push\n"
+        "try: push(sys.argv[1], 'user/model', token='hf_x')\n"
+        "except DownloadError as error: print(json.dumps(str(error)))\n"
+    )
+    assert code
+    found: Any = run_python(guarded, environment, run)
+    assert "user/model cannot be published" in found
