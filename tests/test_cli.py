@@ -64,7 +64,7 @@ def test_help_and_version_import_neither_torch_nor_numpy() -> None:
 
 def test_help_names_the_commands_and_says_what_this_is_not() -> None:
     shown = call("--help").output
-    for command in ("download", "evaluate", "info", "predict", "train"):
+    for command in ("download", "evaluate", "info", "models", "predict", "push", "train"):
         assert f"\n  {command} " in shown
         assert call(command, "--help").exit_code == 0
     assert NOT_A_DEVICE in " ".join(shown.split())
@@ -303,7 +303,6 @@ def test_download_draws_phantoms_and_unpacks_an_archive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["predict", "x.png", "--model", "nowhere"], "does not exist"),
         (["train", "--data", "nowhere", "--output", "o"], "does not exist"),
         (["predict"], "Missing argument"),
         (["frobnicate"], "No such command"),
@@ -333,6 +332,9 @@ def test_errors_of_the_library_become_messages(
     wrong = call("train", "--data", phantoms, "--output", tmp_path / "o", *typo)
     assert "trainable must be one of" in wrong.output
     assert not (tmp_path / "o").exists()
+    nowhere = call("predict", phantoms, "--model", "nowhere")
+    assert nowhere.exit_code == 1
+    assert "nowhere is no checkpoint folder, no bundled model" in nowhere.output
     no_model = call("predict", phantoms, "--model", tmp_path / "empty")
     assert no_model.exit_code == 1
     assert "config.json is missing" in no_model.output
