@@ -55,6 +55,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.evaluation import cross_validate as cross_validate
     from chestxray_covid.evaluation import evaluate as evaluate
     from chestxray_covid.evaluation_report import EvaluationReport as EvaluationReport
+    from chestxray_covid.hub import bundled_models as bundled_models
+    from chestxray_covid.hub import resolve as resolve
     from chestxray_covid.image import Preprocess as Preprocess
     from chestxray_covid.image import load_image as load_image
     from chestxray_covid.models import build_densenet121 as build_densenet121
@@ -108,6 +110,7 @@ _MODULES = {
     ),
     "evaluation": ("cross_validate", "evaluate"),
     "evaluation_report": ("EvaluationReport",),
+    "hub": ("bundled_models", "resolve"),
     "image": ("Preprocess", "load_image"),
     "models": ("build_densenet121", "set_trainable"),
     "prediction": ("FailedPrediction", "Prediction"),
