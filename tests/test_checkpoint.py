@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import struct
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -682,6 +685,58 @@ def test_hostile_safetensors_are_refused_even_if_their_hash_fits(tmp_path: Path,
     with pytest.raises(CheckpointError, match=r"model\.safetensors") as caught:
         load_checkpoint(plant(tmp_path, HOSTILE_FILES[kind]))
     assert len(str(caught.value)) < 1000
+
+
+class Bomb:
+    """Creates a file wherever it is unpickled."""
+
+    def __init__(self, marker: Path, tool: Any) -> None:
+        self._made = (tool, (f"touch {marker}",)) if tool is os.system else (tool, (marker, "x"))
+
+    def __reduce__(self) -> Any:
+        return self._made
+
+
+def bombs(marker: Path) -> dict[str, bytes]:
+    """Return files that create the marker when something unpickles them."""
+    found = {f"os.system, protocol {n}": pickle.dumps(Bomb(marker, os.system), n) for n in range(6)}
+    found["open"] = pickle.dumps(Bomb(marker, open))
+    found["nested"] = pickle.dumps({"state_dict": [Bomb(marker, os.system)]})
+    stream = io.BytesIO()
+    torch.save({"weight": Bomb(marker, os.system)}, stream)
+    found["torch zip"] = stream.getvalue()
+    stream = io.BytesIO()
+    torch.save({"a": Bomb(marker, os.system)}, stream, _use_new_zipfile_serialization=False)
+    found["older torch file"] = stream.getvalue()
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("inner.zip", found["torch zip"])
+        archive.writestr("archive/data.pkl", found["open"])
+    found["zip within a zip"] = stream.getvalue()
+    found["behind a header"] = raw({"__metadata__": {"a": "b"}}, found["open"])
+    return found
+
+
+def test_no_pickle_is_ever_loaded(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    payloads = bombs(marker)
+    assert len(payloads) == 12
+    pickle.loads(payloads["open"]).close()  # noqa: S301 - ours
+    assert marker.exists(), "the bombs must be real"
+    marker.unlink()
+    for number, content in enumerate(payloads.values()):
+        folder = plant(tmp_path / str(number), content)
+        for name in ("pytorch_model.bin", "model.bin", "model.pt", "model.pkl"):
+            (folder / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match="is no safetensors file"):
+            load_checkpoint(folder)
+        (folder / WEIGHTS_NAME).unlink()
+        with pytest.raises(CheckpointNotFoundError, match="is missing beside"):
+            load_checkpoint(folder)
+        (folder / CONFIG_NAME).write_bytes(content)
+        with pytest.raises(ConfigError, match=CONFIG_NAME):
+            load_config(folder)
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from chestxray_covid import (
     EvaluationReport,
     SyntheticChestXray,
     __version__,
+    hub,
     load_image,
 )
+from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.cli import NOT_A_DEVICE, main
 
 TRAIN = ["--no-pretrained", "--epochs", "1", "--size", "32", "--batch-size", "8", "--device", "cpu"]
@@ -64,7 +67,7 @@ def test_help_and_version_import_neither_torch_nor_numpy() -> None:
 
 def test_help_names_the_commands_and_says_what_this_is_not() -> None:
     shown = call("--help").output
-    for command in ("download", "evaluate", "info", "predict", "train"):
+    for command in ("download", "evaluate", "info", "models", "predict", "push", "train"):
         assert f"\n  {command} " in shown
         assert call(command, "--help").exit_code == 0
     assert NOT_A_DEVICE in " ".join(shown.split())
@@ -284,6 +287,37 @@ def test_info_describes_versions_and_a_checkpoint(checkpoint_folder: Path) -> No
     assert '"architecture": "densenet121"' in shown
 
 
+def test_models_lists_what_is_bundled_and_predict_takes_the_default(
+    checkpoint_folder: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "BUNDLED", tmp_path / "weights")
+    assert "has no bundled model" in call("models").output
+    refused = call("predict", mixed / "a,1.png")
+    assert refused.exit_code == 1
+    assert "no bundled model 'densenet121-v1'" in refused.output
+    config, tensors = load_checkpoint(checkpoint_folder)
+    about = {"license": "cc-by-nc-sa-4.0", "headline": {"AUROC elsewhere": "0.50 (0.40 to 0.60)"}}
+    save_checkpoint(
+        tmp_path / "weights" / hub.DEFAULT_MODEL, replace(config, provenance=about), tensors
+    )
+    shown = call("models").output
+    assert "densenet121-v1 (default)" in shown
+    assert "normal, pneumonia, covid19; 64 px; 28.2 MB" in shown
+    assert "licence: cc-by-nc-sa-4.0" in shown
+    assert "AUROC elsewhere: 0.50 (0.40 to 0.60)" in shown
+    done = call("predict", mixed / "a,1.png")
+    assert done.exit_code == 0, done.output
+    expected = call("predict", mixed / "a,1.png", "--model", checkpoint_folder)
+    assert done.output == expected.output
+
+
+def test_push_refuses_a_run_that_was_not_judged(checkpoint_folder: Path) -> None:
+    done = call("push", checkpoint_folder, "user/model")
+    assert done.exit_code == 1
+    assert "evaluation.json is missing" in done.output
+    assert "--allow-unjudged" in done.output
+
+
 def test_download_draws_phantoms_and_unpacks_an_archive(tmp_path: Path) -> None:
     done = call("download", "phantoms", tmp_path / "p", "--count", 6)
     assert done.exit_code == 0, done.output
@@ -303,7 +337,6 @@ def test_download_draws_phantoms_and_unpacks_an_archive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["predict", "x.png", "--model", "nowhere"], "does not exist"),
         (["train", "--data", "nowhere", "--output", "o"], "does not exist"),
         (["predict"], "Missing argument"),
         (["frobnicate"], "No such command"),
@@ -333,6 +366,9 @@ def test_errors_of_the_library_become_messages(
     wrong = call("train", "--data", phantoms, "--output", tmp_path / "o", *typo)
     assert "trainable must be one of" in wrong.output
     assert not (tmp_path / "o").exists()
+    nowhere = call("predict", phantoms, "--model", "nowhere")
+    assert nowhere.exit_code == 1
+    assert "nowhere is no checkpoint folder, no bundled model" in nowhere.output
     no_model = call("predict", phantoms, "--model", tmp_path / "empty")
     assert no_model.exit_code == 1
     assert "config.json is missing" in no_model.output

@@ -8,7 +8,6 @@ where ``CHESTXRAY_COVID_OTHER_HUB`` names a folder that holds it, for example fr
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import random
@@ -303,11 +302,8 @@ def test_a_checkpoint_of_another_kind_is_refused_before_its_weights_come(
     assert {"CheckpointError", "ChestXrayError", "ValueError"} <= families
     assert "user/other is no checkpoint of chestxray-covid" in message
     assert reason in message
-    assert (
-        server.payloads(next(iter(files))) == (1 if len(files["config.json"]) < 100 else 0)
-        if ("config.json" in files)
-        else server.payloads(next(iter(files))) == 0
-    )
+    # an attachment is looked at after the weights have come
+    assert server.payloads() == (1 if kind == "attachment too large" else 0)
 
 
 def test_a_repository_without_safetensors_is_not_searched_for_pickles(
@@ -469,28 +465,25 @@ def test_what_was_damaged_is_refused_where_the_hub_is_out_of_reach(
 def test_a_killed_download_never_leaves_a_partial_file_in_use(
     worker: Worker, published: HubServer, tmp_path: Path
 ) -> None:
-    slow = dict.fromkeys(("model.safetensors", "gate.safetensors"), 0.0008)
+    slow = dict.fromkeys(("model.safetensors", "gate.safetensors"), 0.003)
     delays = random.Random(4)
     killed = 0
     for number in range(50):
-        cache = tmp_path / str(number // 5)  # five kills in a row in the same cache
+        cache = tmp_path / str(number // 5)  # five kills in a row, then a run to the end
         published.faults = {
             ("GET", name): (lambda request, good, p=pause: replace(good, pause_s=p))
             for name, pause in slow.items()
         }
         child = worker.ask("start", {"name_or_path": REPO, "cache_dir": str(cache)})
-        time.sleep(delays.uniform(0, 0.06))
+        time.sleep(delays.uniform(0, 0.08))
         os.kill(child, signal.SIGKILL)
         answer = worker.ask("finish", child)
         killed += answer is None
         published.faults = {}
-        shutil.copytree(cache, tmp_path / "copy", symlinks=True, dirs_exist_ok=False) if (
-            cache.exists()
-        ) else None
-        assert_sound(worker.resolve(tmp_path / "copy"))
-        assert left_over(tmp_path / "copy") == []
-        shutil.rmtree(tmp_path / "copy")
         assert len(left_over(cache)) <= 1 + number % 5
+        if number % 5 == 4:
+            assert_sound(worker.resolve(cache))
+            assert left_over(cache) == []
     assert killed >= 25
 
 
@@ -631,7 +624,8 @@ def test_the_token_never_reaches_another_server(
     worker: Worker, published: HubServer, tmp_path: Path
 ) -> None:
     with LocalServer(lambda request: Reply(body=WEIGHTS)) as other:
-        away = {"Location": f"{other.url}/signed/model.safetensors"}
+        elsewhere = other.url.replace("127.0.0.1", "localhost")  # another port is enough for us
+        away = {"Location": f"{elsewhere}/signed/model.safetensors"}
         for method in ("HEAD", "GET"):
             published.faults[method, "model.safetensors"] = lambda request, good: replace(
                 good, status=302, headers={**good.headers, **away}, body=b""
@@ -673,6 +667,4 @@ def test_the_variables_of_the_hub_are_honoured(
     (folder / "model.safetensors").resolve().write_bytes(b"")
     damaged = ask(HF_HUB_OFFLINE="1")
     assert "IntegrityError" in damaged["error"]
-    assert (
-        hashlib.sha256(WEIGHTS).hexdigest() in damaged["message"] or "damaged" in damaged["message"]
-    )
+    assert "is damaged" in damaged["message"]

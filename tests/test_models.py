@@ -196,7 +196,7 @@ def test_half_precision_becomes_single(half_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nothing", "x" * 300, "org/model"])
 def test_a_checkpoint_that_is_no_folder_is_not_found(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointNotFoundError, match=r"is no checkpoint folder\. Pass True"):
+    with pytest.raises(CheckpointNotFoundError, match="is no checkpoint folder, no bundled"):
         build_densenet121(tmp_path / name)
 
 

@@ -59,6 +59,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.gate import Flag as Flag
     from chestxray_covid.gate import Gate as Gate
     from chestxray_covid.gate_fit import fit_gate as fit_gate
+    from chestxray_covid.hub import bundled_models as bundled_models
+    from chestxray_covid.hub import resolve as resolve
     from chestxray_covid.image import Preprocess as Preprocess
     from chestxray_covid.image import load_image as load_image
     from chestxray_covid.lungs import lung_box as lung_box
@@ -117,6 +119,7 @@ _MODULES = {
     "evaluation_report": ("EvaluationReport",),
     "gate": ("Flag", "Gate"),
     "gate_fit": ("fit_gate",),
+    "hub": ("bundled_models", "resolve"),
     "image": ("Preprocess", "load_image"),
     "lungs": ("lung_box", "segment"),
     "models": ("build_densenet121", "set_trainable"),

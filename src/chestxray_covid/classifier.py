@@ -154,7 +154,7 @@ class Classifier:
         Args:
             repo_id: ``"user/name"``; made if missing.
             options: ``commit_message``, ``private``, ``token``, ``branch``, ``create_pr``,
-                ``allow_unjudged`` and ``license``, see :func:`push`.
+                ``allow_unjudged`` and ``license``, see :func:`publish.push`.
 
         Raises:
             ReportError: If the checkpoint has no evaluation and audit beside it.

@@ -1,0 +1,121 @@
+"""timm and transformers open our checkpoints and say the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from chestxray_covid import Classifier, ModelConfig, Preprocess, SyntheticChestXray, load_image
+from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
+from chestxray_covid.hub import BUNDLED
+from chestxray_covid.models import from_tensors, normalise
+from conftest import random_tensors
+
+timm = pytest.importorskip("timm")
+
+CLASSES = ("normal", "pneumonia", "covid19")
+KINDS = ["single", "half", *sorted(path.name for path in BUNDLED.glob("*") if path.is_dir())]
+
+
+def lively_tensors() -> dict[str, NDArray[Any]]:
+    """Return weights whose answers differ from image to image: batch norms do something."""
+    rng = np.random.default_rng(0)
+    tensors = random_tensors(3)
+    for name, tensor in tensors.items():
+        if name.endswith(("running_var", "norm1.weight", "norm2.weight")):
+            tensors[name] = (tensor * rng.uniform(0.7, 1.4, tensor.shape)).astype(np.float32)
+        elif name.endswith(("running_mean", "norm1.bias", "norm2.bias")):
+            tensors[name] = rng.normal(0, 0.1, tensor.shape).astype(np.float32)
+    tensors["classifier.weight"] *= 4
+    return tensors
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint; the bundled ones are among them where there are any."""
+    if request.param not in ("single", "half"):
+        return BUNDLED / str(request.param)
+    tensors = lively_tensors()
+    if request.param == "half":
+        tensors = {
+            k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in tensors.items()
+        }
+    place = tmp_path_factory.mktemp(request.param)
+    config = ModelConfig(classes=CLASSES, preprocess=Preprocess(size_px=96, mean=0.5, std=0.25))
+    save_checkpoint(place, config, tensors)
+    return place
+
+
+def files(count: int, folder: Path) -> list[Path]:
+    """Return real radiographs where they are at hand, else phantoms."""
+    place = Path(os.environ.get("CHESTXRAY_COVID_DATA", "")) / "covid-chestxray-dataset" / "images"
+    if os.environ.get("CHESTXRAY_COVID_DATA") and place.is_dir():
+        found = sorted(p for p in place.iterdir() if p.suffix in (".jpg", ".png", ".jpeg"))
+        return found[:: max(1, len(found) // count)][:count]
+    SyntheticChestXray(count, classes=CLASSES, image_size_px=300).save(folder)
+    return sorted(folder.rglob("*.png"))
+
+
+def probabilities(model: Any, batch: torch.Tensor) -> NDArray[np.float64]:
+    with torch.inference_mode():
+        logits = model(batch)
+    logits = getattr(logits, "logits", logits)
+    return np.asarray(logits.double().softmax(1))
+
+
+def test_the_same_tensor_gives_the_same_probabilities_everywhere(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config, tensors = load_checkpoint(folder)
+    pixels = np.stack([config.preprocess(image) for image in _drawings(4)])
+    batch = normalise(torch.from_numpy(pixels), config.preprocess).contiguous()
+    ours = probabilities(from_tensors(tensors), batch)
+    assert np.ptp(ours, axis=0).max() > 1e-3, "the weights must not answer everything alike"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().float()
+        third = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert np.abs(probabilities(other, batch) - ours).max() < 1e-4
+    assert next(third.parameters()).dtype == torch.float32
+    assert np.abs(probabilities(third, batch) - ours).max() < 1e-4
+    assert list(third.config.id2label.values()) == list(config.classes)
+    assert list(other.pretrained_cfg["label_names"]) == list(config.classes)
+
+
+def test_twenty_files_give_nearly_the_same_probabilities_everywhere(
+    folder: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    classifier = Classifier.from_pretrained(folder)
+    paths = files(20, tmp_path)
+    assert len(paths) == 20
+    ours = classifier.predict_proba(paths)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = transformers.pipeline("image-classification", model=str(folder))
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().float()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        images = [load_image(path).convert("RGB") for path in paths]
+        answers = [{a["label"]: a["score"] for a in one} for one in pipeline(images)]
+    theirs = np.array([[answer[name] for name in classifier.classes] for answer in answers])
+    assert np.abs(theirs - ours).max() < 0.02
+    batch = torch.stack([transform(image) for image in images])
+    assert np.abs(probabilities(model, batch) - ours).max() < 0.02
+
+
+def test_a_config_of_ours_has_no_type_that_transformers_would_look_for(folder: Path) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    assert not {"model_type", "auto_map", "architectures"} & set(data)
+
+
+def _drawings(count: int) -> list[Image.Image]:
+    images = SyntheticChestXray(count, classes=CLASSES, image_size_px=128)
+    return [images.image(position) for position in range(count)]
