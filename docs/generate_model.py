@@ -99,6 +99,31 @@ def frame_rows() -> list[tuple[Any, ...]]:
     ]
 
 
+def calibration_rows() -> list[list[str]]:
+    """Return calibration on test patients before and after the temperature."""
+    found = read("calibration")
+    names = {
+        "ece": "ECE",
+        "ece_balanced": "ECE, every class counting alike",
+        "brier": "Brier score",
+        "brier_balanced": "Brier score, every class counting alike",
+    }
+    sides = (found["before"], found["after"])
+    return [[title, *(estimate(side[k]) for side in sides)] for k, title in names.items()]
+
+
+def gate_rows() -> list[tuple[Any, ...]]:
+    """Return how often the gate flags and refuses held-out images of each kind."""
+    return [
+        (what, found["images"], rate(found["flagged"]), rate(found["abstained"]))
+        for what, found in read("gate")["held_out"].items()
+    ]
+
+
+def rate(found: Mapping[str, Any]) -> str:
+    return f"{found['rate']:.1%} ({found['low']:.1%}–{found['high']:.1%})"
+
+
 def model_block() -> str:
     """Return what README says of the bundled weights."""
     report = EvaluationReport.load(RESULTS / "evaluation.json")
@@ -127,17 +152,8 @@ def model_page() -> str:
     report = EvaluationReport.load(RESULTS / "evaluation.json")
     binary = EvaluationReport.load(RESULTS / "evaluation_binary.json")
     calibration = read("calibration")
-    before, after = calibration["before"], calibration["after"]
-    names = {
-        "ece": "ECE",
-        "ece_balanced": "ECE, every class counting alike",
-        "brier": "Brier score",
-        "brier_balanced": "Brier score, every class counting alike",
-    }
-    calibrated = table(
-        ("", "before", "after"),
-        [(title, estimate(before[k]), estimate(after[k])) for k, title in names.items()],
-    )
+    calibrated = table(("", "before", "after"), calibration_rows())
+    gate = table(("Held-out images", "N", "flagged", "refused"), gate_rows())
     temperature = f"""
         The temperature {calibration["temperature"]:.3f} was fitted on validation patients and is
         folded into the last layer, so that every engine and every other library sees the same
@@ -200,6 +216,12 @@ Restricted to `normal` and `covid19`:
 {calibrated}
 
 ![Share that is right against the probability of the label](results/default/reliability.png)
+
+## The input gate
+
+[The input gate](gate.md) says what each flag means.
+
+{gate}
 
 ## Training
 

@@ -22,6 +22,7 @@ from train_default import STAGES, open_split
 from chestxray_covid import ChestXrayDataset, Classifier, History
 from chestxray_covid.calibration import fit_temperature, fold_temperature
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
+from chestxray_covid.hub import DEFAULT_MODEL
 from chestxray_covid.intervals import bootstrap_by_group
 from chestxray_covid.metrics import (
     brier_score,
@@ -29,7 +30,7 @@ from chestxray_covid.metrics import (
     threshold_at_sensitivity,
 )
 
-BUNDLED = Path(__file__).parents[1] / "src" / "chestxray_covid" / "weights" / "default"
+BUNDLED = Path(__file__).parents[1] / "src" / "chestxray_covid" / "weights" / DEFAULT_MODEL
 SENSITIVITY = 0.9
 
 
@@ -94,10 +95,11 @@ def main() -> None:
         if (options.run / stage.name / "history.json").is_file()
     ]
     provenance = {
-        "name": "default",
-        "licence": "cc-by-nc-sa-4.0",
-        "sources": sorted(split.train.sources),
+        "license": "cc-by-nc-sa-4.0",
+        "use": "research and teaching only",
+        "sources": list(split.train.sources),
         "train_images": len(split.train),
+        "train_patients": len({(s.source, s.patient_id) for s in split.train.samples}),
         "train_licences": count_by_licence(split.train),
         "train_counts": {
             f"{source} {label}": sum(

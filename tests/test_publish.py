@@ -156,6 +156,27 @@ def test_a_card_without_results_says_so(checkpoint_folder: Path) -> None:
     assert "has not been audited" in text
 
 
+TABLE = {"title": "Frame", "note": HOSTILE, "head": ["Pair", "AUROC"], "rows": [["a|b", "0.51"]]}
+
+
+def test_further_measurements_become_tables_of_the_card(copied: Path) -> None:
+    (copied / "measurements.json").write_text(json.dumps([TABLE, {**TABLE, "title": "Folds"}]))
+    text = model_card(copied, "user/model")
+    assert "## Frame" in text
+    assert "## Folds" in text
+    assert "| Pair | AUROC |\n| --- | --- |\n| a\\|b | 0.51 |" in text
+    assert "<script>" not in text
+
+
+@pytest.mark.parametrize(
+    "content", [{"a": 1}, ["x"], [{**TABLE, "rows": [["a"]]}], [{"title": "x"}], 7, [None]]
+)
+def test_measurements_of_another_shape_are_refused(copied: Path, content: Any) -> None:
+    (copied / "measurements.json").write_text(json.dumps(content))
+    with pytest.raises(ReportError, match="no list of tables with title, note, head and rows"):
+        model_card(copied, "user/model")
+
+
 # ---------------------------------------------------------------- there and back
 
 PUSH = """

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from chestxray_covid.checkpoint import ModelConfig, load_config
-from chestxray_covid.errors import ConfigError
+from chestxray_covid.errors import ConfigError, ReportError
 from chestxray_covid.evaluation_report import CAUTION, EvaluationReport, Subgroup
 from chestxray_covid.files import read_json
 from chestxray_covid.intervals import Estimate
 
+#: Further tables of a card, beside a checkpoint.
+MEASUREMENTS_NAME = "measurements.json"
 _METRICS = ("sensitivity", "specificity", "auroc")
 _BINS = 10
 
@@ -29,14 +31,16 @@ def model_card(
     """Return the text of ``README.md`` for a checkpoint.
 
     Args:
-        folder: Holds the checkpoint, and ``evaluation.json`` and ``audit.json`` if there are any.
+        folder: Holds the checkpoint, and ``evaluation.json``, ``audit.json`` and
+            ``measurements.json`` if there are any. The last is a list of further tables, each an
+            object with ``title``, ``note``, ``head`` (texts) and ``rows`` (lists of texts).
         name: Repository or folder, for the title and the snippets.
         license: Identifier of a licence; if not given, ``license`` of the config's provenance.
         figure: File name of the calibration figure, if there is one.
 
     Raises:
         CheckpointError: If the config is missing or damaged.
-        ReportError: If ``evaluation.json`` is no report.
+        ReportError: If ``evaluation.json`` is no report or ``measurements.json`` no list of tables.
     """
     config = load_config(folder)
     report = _evaluation(folder)
@@ -44,6 +48,7 @@ def model_card(
         _front_matter(config, report, name, license),
         _introduction(config, name),
         _data(config),
+        *_measurements(folder),
         "\n".join(_results(report, figure)),
         _audit(folder),
         _facts("Known failures", config.provenance.get("known_failures")),
@@ -198,6 +203,27 @@ def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[st
         yield f"- {metric}: {_number(estimate)}"
     if figure:
         yield f"\n![Predicted probability against the share that came true]({figure})"
+
+
+def _measurements(folder: Path) -> Iterator[str]:
+    """Yield a section for each further table."""
+    path = folder / MEASUREMENTS_NAME
+    if not path.is_file():
+        return
+    try:
+        tables = read_json(path)
+        for table in tables:
+            head, rows = [_plain(cell) for cell in table["head"]], table["rows"]
+            lines = [head, ["---"] * len(head), *([_plain(c) for c in row] for row in rows)]
+            if any(len(line) != len(head) for line in lines):
+                raise ValueError("a row is longer or shorter than the head")
+            drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            yield f"## {_plain(table['title'])}\n\n{_plain(table['note'])}\n\n{drawn}"
+    except (ConfigError, LookupError, TypeError, ValueError) as error:
+        raise ReportError(
+            f"{path} is no list of tables with title, note, head and rows: {error!r}. "
+            "Make it again."
+        ) from error
 
 
 def _audit(folder: Path) -> str:

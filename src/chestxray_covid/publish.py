@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from chestxray_covid._version import __version__
-from chestxray_covid.card import calibration_figure, model_card
+from chestxray_covid.card import MEASUREMENTS_NAME, calibration_figure, model_card
 from chestxray_covid.checkpoint import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -30,7 +30,7 @@ FIGURE_NAME = "calibration.png"
 #: What a model must have been through before it is published.
 JUDGED = ("evaluation.json", "audit.json")
 #: Results that belong to a checkpoint and go with it.
-RESULTS = (*JUDGED, "history.json", "confounding.json")
+RESULTS = (*JUDGED, MEASUREMENTS_NAME, "history.json", "confounding.json")
 #: The predictions of a large evaluation come to some MB.
 _MAX_RESULT_BYTES = 50_000_000
 
