@@ -61,14 +61,27 @@ def test_the_commands_install_from_the_clone_and_name_no_registry() -> None:
     assert {extra for group in named for extra in group.split(",")} <= set(known)
 
 
-def test_what_follows_the_installation_runs_and_leaves_a_model_its_numbers_and_predictions(
+def test_what_follows_the_installation_judges_every_phantom_with_the_bundled_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     job = [step for step in steps(set_up_commands()[0]) if "chestxray-covid" in step[0]]
-    assert [step[1] for step in job] == ["download", "train", "predict"]
+    assert [step[1] for step in job] == ["download", "predict"]
     for step in job:
         result = CliRunner().invoke(main, step[1:], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert result.stdout.count("data/phantoms/") == 12
+
+
+def test_training_your_own_leaves_a_model_its_numbers_and_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    job = next(block for block in blocks if "--no-pretrained" in block).splitlines()
+    assert [line.split()[1] for line in job] == ["download", "train", "predict"]
+    for line in job:
+        result = CliRunner().invoke(main, shlex.split(line)[1:], catch_exceptions=False)
         assert result.exit_code == 0, result.output
     run = tmp_path / "runs" / "first"
     assert {"config.json", "history.json", "model.safetensors"} <= {p.name for p in run.iterdir()}
