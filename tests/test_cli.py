@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,6 +310,16 @@ def test_models_lists_what_is_bundled_and_predict_takes_the_default(
     assert done.exit_code == 0, done.output
     expected = call("predict", mixed / "a,1.png", "--model", checkpoint_folder)
     assert done.output == expected.output
+
+
+def test_a_bundled_model_has_no_sides_to_judge(
+    phantoms: Path, checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoint_folder, tmp_path / hub.DEFAULT_MODEL)
+    monkeypatch.setattr(hub, "BUNDLED", tmp_path)
+    done = call("evaluate", "--data", phantoms, "--split", "test")
+    assert done.exit_code == 2
+    assert "--split needs --model to be the folder of a training run" in done.output
 
 
 def test_push_refuses_a_run_that_was_not_judged(checkpoint_folder: Path) -> None:

@@ -215,10 +215,12 @@ def evaluate(
 
     classifier = Classifier.from_pretrained(model, device=device)
     dataset = _open(data, classifier.classes)
-    saved = Path(model or "") / SPLIT_NAME
-    if side is not None:
+    saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
+    if side is not None and saved is None:
+        raise click.UsageError("--split needs --model to be the folder of a training run.")
+    if side is not None and saved is not None:
         dataset = getattr(Split.load(saved, dataset), side)
-    elif saved.is_file():
+    elif saved is not None and saved.is_file():
         seen = _count_seen(saved, dataset)
         if seen:
             click.echo(
