@@ -187,7 +187,7 @@ two = Classifier.from_pretrained(classes=("normal", "covid19"))  # the same netw
 
 ## Where the source cannot help, or not as much
 
-Shorter relatives of the weights (the same recipe, five epochs at 160 px), because the weights
+Shorter relatives of the weights (the same recipe, four epochs at 160 px), because the weights
 themselves have seen most of these images. Intervals at 95 % by patient.
 
 {table(("AUROC of COVID-19", "Images", "Value"), honest_rows())}

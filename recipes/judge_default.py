@@ -3,7 +3,7 @@
     python recipes/judge_default.py --data ../shared/data --run runs/default
 
 ``--what`` chooses parts: ``checkpoint`` judges the weights themselves, ``folds``, ``subsources``
-and ``hannover`` train shorter relatives of them (five epochs at 160 px from a network that saw no
+and ``hannover`` train shorter relatives of them (four epochs at 160 px from a network that saw no
 image of Cohen's or Hannover's), because the weights have seen most of what they would be judged on.
 """
 
@@ -44,14 +44,15 @@ SHORT = replace(
     COMMON,
     preprocess=Preprocess(size_px=160),
     augmentation=STRONG,
-    epochs=5,
+    epochs=4,
     samples_per_epoch=1200,
     learning_rate=5e-4,
     hide_centre=0.1,
+    swap_frame=0.3,
     ema_decay=0.98,
 )
 #: Before it, on Kermany and NIH alone, which hold no COVID-19.
-BASE = replace(SHORT, epochs=6, samples_per_epoch=1600, learning_rate=1.5e-3, ema_decay=0.0)
+BASE = replace(SHORT, epochs=5, samples_per_epoch=1600, learning_rate=1.5e-3, ema_decay=0.0)
 #: Most images per class of a pairing in which the frame is looked at.
 MOST_PER_CLASS = 250
 

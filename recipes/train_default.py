@@ -99,6 +99,20 @@ STAGES = (
             seed=2,
         ),
     ),
+    Stage(
+        "swap",
+        replace(
+            COMMON,
+            preprocess=Preprocess(size_px=192),
+            augmentation=STRONG,
+            epochs=5,
+            learning_rate=4e-4,
+            swap_frame=0.5,
+            hide_centre=0.25,
+            ema_decay=0.995,
+            seed=3,
+        ),
+    ),
 )
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual name
 
-from chestxray_covid.augment import Augmentation, hide_centres
+from chestxray_covid.augment import Augmentation, hide_centres, swap_frames
 
 #: Everything at once, stronger than the default.
 STRONG = Augmentation(
@@ -391,3 +391,33 @@ def test_no_share_hides_nothing() -> None:
     found, hidden = hide_centres(pixels, pixels, 0, seed=1, epoch=2, draws=range(4))
     assert torch.equal(found, pixels)
     assert not hidden.any()
+
+
+# ---------------------------------------------------------------- swapped frames
+
+
+def test_the_asked_share_gets_the_frame_of_its_neighbour_and_keeps_its_centre() -> None:
+    pixels = images(400, 40).float()
+    before = pixels.clone()
+    found = swap_frames(pixels, 0.5, seed=1, epoch=2, draws=range(400))
+    assert torch.equal(pixels, before), "the caller's pixels stay as they were"
+    swapped = 0
+    for i in range(400):
+        own, other = found[i] == pixels[i], found[i] == pixels[i - 1]
+        assert (own | other).all()
+        assert own[:, 8:-8, 8:-8].all(), "20 % of the side at most"
+        if not own.all():
+            swapped += 1
+            assert other[:, 0].all()
+            assert other[:, -1].all()
+            assert other[..., 0].all()
+            assert other[..., -1].all()
+    assert swapped / 400 == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 400))
+
+
+def test_frames_are_swapped_alike_each_time_and_not_at_all_without_a_share() -> None:
+    pixels = images(30).float()
+    found = swap_frames(pixels, 0.5, seed=1, epoch=2, draws=range(30))
+    assert torch.equal(found, swap_frames(pixels, 0.5, seed=1, epoch=2, draws=range(30)))
+    assert not torch.equal(found, swap_frames(pixels, 0.5, seed=1, epoch=3, draws=range(30)))
+    assert torch.equal(pixels, swap_frames(pixels, 0, seed=1, epoch=2, draws=range(30)))

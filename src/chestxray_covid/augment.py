@@ -20,6 +20,8 @@ from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual 
 _STREAM = 2
 #: The same, of :func:`hide_centres`.
 _CENTRE_STREAM = 3
+#: The same, of :func:`swap_frames`.
+_FRAME_STREAM = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,3 +222,33 @@ def hide_centres(
             shown[i] = frame
             shown[i, :, inner, inner] = frame.mean() if own_mean < 0.5 else 255 * grey
     return shown, hidden.to(images.device)
+
+
+def swap_frames(
+    images: Tensor, share: float, *, seed: int, epoch: int, draws: Sequence[int]
+) -> Tensor:
+    """Give a share of the images the frame of the image before them in the batch.
+
+    Frame and label then have nothing to do with each other (after Yun et al., CutMix, ICCV 2019,
+    but the label stays that of the centre). 2 to 20 % of the side at each edge are exchanged.
+    Whose frame it is depends on the batch; all else on (seed, epoch, sample).
+
+    Args:
+        images: ``(N, 1, S, S)`` float32; not changed.
+        share: Probability that an image gets another frame, in [0, 1).
+        seed, epoch, draws: As for :class:`Augmentation`.
+
+    Returns:
+        ``(N, 1, S, S)`` on the same device.
+    """
+    if share == 0:
+        return images
+    swapped, side = images.roll(1, 0), images.shape[-1]
+    for i, draw in enumerate(draws):
+        rng = np.random.default_rng([seed, epoch, _FRAME_STREAM, draw])
+        chosen, *edges = rng.random(5)
+        margins = [round(side * (0.02 + 0.18 * edge)) if chosen < share else 0 for edge in edges]
+        left, top, right, bottom = margins
+        rows, columns = slice(top, side - bottom), slice(left, side - right)
+        swapped[i, :, rows, columns] = images[i, :, rows, columns]
+    return swapped

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _NUMBERS = (
     *("learning_rate", "weight_decay", "warmup_epochs", "step_factor"),
-    *("label_smoothing", "ema_decay", "hide_centre"),
+    *("label_smoothing", "ema_decay", "swap_frame", "hide_centre"),
 )
 
 
@@ -56,6 +56,8 @@ class TrainingConfig:
             within a class every source; ``"class"``: classes only; ``"none"``: each image once.
         max_repeats: How often an image may come in an epoch, on average, for the sake of balance;
             a small source then gets less than an equal share. ``None``: as often as it takes.
+        swap_frame: Share of the training images, in [0, 1), that get the frame of another one of
+            their batch, see :func:`augment.swap_frames`.
         hide_centre: Share of the training images, in [0, 1), whose centre is hidden and whose
             target becomes uniform, so that the frame alone is learned to say nothing; see
             :func:`augment.hide_centres`.
@@ -96,6 +98,7 @@ class TrainingConfig:
     label_smoothing: float = 0.05
     balance: Literal["class_and_source", "class", "none"] = "class_and_source"
     max_repeats: float | None = None
+    swap_frame: float = 0.0
     hide_centre: float = 0.0
     class_weights: bool = False
     ema_decay: float = 0.0
@@ -134,7 +137,7 @@ class TrainingConfig:
         for name in ("weight_decay", "warmup_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("label_smoothing", "ema_decay", "hide_centre"):
+        for name in ("label_smoothing", "ema_decay", "swap_frame", "hide_centre"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         repeats = self.max_repeats

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from chestxray_covid.augment import hide_centres
+from chestxray_covid.augment import hide_centres, swap_frames
 from chestxray_covid.models import (
     load_tensors,
     native_bfloat16,
@@ -90,6 +90,7 @@ class TrainingNetwork:
         """
         stream: dict[str, Any] = {"seed": self._config.seed, "epoch": epoch, "draws": draws}
         varied = self._config.augmentation(images, **stream)
+        varied = swap_frames(varied, self._config.swap_frame, **stream)
         return hide_centres(varied, images, self._config.hide_centre, **stream)
 
     def backward(

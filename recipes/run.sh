@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# From the four collections to the bundled weights with their card: bash recipes/run.sh DATA
+set -euo pipefail
+data=$1 run=runs/default weights=src/chestxray_covid/weights
+python recipes/train_lungs.py --data "$data" --output runs/lungs
+cp runs/lungs/lungs.safetensors runs/lungs/lungs.json "$weights"
+python recipes/train_default.py --data "$data" --output "$run"
+python recipes/publish_default.py --data "$data" --run "$run"
+python recipes/fit_gate.py --checkpoint "$weights/densenet121-v1" --split "$run/split.json" \
+  --data "$data" --results docs/results/default/gate.json
+python recipes/judge_default.py --data "$data" --run "$run" \
+  --checkpoint "$weights/densenet121-v1"
+python recipes/write_card.py
+python docs/generate.py
