@@ -33,7 +33,9 @@ MODEL_START, MODEL_END = "<!-- model:start -->", "<!-- model:end -->"
 
 def write_pages() -> None:
     """Write the lungs' and the model's numbers into README and documentation."""
+    recipe = DOCS.parent / "recipes" / "README.md"
     blocks = (
+        (recipe, tried_block(), "<!-- tried:start -->", "<!-- tried:end -->"),
         (DOCS / "lungs.md", lungs_block(), LUNGS_START, LUNGS_END),
         (DOCS.parent / "README.md", model_block(), MODEL_START, MODEL_END),
     )
@@ -47,6 +49,10 @@ def write_pages() -> None:
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def exists(name: str) -> bool:
+    return (RESULTS / f"{name}.json").is_file()
 
 
 def estimate(data: Mapping[str, Any]) -> str:
@@ -78,7 +84,7 @@ def honest_rows() -> list[tuple[str, str, str]]:
             pair(row["n"]),
             estimate(row["auroc"]),
         )
-        for row in read("subsources")["rows"]
+        for row in (read("subsources")["rows"] if exists("subsources") else ())
     ]
     title = "Hannover's COVID-19 against NIH's normals, patients and hospital unseen (confounded)"
     return [*rows, (title, pair(hannover["n"]), estimate(hannover["auroc"]))]
@@ -187,7 +193,7 @@ two = Classifier.from_pretrained(classes=("normal", "covid19"))  # the same netw
 
 ## Where the source cannot help, or not as much
 
-Shorter relatives of the weights (the same recipe, four epochs at 160 px), because the weights
+Shorter relatives of the weights (the same recipe, three epochs at 160 px), because the weights
 themselves have seen most of these images. Intervals at 95 % by patient.
 
 {table(("AUROC of COVID-19", "Images", "Value"), honest_rows())}
@@ -227,6 +233,12 @@ Restricted to `normal` and `covid19`:
 
 ![Validation AUROC and losses over the stages](results/default/history.png)
 """
+
+
+def tried_block() -> str:
+    """Return what was tried for the weights, and what it gave."""
+    found = read("tried")
+    return f"{wrapped(found['note'])}\n\n{table(found['columns'], found['rows'])}"
 
 
 def lungs_block() -> str:

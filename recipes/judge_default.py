@@ -3,7 +3,7 @@
     python recipes/judge_default.py --data ../shared/data --run runs/default
 
 ``--what`` chooses parts: ``checkpoint`` judges the weights themselves, ``folds``, ``subsources``
-and ``hannover`` train shorter relatives of them (four epochs at 160 px from a network that saw no
+and ``hannover`` train shorter relatives of them (three epochs at 160 px from a network that saw no
 image of Cohen's or Hannover's), because the weights have seen most of what they would be judged on.
 """
 
@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 from collection import open_sources
-from PIL import Image
+from frame import hide
 from train_default import COMMON, STAGES, STRONG, open_split
 
 from chestxray_covid import (
@@ -44,7 +44,7 @@ SHORT = replace(
     COMMON,
     preprocess=Preprocess(size_px=160),
     augmentation=STRONG,
-    epochs=4,
+    epochs=3,
     samples_per_epoch=1200,
     learning_rate=5e-4,
     hide_centre=0.1,
@@ -52,9 +52,9 @@ SHORT = replace(
     ema_decay=0.98,
 )
 #: Before it, on Kermany and NIH alone, which hold no COVID-19.
-BASE = replace(SHORT, epochs=5, samples_per_epoch=1600, learning_rate=1.5e-3, ema_decay=0.0)
+BASE = replace(SHORT, epochs=4, samples_per_epoch=1600, learning_rate=1.5e-3, ema_decay=0.0)
 #: Most images per class of a pairing in which the frame is looked at.
-MOST_PER_CLASS = 250
+MOST_PER_CLASS = 150
 
 
 def score(probabilities: np.ndarray) -> np.ndarray:
@@ -72,15 +72,6 @@ def estimate_auroc(samples: Sequence[Sample], truth: Any, scores: np.ndarray) ->
 
 
 # ---------------------------------------------------------------- the weights themselves
-
-
-def hide(image: Image.Image, part: float) -> Image.Image:
-    """Return the image with its central part, by side length, under its own mean."""
-    pixels = np.array(image)
-    height, width = pixels.shape
-    top, left = round(height * (1 - part) / 2), round(width * (1 - part) / 2)
-    pixels[top : height - top, left : width - left] = round(float(pixels.mean()))
-    return Image.fromarray(pixels)
 
 
 def judge_frames(classifier: Classifier, dataset: ChestXrayDataset) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Turn a trained run into the bundled checkpoint: average, calibrate, halve, write.
+"""Turn a trained run into the bundled checkpoint: unlearn the frame, calibrate, halve, write.
 
     python recipes/publish_default.py --data ../shared/data --run runs/default
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from collection import count_by_licence
+from frame import unlearn_frame
 from judge_default import score, write
 from train_default import STAGES, open_split
 
@@ -73,6 +74,7 @@ def main() -> None:
     place = options.checkpoint or options.run / STAGES[-1].name
     config, tensors = load_checkpoint(place)
     half = {k: t.astype(np.float16) if t.dtype == np.float32 else t for k, t in tensors.items()}
+    half = unlearn_frame(config, half, split.train)
     plain = Classifier(config, half)
     on_val = plain.predict_proba(split.val, progress=True)
     temperature = fit_temperature(
@@ -108,7 +110,7 @@ def main() -> None:
             for source in split.train.sources
             for label in split.train.classes
         },
-        "recipe": "recipes/train_default.py",
+        "recipe": "recipes/train_default.py, then the frame projected out (recipes/frame.py)",
         "temperature": temperature,
         "seed": 0,
     }

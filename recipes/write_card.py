@@ -49,7 +49,7 @@ def tables() -> list[dict[str, Any]]:
     return [
         {
             "title": "Where the source cannot help, or not as much",
-            "note": "Shorter relatives of these weights (four epochs at 160 px), which never saw "
+            "note": "Shorter relatives of these weights (three epochs at 160 px), which never saw "
             "the images that they are judged on; intervals at 95% by patient.",
             "head": ["AUROC of COVID-19", "Images", "Value"],
             "rows": honest_rows(),

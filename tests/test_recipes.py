@@ -24,7 +24,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 @pytest.fixture(scope="module")
 def recipes() -> Iterator[dict[str, Any]]:
     """Import the recipes as they import each other: as scripts of one folder."""
-    names = ("collection", "train_default", "judge_default", "publish_default")
+    names = ("collection", "frame", "train_default", "judge_default", "publish_default")
     sys.path.insert(0, str(RECIPES))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -70,11 +70,41 @@ def test_what_may_not_be_trained_on_stays_out(recipes: dict[str, Any], data: Pat
 def test_a_hidden_centre_shows_the_mean(recipes: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (100, 60), dtype=np.uint8)
-    found = np.asarray(recipes["judge_default"].hide(Image.fromarray(pixels), 0.7))
+    found = np.asarray(recipes["frame"].hide(Image.fromarray(pixels), 0.7))
     assert (found[15:85, 9:51] == round(pixels.mean())).all()
     outside = np.ones((100, 60), bool)
     outside[15:85, 9:51] = False
     assert np.array_equal(found[outside], pixels[outside])
+
+
+def test_what_tells_sources_apart_is_projected_out_of_the_last_layer(
+    recipes: dict[str, Any],
+) -> None:
+    frame, rng = recipes["frame"], np.random.default_rng(0)
+    sources = np.repeat(["a", "b", "c"], 40)
+    centres = {name: rng.normal(0, 3, 1024) for name in "abc"}
+    features = np.stack([centres[s] + rng.normal(0, 1, 1024) for s in sources])
+    tensors = {
+        "classifier.weight": rng.normal(size=(3, 1024)).astype(np.float32),
+        "classifier.bias": rng.normal(size=3).astype(np.float32),
+        "other": np.ones(2),
+    }
+    typical = features.mean(0)
+    found = frame.project_out(tensors, frame.differences(features, sources), typical)
+    assert found["other"] is tensors["other"]
+
+    def logits(t: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        return np.asarray(x @ t["classifier.weight"].T + t["classifier.bias"])
+
+    means = [features[sources == name].mean(0) for name in "abc"]
+    np.testing.assert_allclose(logits(found, means[0]), logits(found, means[1]), atol=1e-3)
+    np.testing.assert_allclose(logits(found, means[0]), logits(found, means[2]), atol=1e-3)
+    assert np.abs(logits(tensors, means[0]) - logits(tensors, means[1])).max() > 1
+    np.testing.assert_allclose(logits(found, typical), logits(tensors, typical), atol=1e-3)
+    rows = np.linalg.matrix_rank(
+        tensors["classifier.weight"] - found["classifier.weight"], tol=1e-4
+    )
+    assert rows == 2, "three means differ in two directions"
 
 
 @pytest.mark.slow
