@@ -1,0 +1,107 @@
+"""The bundled weights, their card, and what README and documentation say of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chestxray_covid import Classifier, SyntheticChestXray, bundled_models
+from chestxray_covid.card import model_card
+from chestxray_covid.checkpoint import load_checkpoint
+from chestxray_covid.gate import GATE_NAME
+from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
+
+ROOT = Path(__file__).parents[1]
+FOLDER = BUNDLED / DEFAULT_MODEL
+LABELS = ("normal", "pneumonia", "covid19")
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return Classifier.from_pretrained()
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("generate_model")
+
+
+def test_one_line_gives_a_calibrated_model_of_three_classes(classifier: Classifier) -> None:
+    assert classifier.classes == LABELS
+    assert "90% sensitivity" in classifier.config.threshold_origin
+    found = classifier.predict_proba(SyntheticChestXray(4, classes=LABELS, image_size_px=128))
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-9)
+    assert next(iter(bundled_models())) == DEFAULT_MODEL
+
+
+def test_two_classes_are_the_same_network_renormalised(classifier: Classifier) -> None:
+    phantoms = SyntheticChestXray(4, classes=LABELS, image_size_px=128)
+    three = classifier.predict_proba(phantoms)
+    two = Classifier.from_pretrained(classes=("normal", "covid19")).predict_proba(phantoms)
+    expected = three[:, [0, 2]] / three[:, [0, 2]].sum(1, keepdims=True)
+    np.testing.assert_allclose(two, expected, atol=1e-5)
+
+
+def test_the_weights_are_small_halved_and_gated() -> None:
+    config, tensors = load_checkpoint(FOLDER)
+    assert (FOLDER / "model.safetensors").stat().st_size < 15_000_000
+    assert {t.dtype.name for t in tensors.values()} == {"float16", "int64"}
+    assert set(config.attachments) == {GATE_NAME}
+    assert config.provenance["license"] == "cc-by-nc-sa-4.0"
+    assert not any("ND" in name.split("-") for name in config.provenance["train_licences"])
+
+
+def test_what_is_no_radiograph_is_not_judged(classifier: Classifier) -> None:
+    blank = classifier.predict(Image.new("L", (300, 300), 90))
+    assert [flag.name for flag in blank.flags] == ["blank"]
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300), dtype=np.uint8)
+    assert blank.abstained
+    assert classifier.predict(noise).abstained
+
+
+def test_the_card_is_that_of_its_results() -> None:
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert card == model_card(FOLDER, DEFAULT_MODEL, figure="calibration.png")
+    assert "license: cc-by-nc-sa-4.0" in card
+    assert "**This is not a medical device.**" in card
+    for table in json.loads((FOLDER / "measurements.json").read_text(encoding="utf-8")):
+        assert f"## {table['title']}" in card
+
+
+def test_the_numbers_beside_the_weights_are_those_in_the_documentation() -> None:
+    ours = (FOLDER / "evaluation.json").read_bytes()
+    assert ours == (ROOT / "docs" / "results" / "default" / "evaluation.json").read_bytes()
+
+
+def test_the_frame_says_little_with_the_centre_hidden() -> None:
+    path = ROOT / "docs" / "results" / "default" / "frame.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert {row["hidden"] for row in rows} == {0.0, 0.7, 0.9}
+    for row in rows:
+        if row["hidden"]:
+            assert min(row["n"]) >= 50
+            assert abs(row["auroc"]["value"] - 0.5) <= 0.15, row
+
+
+def test_pages_hold_what_was_measured(pages: ModuleType) -> None:
+    assert (ROOT / "docs" / "model.md").read_text(encoding="utf-8") == pages.model_page()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = f"{pages.MODEL_START}\n{pages.model_block()}\n{pages.MODEL_END}"
+    assert block in readme
+    assert pages.lungs_block() in (ROOT / "docs" / "lungs.md").read_text(encoding="utf-8")
+    assert pages.tried_block() in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "source"), [("reliability", "calibration"), ("history",) * 2])
+def test_figures_are_drawn_from_the_committed_results(
+    pages: ModuleType, name: str, source: str
+) -> None:
+    with Image.open(pages.RESULTS / f"{name}.png") as figure:
+        assert figure.info[pages.SOURCE_KEY] == pages.digest(pages.RESULTS / f"{source}.json")
