@@ -307,7 +307,7 @@ def draw_stages() -> Path:
         start = x[-1]
     left.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, 2.1))
     left.legend(["training", "validation"], frameon=False)
-    right.set(xlabel="epoch", ylabel="validation AUROC (one against the rest)")
+    right.set(xlabel="epoch", ylabel="validation AUROC")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     return _save(panel, "history", "history")
