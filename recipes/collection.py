@@ -65,6 +65,14 @@ def open_sources(data: Path) -> ChestXrayDataset:
     )
 
 
+def once(dataset: ChestXrayDataset) -> ChestXrayDataset:
+    """Return the data set without Cohen's copies of Hannover's radiographs.
+
+    They are the same images under other patient numbers, and would count twice in an interval.
+    """
+    return dataset.filter(lambda s: s.metadata.get("numbered_by") != "cohen")
+
+
 def count_by_licence(dataset: ChestXrayDataset) -> dict[str, int]:
     """Return licence → number of images, the most frequent first."""
     return dict(Counter(licence(s) for s in dataset.samples).most_common())

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
-from collection import open_sources
+from collection import once, open_sources
 from frame import hide
 from train_default import COMMON, STAGES, STRONG, open_split
 
@@ -124,23 +124,28 @@ def judge_checkpoint(data: Path, run: Path, output: Path, checkpoint: Path) -> N
     """Judge held-out patients of the pooled sources, and how far the frame gives the label away."""
     split = open_split(data, run)
     classifier = Classifier.from_pretrained(checkpoint)
-    evaluate(classifier, split.test, progress=True).save(output / "evaluation.json")
+    test = once(split.test)
+    evaluate(classifier, test, progress=True).save(output / "evaluation.json")
     binary = Classifier.from_pretrained(checkpoint, classes=("normal", "covid19"))
     two = ChestXrayDataset(
-        (s for s in split.test.samples if s.label != "pneumonia"), classes=binary.classes
+        (s for s in test.samples if s.label != "pneumonia"), classes=binary.classes
     )
     evaluate(binary, two, progress=True).save(output / "evaluation_binary.json")
     write(output, "inside", judge_inside(classifier, split))
-    write(output, "frame", {"rows": judge_frames(classifier, split.dataset)})
+    write(output, "frame", {"rows": judge_frames(classifier, once(held_out(split)))})
+
+
+def held_out(split: Split) -> ChestXrayDataset:
+    """Return validation and test patients, whom training and the projection never saw."""
+    return split.dataset.subset(sorted((*split.indices["val"], *split.indices["test"])))
 
 
 def judge_inside(classifier: Classifier, split: Split) -> dict[str, Any]:
     """Return COVID-19 against other findings of Cohen's, on validation and test patients.
 
-    Training saw neither; validation chose temperature and threshold, which move no order.
+    Training saw neither; validation chose temperature and threshold, but no weights.
     """
-    held_out = sorted((*split.indices["val"], *split.indices["test"]))
-    cohen = split.dataset.subset(held_out).filter(lambda s: s.source == "cohen")
+    cohen = held_out(split).filter(lambda s: s.source == "cohen")
     found = classifier.predict_proba(cohen, progress=True)
     truth = np.array([s.label == "covid19" for s in cohen.samples])
     value = estimate_auroc(cohen.samples, truth, found[:, 2])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collection import count_by_licence
+from collection import count_by_licence, once
 from frame import unlearn_frame
 from judge_default import score, write
 from train_default import STAGES, open_split
@@ -117,14 +117,15 @@ def main() -> None:
     final = replace(config, threshold=threshold, threshold_origin=origin, provenance=provenance)
     save_checkpoint(options.output, final, fold_temperature(half, temperature))
     shipped = Classifier.from_pretrained(options.output)
-    before, after = plain.predict_proba(split.test), shipped.predict_proba(split.test)
+    test = once(split.test)
+    before, after = plain.predict_proba(test), shipped.predict_proba(test)
     result = {
         "temperature": temperature,
         "threshold": threshold,
         "threshold_origin": origin,
-        "before": calibration_numbers(split.test, before),
-        "after": calibration_numbers(split.test, after),
-        "reliability": reliability(np.array(split.test.targets), after),
+        "before": calibration_numbers(test, before),
+        "after": calibration_numbers(test, after),
+        "reliability": reliability(np.array(test.targets), after),
     }
     write(options.results, "calibration", result)
     write(options.results, "history", {"stages": history})

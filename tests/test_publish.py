@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from chestxray_covid import Classifier, SyntheticChestXray, evaluate
-from chestxray_covid.card import model_card
+from chestxray_covid.card import _plain, model_card
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.errors import CheckpointError, ReportError
 from chestxray_covid.publish import push
@@ -228,3 +228,42 @@ def test_a_hub_that_refuses_is_an_error_with_a_name(
     )
     found: Any = run_python(guarded, environment, run)
     assert "user/model cannot be published" in found
+
+
+def test_a_classifier_publishes_a_card_with_the_name_of_the_repository(
+    server: HubServer, run: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import json, sys\n"
+        "from chestxray_covid import Classifier\n"
+        "model = Classifier.from_pretrained(sys.argv[1])\n"
+        "model.save_pretrained(sys.argv[2])\n"
+        'model.push_to_hub("user/own", token="hf_x", license="cc-by-4.0")\n'
+        'print(json.dumps("done"))\n'
+    )
+    environment = hub_environment(server, tmp_path / "home")
+    assert run_python(code, environment, run, tmp_path / "saved") == "done"
+    card = server.commits["user/own", server.heads["user/own", "main"]]["README.md"].decode()
+    assert "# user/own" in card
+    assert "license: cc-by-4.0" in card
+    assert 'Classifier.from_pretrained("user/own")' in card
+    assert "# saved" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_damaged_evaluation_is_not_published_whatever_the_card_says(copied: Path) -> None:
+    (copied / "README.md").write_text("# mine")
+    (copied / "evaluation.json").write_text("[]")
+    with pytest.raises(ReportError, match=r"evaluation\.json"):
+        push(copied, "user/model")
+
+
+def test_a_bundled_name_or_folder_is_opened_elsewhere_by_its_path(run: Path) -> None:
+    card = model_card(run, "densenet121-v1")
+    assert 'chestxray_covid.resolve("densenet121-v1")' in card
+    assert "hf-hub:" not in card
+
+
+def test_texts_do_not_become_links_on_their_own() -> None:
+    found = _plain("see www.example.org or a@example.org")
+    assert "www." not in found
+    assert "@" not in found

@@ -19,8 +19,8 @@ def fit_temperature(
 ) -> float:
     """Return the temperature T for which softmax(logits / T) has the lowest cross-entropy.
 
-    Guo et al., On Calibration of Modern Neural Networks, ICML 2017. It moves no probability past
-    another, so labels, ranking and AUROC between two classes stay as they are. Above 1 the model
+    Guo et al., On Calibration of Modern Neural Networks, ICML 2017. Labels stay as they are,
+    and so does the order of images by p(a) / (p(a) + p(b)) of any two classes. Above 1 the model
     was too sure of itself, below 1 not sure enough.
 
     Args:

@@ -200,7 +200,7 @@ def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[st
         yield f"| {' | '.join(cells)} |"
     yield ""
     for metric, estimate in report.overall.metrics.items():
-        yield f"- {metric}: {_number(estimate)}"
+        yield f"- {_plain(metric)}: {_number(estimate)}"
     if figure:
         yield f"\n![Predicted probability against the share that came true]({figure})"
 
@@ -239,6 +239,12 @@ def _audit(folder: Path) -> str:
 
 def _loading(config: ModelConfig, name: str) -> str:
     where = re.sub(r"[^\w./-]", "", name)
+    others = f"""model = timm.create_model("hf-hub:{where}", pretrained=True).eval()
+classify = pipeline("image-classification", model="{where}")"""
+    if "/" not in where:  # no repository: a bundled model or a folder, which they open by its path
+        others = f"""folder = str(chestxray_covid.resolve("{where}"))
+model = timm.create_model(f"local-dir:{{folder}}", pretrained=True).eval()
+classify = pipeline("image-classification", model=folder)"""
     return f"""## How to load it
 
 ```python
@@ -251,11 +257,11 @@ print(classifier.predict("radiograph.png"))
 With timm, and with transformers (these apply neither the input checks nor the threshold):
 
 ```python
+import chestxray_covid
 import timm
 from transformers import pipeline
 
-model = timm.create_model("hf-hub:{where}", pretrained=True).eval()
-classify = pipeline("image-classification", model="{where}")
+{others}
 ```
 
 Grey radiographs have to be given as three equal channels; {config.preprocess.size_px} px, squashed
@@ -287,4 +293,5 @@ def _plain(value: Any) -> str:
     """
     text = " ".join(str(value).split())[:1000].replace("&", "&amp;")
     text = text.replace("<", "&lt;").replace(">", "&gt;").replace("://", "&#58;//")
+    text = text.replace("@", "&#64;").replace("www.", "www&#46;")  # would become links on their own
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)

@@ -146,7 +146,7 @@ class Classifier:
         """
         target = Path(folder)
         export(target, self.config, self._tensors, self._origin)
-        return push(target, repo_id or target.name, **options) if push_to_hub else None
+        return self.push_to_hub(repo_id or target.name, **options) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish the checkpoint on the Hub and return the address of the commit.
@@ -161,7 +161,7 @@ class Classifier:
             DownloadError: If the Hub cannot be reached or says no.
         """
         with tempfile.TemporaryDirectory() as folder:
-            export(Path(folder), self.config, self._tensors, self._origin)
+            export(Path(folder), self.config, self._tensors, self._origin, card=False)
             return push(folder, repo_id, **options)
 
     @property

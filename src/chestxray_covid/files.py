@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     Raises:
         OSError: If one cannot be written, for want of room for example; all are as they were.
     """
-    partials = {name: folder / f".{name}.{os.getpid()}.partial" for name in contents}
+    own = f"{os.getpid()}-{secrets.token_hex(4)}"  # of this call, not only of this process
+    partials = {name: folder / f".{name}.{own}.partial" for name in contents}
     try:
         for name, data in contents.items():
             with partials[name].open("wb") as file:

@@ -288,7 +288,7 @@ class _Repository:
                 f"{name} of {self.repo_id} at {revision} is not cached, and the network must not "
                 "be used. Run once without local_files_only and HF_HUB_OFFLINE."
             ) from reason
-        if cached is None:
+        if cached is None or self.force_download:
             raise reason
         if not _is_right(cached, digest):
             raise IntegrityError(

@@ -22,6 +22,7 @@ from chestxray_covid.checkpoint import (
     save_checkpoint,
 )
 from chestxray_covid.errors import CheckpointError, ConfigError, ReportError
+from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.files import read_json, write_files
 from chestxray_covid.hub import hub_errors
 
@@ -40,6 +41,8 @@ def export(
     config: ModelConfig,
     tensors: Mapping[str, NDArray[Any]],
     origin: Path | None,
+    *,
+    card: bool = True,
 ) -> None:
     """Write a checkpoint with attachments, results and a card into a folder.
 
@@ -49,6 +52,7 @@ def export(
         tensors: Its weights.
         origin: Folder that it was loaded from. Its attachments go along, and its results if the
             classes are still the same.
+        card: Write a card if there is none; :func:`push` makes one with the repository's name.
 
     Raises:
         CheckpointError: If an attachment is missing or damaged.
@@ -62,7 +66,7 @@ def export(
             results = _results(origin)
     save_checkpoint(folder, config, tensors, attachments)
     write_files(folder, results)
-    if not (folder / CARD_NAME).exists():
+    if card and not (folder / CARD_NAME).exists():
         write_files(folder, _card_files(folder, folder.name, None))
 
 
@@ -142,7 +146,8 @@ def _require_judged(folder: Path, *, allow_unjudged: bool) -> None:
                 "--allow-unjudged)."
             )
         if name == "evaluation.json":
-            continue  # the card reads it
+            EvaluationReport.load(folder / name)
+            continue
         try:
             read_json(folder / name)
         except ConfigError as error:
