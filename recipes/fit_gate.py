@@ -1,7 +1,7 @@
 """Fit the input gate of a checkpoint, measure it, and put it beside the weights.
 
-    python recipes/fit_gate.py --checkpoint runs/default/224px --split runs/default/split.json \
-        --data ../shared/data --results gate.json
+    python recipes/fit_gate.py --checkpoint src/chestxray_covid/weights/densenet121-v1 \
+        --split runs/default/split.json --data ../shared/data --results gate.json
 
 Needs, besides the data, the photographs inside scikit-image: ``pip install scikit-image``.
 """

@@ -31,14 +31,19 @@ from generate_model import (  # noqa: E402 - it lies beside the documentation
     frame_rows,
     gate_rows,
     honest_rows,
+    other_fills,
     read,
     unmeasured,
 )
 
 FAILURES = (
-    "it does not tell COVID-19 from other findings inside one collection: what it learned is "
-    "COVID-19 against normal",
-    "the sources of training all but give the label away: part of what it learned is the source",
+    "it does not tell COVID-19 from other findings inside one collection, and the sources of "
+    "training all but give the label away: what it learned may be the source alone, and nothing "
+    "that was measured so far shows otherwise",
+    "at its threshold, p(covid19) against p(normal) calls many other pneumonias positive: "
+    "is_positive answers one question only, COVID-19 or normal",
+    "with the centre hidden under black or a light grey instead of the image's mean, the frame "
+    f"still tells some sources apart (AUROC {other_fills()})",
     "children were seen as normal or pneumonia only, never with COVID-19",
     "lateral radiographs, CT slices and turned images are flagged, not judged",
     "pictures that are drawn like radiographs, phantoms among them, may pass the gate",
@@ -60,7 +65,7 @@ def tables() -> list[dict[str, Any]]:
             "note": "AUROC, on held-out patients, of COVID-19 of one source against normals of "
             "another, with nothing, the central 70% and the central 90% of the side hidden under "
             "the image's mean. With the centre hidden, 0.5 is what a model reaches that looks at "
-            "lungs alone.",
+            "lungs alone; the frame was unlearned in this very way.",
             "head": ["Pairing", "Images", "whole", "70% hidden", "90% hidden"],
             "rows": [list(row) for row in frame_rows()],
         },

@@ -272,6 +272,22 @@ def test_one_source_with_both_classes_is_enough_to_tell(report: EvaluationReport
     assert CAUTION not in str(report)
 
 
+def test_a_third_class_does_not_hide_that_the_question_is_confounded() -> None:
+    labels = ["normal"] * 10 + ["covid19"] * 10 + ["pneumonia"] * 40
+    sources = ["a"] * 10 + ["b"] * 10 + ["a", "b"] * 20
+    shares = np.full((60, 3), 1 / 3)
+    found = evaluate_probabilities(
+        labels,
+        shares,
+        classes=("normal", "pneumonia", "covid19"),
+        patients=list(map(str, range(60))),
+        sources=sources,
+        views=["PA"] * 60,
+        n_resamples=10,
+    )
+    assert found.confounded
+
+
 # ---- refusals
 
 

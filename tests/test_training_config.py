@@ -85,6 +85,11 @@ def test_class_weights_on_top_of_balanced_drawing_are_refused() -> None:
         TrainingConfig(class_weights=True)
 
 
+def test_class_weights_with_hidden_centres_are_refused() -> None:
+    with pytest.raises(ValueError, match="which are of no class"):
+        TrainingConfig(class_weights=True, balance="none", hide_centre=0.1)
+
+
 def test_a_cache_folder_may_be_a_path(tmp_path) -> None:
     assert TrainingConfig(cache_dir=tmp_path).cache_dir == str(tmp_path)
 

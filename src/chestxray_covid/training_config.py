@@ -148,6 +148,11 @@ class TrainingConfig:
                 f"class_weights would correct a second time what balance={self.balance!r} does. "
                 'Use class_weights=True with balance="none".'
             )
+        if self.class_weights and self.hide_centre:
+            raise ValueError(
+                "class_weights cannot weigh images with a hidden centre, which are of no class. "
+                "Use balance= with hide_centre."
+            )
         if not 0 < self.step_factor <= 1:
             raise ValueError(f"step_factor must be in (0, 1], got {self.step_factor}")
         hints = get_type_hints(type(self))
