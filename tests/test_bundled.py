@@ -66,6 +66,17 @@ def test_what_is_no_radiograph_is_not_judged(classifier: Classifier) -> None:
     assert classifier.predict(noise).abstained
 
 
+def test_a_gate_that_was_passed_is_saved_with_the_weights(
+    classifier: Classifier, tmp_path: Path
+) -> None:
+    own = Classifier(*load_checkpoint(FOLDER), gate=classifier.gate)
+    own.save_pretrained(tmp_path / "saved")
+    again = Classifier.from_pretrained(tmp_path / "saved")
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300), dtype=np.uint8)
+    assert again.predict(noise).abstained
+    assert again.predict(noise).flags == classifier.predict(noise).flags
+
+
 def test_the_card_is_that_of_its_results() -> None:
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert card == model_card(FOLDER, DEFAULT_MODEL, figure="calibration.png")

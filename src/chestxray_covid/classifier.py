@@ -145,7 +145,7 @@ class Classifier:
             ReportError: As :meth:`push_to_hub`.
         """
         target = Path(folder)
-        export(target, self.config, self._tensors, self._origin)
+        export(target, self.config, self._tensors, self._origin, own=self._attachments())
         return self.push_to_hub(repo_id or target.name, **options) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -161,8 +161,12 @@ class Classifier:
             DownloadError: If the Hub cannot be reached or says no.
         """
         with tempfile.TemporaryDirectory() as folder:
-            export(Path(folder), self.config, self._tensors, self._origin, card=False)
+            place, own = Path(folder), self._attachments()
+            export(place, self.config, self._tensors, self._origin, own=own, card=False)
             return push(folder, repo_id, **options)
+
+    def _attachments(self) -> dict[str, bytes]:
+        return {} if self.gate is None else {GATE_NAME: self.gate.to_bytes()}
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ def export(
     tensors: Mapping[str, NDArray[Any]],
     origin: Path | None,
     *,
+    own: Mapping[str, bytes] | None = None,
     card: bool = True,
 ) -> None:
     """Write a checkpoint with attachments, results and a card into a folder.
@@ -52,6 +53,7 @@ def export(
         tensors: Its weights.
         origin: Folder that it was loaded from. Its attachments go along, and its results if the
             classes are still the same.
+        own: Attachments that are at hand, name → content, whatever the origin has.
         card: Write a card if there is none; :func:`push` makes one with the repository's name.
 
     Raises:
@@ -64,7 +66,7 @@ def export(
             attachments[name] = load_attachment(origin, config, name) or b""
         if load_config(origin).classes == config.classes:
             results = _results(origin)
-    save_checkpoint(folder, config, tensors, attachments)
+    save_checkpoint(folder, config, tensors, {**attachments, **(own or {})})
     write_files(folder, results)
     if card and not (folder / CARD_NAME).exists():
         write_files(folder, _card_files(folder, folder.name, None))
