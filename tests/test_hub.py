@@ -215,6 +215,17 @@ def test_a_cached_branch_costs_one_request_and_a_commit_none(
     assert published.payloads() == 1
 
 
+def test_a_forced_download_that_fails_leaves_what_was_cached(
+    worker: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    folder = worker.resolve(tmp_path)
+    published.faults["GET", "model.safetensors"] = lambda request, good: Reply(status=404)
+    worker.refused(tmp_path, force_download=True)
+    assert worker.resolve(tmp_path, local_files_only=True) == folder
+    assert_sound(folder)
+    assert left_over(tmp_path) == []
+
+
 def test_branches_tags_commits_and_subfolders_are_told_apart(
     worker: Worker, server: HubServer, tmp_path: Path
 ) -> None:

@@ -338,9 +338,15 @@ class _Repository:
             ) as client,
             exclusive(lock),
         ):
-            if self.force_download:
-                blob.unlink(missing_ok=True)
-            fetch(client, RemoteFile(url=url, target=blob, size=size, oid=oid))
+            aside = blob.with_name(f"{oid}.aside")
+            if self.force_download and blob.exists():
+                blob.replace(aside)
+            try:
+                fetch(client, RemoteFile(url=url, target=blob, size=size, oid=oid))
+            finally:
+                if not blob.exists() and aside.exists():
+                    aside.replace(blob)  # what was good stays until there is another
+                aside.unlink(missing_ok=True)
         if digest and not has_oid(blob, digest):
             raise IntegrityError(
                 f"{self.repo_id} contradicts itself: {name} has another SHA-256 than the {digest} "
