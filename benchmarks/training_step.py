@@ -1,14 +1,18 @@
 """The trainer's step against the same step in a bare loop, and the recipe against a plain one.
 
-Both pairs alternate epoch by epoch inside one process, so that a machine that slows down slows
-both; the ratio is the median over the pairs. Run: python benchmarks/training_step.py
+What is compared alternates epoch by epoch, so that a machine that slows down slows both; the ratio
+is the median over the pairs. Settings that hold for a whole process (huge pages) have a process
+each, which waits while the others run. Run: python benchmarks/training_step.py
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +87,55 @@ class BareLoop:
         return statistics.median(times)
 
 
+def full_size_loop(plain: bool) -> BareLoop:
+    """Return the loop at full size: float32 in torch's own order, or as the trainer does it."""
+    config = replace(
+        CONFIG, augmentation=Augmentation.none(), preprocess=Preprocess(size_px=FULL_SIZE_PX)
+    )
+    if plain:
+        config = replace(config, precision="float32", channels_last=False)
+    return BareLoop(SyntheticChestXray(16 * STEPS), config)
+
+
+_loop: BareLoop | None = None
+
+
+def step_in_own_process(plain: bool) -> float:
+    """Return the median duration of a step; the loop is built at the first call."""
+    global _loop
+    if _loop is None:
+        _loop = full_size_loop(plain)
+        _loop.step_seconds()
+    return _loop.step_seconds()
+
+
+def compare_settings() -> dict[str, list[float]]:
+    """Return the seconds per step of three settings, a round of all of them at a time."""
+    settings = {
+        "plain": (True, "0"),
+        "recommended, without huge pages": (False, "0"),
+        "recommended": (False, "1"),
+    }
+    context = multiprocessing.get_context("spawn")
+    pools = {}
+    seconds: dict[str, list[float]] = {name: [] for name in settings}
+    for name, (plain, huge) in settings.items():
+        os.environ["THP_MEM_ALLOC_ENABLE"] = huge  # a process takes over what holds as it starts
+        pools[name] = ProcessPoolExecutor(1, mp_context=context)
+        pools[name].submit(step_in_own_process, plain).result()
+    for _ in range(PAIRS):
+        for name, (plain, _) in settings.items():
+            seconds[name].append(pools[name].submit(step_in_own_process, plain).result())
+    for pool in pools.values():
+        pool.shutdown()
+    return seconds
+
+
+def over(seconds: list[float], own: list[float]) -> list[float]:
+    """Return the ratios of speed, pair by pair."""
+    return [other / mine for other, mine in zip(seconds, own, strict=True)]
+
+
 class Alternate(Callback):
     """Times the trainer's steps, wall clock from step to step, and runs the bare loop between."""
 
@@ -115,13 +168,9 @@ def main() -> None:
         trainer.fit()
     pairs = alternate.pairs[1:]  # the first warms up
     ratios = [bare / own for own, bare in pairs]
-    bare = replace(
-        CONFIG, augmentation=Augmentation.none(), preprocess=Preprocess(size_px=FULL_SIZE_PX)
-    )
-    fast = BareLoop(split.train, bare)
-    plain = BareLoop(split.train, replace(bare, precision="float32", channels_last=False))
-    fast.step_seconds(), plain.step_seconds()
-    gains = [plain.step_seconds() / fast.step_seconds() for _ in range(PAIRS)]
+    found = compare_settings()
+    gains = over(found["plain"], found["recommended"])
+    small_gains = over(found["plain"], found["recommended, without huge pages"])
     write(
         "training_step",
         {
@@ -134,6 +183,11 @@ def main() -> None:
             "trainer_over_bare_pairs": ratios,
             "recommended_over_plain": statistics.median(gains),
             "recommended_over_plain_pairs": gains,
+            "without_huge_pages_over_plain": statistics.median(small_gains),
+            "without_huge_pages_over_plain_pairs": small_gains,
+            "full_size_images_per_s": {
+                name: 16 / statistics.median(own) for name, own in found.items()
+            },
         },
     )
 

@@ -33,7 +33,9 @@ TRAIN = ["--no-pretrained", "--epochs", "1", "--size", "32", "--batch-size", "8"
 
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
+    # What a command sets up for its process must not outlive it in the tests'.
+    name = "THP_MEM_ALLOC_ENABLE"
+    return CliRunner(env={name: os.environ.get(name)}).invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,18 @@ def test_training_again_into_a_run_is_refused_and_resuming_it_changes_nothing(
     resumed = call("train", "--data", phantoms, "--output", run, *TRAIN, "--resume", "--quiet")
     assert resumed.exit_code == 0, resumed.output
     assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_training_asks_for_huge_pages_unless_told_otherwise(
+    run: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = ["train", "--data", str(phantoms), "--output", str(run), *TRAIN, "--resume", "--quiet"]
+    for given, expected in (("", "1"), ("0", "0")):
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given)
+        if not given:
+            monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+        assert CliRunner().invoke(main, again).exit_code == 0
+        assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
 
 
 def test_the_baseline_recipe_limit_and_cache_are_passed_on(phantoms: Path, tmp_path: Path) -> None:
