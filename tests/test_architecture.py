@@ -34,6 +34,7 @@ ROWS = (
     ("gate", "image", "curves", "operating_points", "comparison", "judged_images"),
     ("gate_fit", "prediction", "subgroups"),
     ("reporting",),
+    ("checklists",),
     ("checkpoint", "datasets.archives", "datasets.transfer", "datasets.base"),
     ("datasets.download", "datasets.loading", "datasets.phantom"),
     ("datasets.cohen", "datasets.kermany", "datasets.duplicates", "datasets.synthetic"),

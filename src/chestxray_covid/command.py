@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
+from chestxray_covid.reporting import NOT_A_DEVICE as NOT_A_DEVICE
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
@@ -19,7 +20,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 #: The split beside the checkpoint of a training run.
 SPLIT_NAME = "split.json"
-NOT_A_DEVICE = "For research only. This is not a medical device and makes no diagnosis."
 
 DATA = click.option(
     "--data",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from chestxray_covid import curves
+from chestxray_covid.checklists import report_markdown
 from chestxray_covid.comparison import Comparison, compare_scores
 from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.errors import ReportError
@@ -304,6 +305,22 @@ class EvaluationReport:
         two = ask(table, other.classes, self.positive, versus)
         sides = ((one.score, one.called), (two.score, two.called))
         return compare_scores(one.truth, *sides, one.patients, title=one.title, **self._how)
+
+    def to_markdown(self, answers: Mapping[str, str] | None = None) -> str:
+        """Return the report as Markdown, with the items of CLAIM and TRIPOD+AI.
+
+        Tejani et al., Checklist for Artificial Intelligence in Medical Imaging (CLAIM): 2024
+        update, Radiology: Artificial Intelligence 6 (2024) e240300; Collins et al., TRIPOD+AI
+        statement, BMJ 385 (2024) e078378. What an evaluation knows is filled in, for all else it
+        says "not reported".
+
+        Args:
+            answers: Item, for example ``"CLAIM 14"`` or ``"TRIPOD+AI 8a"`` → what to write there.
+
+        Raises:
+            ValueError: If there is no such item.
+        """
+        return report_markdown(self, answers or {})
 
     def __str__(self) -> str:
         return "\n".join(report_text(self))
