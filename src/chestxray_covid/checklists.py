@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from chestxray_covid._version import __version__
+from chestxray_covid._version import NOT_A_DEVICE, __version__
 from chestxray_covid.reporting import (
     CAUTION,
-    NOT_A_DEVICE,
     markdown_results,
     markdown_table,
 )

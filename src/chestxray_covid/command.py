@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from chestxray_covid._version import NOT_A_DEVICE as NOT_A_DEVICE
 from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
-from chestxray_covid.reporting import NOT_A_DEVICE as NOT_A_DEVICE
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset

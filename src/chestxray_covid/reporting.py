@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from chestxray_covid._version import NOT_A_DEVICE
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.subgroups import SMALL, Subgroup
 
 if TYPE_CHECKING:
     from chestxray_covid.evaluation_report import EvaluationReport
 
-NOT_A_DEVICE = "For research only. This is not a medical device and makes no diagnosis."
 #: Shares of the images that a table of the risk shows.
 _COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.5)
 CAUTION = "The source all but gives the label here: these numbers cannot tell disease from source."
