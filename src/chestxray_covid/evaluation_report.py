@@ -339,7 +339,10 @@ class EvaluationReport:
         return self.predictions
 
     def _ask(self, label: str | None, versus: str | None) -> Question:
-        return ask(self._predictions(), self.classes, label or self.positive, versus)
+        question = ask(self._predictions(), self.classes, label or self.positive, versus)
+        if not len(question.truth):
+            raise ValueError(f"No image is {label or self.positive} or {versus}")
+        return question
 
     def _decided(self) -> tuple[Any, Any, Any]:
         """Return ``(N,)`` class numbers, ``(N, K)`` probabilities and ``(N,)`` patients."""

@@ -62,7 +62,7 @@ def ask(
             that are one of the two; ``None`` for all others, with the score p(label).
 
     Raises:
-        ValueError: If a class is unknown, both are the same, or no image is one of them.
+        ValueError: If a class is unknown, or both are the same.
     """
     if {label, versus} - {*classes, None} or versus == label:
         raise ValueError(
@@ -73,8 +73,6 @@ def ask(
     rows, score = np.ones(len(truth), dtype=bool), own
     if versus is not None:
         rows = (truth == label) | (truth == versus)
-        if not rows.any():
-            raise ValueError(f"No image is {label} or {versus}")
         total = own + p[:, classes.index(versus)]
         # Where both are 0 the model has no opinion between the two.
         score = np.where(total > 0, own / np.where(total > 0, total, 1), 0.5)
