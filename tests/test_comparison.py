@@ -124,7 +124,9 @@ def test_delongs_test_needs_two_patients_of_each_kind(kind: str) -> None:
         c.delong_test(truth, np.arange(4), np.arange(4), ["a", "a", "b", "c"])
 
 
-def test_other_lengths_are_refused() -> None:
+def test_other_lengths_and_an_impossible_confidence_are_refused() -> None:
+    with pytest.raises(ValueError, match="confidence must be inside"):
+        c.delong_test([0, 1], [0.1, 0.2], [0.1, 0.2], "ab", confidence=95)
     with pytest.raises(ValueError, match="same length"):
         c.delong_test([0, 1, 1], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3], ["a"])
 

@@ -168,6 +168,14 @@ def test_other_images_of_the_same_patients_are_flagged(report: EvaluationReport)
     assert (found.chosen_on, found.caution) == ("other images", op.SHARED)
 
 
+def test_a_threshold_of_another_model_is_refused(report: EvaluationReport) -> None:
+    one, other = (replace(judged(1, first=1000), model={"weights_sha256": w}) for w in "ab")
+    own = replace(report, model={"weights_sha256": "a"})
+    assert own.operating_point(sensitivity=0.9, chosen_on=one).caution == ""
+    with pytest.raises(ValueError, match="chosen_on is the report of another model"):
+        own.operating_point(sensitivity=0.9, chosen_on=other)
+
+
 def test_a_given_threshold_is_not_chosen_anywhere(report: EvaluationReport) -> None:
     found = report.operating_point(threshold=0.5, versus="normal")
     assert (found.chosen_on, found.caution, found.rule) == ("given", "", "threshold as given")

@@ -68,22 +68,16 @@ def calibration_figure(folder: Path) -> bytes | None:
     report = _evaluation(folder)
     if report is None or report.predictions is None:
         return None
-    import numpy as np
     from matplotlib.figure import Figure
 
-    scores = report.predictions[f"p_{report.positive}"].to_numpy(float)
-    truth = (report.predictions["label"] == report.positive).to_numpy(float)
-    places = np.minimum((scores * _BINS).astype(int), _BINS - 1)
-    filled = np.unique(places)
-    predicted = [scores[places == place].mean() for place in filled]
-    observed = [truth[places == place].mean() for place in filled]
+    diagram = report.reliability(report.positive, n_bins=_BINS)
     drawing = Figure(figsize=(4, 4), layout="constrained")
     axes = drawing.add_subplot(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.plot([0, 1], [0, 1], ":", color="grey")
-    axes.plot(predicted, observed, "o-")
+    axes.plot(diagram.predicted, [share.value for share in diagram.observed], "o-")
     axes.set_xlabel(f"predicted probability of {report.positive}")
     axes.set_ylabel("share that has it")
-    axes.set_title(f"Calibration, {len(scores)} images")
+    axes.set_title(f"Calibration, {diagram.counts.sum()} images")
     stream = io.BytesIO()
     drawing.savefig(stream, format="png", dpi=100)
     return stream.getvalue()

@@ -262,8 +262,11 @@ class EvaluationReport:
 
         Raises:
             ReportError: If the predictions were left out.
-            ValueError: If an argument is impossible, or the target cannot be had.
+            ValueError: If an argument is impossible, the target cannot be had, or ``chosen_on``
+                is of a model with other weights.
         """
+        if chosen_on is not None and not _same_model(self.model, chosen_on.model):
+            raise ValueError("chosen_on is the report of another model: evaluate this one there")
         q = self._ask(None, versus)
         basis = q if chosen_on is None else chosen_on._ask(self.positive, versus)
         chosen, rule = choose_threshold(
@@ -349,6 +352,12 @@ class EvaluationReport:
         table = self._predictions()
         truth = np.array([self.classes.index(label) for label in table["label"]])
         return truth, probabilities_of(table, self.classes), table["patient_group"].to_numpy()
+
+
+def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether nothing says that two models differ."""
+    weights = [model.get("weights_sha256") for model in (one, other)]
+    return None in weights or weights[0] == weights[1]
 
 
 def _plain(value: Any) -> Any:
