@@ -140,6 +140,26 @@ def test_data_are_internal_where_the_model_was_trained_and_external_elsewhere(
     assert bare["32"] == bare["33"] == bare["1"] == bare["22"] == "not reported"
 
 
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"sources": "clinic", "known_failures": "children", "train": 5},
+        {"train": {"source": None}},
+        {},
+        None,
+    ],
+)
+def test_whatever_people_wrote_into_a_checkpoint_is_no_obstacle(
+    full: EvaluationReport, provenance: object
+) -> None:
+    claim = items(
+        replace(full, model={**MODEL, "provenance": provenance}).to_markdown(),
+        "CLAIM, 2024 update",
+    )
+    assert claim["1"] == "Deep learning, densenet121."
+    assert claim["32"] == "not reported"
+
+
 def test_the_two_checklists_agree_where_they_ask_for_the_same(full: EvaluationReport) -> None:
     claim = items(full.to_markdown(), "CLAIM, 2024 update")
     tripod = items(full.to_markdown(), "TRIPOD+AI")

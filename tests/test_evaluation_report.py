@@ -265,6 +265,8 @@ def test_the_committed_reports_are_read() -> None:
     ("field", "value", "match"),
     [
         ("operating_points", [{"threshold": 0.5}], "An operating point has"),
+        ("model", 5, "This is no evaluation report"),
+        ("excluded", [1], "This is no evaluation report"),
         ("by_sex", None, "This is no evaluation report"),
         ("by_age", {"0-17": 5}, "This is no evaluation report"),
         ("format_version", True, "format True, this version reads 1 and 2"),

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from chestxray_covid.evaluation_report import EvaluationReport
 
 NOT_REPORTED = "not reported"
+#: Without these a report's model is not described.
+_MODEL_FIELDS = {
+    *("architecture", "classes", "preprocess", "weights_sha256", "chestxray_covid_version")
+}
 
 _CLAIM = {
     "1": "Identification as a study of AI",
@@ -203,9 +207,9 @@ def _of_data(report: EvaluationReport) -> dict[str, str]:
 
 def _of_model(report: EvaluationReport) -> dict[str, str]:
     model = report.model
-    if not model:
+    if not model.keys() >= _MODEL_FIELDS:
         return {"23": f"chestxray-covid {__version__}"}
-    provenance = model["provenance"]
+    provenance = _provenance(report)
     size, classes = model["preprocess"]["size_px"], _listed(model["classes"])
     known = {key: provenance[key] for key in ("recipe", "seed", "training") if key in provenance}
     recipe = "; ".join(f"{key}: {_said(value)}" for key, value in known.items())
@@ -239,7 +243,9 @@ def _of_performance(report: EvaluationReport) -> dict[str, str]:
     errors = _listed(f"{name} {count}" for count, name in sorted(wrong, reverse=True))
     groups = _listed(dict.fromkeys(part.group for part in report.subgroups[1:]))
     small = _listed(part.name for part in report.subgroups if part.small)
-    failures = report.model.get("provenance", {}).get("known_failures", ())
+    failures = _provenance(report).get("known_failures", ())
+    if not isinstance(failures, list | tuple):
+        failures = (failures,)
     limits = [
         *([CAUTION] if report.confounded else []),
         *([f"Fewer than {SMALL} images: {small}."] if small else []),
@@ -273,11 +279,18 @@ def _point(point: Any) -> str:
 
 def _trained_on(report: EvaluationReport) -> set[str]:
     """Return the sources of the training, as far as the checkpoint tells; else nothing."""
-    provenance = report.model.get("provenance", {})
-    if "sources" in provenance:
-        return set(provenance["sources"])
-    train = provenance.get("train", {})
-    return set(filter(None, train.get("source", "").split("+")))
+    provenance = _provenance(report)
+    sources, train = provenance.get("sources"), provenance.get("train")
+    if isinstance(sources, list | tuple):
+        return set(map(str, sources))
+    joined = train.get("source", "") if isinstance(train, Mapping) else ""
+    return set(filter(None, str(joined).split("+")))
+
+
+def _provenance(report: EvaluationReport) -> Mapping[str, Any]:
+    """Return what the checkpoint tells people of its training: any JSON, so nothing is sure."""
+    provenance = report.model.get("provenance")
+    return provenance if isinstance(provenance, Mapping) else {}
 
 
 def _training_sources(report: EvaluationReport) -> str:

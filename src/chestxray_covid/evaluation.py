@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -107,10 +107,13 @@ def _model_of(classifier: ProbabilisticClassifier) -> dict[str, Any]:
     config = getattr(classifier, "config", None)
     if not isinstance(config, ModelConfig):
         return {}
-    told = {k: v for k, v in config.provenance.items() if k not in ("identity", "train", "val")}
-    for side in config.provenance.keys() & {"train", "val"}:
-        kept = {k: v for k, v in config.provenance[side].items() if k not in ("root", "notes")}
-        told[side] = kept
+    told = {
+        key: {k: v for k, v in value.items() if k != "root"}
+        if isinstance(value, Mapping)
+        else value
+        for key, value in config.provenance.items()
+        if key != "identity"
+    }
     data = config.to_dict()
     return {name: data[name] for name in _OF_MODEL} | {"provenance": told}
 

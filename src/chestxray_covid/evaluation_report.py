@@ -130,6 +130,8 @@ class EvaluationReport:
             own["overall"] = Subgroup.from_dict(data["overall"])
             for group in own.keys() & set(_GROUPS):
                 own[group] = {name: Subgroup.from_dict(part) for name, part in data[group].items()}
+            for name in own.keys() & {"model", "excluded"}:
+                own[name] = dict(data[name])
             points = map(OperatingPoint.from_dict, own.get("operating_points", ()))
             own["operating_points"] = tuple(points)
             table = data["predictions"]
