@@ -241,7 +241,7 @@ def _of_performance(report: EvaluationReport) -> dict[str, str]:
     ]
     errors = _listed(f"{name} {count}" for count, name in sorted(wrong, reverse=True))
     groups = _listed(dict.fromkeys(part.group for part in report.subgroups[1:]))
-    small = _listed(part.name for part in report.subgroups if part.small)
+    small = _listed(f"{part.group} {part.name}" for part in report.subgroups if part.small)
     failures = _provenance(report).get("known_failures", ())
     if not isinstance(failures, list | tuple):
         failures = (failures,)
