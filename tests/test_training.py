@@ -172,8 +172,8 @@ def test_a_compiled_step_trains_the_same_weights(split: Split, tmp_path: Path) -
 def test_a_restored_optimizer_keeps_the_layout_of_the_weights() -> None:
     config = replace(QUICK, channels_last=True)
     networks = [TrainingNetwork(network(), config, Accelerator(cpu=True), [0, 1]) for _ in range(2)]
-    images = torch.full((2, 1, 32, 32), 99.0)
-    targets, hidden = torch.tensor([0, 1]), torch.tensor([False, False])
+    images = 255 * torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    targets, hidden = torch.tensor([0, 1] * 3), torch.zeros(6, dtype=torch.bool)
     networks[0].backward(images, targets, hidden=hidden, batches=1, last=True)
     networks[0].step(1e-3)
     networks[1].load_state(networks[0].state())
