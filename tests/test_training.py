@@ -160,6 +160,34 @@ def test_resuming_after_any_step_gives_the_same_weights_bit_for_bit(
         assert numbers(resumed) == numbers(whole)
 
 
+def test_a_compiled_step_trains_the_same_weights(split: Split, tmp_path: Path) -> None:
+    config = replace(QUICK, epochs=1)
+    _, plain = trained(split, tmp_path / "plain", config)
+    _, compiled = trained(split, tmp_path / "compiled", replace(config, compile="eager"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for name, values in plain.items():
+        np.testing.assert_allclose(compiled[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_restored_optimizer_keeps_the_layout_of_the_weights() -> None:
+    config = replace(QUICK, channels_last=True)
+    networks = [TrainingNetwork(network(), config, Accelerator(cpu=True), [0, 1]) for _ in range(2)]
+    images = 255 * torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    targets, hidden = torch.tensor([0, 1] * 3), torch.zeros(6, dtype=torch.bool)
+    networks[0].backward(images, targets, hidden=hidden, batches=1, last=True)
+    networks[0].step(1e-3)
+    networks[1].load_state(networks[0].state())
+    first, second = (n._optimizer for n in networks)
+    spatial = 0
+    for group in first.param_groups:
+        for own, weight in zip(second.param_groups[0]["params"], group["params"], strict=True):
+            moment = second.state[own]["exp_avg"]
+            assert torch.equal(moment, first.state[weight]["exp_avg"])
+            assert moment.stride() == own.stride()
+            spatial += own.stride() != own.contiguous().stride()
+    assert spatial
+
+
 def test_ctrl_c_saves_the_state_and_the_handlers_come_back(split: Split, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingInterrupted, match="signal 2"):

@@ -70,6 +70,8 @@ class TrainingConfig:
         precision: ``"bfloat16"`` (autocast), ``"float32"``, or ``"auto"``: bfloat16 where the
             processor or GPU computes it natively.
         device: ``"auto"`` takes a GPU where there is one, or ``"cpu"``.
+        compile: Backend of ``torch.compile``, such as ``"inductor"``, for the step of training;
+            ``None`` compiles nothing. Worth its minutes of compilation on a GPU, not on a CPU.
         channels_last: Keep images and weights in channels-last order, which is faster.
         workers: Threads that decode.
         cache_dir: Folder for decoded pixels, so that later epochs need not decode; ``None``: none.
@@ -106,6 +108,7 @@ class TrainingConfig:
     patience: int | None = 8
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
+    compile: str | None = None
     channels_last: bool = True
     workers: int = 2
     cache_dir: str | os.PathLike[str] | None = None
@@ -155,6 +158,11 @@ class TrainingConfig:
             )
         if not 0 < self.step_factor <= 1:
             raise ValueError(f"step_factor must be in (0, 1], got {self.step_factor}")
+        if self.compile is not None and self.compile not in _backends():
+            raise ValueError(
+                f"compile must be a backend of torch.compile ({', '.join(_backends())}), or None, "
+                f"got {self.compile!r}"
+            )
         hints = get_type_hints(type(self))
         for name in ("optimizer", "schedule", "balance", "monitor", "precision", "device"):
             allowed = get_args(hints[name])
@@ -216,6 +224,12 @@ class TrainingConfig:
         total = self.epochs * steps_per_epoch
         share = (step - warmup) / max(1.0, total - warmup)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _backends() -> list[str]:
+    import torch
+
+    return list(torch.compiler.list_backends(exclude_tags=()))
 
 
 def _check_count(name: str, value: Any) -> None:

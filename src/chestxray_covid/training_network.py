@@ -52,8 +52,20 @@ class TrainingNetwork:
             model.to(memory_format=torch.channels_last)
         trained = [p for p in model.parameters() if p.requires_grad]
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        plain = kind(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        plain = kind(
+            trained,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            # A CPU gains 1 to 2 % of a step, for kernels that trust every layout; a GPU gains more.
+            fused=self.device.type == "cuda",
+        )
         self._net, self._optimizer = accelerator.prepare(model, plain)
+        # Validation stays as it is: its last batch is smaller, and would be compiled again.
+        self._forward = (
+            self._net
+            if config.compile is None
+            else torch.compile(self._net, backend=config.compile)
+        )
         self._average: AveragedModel | None = None
         if config.ema_decay:
             average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
@@ -107,7 +119,7 @@ class TrainingNetwork:
         """
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self._net):
             loss = F.cross_entropy(
-                self.forward(self._net, pixels),
+                self.forward(self._forward, pixels),
                 self._soften(targets, hidden) if hidden.any() else targets,
                 weight=self.class_weights,
                 label_smoothing=self._config.label_smoothing,
@@ -153,10 +165,16 @@ class TrainingNetwork:
         load_tensors(self._model, _below(tensors, "model."))
         if self._average is not None:
             load_tensors(self._average, _below(tensors, "average."))
+        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in _below(tensors, "optimizer.").items():
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = torch.from_numpy(value.copy())
+            own = torch.from_numpy(value.copy())
+            # Fused kernels expect the layout of the weights that the values belong to.
+            weight = trained[int(index)]
+            state.setdefault(int(index), {})[key] = (
+                torch.empty_like(weight).copy_(own) if own.shape == weight.shape else own
+            )
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
