@@ -3,7 +3,8 @@
     python recipes/publish_default.py --data ../shared/data --run runs/default
 
 Temperature and threshold are fitted on the validation patients, whom training never saw and who
-chose nothing (the schedule's last weights are kept); the gate is fitted by ``fit_gate.py`` after.
+chose nothing (the schedule's last weights are kept), without Cohen's copies of Hannover's
+radiographs; the gate is fitted by ``fit_gate.py`` after.
 """
 
 from __future__ import annotations
@@ -71,19 +72,20 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results/default"))
     options = parser.parse_args()
     split = open_split(options.data, options.run)
+    val = once(split.val)
     place = options.checkpoint or options.run / STAGES[-1].name
     config, tensors = load_checkpoint(place)
     half = {k: t.astype(np.float16) if t.dtype == np.float32 else t for k, t in tensors.items()}
     half = unlearn_frame(config, half, split.train)
     plain = Classifier(config, half)
-    on_val = plain.predict_proba(split.val, progress=True)
+    on_val = plain.predict_proba(val, progress=True)
     temperature = fit_temperature(
-        split.val.targets, np.log(on_val + 1e-12), sample_weight=class_weights(split.val)
+        val.targets, np.log(on_val + 1e-12), sample_weight=class_weights(val)
     )
     calibrated = Classifier(config, fold_temperature(half, temperature))
-    on_val = calibrated.predict_proba(split.val, progress=True)
-    judged = np.array(split.val.targets) != split.val.class_to_idx["pneumonia"]
-    covid = np.array(split.val.targets) == split.val.class_to_idx["covid19"]
+    on_val = calibrated.predict_proba(val, progress=True)
+    judged = np.array(val.targets) != val.class_to_idx["pneumonia"]
+    covid = np.array(val.targets) == val.class_to_idx["covid19"]
     threshold = threshold_at_sensitivity(
         covid[judged].astype(int), score(on_val[judged]), sensitivity=SENSITIVITY
     )

@@ -336,13 +336,13 @@ class _Repository:
                 tokens={origin(url): bearer} if bearer else {},
                 user_agent=headers["user-agent"],
             ) as client,
-            exclusive(lock),
+            exclusive(lock) as alone,
         ):
             aside = blob.with_name(f"{oid}.aside")
             if self.force_download and blob.exists():
                 blob.replace(aside)
             try:
-                fetch(client, RemoteFile(url=url, target=blob, size=size, oid=oid))
+                fetch(client, RemoteFile(url=url, target=blob, size=size, oid=oid), alone=alone)
             finally:
                 if not blob.exists() and aside.exists():
                     aside.replace(blob)  # what was good stays until there is another
