@@ -293,9 +293,7 @@ def test_an_option_that_a_run_does_not_know_counts_as_its_default() -> None:
 
     older = identity()
     del older["hide_centre"]
-    older["augmentation"] = {
-        k: v for k, v in older["augmentation"].items() if k != "hide_border"
-    }
+    older["augmentation"] = {k: v for k, v in older["augmentation"].items() if k != "hide_border"}
     check_identity(identity(), older, Path("run"))
     with pytest.raises(TrainingError, match=r"differs in \['hide_centre'\]"):
         check_identity(identity(hide_centre=0.1), older, Path("run"))

@@ -24,7 +24,7 @@ from chestxray_covid.checkpoint import (
 from chestxray_covid.errors import CheckpointError, ConfigError, ReportError
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.files import read_json, write_files
-from chestxray_covid.hub import hub_errors
+from chestxray_covid.hub_cache import hub_errors
 
 CARD_NAME = "README.md"
 FIGURE_NAME = "calibration.png"
