@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from collection import count_by_licence, once
 from frame import unlearn_frame
-from judge_default import score, write
+from judge_default import origin_of, score, write
 from train_default import STAGES, open_split
 
 from chestxray_covid import ChestXrayDataset, Classifier, History
@@ -122,6 +122,7 @@ def main() -> None:
     test = once(split.test)
     before, after = plain.predict_proba(test), shipped.predict_proba(test)
     result = {
+        **origin_of(shipped),
         "temperature": temperature,
         "threshold": threshold,
         "threshold_origin": origin,

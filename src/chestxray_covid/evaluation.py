@@ -58,7 +58,8 @@ def evaluate(
     """Return how good a classifier is on a data set that it was not trained on.
 
     Args:
-        classifier: Has ``classes`` and ``predict_proba``.
+        classifier: Has ``classes`` and ``predict_proba``; the report names its ``weights_sha256``
+            if it has one.
         dataset: Its labels must be among the classifier's classes, in any order.
         positive: The class in question; by default ``"covid19"``, or the classifier's last class
             if it has none of that name.
@@ -77,7 +78,7 @@ def evaluate(
     # Before the slow part, so that a wrong argument is not found out an hour later.
     chosen = _positive(labels, classifier.classes, positive)
     check_resampling(n_resamples=n_resamples, confidence=confidence)
-    return evaluate_probabilities(
+    report = evaluate_probabilities(
         labels,
         classifier.predict_proba(dataset, batch_size=batch_size, progress=progress),
         classes=classifier.classes,
@@ -90,6 +91,7 @@ def evaluate(
         seed=seed,
         confidence=confidence,
     )
+    return replace(report, weights_sha256=getattr(classifier, "weights_sha256", ""))
 
 
 def evaluate_probabilities(

@@ -71,6 +71,8 @@ class EvaluationReport:
         overall: The numbers on all images.
         by_source: Source → the numbers on its images.
         by_view: View → the numbers on its images.
+        weights_sha256: SHA-256 of the judged weights, as :attr:`Classifier.weights_sha256`; empty
+            if the probabilities came otherwise.
         predictions: What they were computed from, a row per image in order: ``id``, ``label``,
             ``patient_id``, ``source``, ``view``, and ``p_<class>`` per class; may be left out.
     """
@@ -86,6 +88,7 @@ class EvaluationReport:
     overall: Subgroup
     by_source: Mapping[str, Subgroup]
     by_view: Mapping[str, Subgroup]
+    weights_sha256: str = ""
     predictions: pd.DataFrame | None = field(default=None, repr=False)
 
     @property
@@ -111,6 +114,7 @@ class EvaluationReport:
         try:
             if data["format_version"] != _FORMAT:
                 raise ValueError(f"format {data['format_version']!r}, this version reads {_FORMAT}")
+            data = {"weights_sha256": "", **data}  # reports of older versions have none
             own = {f.name: data[f.name] for f in fields(cls)}
             own["classes"] = check_classes(data["classes"])
             own["overall"] = _subgroup_from(data["overall"])
