@@ -27,11 +27,12 @@ from chestxray_covid import (
     evaluate,
     split_by_patient,
 )
-from chestxray_covid.card import _plain, decisions, model_card
+from chestxray_covid.card import decisions, model_card
 from chestxray_covid.checkpoint import load_checkpoint, load_config, save_checkpoint
 from chestxray_covid.errors import CheckpointError, ReportError
 from chestxray_covid.models import to_tensors
 from chestxray_covid.publish import push
+from chestxray_covid.reporting import markdown_text
 from hub_server import HubServer, hub_environment, run_python
 
 LABELS = ("normal", "pneumonia", "covid19")
@@ -93,6 +94,8 @@ def server() -> Iterator[HubServer]:
 
 def change(path: Path, **fields: Any) -> None:
     data = json.loads(path.read_text())
+    if path.name == "evaluation.json" and "weights_sha256" in fields:
+        fields = {"model": {**data["model"], **fields}}
     path.write_text(json.dumps({**data, **fields}))
 
 
@@ -572,6 +575,6 @@ def test_a_bundled_name_or_folder_is_opened_elsewhere_by_its_path(run: Path) -> 
 
 
 def test_texts_do_not_become_links_on_their_own() -> None:
-    found = _plain("see www.example.org or a@example.org")
+    found = markdown_text("see www.example.org or a@example.org")
     assert "www." not in found
     assert "@" not in found

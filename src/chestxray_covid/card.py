@@ -16,9 +16,11 @@ from typing import Any
 
 from chestxray_covid.audit_report import AuditReport
 from chestxray_covid.checkpoint import ModelConfig, load_config
-from chestxray_covid.evaluation_report import CAUTION, EvaluationReport, Subgroup
+from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.intervals import Estimate, proportion
+from chestxray_covid.reporting import CAUTION, markdown_text
 from chestxray_covid.results import Results, read_results
+from chestxray_covid.subgroups import Subgroup
 
 _METRICS = ("sensitivity", "specificity", "auroc")
 _QUESTION = ("normal", "covid19")
@@ -158,10 +160,10 @@ def _front_matter(
 
 
 def _introduction(config: ModelConfig, name: str) -> str:
-    return f"""# {_plain(name)}
+    return f"""# {markdown_text(name)}
 
 DenseNet-121 on chest radiographs, {config.preprocess.size_px} px, classes
-{", ".join(map(_plain, config.classes))}.
+{", ".join(map(markdown_text, config.classes))}.
 
 **This is not a medical device.** It makes no diagnosis and must not be used for any decision about
 a patient.
@@ -173,7 +175,7 @@ and whether they read lungs or the data set. Out of scope: diagnosis, triage, sc
 modalities and views, and children where the training data have none.
 
 The operating threshold on p(covid19) / (p(covid19) + p(normal)) is {config.threshold:.4g}; it comes
-from: {_plain(config.threshold_origin)}."""
+from: {markdown_text(config.threshold_origin)}."""
 
 
 def _data(config: ModelConfig) -> str:
@@ -193,20 +195,20 @@ def _items(content: Any, depth: int) -> Iterator[str]:
     indent = "  " * depth
     if isinstance(content, Mapping):
         for key, value in content.items():
-            label = _plain(str(key).replace("_", " "))
+            label = markdown_text(str(key).replace("_", " "))
             if isinstance(value, Mapping | list | tuple) and value:
                 yield f"{indent}- {label}:"
                 yield from _items(value, depth + 1)
             else:
-                yield f"{indent}- {label}: {_plain(value)}"
+                yield f"{indent}- {label}: {markdown_text(value)}"
     elif isinstance(content, list | tuple):
         for value in content:
             if isinstance(value, Mapping | list | tuple):
-                yield f"{indent}- {_plain(json.dumps(value))}"
+                yield f"{indent}- {markdown_text(json.dumps(value))}"
             else:
-                yield f"{indent}- {_plain(value)}"
+                yield f"{indent}- {markdown_text(value)}"
     else:
-        yield f"{indent}{_plain(content)}"
+        yield f"{indent}{markdown_text(content)}"
 
 
 def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[str]:
@@ -216,7 +218,7 @@ def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[st
         return
     yield (
         f"{report.n_images} images of {report.n_patients} patients that were not trained on; "
-        f"{_plain(report.positive)} against the other classes, with intervals at "
+        f"{markdown_text(report.positive)} against the other classes, with intervals at "
         f"{100 * report.confidence:g}%, by patient. A dash is a number that is not defined there.\n"
     )
     if report.confounded:
@@ -226,11 +228,11 @@ def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[st
     for part in report.subgroups:
         numbers = [_number(part.per_class[report.positive].get(metric)) for metric in _METRICS]
         where = "all" if part.group == "overall" else f"{part.group}: {part.name}"
-        cells = [_plain(where), str(part.n_images), str(part.n_patients), *numbers]
+        cells = [markdown_text(where), str(part.n_images), str(part.n_patients), *numbers]
         yield f"| {' | '.join(cells)} |"
     yield ""
     for metric, estimate in report.overall.metrics.items():
-        yield f"- {_plain(metric)}: {_number(estimate)}"
+        yield f"- {markdown_text(metric)}: {_number(estimate)}"
     if figure:
         yield f"\n![Predicted probability against the share that came true]({figure})"
 
@@ -256,7 +258,7 @@ def decisions(report: EvaluationReport | None, threshold: float) -> list[list[st
     # Where both are 0 the model has no opinion between the two, as in Prediction.score.
     called = np.where(total > 0, covid / np.where(total > 0, total, 1), 0.5) >= threshold
     label, source = table["label"].to_numpy(str), table["source"].to_numpy(str)
-    patients = table.groupby(["source", "patient_id"]).ngroup().to_numpy()
+    patients = table["patient_group"].to_numpy(str)
     how = {"n_resamples": report.n_resamples, "seed": report.seed}
 
     def share(hits: Any, among: Any) -> str:
@@ -280,7 +282,11 @@ def _decisions(report: EvaluationReport | None, config: ModelConfig) -> str:
     rows = decisions(report, config.threshold)
     if not rows:
         return ""
-    lines = [DECISIONS, ["---"] * len(DECISIONS), *([_plain(cell) for cell in row] for row in rows)]
+    lines = [
+        DECISIONS,
+        ["---"] * len(DECISIONS),
+        *([markdown_text(cell) for cell in row] for row in rows),
+    ]
     drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         f"## At the stored threshold\n\nDecisions at {config.threshold:.4g}, which answers one "
@@ -292,23 +298,27 @@ def _decisions(report: EvaluationReport | None, config: ModelConfig) -> str:
 def _measurements(results: Results) -> Iterator[str]:
     """Yield a section for each further table."""
     for table in results.tables:
-        head = [_plain(cell) for cell in table["head"]]
-        lines = [head, ["---"] * len(head), *([_plain(c) for c in row] for row in table["rows"])]
+        head = [markdown_text(cell) for cell in table["head"]]
+        lines = [
+            head,
+            ["---"] * len(head),
+            *([markdown_text(c) for c in row] for row in table["rows"]),
+        ]
         drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        yield f"## {_plain(table['title'])}\n\n{_plain(table['note'])}\n\n{drawn}"
+        yield f"## {markdown_text(table['title'])}\n\n{markdown_text(table['note'])}\n\n{drawn}"
 
 
 def _audit(report: AuditReport | None) -> str:
     if report is None:
         return "## Audit\n\nThis model has not been audited for shortcuts."
     rows = [
-        f"| {_plain(item.question)} | {_plain(item.verdict)} | {_plain(item.reason)} |"
+        f"| {' | '.join(map(markdown_text, (item.question, item.verdict, item.reason)))} |"
         for item in report.items
     ]
     head = f"Shortcut audit of {report.n_images} images of {report.n_patients} patients"
     return "\n".join(
         [
-            f"## Audit\n\n{head}: **{_plain(report.verdict)}**.\n",
+            f"## Audit\n\n{head}: **{markdown_text(report.verdict)}**.\n",
             "| Question | Verdict | Why |\n| --- | --- | --- |",
             *rows,
         ]
@@ -361,15 +371,3 @@ def _number(estimate: Estimate | None) -> str:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")[:60] or "unknown"
-
-
-def _plain(value: Any) -> str:
-    r"""Return text that Markdown shows as it is, on one line.
-
-    >>> print(_plain("<b>|[x](http://y)"))
-    &lt;b&gt;\|\[x\](http&#58;//y)
-    """
-    text = " ".join(str(value).split())[:1000].replace("&", "&amp;")
-    text = text.replace("<", "&lt;").replace(">", "&gt;").replace("://", "&#58;//")
-    text = text.replace("@", "&#64;").replace("www.", "www&#46;")  # would become links on their own
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
