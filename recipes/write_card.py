@@ -20,7 +20,7 @@ from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_ch
 from chestxray_covid.files import write_files
 from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
 from chestxray_covid.publish import make_card
-from chestxray_covid.results import MEASUREMENTS_NAME, check_origin, read_results
+from chestxray_covid.results import JUDGED, MEASUREMENTS_NAME, check_origin, read_results
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -51,13 +51,14 @@ def check_results(folder: Path) -> None:
     """Raise ``ReportError`` unless all results were measured on the weights in a folder."""
     classifier = Classifier.from_pretrained(folder)
     config = classifier.config
-    for name in OWN:
+    for name in (*OWN, *(["audit"] if pages.exists("audit") else [])):
         path, found = pages.RESULTS / f"{name}.json", pages.read(name)
         classes = tuple(found.get("classes", config.classes))
         if name == "evaluation_binary":  # of a part of the classes, which has its own hash
             part = Classifier.from_pretrained(folder, classes=classes)
             config = replace(part.config, weights_sha256=part.weights_sha256)
-        check_origin(path, config, found.get("weights_sha256", ""), classes)
+        weights = found.get("model", found).get("weights_sha256", "")
+        check_origin(path, config, weights, classes)
         config = classifier.config
 
 
@@ -119,9 +120,11 @@ def main() -> None:
     origin = {"weights_sha256": saved.weights_sha256, "classes": list(saved.classes)}
     measurements = json.dumps({**origin, "tables": tables()}, indent=1)
     contents = {
-        "evaluation.json": (pages.RESULTS / "evaluation.json").read_bytes(),
-        MEASUREMENTS_NAME: f"{measurements}\n".encode(),
+        name: (pages.RESULTS / name).read_bytes()
+        for name in JUDGED
+        if (pages.RESULTS / name).is_file()
     }
+    contents[MEASUREMENTS_NAME] = f"{measurements}\n".encode()
     write_files(folder, contents)
     write_files(folder, make_card(saved, read_results(folder, saved), DEFAULT_MODEL, None))
 
