@@ -23,6 +23,7 @@ from generate import (
 )
 
 from chestxray_covid import EvaluationReport
+from chestxray_covid.card import DECISIONS, decisions
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.lungs import WEIGHTS
 
@@ -154,7 +155,7 @@ def model_block() -> str:
         With the central 70 % or 90 % of the side hidden under the image's mean, the weights tell
         COVID-19 of one source from normals of another, on held-out patients, with an AUROC of
         {frame_range()} (0.5 is chance). That is the way in which the frame was unlearned; under
-        another grey it still tells some sources apart ({other_fills()}).{unmeasured()} All
+        something else it still tells some sources apart ({other_fills()}).{unmeasured()} All
         numbers are in
         [The bundled model](docs/model.md)."""
     return f"{wrapped(text)}\n\n{ours}\n\n{wrapped(frame)}"
@@ -166,8 +167,26 @@ def frame_range() -> str:
 
 
 def other_fills() -> str:
-    values = [value for row in read("other_fills")["rows"] for value in row[1:]]
+    """Return the range of AUROCs where something else than the image's mean hides the centre."""
+    rows = read("other_fills")["rows"]
+    values = [row["auroc"]["value"] for row in rows if row["fill"] != "mean"]
     return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def fill_rows() -> list[list[str]]:
+    """Return how well sources are told apart under each fill, a row per pairing and part."""
+    found = read("other_fills")
+    cells: dict[tuple[str, str, float], list[Any]] = {}
+    for row in found["rows"]:
+        cells.setdefault((row["covid19"], row["normal"], row["hidden"]), []).append(row)
+    return [
+        [
+            f"{one} COVID-19, {other} normal, {part:.0%} hidden",
+            pair(rows[0]["n"]),
+            *(estimate(row["auroc"]) for row in rows),
+        ]
+        for (one, other, part), rows in cells.items()
+    ]
 
 
 def model_page() -> str:
@@ -175,7 +194,9 @@ def model_page() -> str:
     report = EvaluationReport.load(RESULTS / "evaluation.json")
     binary = EvaluationReport.load(RESULTS / "evaluation_binary.json")
     calibration = read("calibration")
-    fills = read("other_fills")
+    fills = read("other_fills")["fills"]
+    met = "; ".join(f"{name}: {where}" for name, where in fills.items())
+    threshold = calibration["threshold"]
     calibrated = table(("", "before", "after"), calibration_rows())
     gate = table(("Held-out images", "N", "flagged", "refused"), gate_rows())
     temperature = f"""
@@ -183,6 +204,10 @@ def model_page() -> str:
         folded into the last layer, so that every engine and every other library sees the same
         probabilities. The threshold {calibration["threshold"]:.3f} of p(covid19) / (p(covid19) +
         p(normal)) was chosen for {calibration["threshold_origin"]}."""
+    decided = f"""
+        What {threshold:.3f} of p(covid19) / (p(covid19) + p(normal)) decides on these patients, per
+        source. It answers one question only, COVID-19 or normal; what it makes of other findings
+        is in the last column."""
     inside = f"""
         Of patients that training never saw, with intervals at 95 % by patient; 0.5 is chance.
         {unmeasured()}"""
@@ -227,9 +252,9 @@ patients in sight.
 
 {table(("Pairing", "Images", "whole", "70 % hidden", "90 % hidden"), frame_rows())}
 
-Under another grey than the mean, the frame still tells some sources apart:
+{wrapped(f"The same under other fills. Where the weights met each of them: {met}.")}
 
-{table(fills["columns"], fills["rows"])}
+{table(("Pairing", "Images", *fills), fill_rows())}
 
 ## On held-out patients of the same sources
 
@@ -240,6 +265,12 @@ Under another grey than the mean, the frame still tells some sources apart:
 Restricted to `normal` and `covid19`:
 
 {source_table(binary)}
+
+## At the stored threshold
+
+{wrapped(decided)}
+
+{table(DECISIONS, decisions(report, threshold))}
 
 ## Calibration
 

@@ -131,8 +131,15 @@ def judge_checkpoint(data: Path, run: Path, output: Path, checkpoint: Path) -> N
         (s for s in test.samples if s.label != "pneumonia"), classes=binary.classes
     )
     evaluate(binary, two, progress=True).save(output / "evaluation_binary.json")
-    write(output, "inside", judge_inside(classifier, split))
-    write(output, "frame", {"rows": judge_frames(classifier, once(held_out(split)))})
+    origin = origin_of(classifier)
+    write(output, "inside", {**origin, **judge_inside(classifier, split)})
+    rows = judge_frames(classifier, once(held_out(split)))
+    write(output, "frame", {**origin, "rows": rows})
+
+
+def origin_of(classifier: Classifier) -> dict[str, Any]:
+    """Return what says on which weights a result was measured."""
+    return {"weights_sha256": classifier.weights_sha256, "classes": list(classifier.classes)}
 
 
 def held_out(split: Split) -> ChestXrayDataset:
@@ -197,14 +204,9 @@ class Relatives:
         return classifier.predict_proba(self.dataset.subset(held_out), progress=True)
 
     def _train_base(self) -> None:
-        nih = self.held_out_nih()
-        rest = np.array(
-            [
-                i
-                for i, s in enumerate(self.dataset.samples)
-                if s.source in {"kermany", "nih"} and i not in set(nih.tolist())
-            ]
-        )
+        sources = np.array([s.source for s in self.dataset.samples])
+        judged = np.flatnonzero(np.isin(sources, ["cohen", "hannover"]))
+        rest = self.without(np.concatenate([judged, self.held_out_nih()]))
         samples = [self.dataset.samples[i] for i in rest]
         two = ChestXrayDataset(samples, classes=("normal", "pneumonia"))
         self.base = self.folder / "base"
@@ -212,13 +214,14 @@ class Relatives:
         train_relative(two, self.groups[rest].tolist(), False, self.base, config)
 
     def held_out_nih(self) -> np.ndarray:
-        """Return the half of NIH's patients that no relative trains on where Hannover is judged."""
-        samples = self.dataset.samples
-        patients = sorted({s.patient_id for s in samples if s.source == "nih"})
-        chosen = set(np.random.default_rng(0).permutation(patients)[::2].tolist())
-        return np.array(
-            [i for i, s in enumerate(samples) if s.source == "nih" and s.patient_id in chosen]
-        )
+        """Return half of NIH's patients, by group, whom the base never sees, nor any relative
+        where Hannover is judged.
+        """
+        nih = np.flatnonzero([s.source == "nih" for s in self.dataset.samples])
+        groups = np.unique(self.groups[nih])
+        chosen = np.random.default_rng(0).permutation(groups)[::2]
+        held: np.ndarray = nih[np.isin(self.groups[nih], chosen)]
+        return held
 
 
 def is_cohens(sample: Sample) -> bool:

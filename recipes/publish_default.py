@@ -3,7 +3,8 @@
     python recipes/publish_default.py --data ../shared/data --run runs/default
 
 Temperature and threshold are fitted on the validation patients, whom training never saw and who
-chose nothing (the schedule's last weights are kept); the gate is fitted by ``fit_gate.py`` after.
+chose nothing (the schedule's last weights are kept), without Cohen's copies of Hannover's
+radiographs; the gate is fitted by ``fit_gate.py`` after.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from collection import count_by_licence, once
 from frame import unlearn_frame
-from judge_default import score, write
+from judge_default import origin_of, score, write
 from train_default import STAGES, open_split
 
 from chestxray_covid import ChestXrayDataset, Classifier, History
@@ -71,19 +72,20 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results/default"))
     options = parser.parse_args()
     split = open_split(options.data, options.run)
+    val = once(split.val)
     place = options.checkpoint or options.run / STAGES[-1].name
     config, tensors = load_checkpoint(place)
     half = {k: t.astype(np.float16) if t.dtype == np.float32 else t for k, t in tensors.items()}
     half = unlearn_frame(config, half, split.train)
     plain = Classifier(config, half)
-    on_val = plain.predict_proba(split.val, progress=True)
+    on_val = plain.predict_proba(val, progress=True)
     temperature = fit_temperature(
-        split.val.targets, np.log(on_val + 1e-12), sample_weight=class_weights(split.val)
+        val.targets, np.log(on_val + 1e-12), sample_weight=class_weights(val)
     )
     calibrated = Classifier(config, fold_temperature(half, temperature))
-    on_val = calibrated.predict_proba(split.val, progress=True)
-    judged = np.array(split.val.targets) != split.val.class_to_idx["pneumonia"]
-    covid = np.array(split.val.targets) == split.val.class_to_idx["covid19"]
+    on_val = calibrated.predict_proba(val, progress=True)
+    judged = np.array(val.targets) != val.class_to_idx["pneumonia"]
+    covid = np.array(val.targets) == val.class_to_idx["covid19"]
     threshold = threshold_at_sensitivity(
         covid[judged].astype(int), score(on_val[judged]), sensitivity=SENSITIVITY
     )
@@ -120,6 +122,7 @@ def main() -> None:
     test = once(split.test)
     before, after = plain.predict_proba(test), shipped.predict_proba(test)
     result = {
+        **origin_of(shipped),
         "temperature": temperature,
         "threshold": threshold,
         "threshold_origin": origin,

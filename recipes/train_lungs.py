@@ -112,7 +112,7 @@ def train(images: Tensor, masks: Tensor, *, steps: int, seed: int = 0) -> LungNe
         schedule.step()
         average.update_parameters(network)
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}")
     kept: LungNetwork = average.module
     return kept.eval()
 

@@ -3,51 +3,63 @@
     python recipes/write_card.py
 
 Reads ``docs/results/default`` and rewrites the folder of the bundled model; the weights stay byte
-for byte what they are.
+for byte what they are. Results that were measured on other weights are refused.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chestxray_covid import EvaluationReport
-from chestxray_covid.card import MEASUREMENTS_NAME, calibration_figure, model_card
+from chestxray_covid import Classifier, EvaluationReport
 from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
 from chestxray_covid.files import write_files
 from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
-from chestxray_covid.publish import CARD_NAME, FIGURE_NAME
+from chestxray_covid.publish import make_card
+from chestxray_covid.results import JUDGED, MEASUREMENTS_NAME, check_origin, read_results
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
-from generate_model import (  # noqa: E402 - it lies beside the documentation
-    RESULTS,
-    calibration_rows,
-    estimate,
-    frame_rows,
-    gate_rows,
-    honest_rows,
-    other_fills,
-    read,
-    unmeasured,
-)
+import generate_model as pages  # noqa: E402 - it lies beside the documentation
 
-FAILURES = (
-    "it does not tell COVID-19 from other findings inside one collection, and the sources of "
-    "training all but give the label away: what it learned may be the source alone, and nothing "
-    "that was measured so far shows otherwise",
-    "at its threshold, p(covid19) against p(normal) calls many other pneumonias positive: "
-    "is_positive answers one question only, COVID-19 or normal",
-    "with the centre hidden under black or a light grey instead of the image's mean, the frame "
-    f"still tells some sources apart (AUROC {other_fills()})",
-    "children were seen as normal or pneumonia only, never with COVID-19",
-    "lateral radiographs, CT slices and turned images are flagged, not judged",
-    "pictures that are drawn like radiographs, phantoms among them, may pass the gate",
-)
+#: Results of the weights themselves; the others are of shorter relatives.
+OWN = ("evaluation", "evaluation_binary", "inside", "frame", "other_fills", "calibration", "gate")
+
+
+def failures() -> list[str]:
+    """Return what the card warns of."""
+    return [
+        "it does not tell COVID-19 from other findings inside one collection, and the sources of "
+        "training all but give the label away: what it learned may be the source alone, and "
+        "nothing that was measured so far shows otherwise",
+        "at its threshold, p(covid19) against p(normal) calls many other pneumonias positive: "
+        "is_positive answers one question only, COVID-19 or normal",
+        "with the centre hidden under something else than the image's mean, the frame still tells "
+        f"some sources apart (AUROC {pages.other_fills()})",
+        "children were seen as normal or pneumonia only, never with COVID-19",
+        "lateral radiographs, CT slices and turned images are flagged, not judged",
+        "pictures that are drawn like radiographs, phantoms among them, may pass the gate",
+    ]
+
+
+def check_results(folder: Path) -> None:
+    """Raise ``ReportError`` unless all results were measured on the weights in a folder."""
+    classifier = Classifier.from_pretrained(folder)
+    config = classifier.config
+    for name in (*OWN, *(["audit"] if pages.exists("audit") else [])):
+        path, found = pages.RESULTS / f"{name}.json", pages.read(name)
+        classes = tuple(found.get("classes", config.classes))
+        if name == "evaluation_binary":  # of a part of the classes, which has its own hash
+            part = Classifier.from_pretrained(folder, classes=classes)
+            config = replace(part.config, weights_sha256=part.weights_sha256)
+        weights = found.get("model", found).get("weights_sha256", "")
+        check_origin(path, config, weights, classes)
+        config = classifier.config
 
 
 def tables() -> list[dict[str, Any]]:
@@ -56,9 +68,9 @@ def tables() -> list[dict[str, Any]]:
         {
             "title": "Where the source cannot help, or not as much",
             "note": "Of patients that training never saw; 0.5 is chance; intervals at 95% by "
-            f"patient.{unmeasured().replace('`', '')}",
+            f"patient.{pages.unmeasured().replace('`', '')}",
             "head": ["AUROC of COVID-19", "Images", "Value"],
-            "rows": honest_rows(),
+            "rows": pages.honest_rows(),
         },
         {
             "title": "Does it read the frame?",
@@ -67,50 +79,54 @@ def tables() -> list[dict[str, Any]]:
             "the image's mean. With the centre hidden, 0.5 is what a model reaches that looks at "
             "lungs alone; the frame was unlearned in this very way.",
             "head": ["Pairing", "Images", "whole", "70% hidden", "90% hidden"],
-            "rows": [list(row) for row in frame_rows()],
+            "rows": [list(row) for row in pages.frame_rows()],
         },
         {
             "title": "Calibration",
             "note": "On test patients, before and after the temperature that is folded into the "
             "last layer.",
             "head": ["", "before", "after"],
-            "rows": calibration_rows(),
+            "rows": pages.calibration_rows(),
         },
         {
             "title": "Input gate",
             "note": "Held-out images; refused means that the prediction abstains.",
             "head": ["Images", "N", "flagged", "refused"],
-            "rows": [list(map(str, row)) for row in gate_rows()],
+            "rows": [list(map(str, row)) for row in pages.gate_rows()],
         },
     ]
 
 
 def main() -> None:
-    folder = BUNDLED / DEFAULT_MODEL
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=BUNDLED / DEFAULT_MODEL)
+    folder: Path = parser.parse_args().checkpoint
+    check_results(folder)
     config, tensors = load_checkpoint(folder)
     attachments = {
         name: load_attachment(folder, config, name) or b"" for name in config.attachments
     }
-    report = EvaluationReport.load(RESULTS / "evaluation.json")
+    report = EvaluationReport.load(pages.RESULTS / "evaluation.json")
     headline = {
-        "COVID-19 against other findings inside Cohen (AUROC, 0.5 is chance)": estimate(
-            read("inside")["auroc"]
+        "COVID-19 against other findings inside Cohen (AUROC, 0.5 is chance)": pages.estimate(
+            pages.read("inside")["auroc"]
         ),
-        "COVID-19 against normal, pooled sources (AUROC, no evidence)": estimate(
+        "COVID-19 against normal, pooled sources (AUROC, no evidence)": pages.estimate(
             report.overall.per_class["covid19"]["auroc_vs_normal"].to_dict()
         ),
     }
-    provenance = {**config.provenance, "headline": headline, "known_failures": list(FAILURES)}
-    save_checkpoint(folder, replace(config, provenance=provenance), tensors, attachments)
+    provenance = {**config.provenance, "headline": headline, "known_failures": failures()}
+    saved = save_checkpoint(folder, replace(config, provenance=provenance), tensors, attachments)
+    origin = {"weights_sha256": saved.weights_sha256, "classes": list(saved.classes)}
+    measurements = json.dumps({**origin, "tables": tables()}, indent=1)
     contents = {
-        "evaluation.json": (RESULTS / "evaluation.json").read_bytes(),
-        MEASUREMENTS_NAME: (json.dumps(tables(), indent=1) + "\n").encode(),
+        name: (pages.RESULTS / name).read_bytes()
+        for name in JUDGED
+        if (pages.RESULTS / name).is_file()
     }
+    contents[MEASUREMENTS_NAME] = f"{measurements}\n".encode()
     write_files(folder, contents)
-    figure = calibration_figure(folder)
-    name = FIGURE_NAME if figure else None
-    card = {CARD_NAME: model_card(folder, DEFAULT_MODEL, figure=name).encode()}
-    write_files(folder, {**card, **({FIGURE_NAME: figure} if figure else {})})
+    write_files(folder, make_card(saved, read_results(folder, saved), DEFAULT_MODEL, None))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class HubServer(LocalServer):
             reply, that returns what is sent instead.
         gated: Repositories that only the bearer of ``token`` may read.
         uploads: SHA-256 → content of what was uploaded to large file storage.
+        private: Repositories that were made private.
     """
 
     token = "hf_the_right_token"
@@ -45,6 +46,7 @@ class HubServer(LocalServer):
         self.faults: dict[tuple[str, str], Callable[[Request, Reply], Reply | None]] = {}
         self.gated: set[str] = set()
         self.uploads: dict[str, bytes] = {}
+        self.private: set[str] = set()
 
     def publish(self, files: Mapping[str, bytes], repo: str = REPO, branch: str = "main") -> str:
         """Make a commit of these files and return its name."""
@@ -82,7 +84,8 @@ class HubServer(LocalServer):
             (r"/api/models/([^/]+/[^/]+)/preupload/[^/]+", self._preupload),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
             (r"/upload/([0-9a-f]{64})", self._upload),
-            (r"/api/models/([^/]+/[^/]+)/commit/([^/?]+).*", self._commit),
+            (r"/api/models/([^/]+/[^/]+)/branch/([^/?]+)", self._branch),
+            (r"/api/models/([^/]+/[^/]+)/commit/([^/?]+)(.*)", self._commit),
         ):
             if match := re.fullmatch(pattern, request.path):
                 return answer(request, *match.groups())
@@ -113,6 +116,7 @@ class HubServer(LocalServer):
         repo = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
         if not any(name == repo for name, _ in self.commits):
             self.publish({}, repo)
+            self.private |= {repo} if wanted.get("visibility") == "private" else set()
         return _json({"url": f"{self.url}/{repo}", "id": repo, "name": repo})
 
     def _preupload(self, request: Request, repo: str) -> Reply:
@@ -147,7 +151,15 @@ class HubServer(LocalServer):
         self.uploads[oid] = request.body
         return Reply()
 
-    def _commit(self, request: Request, repo: str, branch: str) -> Reply:
+    def _branch(self, request: Request, repo: str, branch: str) -> Reply:
+        if (repo, branch) in self.heads:
+            return Reply(status=409)
+        self.heads[repo, branch] = self.heads[repo, "main"]
+        return _json({})
+
+    def _commit(self, request: Request, repo: str, branch: str, options: str) -> Reply:
+        if (repo, branch) not in self.heads:
+            return Reply(status=404, headers={"X-Error-Code": "RevisionNotFound"})
         files = dict(self.commits[repo, self.heads[repo, branch]])
         for line in request.body.splitlines():
             part = json.loads(line)
@@ -156,9 +168,11 @@ class HubServer(LocalServer):
                 files[value["path"]] = b64decode(value["content"])
             elif part["key"] == "lfsFile":
                 files[value["path"]] = self.uploads[value["oid"]]
-        commit = self.publish(files, repo, branch)
+        proposed = "create_pr=1" in options
+        commit = self.publish(files, repo, "refs/pr/1" if proposed else branch)
         url = f"{self.url}/{repo}/commit/{commit}"
-        return _json({"success": True, "commitUrl": url, "commitOid": commit, "hookOutput": ""})
+        answer = {"success": True, "commitUrl": url, "commitOid": commit, "hookOutput": ""}
+        return _json(answer | {"pullRequestUrl": f"{self.url}/{repo}/discussions/1"})
 
 
 def _json(data: Any) -> Reply:

@@ -15,10 +15,10 @@ from typing import Any
 
 import huggingface_hub
 
-from chestxray_covid import hub
+from chestxray_covid import hub, hub_cache
 from chestxray_covid.checkpoint import load_checkpoint
 
-hub.BACKOFF_S = 0.001
+hub_cache.BACKOFF_S = 0.001
 
 
 def outcome(wanted: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,8 @@ ROWS = (
     ("datasets.cohen", "datasets.kermany", "datasets.duplicates", "datasets.synthetic"),
     ("datasets.folder",),
     ("datasets",),
-    ("hub", "splits", "confounders", "evaluation_report"),
+    ("hub_cache", "splits", "confounders", "evaluation_report", "audit_report"),
+    ("hub", "results"),
     ("card",),
     ("publish",),
     # Here begins torch: layer 4 of the design.

@@ -82,13 +82,20 @@ def test_the_card_is_that_of_its_results() -> None:
     assert card == model_card(FOLDER, DEFAULT_MODEL, figure="calibration.png")
     assert "license: cc-by-nc-sa-4.0" in card
     assert "**This is not a medical device.**" in card
-    for table in json.loads((FOLDER / "measurements.json").read_text(encoding="utf-8")):
+    for table in json.loads((FOLDER / "measurements.json").read_text(encoding="utf-8"))["tables"]:
         assert f"## {table['title']}" in card
 
 
 def test_the_numbers_beside_the_weights_are_those_in_the_documentation() -> None:
     ours = (FOLDER / "evaluation.json").read_bytes()
     assert ours == (ROOT / "docs" / "results" / "default" / "evaluation.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["inside", "frame", "other_fills", "calibration", "gate"])
+def test_what_was_measured_was_measured_on_these_weights(name: str) -> None:
+    path = ROOT / "docs" / "results" / "default" / f"{name}.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["weights_sha256"] == load_checkpoint(FOLDER)[0].weights_sha256
 
 
 def test_the_frame_says_little_with_the_centre_hidden() -> None:

@@ -14,16 +14,51 @@ import numpy as np
 import pytest
 import yaml
 
-from chestxray_covid import Classifier, SyntheticChestXray, evaluate
-from chestxray_covid.card import model_card
-from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
+from chestxray_covid import (
+    AuditItem,
+    AuditReport,
+    Classifier,
+    EvaluationReport,
+    Preprocess,
+    SyntheticChestXray,
+    Trainer,
+    TrainingConfig,
+    build_densenet121,
+    evaluate,
+    split_by_patient,
+)
+from chestxray_covid.card import decisions, model_card
+from chestxray_covid.checkpoint import load_checkpoint, load_config, save_checkpoint
 from chestxray_covid.errors import CheckpointError, ReportError
+from chestxray_covid.models import to_tensors
 from chestxray_covid.publish import push
 from chestxray_covid.reporting import markdown_text
 from hub_server import HubServer, hub_environment, run_python
 
 LABELS = ("normal", "pneumonia", "covid19")
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `c`"
+
+AUDIT = AuditReport(
+    classes=LABELS,
+    positive="covid19",
+    negative="normal",
+    n_images=7,
+    n_patients=5,
+    sources=(HOSTILE,),
+    confidence=0.95,
+    n_resamples=20,
+    seed=0,
+    items=(
+        AuditItem(
+            name="occlusion",
+            question="Does it need the lungs?",
+            verdict="fail",
+            reason=HOSTILE,
+            threshold="fail from 0.8",
+            threshold_source="a book",
+        ),
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +75,8 @@ def run(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     evaluate(Classifier.from_pretrained(folder), dataset, n_resamples=20).save(
         folder / "evaluation.json"
     )
-    (folder / "audit.json").write_text('{"hidden_centre": {"auroc": 0.5}}')
+    weights = load_config(folder).weights_sha256
+    replace(AUDIT, weights_sha256=weights).save(folder / "audit.json")
     (folder / "notes.txt").write_text("private")
     return folder
 
@@ -56,6 +92,13 @@ def server() -> Iterator[HubServer]:
         yield server
 
 
+def change(path: Path, **fields: Any) -> None:
+    data = json.loads(path.read_text())
+    if path.name == "evaluation.json" and "weights_sha256" in fields:
+        fields = {"model": {**data["model"], **fields}}
+    path.write_text(json.dumps({**data, **fields}))
+
+
 # ---------------------------------------------------------------- refused
 
 
@@ -69,8 +112,8 @@ def test_what_was_not_judged_is_not_published(copied: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("evaluation.json", "cannot be read as an evaluation report"),
-        ("audit.json", "Make it again"),
+        ("evaluation.json", r"evaluation\.json cannot be read as a report"),
+        ("audit.json", r"audit\.json cannot be read as a report"),
     ],
 )
 def test_judgements_that_cannot_be_read_are_not_published(
@@ -145,9 +188,49 @@ def test_the_card_is_in_the_format_of_the_hub_and_escapes_what_comes_from_data(r
     assert "[x](" not in body
     assert "\n# &lt;" not in body
     assert f"{auroc:.3f} (" in body
-    assert "hidden centre" in body.replace("\\_", " ")
+    assert "of 7 images of 5 patients: **fail**" in body
+    assert "| Does it need the lungs? | fail | a\\|b # &lt;script" in body
     assert 'Classifier.from_pretrained("user/model")' in body
     assert 'timm.create_model("hf-hub:user/model"' in body
+
+
+def test_the_card_says_what_the_threshold_decides_per_source(copied: Path) -> None:
+    report = EvaluationReport.load(copied / "evaluation.json")
+    table = report.predictions
+    assert table is not None
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet([1, 1, 1], len(table))
+    table[["p_normal", "p_pneumonia", "p_covid19"]] = shares
+    table.loc[0, ["p_normal", "p_pneumonia", "p_covid19"]] = [0.0, 1.0, 0.0]
+    table["source"] = np.where(np.arange(len(table)) % 4 < 2, "a", "b")
+    report.save(copied / "evaluation.json")
+    change(copied / "config.json", threshold=0.4)
+    text = model_card(copied, "user/model")
+    assert "Decisions at 0.4" in text
+    total = table["p_covid19"] + table["p_normal"]
+    called = (table["p_covid19"] / total).fillna(0.5) >= 0.4
+    for source, part in {"all": table, **dict(list(table.groupby("source")))}.items():
+        cells = [f"| {source} |"]
+        for label, wanted in (("covid19", True), ("normal", False), ("pneumonia", True)):
+            mine = part.index[part["label"] == label]
+            cells.append(f"{(called[mine] == wanted).mean():.3f} (")
+            cells.append(f"), n = {len(mine)} |")
+        line = next(
+            line
+            for line in text.splitlines()
+            if line.count(", n = ") == 3 and line.startswith(cells[0])
+        )
+        position = 0
+        for cell in cells:
+            position = line.index(cell, position)
+
+
+def test_without_normals_there_is_no_threshold_to_judge(run: Path) -> None:
+    report = EvaluationReport.load(run / "evaluation.json")
+    assert len(decisions(report, 0.5)) == 2
+    assert decisions(replace(report, predictions=None), 0.5) == []
+    assert decisions(replace(report, classes=("a", "covid19")), 0.5) == []
+    assert decisions(None, 0.5) == []
 
 
 def test_a_card_without_results_says_so(checkpoint_folder: Path) -> None:
@@ -160,8 +243,15 @@ def test_a_card_without_results_says_so(checkpoint_folder: Path) -> None:
 TABLE = {"title": "Frame", "note": HOSTILE, "head": ["Pair", "AUROC"], "rows": [["a|b", "0.51"]]}
 
 
+def write_measurements(folder: Path, tables: Any, **changes: Any) -> None:
+    config = load_config(folder)
+    origin = {"weights_sha256": config.weights_sha256, "classes": config.classes}
+    text = json.dumps({**origin, "tables": tables, **changes})
+    (folder / "measurements.json").write_text(text)
+
+
 def test_further_measurements_become_tables_of_the_card(copied: Path) -> None:
-    (copied / "measurements.json").write_text(json.dumps([TABLE, {**TABLE, "title": "Folds"}]))
+    write_measurements(copied, [TABLE, {**TABLE, "title": "Folds"}])
     text = model_card(copied, "user/model")
     assert "## Frame" in text
     assert "## Folds" in text
@@ -170,12 +260,84 @@ def test_further_measurements_become_tables_of_the_card(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{"a": 1}, ["x"], [{**TABLE, "rows": [["a"]]}], [{"title": "x"}], 7, [None]]
+    "tables",
+    [
+        {"a": 1},
+        ["x"],
+        [{**TABLE, "rows": [["a"]]}],
+        [{**TABLE, "rows": [["a", 7]]}],
+        [{"title": "x"}],
+        7,
+        [None],
+    ],
 )
-def test_measurements_of_another_shape_are_refused(copied: Path, content: Any) -> None:
-    (copied / "measurements.json").write_text(json.dumps(content))
-    with pytest.raises(ReportError, match="no list of tables with title, note, head and rows"):
+def test_measurements_of_another_shape_are_refused(copied: Path, tables: Any) -> None:
+    write_measurements(copied, tables)
+    with pytest.raises(ReportError, match="does not hold weights_sha256, classes and tables"):
         model_card(copied, "user/model")
+
+
+def test_measurements_that_do_not_say_of_what_are_refused(copied: Path) -> None:
+    (copied / "measurements.json").write_text(json.dumps([TABLE]))
+    with pytest.raises(ReportError, match="does not hold weights_sha256, classes and tables"):
+        model_card(copied, "user/model")
+
+
+# ---------------------------------------------------------------- results of other weights
+
+OTHER = "0" * 64
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "audit.json", "measurements.json"])
+@pytest.mark.parametrize("weights", [OTHER, ""])
+def test_results_of_other_weights_are_refused_everywhere(
+    copied: Path, tmp_path: Path, name: str, weights: str
+) -> None:
+    write_measurements(copied, [TABLE])
+    classifier = Classifier.from_pretrained(copied)
+    change(copied / name, weights_sha256=weights)
+    own = classifier.weights_sha256
+    named = f"names the SHA-256 {OTHER}" if weights else "names no SHA-256"
+    expected = rf"{name} was not measured on these weights: it {named}, .* has {own}"
+    for refused in (
+        lambda: push(copied, "user/model", allow_unjudged=True),
+        lambda: classifier.save_pretrained(tmp_path / "saved"),
+        lambda: classifier.push_to_hub("user/model", allow_unjudged=True),
+        lambda: model_card(copied, "user/model"),
+    ):
+        with pytest.raises(ReportError, match=expected):
+            refused()
+    assert not (tmp_path / "saved").exists()
+
+
+def test_weights_that_were_trained_on_lose_their_results(copied: Path) -> None:
+    config, tensors = load_checkpoint(copied)
+    moved = tensors | {"classifier.bias": tensors["classifier.bias"] + 1}
+    save_checkpoint(copied, config, moved, {"gate.json": b"{}"})
+    with pytest.raises(ReportError, match=r"evaluation\.json was not measured on these weights"):
+        push(copied, "user/model")
+
+
+@pytest.mark.parametrize("name", ["audit.json", "measurements.json"])
+def test_results_of_other_classes_are_refused(copied: Path, name: str) -> None:
+    write_measurements(copied, [TABLE])
+    change(copied / name, classes=["covid19", "pneumonia", "normal"])
+    with pytest.raises(ReportError, match=rf"{name} was measured with the classes \['covid19', "):
+        push(copied, "user/model")
+
+
+def test_weights_are_named_by_what_they_are_saved_as(run: Path, tmp_path: Path) -> None:
+    config, tensors = load_checkpoint(run)
+    whole = Classifier.from_pretrained(run)
+    assert whole.weights_sha256 == config.weights_sha256
+    moved = tensors | {"classifier.bias": tensors["classifier.bias"] + 1}
+    for other in (
+        Classifier(config, moved),  # whatever the config says
+        Classifier.from_pretrained(run, classes=("normal", "covid19")),
+    ):
+        assert other.weights_sha256 != config.weights_sha256
+        other.save_pretrained(tmp_path / "other")
+        assert load_config(tmp_path / "other").weights_sha256 == other.weights_sha256
 
 
 # ---------------------------------------------------------------- there and back
@@ -249,6 +411,154 @@ def test_a_classifier_publishes_a_card_with_the_name_of_the_repository(
     assert "license: cc-by-4.0" in card
     assert 'Classifier.from_pretrained("user/own")' in card
     assert "# saved" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+
+
+def published(server: HubServer, repo: str, branch: str = "main") -> dict[str, bytes]:
+    return server.commits[repo, server.heads[repo, branch]]
+
+
+OPTIONS = """
+import json, sys
+from chestxray_covid.publish import push
+print(json.dumps([push(sys.argv[1], token="hf_x", **o) for o in json.loads(sys.argv[2])]))
+"""
+
+
+def test_a_generated_card_is_made_again_with_the_licence_that_is_asked_for(
+    server: HubServer, run: Path, tmp_path: Path
+) -> None:
+    Classifier.from_pretrained(run).save_pretrained(tmp_path / "saved")
+    card = tmp_path / "saved" / "README.md"
+    assert "license: cc-by-nc-sa-4.0" in card.read_text()
+    environment = hub_environment(server, tmp_path / "home")
+    wanted = [{"repo_id": "user/licensed", "license": "cc-by-4.0"}]
+    run_python(OPTIONS, environment, tmp_path / "saved", json.dumps(wanted))
+    text = published(server, "user/licensed")["README.md"].decode()
+    assert "license: cc-by-4.0" in text
+    assert "# user/licensed" in text
+
+    mine = card.read_text().replace("# saved", "# Mine")
+    card.write_text(mine)
+    run_python(OPTIONS, environment, tmp_path / "saved", json.dumps([{"repo_id": "user/licensed"}]))
+    assert published(server, "user/licensed")["README.md"].decode() == mine
+    with pytest.raises(ReportError, match=r"states the licence cc-by-nc-sa-4\.0, but mit is asked"):
+        push(tmp_path / "saved", "user/licensed", license="mit")
+
+
+@pytest.mark.parametrize(
+    ("front", "license", "refused"),
+    [
+        ("", None, ""),
+        ("", "mit", "states the licence nowhere, but mit"),
+        ("---\nlicense: MIT # x\n---\n", None, "states the licence MIT, but cc-by-nc-sa-4.0"),
+        ("---\ntags: [a]\n---\n", "mit", "states the licence nowhere, but mit"),
+        ("---\nlicense: 'CC-BY-NC-SA-4.0'\n---\n", "cc-by-nc-sa-4.0", ""),
+    ],
+)
+def test_the_licence_of_ones_own_card_is_that_of_the_weights(
+    copied: Path, server: HubServer, tmp_path: Path, front: str, license: str | None, refused: str
+) -> None:
+    (copied / "README.md").write_text(f"{front}# Mine\n\nlicense: in the text\n")
+    if refused:
+        with pytest.raises(ReportError, match=refused):
+            push(copied, "user/mine", license=license)
+        return
+    wanted = [{"repo_id": "user/mine", "license": license}]
+    run_python(OPTIONS, hub_environment(server, tmp_path / "home"), copied, json.dumps(wanted))
+    assert published(server, "user/mine")["README.md"] == (copied / "README.md").read_bytes()
+
+
+def test_a_saved_card_is_made_again_unless_it_was_changed(run: Path, tmp_path: Path) -> None:
+    classifier = Classifier.from_pretrained(run)
+    classifier.save_pretrained(tmp_path)
+    first = (tmp_path / "README.md").read_bytes()
+    change(tmp_path / "config.json", provenance={"license": "mit"})
+    Classifier.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    second = (tmp_path / "README.md").read_bytes()
+    assert b"license: mit" in second
+    (tmp_path / "README.md").write_bytes(first.replace(b"not a medical device", b"fine"))
+    classifier.save_pretrained(tmp_path)
+    assert b"**This is fine.**" in (tmp_path / "README.md").read_bytes()
+
+
+MEANWHILE = """
+import json, sys
+from pathlib import Path
+from chestxray_covid import publish
+after_the_weights, after_the_results = publish.read_results, publish.make_card
+def swap(*names):
+    for name in names:
+        Path(sys.argv[1], name).write_bytes(b"{}")
+def read_results(*arguments):
+    swap("config.json", "model.safetensors", "gate.json")
+    return after_the_weights(*arguments)
+def make_card(*arguments):
+    swap("evaluation.json", "audit.json")
+    return after_the_results(*arguments)
+publish.read_results, publish.make_card = read_results, make_card
+print(json.dumps(publish.push(sys.argv[1], "user/meanwhile", token="hf_x")))
+"""
+
+
+def test_the_bytes_that_were_verified_are_those_that_are_published(
+    copied: Path, run: Path, server: HubServer, tmp_path: Path
+) -> None:
+    run_python(MEANWHILE, hub_environment(server, tmp_path / "home"), copied)
+    assert (copied / "model.safetensors").read_bytes() == b"{}"
+    found = published(server, "user/meanwhile")
+    for name in ("config.json", "model.safetensors", "gate.json", "evaluation.json", "audit.json"):
+        assert found[name] == (run / name).read_bytes(), name
+
+
+def test_a_branch_a_proposal_and_a_private_repository(
+    run: Path, server: HubServer, tmp_path: Path
+) -> None:
+    repo = "user/branched"
+    wanted: list[dict[str, Any]] = [
+        {"repo_id": repo, "branch": "dev", "private": True},
+        {"repo_id": repo, "branch": "dev", "license": "mit"},
+        {"repo_id": repo, "create_pr": True},
+        {"repo_id": "user/open"},
+    ]
+    environment = hub_environment(server, tmp_path / "home")
+    addresses = run_python(OPTIONS, environment, run, json.dumps(wanted))
+    assert published(server, repo) == {}, "main is as it was made"
+    assert b"license: mit" in published(server, repo, "dev")["README.md"]
+    assert "model.safetensors" in published(server, repo, "refs/pr/1")
+    assert addresses[1].endswith(server.heads[repo, "dev"])
+    assert addresses[2].endswith(server.heads[repo, "refs/pr/1"])
+    assert repo in server.private
+    assert "user/open" not in server.private
+
+
+def test_a_network_trained_on_phantoms_is_the_same_in_another_process(
+    server: HubServer, tmp_path: Path
+) -> None:
+    phantoms = SyntheticChestXray(18, classes=LABELS, image_size_px=64)
+    split = split_by_patient(phantoms, val=0.2, test=0.2, seed=0)
+    config = TrainingConfig(
+        preprocess=Preprocess(size_px=64),
+        epochs=1,
+        batch_size=4,
+        samples_per_epoch=8,
+        learning_rate=1e-3,
+        progress=False,
+    )
+    model = build_densenet121(False, num_classes=3, seed=0)
+    run = tmp_path / "run"
+    Trainer(model, split.train, split.val, config, output=run).fit()
+    trained = Classifier.from_pretrained(run)
+    evaluate(trained, split.test, n_resamples=20).save(run / "evaluation.json")
+    replace(AUDIT, weights_sha256=trained.weights_sha256).save(run / "audit.json")
+    environment = hub_environment(server, tmp_path / "home")
+    run_python(OPTIONS, environment, run, json.dumps([{"repo_id": "user/trained"}]))
+    (found,) = run_python(LOAD, environment, "user/trained")
+    here = trained.predict_proba(SyntheticChestXray(2, image_size_px=64).image(0))
+    assert found == here.tolist()
+    untrained = Classifier(trained.config, to_tensors(build_densenet121(False, num_classes=3)))
+    assert not np.allclose(
+        untrained.predict_proba(SyntheticChestXray(2, image_size_px=64).image(0)), found, atol=1e-3
+    )
 
 
 def test_a_damaged_evaluation_is_not_published_whatever_the_card_says(copied: Path) -> None:

@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.spatial.distance import dice
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
 
 import sources
-from chestxray_covid import Augmentation, Classifier, Preprocess
+from chestxray_covid import Augmentation, Classifier, History, ModelConfig, Preprocess, fit_gate
+from chestxray_covid.card import model_card
+from chestxray_covid.checkpoint import load_config, save_checkpoint
+from chestxray_covid.datasets.base import LABELS
+from chestxray_covid.errors import ReportError
+from chestxray_covid.hub import DEFAULT_MODEL
 from chestxray_covid.tensors import read_tensors
+from chestxray_covid.training_config import EpochRecord
+from conftest import random_tensors
 
+COVID_SOURCES = ("cohen", "hannover")
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @pytest.fixture(scope="module")
 def recipes() -> Iterator[dict[str, Any]]:
     """Import the recipes as they import each other: as scripts of one folder."""
-    names = ("collection", "frame", "train_default", "judge_default", "publish_default")
+    names = [path.stem for path in RECIPES.glob("*.py")]
+    before = list(sys.path)
     sys.path.insert(0, str(RECIPES))
     try:
         yield {name: importlib.import_module(name) for name in names}
     finally:
-        sys.path.remove(str(RECIPES))
-        for name in names:
+        sys.path[:] = before
+        for name in (*names, "generate", "generate_model"):
             sys.modules.pop(name, None)
 
 
@@ -38,20 +52,41 @@ def recipes() -> Iterator[dict[str, Any]]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     findings = ("COVID-19", "No Finding", "Streptococcus")
+    hosts = ("https://radiopaedia.org/cases/1", "https://www.eurorad.org/case/1", "")
     rows = [
-        sources.cohen_row(f"{f[:2]}{i}", f, f"{f[:2]}{i}.png", license="CC BY-NC-SA")
+        sources.cohen_row(
+            f"{f[:2]}{i}", f, f"{f[:2]}{i}.png", license="CC BY-NC-SA", url=hosts[i % 3]
+        )
         for f in findings
         for i in range(12)
     ]
+    for i in range(4):  # what the gate learns to refuse
+        rows.append(sources.cohen_row(f"lat{i}", "COVID-19", f"lat{i}.png", view="L"))
+        slice_of = {"modality": "CT", "view": "Axial"}
+        rows.append(sources.cohen_row(f"ct{i}", "COVID-19", f"ct{i}.png", **slice_of))
+    rows.append(sources.cohen_row("tb", "Tuberculosis", "tb.png"))
     rows.append(sources.cohen_row("nd", "COVID-19", "nd.png", license="CC BY-NC-ND 4.0"))
     url = "https://github.com/ml-workgroup/covid-19-image-repository/tree/master/png"
     rows.append(sources.cohen_row("han1", "COVID-19", "own1.png", url=url))
+    rows += [sources.cohen_row(f"own{i}", "COVID-19", f"copy{i}.png", url=url) for i in range(8)]
     rows.append(sources.cohen_row("han2", "No Finding", "own2.png", url=url))
     sources.write_cohen(root / "covid-chestxray-dataset", "flat", rows=rows)
     sources.write_kermany(root)
     sources.write_hannover(root / "covid-19-image-repository", patients=12)
     sources.write_nih(root / "nih-subset", patients=12)
+    mask = np.zeros((40, 48), np.uint8)
+    mask[10:30, 6:20] = mask[10:30, 28:42] = 255
+    for path in (root / "covid-chestxray-dataset" / "images").glob("[CN][Oo][0-9]*.png"):
+        place = root / "covid-chestxray-dataset" / "annotations" / "lungVAE-masks"
+        Image.fromarray(mask).save(place / f"{path.stem}_mask.png")
     return root
+
+
+def run_main(module: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]) -> None:
+    """Run a recipe as from the command line."""
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", [module.__name__, *words])
+    module.main()
 
 
 def test_what_may_not_be_trained_on_stays_out(recipes: dict[str, Any], data: Path) -> None:
@@ -63,7 +98,7 @@ def test_what_may_not_be_trained_on_stays_out(recipes: dict[str, Any], data: Pat
     assert dataset.sources == ("cohen", "hannover", "kermany", "nih")
     counts = collection.count_by_licence(dataset)
     assert sum(counts.values()) == len(dataset)
-    assert counts["CC BY-NC-SA"] == 37, "own1.png among them"
+    assert counts["CC BY-NC-SA"] == 45, "own1.png and its like among them"
     assert not any("ND" in name.split("-") for name in counts)
 
 
@@ -138,9 +173,8 @@ def test_the_recipe_leads_from_data_to_a_calibrated_checkpoint(
     assert (last / "model.safetensors").read_bytes() == before, "a finished run is read"
 
     output, results = tmp_path / "weights", tmp_path / "results"
-    options = ["--data", data, "--run", run, "--output", output, "--results", results]
-    monkeypatch.setattr(sys, "argv", ["publish", *map(str, options)])
-    publish.main()
+    options = {"data": data, "run": run, "output": output, "results": results}
+    run_main(publish, monkeypatch, options)
     weights = output / "model.safetensors"
     tensors = read_tensors(weights.read_bytes(), weights)
     assert {t.dtype.name for t in tensors.values()} == {"float16", "int64"}
@@ -154,3 +188,333 @@ def test_the_recipe_leads_from_data_to_a_calibrated_checkpoint(
     assert np.mean(called) >= 0.9
     history = json.loads((results / "history.json").read_text())
     assert [len(stage["epochs"]) for stage in history["stages"]] == [1, 1]
+
+
+# ---------------------------------------------------------------- what is measured and published
+
+
+class Published:
+    """Where the published weights of an untrained network lie, with all that was measured."""
+
+    def __init__(self, root: Path) -> None:
+        self.run, self.weights = root / "run", root / "weights"
+        self.results = root / "results"
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.results / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def published(
+    recipes: dict[str, Any], data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Published:
+    """Run everything after training, in the order of ``run.sh``."""
+    place = Published(tmp_path_factory.mktemp("published"))
+    train = recipes["train_default"]
+    stage = train.STAGES[0]
+    folder = place.run / stage.name
+    config = ModelConfig(
+        classes=LABELS,
+        preprocess=Preprocess(size_px=32),
+        provenance={"training": stage.config.to_dict()},
+    )
+    save_checkpoint(folder, config, random_tensors(3))
+    numbers = {"val_loss": 1.0, "val_accuracy": 0.6, "val_kappa": None, "val_auroc": 0.7}
+    times = {"images_per_s": 1.0, "seconds": 1.0, "data_seconds": 0.0}
+    record = EpochRecord(
+        epoch=1, learning_rate=1e-3, train_loss=1.0, is_best=True, **numbers, **times
+    )
+    History(records=(record,)).save(folder)
+    split = train.open_split(data, place.run)
+    samples, indices = split.dataset.samples, dict(split.indices)
+    copies = [i for i in indices["train"] if samples[i].metadata.get("numbered_by") == "cohen"][:3]
+    indices["train"] = tuple(i for i in indices["train"] if i not in copies)
+    indices["val"] = tuple(sorted((*indices["val"], *copies)))
+    replace(split, indices=indices).save(place.run / "split.json")
+    with pytest.MonkeyPatch.context() as patch:
+        run = {"data": data, "run": place.run}
+        judged = {**run, "output": place.results, "checkpoint": place.weights}
+        options = {"output": place.weights, "results": place.results, "checkpoint": folder}
+        run_main(recipes["publish_default"], patch, {**run, **options})
+        patch.setattr(recipes["judge_default"], "MOST_PER_CLASS", 12)
+        run_main(recipes["judge_default"], patch, {**judged, "what": "checkpoint"})
+        run_main(recipes["measure_fills"], patch, {**judged, "limit": 6})
+        run_main(recipes["list_tried"], patch, {**judged, "limit": 6})
+        gate = {"checkpoint": place.weights, "split": place.run / "split.json", "data": data}
+        patch.setattr(recipes["fit_gate"], "fit_gate", partial(fit_gate, components=4))
+        words = {**gate, "results": place.results / "gate.json", "limit": 20, "count": 4}
+        recipes["fit_gate"].main([str(w) for k, v in words.items() for w in (f"--{k}", v)])
+    return place
+
+
+def test_the_threshold_is_fitted_without_copies_of_other_collections(
+    recipes: dict[str, Any], data: Path, published: Published
+) -> None:
+    val = recipes["train_default"].open_split(data, published.run).val
+    copies = [s for s in val.samples if s.metadata.get("numbered_by") == "cohen"]
+    assert copies, "or nothing is shown here"
+    counts = {label: sum(s.label == label for s in val.samples) for label in LABELS}
+    expected = f"on {counts['covid19'] - len(copies)} and {counts['normal']} radiographs"
+    assert expected in load_config(published.weights).threshold_origin
+    assert all(s.label == "covid19" for s in copies)
+
+
+def test_a_gate_is_fitted_measured_and_put_beside_the_weights(published: Published) -> None:
+    classifier = Classifier.from_pretrained(published.weights)
+    assert classifier.gate is not None
+    found = published.read("gate")
+    assert found["weights_sha256"] == classifier.weights_sha256
+    assert {"frontal", "lateral", "ct", "noise", "inverted"} <= set(found["held_out"])
+    for part in found["held_out"].values():
+        flagged = part["flagged"]
+        assert flagged["rate"] == flagged["count"] / part["images"]
+        exact = binomtest(flagged["count"], part["images"]).proportion_ci(method="wilson")
+        assert (flagged["low"], flagged["high"]) == pytest.approx(tuple(exact), abs=1e-9)
+    assert set(found["source_left_out"]) == {"cohen", "hannover", "kermany", "nih"}
+
+
+def test_a_covered_centre_has_the_same_place_whatever_covers_it(recipes: dict[str, Any]) -> None:
+    fills, frame = recipes["measure_fills"], recipes["frame"]
+    pixels = np.random.default_rng(0).integers(60, 190, (100, 61), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    place = np.asarray(frame.hide(Image.fromarray(np.full_like(pixels, 7)), 0.7)) == 7
+    assert place.all()
+    for part in fills.PARTS:
+        mean = np.asarray(fills.cover(image, part, "mean"))
+        assert np.array_equal(mean, np.asarray(frame.hide(image, part)))
+        inside = np.asarray(fills.cover(image, part, "black")) == 0
+        assert inside.mean() == pytest.approx(part**2, abs=0.02)
+        assert (mean[inside] == round(pixels.mean())).all()
+        assert np.array_equal(mean[~inside], pixels[~inside])
+        grey = np.asarray(fills.cover(image, part, "light grey"))
+        assert (grey[inside] == 200).all()
+        noise = np.asarray(fills.cover(image, part, "noise"))
+        assert noise[inside].std() > 60
+        for other in (grey, noise):
+            assert np.array_equal(other[~inside], pixels[~inside])
+
+
+def test_the_frame_is_measured_under_every_fill(
+    recipes: dict[str, Any], data: Path, published: Published
+) -> None:
+    found = published.read("other_fills")
+    assert found["weights_sha256"] == load_config(published.weights).weights_sha256
+    assert found["fills"]["noise"] == "never"
+    keys = [(r["covid19"], r["normal"], r["fill"], r["hidden"]) for r in found["rows"]]
+    assert len(set(keys)) == len(keys) == 4 * len(found["fills"]) * 2
+    # one of the numbers again, by another way
+    judge = recipes["judge_default"]
+    held = recipes["collection"].once(
+        judge.held_out(recipes["train_default"].open_split(data, published.run))
+    )
+    classifier = Classifier.from_pretrained(published.weights)
+    scores, truth = [], []
+    for source, label in (("hannover", "covid19"), ("nih", "normal")):
+        part = held.filter(lambda s, a=source, b=label: (s.source, s.label) == (a, b)).limit(6)
+        for i in range(len(part)):
+            shown = recipes["measure_fills"].cover(part.image(i), 0.9, "black")
+            p = dict(zip(LABELS, classifier.predict_proba(shown)[0], strict=True))
+            scores.append(p["covid19"] / (p["covid19"] + p["normal"]))
+            truth.append(label == "covid19")
+    row = found["rows"][keys.index(("hannover", "nih", "black", 0.9))]
+    assert row["auroc"]["value"] == pytest.approx(roc_auc_score(truth, scores))
+    assert row["n"] == [sum(truth), len(truth) - sum(truth)]
+
+
+def test_what_was_tried_is_listed_out_of_the_runs(
+    recipes: dict[str, Any], published: Published
+) -> None:
+    found = published.read("tried")
+    first, last = found["rows"]
+    assert [len(row) for row in found["rows"]] == [len(found["columns"])] * 2
+    assert first[0] == "160px: 160 px, 9 epochs, rate 0.0015"
+    assert first[1] == "0.700, 0.600"
+    assert last[:2] == [
+        "weights: frame projected out, calibrated, published",
+        "not measured",
+    ]
+    numbers = [float(part) for cell in first[2:] for part in cell.split(", ")]
+    assert len(numbers) == 10
+    assert all(0 <= number <= 1 for number in numbers)
+    describe = recipes["list_tried"].describe
+    stages = recipes["train_default"].STAGES
+    assert "0.25 of centres hidden, 0.5 of frames swapped" in describe(stages[-1].config.to_dict())
+
+
+@pytest.fixture
+def write_card(
+    recipes: dict[str, Any], published: Published, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[], Path]:
+    """Return a function that writes the card of a copy and returns the copy."""
+    module = recipes["write_card"]
+    results = shutil.copytree(published.results, tmp_path / "results")
+    weights = shutil.copytree(published.weights, tmp_path / "weights")
+    monkeypatch.setattr(module.pages, "RESULTS", results)
+
+    def write() -> Path:
+        run_main(module, monkeypatch, {"checkpoint": weights})
+        return weights
+
+    return write
+
+
+def test_the_card_holds_what_was_measured_and_leaves_the_weights(
+    published: Published, write_card: Callable[[], Path], recipes: dict[str, Any]
+) -> None:
+    folder = write_card()
+    same = ("model.safetensors", "gate.safetensors")
+    for name in same:
+        assert (folder / name).read_bytes() == (published.weights / name).read_bytes()
+    assert Classifier.from_pretrained(folder).config.provenance["known_failures"]
+    card = (folder / "README.md").read_text()
+    assert card == model_card(folder, DEFAULT_MODEL, figure="calibration.png")
+    for title in ("Does it read the frame?", "Calibration", "Input gate", "At the stored"):
+        assert f"## {title}" in card
+    page = recipes["write_card"].pages.model_page()
+    assert "## At the stored threshold" in page
+    assert "noise: never" in " ".join(page.split())
+
+
+@pytest.mark.parametrize("name", ["evaluation", "evaluation_binary", "frame", "other_fills"])
+def test_a_card_is_not_written_with_numbers_of_other_weights(
+    write_card: Callable[[], Path], recipes: dict[str, Any], name: str
+) -> None:
+    path = recipes["write_card"].pages.RESULTS / f"{name}.json"
+    content = json.loads(path.read_text())
+    origin = content.get("model", content)
+    assert len(origin["weights_sha256"]) == 64
+    origin["weights_sha256"] = "0" * 64
+    path.write_text(json.dumps(content))
+    match = rf"{name}\.json was not measured on these weights: it names the SHA-256 0{{64}}"
+    with pytest.raises(ReportError, match=match):
+        write_card()
+
+
+def test_lungs_are_trained_measured_on_others_and_drawn(
+    recipes: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lungs = recipes["train_lungs"]
+    monkeypatch.setattr(lungs, "BATCH", 2)
+    monkeypatch.setattr(lungs, "draw_sheet", partial(lungs.draw_sheet, per_source=1))
+    run_main(lungs, monkeypatch, {"data": data, "output": tmp_path, "steps": 2})
+    about = json.loads((tmp_path / "lungs.json").read_text())
+    assert about["train_images"] + about["test_images"] == 24
+    assert about["test_images"] == about["test_patients"] > 0
+    assert about["steps"] == 2
+    network = lungs.load_network(tmp_path / "lungs.safetensors")
+    split = lungs.split_by_patient(lungs.annotated(data), val=0, test=0.25, seed=0)
+    scores = []
+    for i in range(len(split.test)):
+        (drawn,) = lungs.draw_masks(network, [split.test.image(i)])
+        truth = lungs.full_mask(split.test, i)
+        scores.append(1 - dice(drawn.ravel(), truth.ravel()) if drawn.any() else 0.0)
+    assert about["dice"]["value"] == pytest.approx(np.mean(scores))
+    with Image.open(tmp_path / "overlays.png") as sheet:
+        assert sheet.size == (160, 160 * 8), "a row per source and label"
+
+
+# ---------------------------------------------------------------- shorter relatives
+
+
+@pytest.fixture
+def relatives(recipes: dict[str, Any], data: Path, tmp_path: Path) -> Any:
+    """Return the relatives of a collection in which some patients are one across its sources."""
+    root = shutil.copytree(data, tmp_path / "data")
+    nih = root / "nih-subset" / "No_findings"
+    # Two patients of NIH's are one, and one of them is one of Cohen's, who is in no base.
+    shutil.copy(nih / "00001200_000.jpg", nih / "00001202_007.jpg")
+    cohen = root / "covid-chestxray-dataset" / "images" / "No0.png"
+    Image.open(cohen).save(nih / "00001204_007.png")
+    return recipes["judge_default"].Relatives(root, tmp_path / "run")
+
+
+def test_patients_are_left_out_by_group(relatives: Any) -> None:
+    samples, groups = relatives.dataset.samples, relatives.groups
+
+    def position(name: str) -> int:
+        return next(i for i, s in enumerate(samples) if s.path.name == name)
+
+    one, other = position("00001200_000.jpg"), position("00001202_000.jpg")
+    shared, own = position("00001204_000.jpg"), position("No0.png")
+    assert groups[one] == groups[other]
+    assert groups[shared] == groups[own]
+    assert samples[one].patient_id != samples[other].patient_id
+    held = relatives.held_out_nih()
+    assert not set(groups[held]) & set(groups[relatives.without(held)])
+    nih = [i for i, s in enumerate(samples) if s.source == "nih"]
+    rest = sorted(set(nih) - set(held.tolist()))
+    assert not set(groups[held]) & set(groups[rest]), "a patient of two numbers is on one side"
+    assert 0.3 < len(held) / len(nih) < 0.7
+    assert shared not in relatives.without(np.array([own]))
+
+
+def test_no_relative_trains_on_whom_it_is_judged_by(
+    recipes: dict[str, Any],
+    relatives: Any,
+    published: Published,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge = recipes["judge_default"]
+    trained: dict[str, tuple[Any, list[int]]] = {}
+
+    def train_relative(
+        train: Any, groups: list[int], start: Any, folder: Path, config: Any
+    ) -> Classifier:
+        trained[folder.name] = (train, groups)
+        return Classifier.from_pretrained(published.weights)
+
+    predicted: dict[str, np.ndarray] = {}
+    predict = relatives.predict_without
+
+    def predict_without(held_out: np.ndarray, name: str) -> np.ndarray:
+        predicted[name] = held_out
+        found: np.ndarray = predict(held_out, name)
+        return found
+
+    monkeypatch.setattr(judge, "train_relative", train_relative)
+    monkeypatch.setattr(relatives, "predict_without", predict_without)
+    judge.judge_folds(relatives, tmp_path, folds=2)
+    judge.judge_subsources(relatives, tmp_path)
+    judge.judge_hannover(relatives, tmp_path)
+    expected = {"fold-0", "fold-1", "without-radiopaedia", "without-eurorad", "without-journals"}
+    assert set(predicted) == {*expected, "without-hannover"}
+    for name, held_out in predicted.items():
+        train, groups = trained[name]
+        assert not set(groups) & set(relatives.groups[held_out]), name
+        assert len(train) == len(groups) == len(relatives.without(held_out))
+    base, groups = trained["base"]
+    assert {s.source for s in base.samples} == {"kermany", "nih"}
+    assert not set(groups) & set(relatives.groups[relatives.held_out_nih()])
+    judged = [i for i, s in enumerate(relatives.dataset.samples) if s.source in COVID_SOURCES]
+    assert not set(groups) & set(relatives.groups[judged])
+    folds = json.loads((tmp_path / "folds.json").read_text())
+    assert sum(folds["all"]["n"]) == 45
+    rows = json.loads((tmp_path / "subsources.json").read_text())["rows"]
+    assert [row["n"] for row in rows] == [[4, 8]] * 3
+    hannover = json.loads((tmp_path / "hannover.json").read_text())
+    assert hannover["n"][0] == 24, "Cohen's copies are not counted again"
+
+
+@pytest.mark.slow
+def test_a_relative_is_trained_and_read_again(
+    recipes: dict[str, Any], relatives: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = recipes["judge_default"]
+    for name in ("SHORT", "BASE"):
+        config = replace(
+            getattr(judge, name),
+            preprocess=Preprocess(size_px=32),
+            augmentation=Augmentation.none(),
+            epochs=1,
+            samples_per_epoch=16,
+            progress=False,
+        )
+        monkeypatch.setattr(judge, name, config)
+    held_out = relatives.held_out_nih()
+    first = relatives.predict_without(held_out, "nih")
+    assert first.shape == (len(held_out), 3)
+    weights = relatives.folder / "nih" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert np.array_equal(relatives.predict_without(held_out, "nih"), first)
+    assert weights.stat().st_mtime_ns == before

@@ -161,3 +161,11 @@ def test_without_working_locks_the_body_runs_and_knows_it(
     monkeypatch.setattr(fcntl, "flock", flock)
     with exclusive(tmp_path / "lock") as alone:
         assert not alone
+
+
+def test_a_lock_that_can_be_had_twice_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda handle, operation: None)
+    with exclusive(tmp_path / "lock") as alone:
+        assert not alone

@@ -9,19 +9,22 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from chestxray_covid import TrainingConfig
+from chestxray_covid import Augmentation, TrainingConfig
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.training_state import (
     SignalWatch,
     StateStore,
+    check_identity,
     epoch_batches,
     epoch_order,
     repetitions,
+    run_identity,
 )
 
 TENSORS = {"model.a": np.arange(6, dtype=np.float32), "optimizer.0.step": np.array(3.0, np.float32)}
@@ -282,3 +285,20 @@ def test_outside_the_main_thread_no_handler_is_set() -> None:
     thread.start()
     thread.join()
     assert seen == [(0, before)]
+
+
+def test_an_option_that_a_run_does_not_know_counts_as_its_default() -> None:
+    def identity(**changes: Any) -> dict[str, Any]:
+        return run_identity(TrainingConfig(**changes), UNEVEN, UNEVEN, ["a"], 1)
+
+    older = identity()
+    del older["hide_centre"]
+    older["augmentation"] = {k: v for k, v in older["augmentation"].items() if k != "hide_border"}
+    check_identity(identity(), older, Path("run"))
+    with pytest.raises(TrainingError, match=r"differs in \['hide_centre'\]"):
+        check_identity(identity(hide_centre=0.1), older, Path("run"))
+    other = identity(augmentation=Augmentation(hide_border=0.1))
+    with pytest.raises(TrainingError, match=r"differs in \['augmentation'\]"):
+        check_identity(other, older, Path("run"))
+    with pytest.raises(TrainingError, match="differs in"):
+        check_identity(identity(), {}, Path("run"))

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from chestxray_covid._version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors see
+    from chestxray_covid.audit_report import AuditFinding as AuditFinding
+    from chestxray_covid.audit_report import AuditItem as AuditItem
+    from chestxray_covid.audit_report import AuditReport as AuditReport
     from chestxray_covid.augment import Augmentation as Augmentation
     from chestxray_covid.calibration import fit_temperature as fit_temperature
     from chestxray_covid.checkpoint import ModelConfig as ModelConfig
@@ -87,6 +90,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
 
 #: Module → the public names that it defines.
 _MODULES = {
+    "audit_report": ("AuditFinding", "AuditItem", "AuditReport"),
     "augment": ("Augmentation",),
     "calibration": ("fit_temperature",),
     "checkpoint": ("ModelConfig",),

@@ -6,6 +6,7 @@ neither end a table's row nor bring links, pictures or HTML into the page.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -13,18 +14,25 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from chestxray_covid.audit_report import AuditReport
 from chestxray_covid.checkpoint import ModelConfig, load_config
-from chestxray_covid.errors import ConfigError, ReportError
 from chestxray_covid.evaluation_report import EvaluationReport
-from chestxray_covid.files import read_json
-from chestxray_covid.intervals import Estimate
+from chestxray_covid.intervals import Estimate, proportion
 from chestxray_covid.reporting import CAUTION, markdown_text
+from chestxray_covid.results import Results, read_results
 from chestxray_covid.subgroups import Subgroup
 
-#: Further tables of a card, beside a checkpoint.
-MEASUREMENTS_NAME = "measurements.json"
 _METRICS = ("sensitivity", "specificity", "auroc")
+_QUESTION = ("normal", "covid19")
 _BINS = 10
+#: What the columns of :func:`decisions` are.
+DECISIONS = (
+    "Tested on",
+    "COVID-19 called positive (sensitivity)",
+    "normal called negative (specificity)",
+    "others called positive",
+)
+_MADE = "<!-- Made by chestxray-covid, which makes it again unless it was changed: {} -->\n"
 
 
 def model_card(
@@ -34,38 +42,65 @@ def model_card(
 
     Args:
         folder: Holds the checkpoint, and ``evaluation.json``, ``audit.json`` and
-            ``measurements.json`` if there are any. The last is a list of further tables, each an
-            object with ``title``, ``note``, ``head`` (texts) and ``rows`` (lists of texts).
+            ``measurements.json`` if there are any. The last holds further tables, each an object
+            with ``title``, ``note``, ``head`` (texts) and ``rows`` (lists of texts).
         name: Repository or folder, for the title and the snippets.
         license: Identifier of a licence; if not given, ``license`` of the config's provenance.
         figure: File name of the calibration figure, if there is one.
 
     Raises:
         CheckpointError: If the config is missing or damaged.
-        ReportError: If ``evaluation.json`` is no report or ``measurements.json`` no list of tables.
+        ReportError: If a result is damaged, or was measured on other weights.
     """
     config = load_config(folder)
-    report = _evaluation(folder)
+    return compose(config, read_results(folder, config), name, license=license, figure=figure)
+
+
+def compose(
+    config: ModelConfig,
+    results: Results,
+    name: str,
+    *,
+    license: str | None = None,
+    figure: str | None = None,
+) -> str:
+    """Return the text of :func:`model_card` for a config and results at hand."""
     parts = [
-        _front_matter(config, report, name, license),
+        _front_matter(config, results.evaluation, name, license),
         _introduction(config, name),
         _data(config),
-        *_measurements(folder),
-        "\n".join(_results(report, figure)),
-        _audit(folder),
+        *_measurements(results),
+        "\n".join(_results(results.evaluation, figure)),
+        _decisions(results.evaluation, config),
+        _audit(results.audit),
         _facts("Known failures", config.provenance.get("known_failures")),
         _loading(config, name),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    text = "\n\n".join(part for part in parts if part) + "\n\n"
+    return text + _MADE.format(_digest(text))
 
 
-def calibration_figure(folder: Path) -> bytes | None:
-    """Return a PNG: how often a score came true; ``None`` without predictions to draw it from.
+def is_generated(card: str) -> bool:
+    """Return whether a card is one that :func:`model_card` made and nobody changed."""
+    text, mark, rest = card.replace("\r\n", "\n").rpartition(_MADE.partition("{")[0])
+    return bool(mark) and mark + rest == _MADE.format(_digest(text))
 
-    Raises:
-        ReportError: If ``evaluation.json`` is no report.
-    """
-    report = _evaluation(folder)
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stated_license(card: str) -> str | None:
+    """Return the licence in a card's front matter, ``None`` if there is none or no front matter."""
+    front = re.match(r"---\r?\n(.*?)\n---\s", card, re.DOTALL)
+    line = re.search(
+        r"^license:[ \t]*(['\"]?)([\w.-]+)\1\s*(#.*)?$", front[1] if front else "", re.M
+    )
+    return line[2] if line else None
+
+
+def calibration_figure(report: EvaluationReport | None) -> bytes | None:
+    """Return a PNG: how often a score came true; ``None`` without predictions to draw it from."""
     if report is None or report.predictions is None:
         return None
     from matplotlib.figure import Figure
@@ -81,11 +116,6 @@ def calibration_figure(folder: Path) -> bytes | None:
     stream = io.BytesIO()
     drawing.savefig(stream, format="png", dpi=100)
     return stream.getvalue()
-
-
-def _evaluation(folder: Path) -> EvaluationReport | None:
-    path = folder / "evaluation.json"
-    return EvaluationReport.load(path) if path.is_file() else None
 
 
 def _front_matter(
@@ -201,36 +231,92 @@ def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[st
         yield f"\n![Predicted probability against the share that came true]({figure})"
 
 
-def _measurements(folder: Path) -> Iterator[str]:
+def decisions(report: EvaluationReport | None, threshold: float) -> list[list[str]]:
+    """Return what a threshold on p(covid19) / (p(covid19) + p(normal)) decides, per source.
+
+    Args:
+        report: With predictions; there are no rows without, or without the two classes.
+        threshold: A case is called positive from here on.
+
+    Returns:
+        A row for all images and one per source: where, share of COVID-19 that is called positive,
+        of normals that are not, and of images of any other class that are, each with its interval.
+    """
+    if report is None or report.predictions is None or not {*_QUESTION} <= {*report.classes}:
+        return []
+    import numpy as np
+
+    table = report.predictions
+    normal, covid = (table[f"p_{name}"].to_numpy(float) for name in _QUESTION)
+    total = normal + covid
+    # Where both are 0 the model has no opinion between the two, as in Prediction.score.
+    called = np.where(total > 0, covid / np.where(total > 0, total, 1), 0.5) >= threshold
+    label, source = table["label"].to_numpy(str), table["source"].to_numpy(str)
+    patients = table["patient_group"].to_numpy(str)
+    how = {"n_resamples": report.n_resamples, "seed": report.seed}
+
+    def share(hits: Any, among: Any) -> str:
+        found = proportion(hits[among], patients[among], confidence=report.confidence, **how)
+        return f"{_number(found)}, n = {found.n}" if found.n else "–"
+
+    rows = []
+    for where in ("all", *sorted(set(source))):
+        here = (source == where) | (where == "all")
+        others = here & ~np.isin(label, _QUESTION)
+        shares = (
+            share(called, here & (label == "covid19")),
+            share(~called, here & (label == "normal")),
+            share(called, others),
+        )
+        rows.append([where, *shares])
+    return rows
+
+
+def _decisions(report: EvaluationReport | None, config: ModelConfig) -> str:
+    rows = decisions(report, config.threshold)
+    if not rows:
+        return ""
+    lines = [
+        DECISIONS,
+        ["---"] * len(DECISIONS),
+        *([markdown_text(cell) for cell in row] for row in rows),
+    ]
+    drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"## At the stored threshold\n\nDecisions at {config.threshold:.4g}, which answers one "
+        "question only, COVID-19 or normal: what it makes of other findings is in the last column."
+        f"\n\n{drawn}"
+    )
+
+
+def _measurements(results: Results) -> Iterator[str]:
     """Yield a section for each further table."""
-    path = folder / MEASUREMENTS_NAME
-    if not path.is_file():
-        return
-    try:
-        tables = read_json(path)
-        for table in tables:
-            head, rows = [markdown_text(cell) for cell in table["head"]], table["rows"]
-            lines = [head, ["---"] * len(head), *([markdown_text(c) for c in row] for row in rows)]
-            if any(len(line) != len(head) for line in lines):
-                raise ValueError("a row is longer or shorter than the head")
-            drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-            yield f"## {markdown_text(table['title'])}\n\n{markdown_text(table['note'])}\n\n{drawn}"
-    except (ConfigError, LookupError, TypeError, ValueError) as error:
-        raise ReportError(
-            f"{path} is no list of tables with title, note, head and rows: {error!r}. "
-            "Make it again."
-        ) from error
+    for table in results.tables:
+        head = [markdown_text(cell) for cell in table["head"]]
+        lines = [
+            head,
+            ["---"] * len(head),
+            *([markdown_text(c) for c in row] for row in table["rows"]),
+        ]
+        drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        yield f"## {markdown_text(table['title'])}\n\n{markdown_text(table['note'])}\n\n{drawn}"
 
 
-def _audit(folder: Path) -> str:
-    path = folder / "audit.json"
-    if not path.is_file():
+def _audit(report: AuditReport | None) -> str:
+    if report is None:
         return "## Audit\n\nThis model has not been audited for shortcuts."
-    try:
-        content = read_json(path)
-    except ConfigError as error:
-        return f"## Audit\n\nThe audit cannot be read: {markdown_text(error)}"
-    return _facts("Audit", content) or "## Audit\n\nThe audit is empty."
+    rows = [
+        f"| {' | '.join(map(markdown_text, (item.question, item.verdict, item.reason)))} |"
+        for item in report.items
+    ]
+    head = f"Shortcut audit of {report.n_images} images of {report.n_patients} patients"
+    return "\n".join(
+        [
+            f"## Audit\n\n{head}: **{markdown_text(report.verdict)}**.\n",
+            "| Question | Verdict | Why |\n| --- | --- | --- |",
+            *rows,
+        ]
+    )
 
 
 def _loading(config: ModelConfig, name: str) -> str:

@@ -27,7 +27,7 @@ from chestxray_covid.errors import (
     ConfigError,
     first_of,
 )
-from chestxray_covid.files import MAX_JSON_BYTES, parse_json, read_json, write_files
+from chestxray_covid.files import MAX_JSON_BYTES, parse_json, read_limited, write_files
 from chestxray_covid.image import Preprocess
 from chestxray_covid.tensors import MAX_WEIGHTS_BYTES, check_tensors, read_tensors
 
@@ -239,8 +239,6 @@ def save_checkpoint(
             impossible name; nothing is written.
         OSError: If the disk is full or the folder cannot be written; the older files are intact.
     """
-    from safetensors.numpy import save
-
     target, further = Path(folder), dict(attachments or {})
     check_tensors(tensors, len(config.classes), target)
     for name, data in further.items():
@@ -248,7 +246,7 @@ def save_checkpoint(
             raise CheckpointError(
                 f"{name} has {len(data)} bytes, expected at most {_MAX_ATTACHMENT_BYTES}."
             )
-    weights = save({name: np.asarray(t, order="C") for name, t in tensors.items()})
+    weights = _weights_bytes(tensors)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in further.items()}
     digest = hashlib.sha256(weights).hexdigest()
     final = replace(config, weights_sha256=digest, attachments=digests)
@@ -256,6 +254,17 @@ def save_checkpoint(
     target.mkdir(parents=True, exist_ok=True)
     write_files(target, {WEIGHTS_NAME: weights, **further, CONFIG_NAME: text})
     return final
+
+
+def _weights_bytes(tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    from safetensors.numpy import save
+
+    return save({name: np.asarray(t, order="C") for name, t in tensors.items()})
+
+
+def weights_digest(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """Return the SHA-256 that ``model.safetensors`` would have, 64 hex digits."""
+    return hashlib.sha256(_weights_bytes(tensors)).hexdigest()
 
 
 def size_limit(name: str) -> int:
@@ -285,6 +294,10 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
         CheckpointNotFoundError: If the folder or ``config.json`` is missing.
         ConfigError: If the config is damaged or of another kind.
     """
+    return _read_config(folder)[0]
+
+
+def _read_config(folder: str | os.PathLike[str]) -> tuple[ModelConfig, bytes]:
     path = Path(folder) / CONFIG_NAME
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises if the name is too long
         raise CheckpointNotFoundError(
@@ -292,7 +305,8 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
             "for example the output of chestxray-covid train."
         )
     try:
-        return ModelConfig.from_dict(read_json(path))
+        data = read_limited(path, MAX_JSON_BYTES)
+        return ModelConfig.from_dict(parse_json(data)), data
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -311,11 +325,32 @@ def load_checkpoint(
             missing, extra, misshapen, of another type or not finite.
     """
     config = load_config(folder)
+    return config, _read_weights(folder, config)[0]
+
+
+def _read_weights(
+    folder: str | os.PathLike[str], config: ModelConfig
+) -> tuple[dict[str, NDArray[Any]], bytes]:
     path = Path(folder) / WEIGHTS_NAME
     data = _read_verified(path, config.weights_sha256, MAX_WEIGHTS_BYTES)
     tensors = read_tensors(data, path)
     check_tensors(tensors, len(config.classes), path)
-    return config, tensors
+    return tensors, data
+
+
+def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, bytes]]:
+    """Return the config of a checkpoint and name → content of its files, all verified.
+
+    The contents are the very bytes that were verified; attachments are among them.
+
+    Raises:
+        CheckpointError: As :func:`load_checkpoint` and :func:`load_attachment`.
+    """
+    config, text = _read_config(folder)
+    contents = {CONFIG_NAME: text, WEIGHTS_NAME: _read_weights(folder, config)[1]}
+    for name in config.attachments:
+        contents[name] = load_attachment(folder, config, name) or b""
+    return config, contents
 
 
 def load_attachment(folder: str | os.PathLike[str], config: ModelConfig, name: str) -> bytes | None:

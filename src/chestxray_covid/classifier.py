@@ -15,15 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from chestxray_covid.checkpoint import ModelConfig, load_attachment, load_checkpoint
+from chestxray_covid.checkpoint import ModelConfig, load_attachment, load_checkpoint, weights_digest
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import image_files, in_batches, map_ahead
 from chestxray_covid.engines import open_engine, softmax
-from chestxray_covid.errors import (
-    ChestXrayError,
-    ImageError,
-    MissingExtraError,
-)
+from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError
 from chestxray_covid.files import is_folder
 from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
 from chestxray_covid.hub import resolve
@@ -67,7 +63,7 @@ class Classifier:
             config, tensors = _restrict(config, tensors, classes)
         self.config = config
         self.gate = gate
-        self._tensors = tensors
+        self._tensors, self._file_sha256 = tensors, ""
         self._origin: Path | None = None
         self._engine = open_engine(config, tensors, engine=engine, device=device)
 
@@ -117,7 +113,7 @@ class Classifier:
         attached = load_attachment(folder, config, GATE_NAME)
         gate = None if attached is None else Gate.from_bytes(attached)
         made = cls(config, tensors, gate=gate, classes=classes, device=device, engine=engine)
-        made._origin = folder
+        made._origin, made._file_sha256 = folder, made.config.weights_sha256
         return made
 
     def save_pretrained(
@@ -172,6 +168,11 @@ class Classifier:
     def classes(self) -> tuple[str, ...]:
         """Labels in the order of the probabilities."""
         return self.config.classes
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights' file, or of the one that they would be saved to."""
+        return self._file_sha256 or weights_digest(self._tensors)
 
     @overload
     def predict(self, images: bytes | Image.Image, *, batch_size: int = ...) -> Prediction: ...
@@ -358,7 +359,7 @@ def _restrict(
         )
     rows = [config.classes.index(c) for c in chosen]
     head = {k: tensors[k][rows] for k in ("classifier.weight", "classifier.bias")}
-    return replace(config, classes=chosen), {**tensors, **head}
+    return replace(config, classes=chosen, weights_sha256=""), {**tensors, **head}
 
 
 class _Item(NamedTuple):
@@ -371,10 +372,9 @@ class _Item(NamedTuple):
 def _is_single(images: Any) -> bool:
     if isinstance(images, (str, os.PathLike)):
         return not is_folder(images)
-    if hasattr(images, "read"):  # an open file, which is also an iterator of its lines
-        return True
     several = isinstance(images, (list, tuple, ChestXrayDataset, Iterator))
-    return not several and getattr(images, "ndim", None) != 4
+    # An open file is also an iterator of its lines.
+    return hasattr(images, "read") or (not several and getattr(images, "ndim", None) != 4)
 
 
 def _expand(images: Any) -> Iterable[Any]:

@@ -68,7 +68,8 @@ def evaluate(
     are copies are not looked for). Sex and age come from the metadata ``sex`` and ``age``.
 
     Args:
-        classifier: Has ``classes`` and ``predict_proba``.
+        classifier: Has ``classes`` and ``predict_proba``; the report names its ``weights_sha256``
+            if it has one.
         dataset: Its labels must be among the classifier's classes, in any order.
         positive: The class in question; by default ``"covid19"``, or the classifier's last class
             if it has none of that name.
@@ -115,6 +116,8 @@ def _model_of(classifier: ProbabilisticClassifier) -> dict[str, Any]:
         if key != "identity"
     }
     data = config.to_dict()
+    # Of the weights that were judged: a config may be that of others.
+    data["weights_sha256"] = getattr(classifier, "weights_sha256", "")
     return {name: data[name] for name in _OF_MODEL} | {"provenance": told}
 
 

@@ -104,6 +104,11 @@ class EvaluationReport:
         parts = (part for group in _GROUPS for part in getattr(self, group).values())
         return (self.overall, *parts)
 
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the judged weights; empty if the probabilities came otherwise."""
+        return str(self.model.get("weights_sha256", ""))
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able data; undefined numbers are ``None``."""
         points = [point.to_dict() for point in self.operating_points]
@@ -130,6 +135,7 @@ class EvaluationReport:
             known = _ADDED if version == 1 else ()
             own = {f.name: data[f.name] for f in fields(cls) if f.name not in known}
             own["classes"] = check_classes(data["classes"])
+            own["model"] = dict(data.get("model", {}))
             own["overall"] = Subgroup.from_dict(data["overall"])
             for group in own.keys() & set(_GROUPS):
                 own[group] = {name: Subgroup.from_dict(part) for name, part in data[group].items()}

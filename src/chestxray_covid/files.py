@@ -23,9 +23,18 @@ def read_json(path: Path) -> Any:
     Raises:
         ConfigError: If it is too large, nested too deep, or no strict JSON.
     """
+    return parse_json(read_limited(path, MAX_JSON_BYTES))
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """Return the content of a file, or its first ``limit + 1`` bytes if it is longer.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
     try:
         with path.open("rb") as file:
-            return parse_json(file.read(MAX_JSON_BYTES + 1))
+            return file.read(limit + 1)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error}") from error
 

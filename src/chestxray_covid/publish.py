@@ -11,29 +11,21 @@ from typing import Any
 from numpy.typing import NDArray
 
 from chestxray_covid._version import __version__
-from chestxray_covid.card import MEASUREMENTS_NAME, calibration_figure, model_card
+from chestxray_covid.card import calibration_figure, compose, is_generated, stated_license
 from chestxray_covid.checkpoint import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
     ModelConfig,
     load_attachment,
-    load_checkpoint,
     load_config,
+    read_checkpoint,
     save_checkpoint,
 )
-from chestxray_covid.errors import CheckpointError, ConfigError, ReportError
-from chestxray_covid.evaluation_report import EvaluationReport
-from chestxray_covid.files import read_json, write_files
-from chestxray_covid.hub import hub_errors
+from chestxray_covid.errors import ReportError
+from chestxray_covid.files import write_files
+from chestxray_covid.hub_cache import hub_errors
+from chestxray_covid.results import JUDGED, Results, read_file, read_results
 
 CARD_NAME = "README.md"
 FIGURE_NAME = "calibration.png"
-#: What a model must have been through before it is published.
-JUDGED = ("evaluation.json", "audit.json")
-#: Results that belong to a checkpoint and go with it.
-RESULTS = (*JUDGED, MEASUREMENTS_NAME, "history.json", "confounding.json")
-#: The predictions of a large evaluation come to some MB.
-_MAX_RESULT_BYTES = 50_000_000
 
 
 def export(
@@ -48,7 +40,7 @@ def export(
     """Write a checkpoint with attachments, results and a card into a folder.
 
     Args:
-        folder: Made if missing. A card that is there stays.
+        folder: Made if missing. A card that is there stays, unless it was generated.
         config: Its config.
         tensors: Its weights.
         origin: Folder that it was loaded from. Its attachments go along, and its results if the
@@ -59,17 +51,19 @@ def export(
     Raises:
         CheckpointError: If an attachment is missing or damaged.
         OSError: If the folder cannot be written.
+        ReportError: If the origin's results are damaged or were measured on other weights; nothing
+            is written.
     """
-    attachments, results = {}, {}
+    attachments, results = {}, Results(contents={})
     if origin is not None:
         for name in config.attachments:
             attachments[name] = load_attachment(origin, config, name) or b""
         if load_config(origin).classes == config.classes:
-            results = _results(origin)
-    save_checkpoint(folder, config, tensors, {**attachments, **(own or {})})
-    write_files(folder, results)
-    if card and not (folder / CARD_NAME).exists():
-        write_files(folder, _card_files(folder, folder.name, None))
+            results = read_results(origin, config)
+    saved = save_checkpoint(folder, config, tensors, {**attachments, **(own or {})})
+    write_files(folder, results.contents)
+    if card and _own_card(folder) is None:
+        write_files(folder, make_card(saved, results, folder.name, None))
 
 
 def push(
@@ -87,8 +81,8 @@ def push(
     """Publish a checkpoint folder on the Hub and return the address of the commit.
 
     Published are config, weights, attachments, results and the card, and no other file of the
-    folder. All are verified first. A card that lies in the folder is published as it is; otherwise
-    it is made from the results.
+    folder; they are read once, verified, and what was verified is published. A card that somebody
+    wrote or changed is published as it is; otherwise it is made from the results.
 
     Args:
         folder: A checkpoint, for example the output of a training run.
@@ -103,22 +97,27 @@ def push(
 
     Raises:
         CheckpointError: If the checkpoint is missing or damaged.
-        ReportError: If ``evaluation.json`` or ``audit.json`` is missing or no JSON.
+        ReportError: If ``evaluation.json`` or ``audit.json`` is missing, no report or of other
+            weights, or somebody's own card states another licence.
         DownloadError: If the Hub cannot be reached or says no; errors that have a name of their
             own on the Hub come as they are, as from :func:`hub.resolve`.
     """
     source = Path(folder)
-    config, _ = load_checkpoint(source)
-    _require_judged(source, allow_unjudged=allow_unjudged)
-    contents = {name: (source / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)}
-    for name in config.attachments:
-        contents[name] = load_attachment(source, config, name) or b""
-    contents |= _results(source)
-    if (source / CARD_NAME).is_file():
-        kept = [name for name in (CARD_NAME, FIGURE_NAME) if (source / name).is_file()]
-        contents |= {name: (source / name).read_bytes() for name in kept}
+    config, contents = read_checkpoint(source)
+    results = read_results(source, config)
+    if not allow_unjudged:
+        _require_judged(source, results)
+    contents |= results.contents
+    card = _own_card(source)
+    if card is None:
+        contents |= make_card(config, results, repo_id, license)
     else:
-        contents |= _card_files(source, repo_id, license)
+        _check_license(source / CARD_NAME, card, license, config)
+        figure = source / FIGURE_NAME
+        contents |= {
+            CARD_NAME: card,
+            **({figure.name: read_file(figure)} if figure.is_file() else {}),
+        }
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="chestxray_covid", library_version=__version__, token=token)
@@ -137,39 +136,41 @@ def push(
     return str(commit.commit_url)
 
 
-def _require_judged(folder: Path, *, allow_unjudged: bool) -> None:
+def _require_judged(folder: Path, results: Results) -> None:
     for name in JUDGED:
-        if not (folder / name).is_file():
-            if allow_unjudged:
-                continue
+        if name not in results.contents:
             raise ReportError(
                 f"{folder / name} is missing: a model is published together with what it was "
                 "judged by. Evaluate and audit it first, or say allow_unjudged=True (command line: "
                 "--allow-unjudged)."
             )
-        if name == "evaluation.json":
-            EvaluationReport.load(folder / name)
-            continue
-        try:
-            read_json(folder / name)
-        except ConfigError as error:
-            raise ReportError(f"{folder / name}: {error}. Make it again.") from error
 
 
-def _results(folder: Path) -> dict[str, bytes]:
-    """Return name → content of the results in a folder."""
-    found = {}
-    for path in (folder / name for name in RESULTS):
-        if path.is_file():
-            if path.stat().st_size > _MAX_RESULT_BYTES:
-                raise CheckpointError(
-                    f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_RESULT_BYTES}."
-                )
-            found[path.name] = path.read_bytes()
-    return found
+def _own_card(folder: Path) -> bytes | None:
+    """Return the card that lies in a folder, unless it is one of ours as it was made."""
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return None
+    card = read_file(path)
+    return None if is_generated(card.decode(errors="replace")) else card
 
 
-def _card_files(folder: Path, name: str, license: str | None) -> dict[str, bytes]:
-    figure = calibration_figure(folder)
-    text = model_card(folder, name, license=license, figure=FIGURE_NAME if figure else None)
+def _check_license(path: Path, card: bytes, license: str | None, config: ModelConfig) -> None:
+    """Raise if somebody's own card contradicts the licence that is asked for, or the weights'."""
+    given = stated_license(card.decode(errors="replace"))
+    wanted = license or (given and config.provenance.get("license"))
+    if isinstance(wanted, str) and (given or "").lower() != wanted.lower():
+        raise ReportError(
+            f"{path} states the licence {given or 'nowhere'}, but {wanted} is asked for. Correct "
+            "the line license: at its head, or take the card away, so that one is made."
+        )
+
+
+def make_card(
+    config: ModelConfig, results: Results, name: str, license: str | None
+) -> dict[str, bytes]:
+    """Return name → content of a card and its figure, if there are predictions to draw."""
+    figure = calibration_figure(results.evaluation)
+    file = FIGURE_NAME if figure else None
+    text = compose(config, results, name, license=license, figure=file)
     return {CARD_NAME: text.encode(), **({FIGURE_NAME: figure} if figure else {})}

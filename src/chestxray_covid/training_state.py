@@ -209,15 +209,29 @@ def _digest(value: object) -> str:
 def check_identity(mine: Mapping[str, Any], theirs: Mapping[str, Any], run: Path) -> None:
     """Raise unless a run is of these options and data.
 
+    An option that a run does not name did not exist when it began, and counts as its default.
+
     Raises:
         TrainingError: If something differs, with its name.
     """
+    from chestxray_covid.training_config import TrainingConfig
+
+    theirs = _completed(theirs, TrainingConfig().to_dict())
     other = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
     if other:
         raise TrainingError(
             f"The run in {run} differs in {other} and cannot be continued like this. "
             "Use the options and data that it began with, or another folder."
         )
+
+
+def _completed(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved options with the defaults of those that are missing, nested ones too."""
+    whole = {k: v for k, v in defaults.items() if k not in RUNTIME_OPTIONS} | dict(saved)
+    for name, inner in defaults.items():
+        if isinstance(inner, Mapping) and isinstance(saved.get(name), Mapping):
+            whole[name] = {**inner, **saved[name]}
+    return whole
 
 
 class StateStore:

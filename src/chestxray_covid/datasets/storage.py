@@ -83,8 +83,9 @@ def exclusive(lock: Path) -> Iterator[bool]:
     """Let one process at a time run the body, and yield whether that could be arranged.
 
     Where it could not (read-only or some network file systems), the body runs all the same: the
-    lock saves double work, correctness must not rest on it. The system frees it when a process
-    dies, however it dies; the empty file stays.
+    lock saves double work, correctness must not rest on it. A lock that can be had twice is none,
+    whatever the system says. The system frees it when a process dies, however it dies; the empty
+    file stays.
     """
     try:
         file = lock.open("ab")
@@ -92,15 +93,24 @@ def exclusive(lock: Path) -> Iterator[bool]:
         yield False
         return
     with file:
-        yield _wait_for(file.fileno())
+        yield _take(file.fileno(), wait=True) and not _is_free(lock)
 
 
-def _wait_for(handle: int) -> bool:
+def _is_free(lock: Path) -> bool:
+    """Return whether a lock can be taken that is taken, which tells that locks do not work."""
+    try:
+        with lock.open("ab") as second:
+            return _take(second.fileno(), wait=False)
+    except OSError:
+        return True
+
+
+def _take(handle: int, *, wait: bool) -> bool:
     try:
         if sys.platform == "win32":
-            msvcrt.locking(handle, msvcrt.LK_LOCK, 1)
+            msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
         else:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

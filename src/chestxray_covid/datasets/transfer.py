@@ -91,11 +91,16 @@ def fetch_all(client: Client, files: Sequence[RemoteFile], *, workers: int, prog
     return fetched
 
 
-def fetch(client: Client, file: RemoteFile) -> bool:
+def fetch(client: Client, file: RemoteFile, *, alone: bool = False) -> bool:
     """Bring a file into place and return whether it had to be fetched.
 
     Bytes gather in a hidden ``.part`` file in the same folder, where the next run goes on after
     an interruption of any kind. Wrong bytes are fetched once more.
+
+    Args:
+        client: That asks for them.
+        file: What is wanted.
+        alone: Whether a lock keeps all others from this file, so that whatever they left is free.
 
     Raises:
         DownloadError: If the server fails for good or the file cannot be written.
@@ -104,7 +109,7 @@ def fetch(client: Client, file: RemoteFile) -> bool:
     with writing_to(file.target):
         if file.is_at(file.target):
             return False
-        if _bring(client, file, anew=False) or _bring(client, file, anew=True):
+        if _bring(client, file, False, alone) or _bring(client, file, True, alone):
             return True
     raise IntegrityError(
         f"{file.url} gave other bytes than the published ones, twice: expected {file.size} bytes "
@@ -121,23 +126,23 @@ def remove_stale_parts(folder: Path) -> None:
                 path.unlink()
 
 
-def _bring(client: Client, file: RemoteFile, *, anew: bool) -> bool:
+def _bring(client: Client, file: RemoteFile, anew: bool, alone: bool) -> bool:
     """Return whether the right bytes arrived and are in place."""
     try:
-        return _bring_once(client, file, anew)
+        return _bring_once(client, file, anew, alone)
     except FileNotFoundError:
         # where locks do not work, another process may have finished, and tidied up
-        return file.is_at(file.target) or _bring_once(client, file, anew)
+        return file.is_at(file.target) or _bring_once(client, file, anew, alone)
 
 
-def _bring_once(client: Client, file: RemoteFile, anew: bool) -> bool:
+def _bring_once(client: Client, file: RemoteFile, anew: bool, alone: bool) -> bool:
     key = hashlib.sha256(f"{file.target.name}\0{file.oid}".encode()).hexdigest()[:16]
     folder = file.target.parent
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{key}-{secrets.token_hex(4)}.part"
     try:
         if not anew:
-            _take_over(folder.glob(f".{key}-*.part"), part)
+            _take_over(folder.glob(f".{key}-*.part"), part, alone)
         client.persist(file.url, lambda: _receive(client, file, part), lambda: _size(part))
         if not file.is_at(part):
             part.unlink()
@@ -154,13 +159,15 @@ def _bring_once(client: Client, file: RemoteFile, anew: bool) -> bool:
     return True
 
 
-def _take_over(parts: Iterable[Path], part: Path) -> None:
+def _take_over(parts: Iterable[Path], part: Path, alone: bool) -> None:
     """Begin a part with what earlier runs left, without touching what may still be in use."""
     left = sorted(parts, key=_size)
-    if left:
+    if left and alone:
+        left.pop().replace(part)
+    elif left:
         shutil.copyfile(left[-1], part)
     for path in left:
-        if _is_older(path, _QUIET_S):
+        if alone or _is_older(path, _QUIET_S):
             path.unlink(missing_ok=True)
 
 
