@@ -163,7 +163,7 @@ def test_resuming_after_any_step_gives_the_same_weights_bit_for_bit(
 def test_a_compiled_step_trains_the_same_weights(split: Split, tmp_path: Path) -> None:
     config = replace(QUICK, epochs=1)
     _, plain = trained(split, tmp_path / "plain", config)
-    _, compiled = trained(split, tmp_path / "compiled", replace(config, compile="eager"))
+    _, compiled = trained(split, tmp_path / "compiled", replace(config, compile_backend="eager"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     for name, values in plain.items():
         np.testing.assert_allclose(compiled[name], values, rtol=1e-4, atol=1e-5, err_msg=name)

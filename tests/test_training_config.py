@@ -57,7 +57,7 @@ def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
         *[("max_repeats", v) for v in (0.5, "4", True, math.nan)],
         *[("step_factor", v) for v in (0, 1.1, math.nan)],
         *[(n, "x") for n in ("optimizer", "schedule", "balance", "monitor", "precision", "device")],
-        ("compile", "turbo"),
+        ("compile_backend", "turbo"),
     ],
 )
 def test_an_impossible_option_is_refused_by_name(field: str, value: object) -> None:

@@ -70,7 +70,7 @@ class TrainingConfig:
         precision: ``"bfloat16"`` (autocast), ``"float32"``, or ``"auto"``: bfloat16 where the
             processor or GPU computes it natively.
         device: ``"auto"`` takes a GPU where there is one, or ``"cpu"``.
-        compile: Backend of ``torch.compile``, such as ``"inductor"``, for the step of training;
+        compile_backend: Backend of ``torch.compile``, such as ``"inductor"``, for the step of training;
             ``None`` compiles nothing. Worth its minutes of compilation on a GPU, not on a CPU.
         channels_last: Keep images and weights in channels-last order, which is faster.
         workers: Threads that decode.
@@ -108,7 +108,7 @@ class TrainingConfig:
     patience: int | None = 8
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
-    compile: str | None = None
+    compile_backend: str | None = None
     channels_last: bool = True
     workers: int = 2
     cache_dir: str | os.PathLike[str] | None = None
@@ -158,10 +158,10 @@ class TrainingConfig:
             )
         if not 0 < self.step_factor <= 1:
             raise ValueError(f"step_factor must be in (0, 1], got {self.step_factor}")
-        if self.compile is not None and self.compile not in _backends():
+        if self.compile_backend is not None and self.compile_backend not in _backends():
             raise ValueError(
-                f"compile must be a backend of torch.compile ({', '.join(_backends())}), or None, "
-                f"got {self.compile!r}"
+                f"compile_backend must be a backend of torch.compile ({', '.join(_backends())}), or None, "
+                f"got {self.compile_backend!r}"
             )
         hints = get_type_hints(type(self))
         for name in ("optimizer", "schedule", "balance", "monitor", "precision", "device"):

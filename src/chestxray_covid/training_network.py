@@ -63,8 +63,8 @@ class TrainingNetwork:
         # Validation stays as it is: its last batch is smaller, and would be compiled again.
         self._forward = (
             self._net
-            if config.compile is None
-            else torch.compile(self._net, backend=config.compile)
+            if config.compile_backend is None
+            else torch.compile(self._net, backend=config.compile_backend)
         )
         self._average: AveragedModel | None = None
         if config.ema_decay:
