@@ -70,8 +70,8 @@ class TrainingConfig:
         precision: ``"bfloat16"`` (autocast), ``"float32"``, or ``"auto"``: bfloat16 where the
             processor or GPU computes it natively.
         device: ``"auto"`` takes a GPU where there is one, or ``"cpu"``.
-        compile_backend: Backend of ``torch.compile``, such as ``"inductor"``, for the step of training;
-            ``None`` compiles nothing. Worth its minutes of compilation on a GPU, not on a CPU.
+        compile_backend: Backend of ``torch.compile``, such as ``"inductor"``, for the step of
+            training; ``None`` compiles nothing. Worth its minutes on a GPU, not on a CPU.
         channels_last: Keep images and weights in channels-last order, which is faster.
         workers: Threads that decode.
         cache_dir: Folder for decoded pixels, so that later epochs need not decode; ``None``: none.
@@ -160,8 +160,8 @@ class TrainingConfig:
             raise ValueError(f"step_factor must be in (0, 1], got {self.step_factor}")
         if self.compile_backend is not None and self.compile_backend not in _backends():
             raise ValueError(
-                f"compile_backend must be a backend of torch.compile ({', '.join(_backends())}), or None, "
-                f"got {self.compile_backend!r}"
+                "compile_backend must be a backend of torch.compile "
+                f"({', '.join(_backends())}), or None, got {self.compile_backend!r}"
             )
         hints = get_type_hints(type(self))
         for name in ("optimizer", "schedule", "balance", "monitor", "precision", "device"):
