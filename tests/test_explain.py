@@ -138,32 +138,40 @@ def test_weights_in_half_precision_are_explained(images: list[Image.Image]) -> N
     assert same(found, grad_cam(Classifier(CONFIG, exact), images[0]))
 
 
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Return Spearman's correlation of two maps, 0 where one of them is the same everywhere."""
+    if not one.std() or not other.std():
+        return 0.0
+    return float(spearmanr(one.ravel(), other.ravel()).statistic)
+
+
 def test_weights_made_random_change_the_map() -> None:
     """The sanity check of Adebayo et al. 2018, from the head to the whole network."""
     bundled = Classifier.from_pretrained()
     classes, size = bundled.classes, bundled.config.preprocess.size_px
     phantoms = SyntheticChestXray(6, image_size_px=size, seed=3)
-    original = grad_cam(bundled, phantoms, "covid19")
+    original = grad_cam(bundled, phantoms)
+    targets = [heatmap.target for heatmap in original]
     noise = random_tensors(len(classes), seed=5)
 
     def similarity(prefixes: tuple[str, ...]) -> float:
         changed = {k: noise[k] if k.startswith(prefixes) else v for k, v in tensors.items()}
-        found = grad_cam(Classifier(bundled.config, changed), phantoms, "covid19")
+        found = grad_cam(Classifier(bundled.config, changed), phantoms, targets)
         pairs = zip(original, found, strict=True)
-        alike = [spearmanr(a.grid.ravel(), b.grid.ravel()).statistic for a, b in pairs]
-        return float(np.nanmean(alike))
+        return float(np.mean([rank_correlation(a.grid, b.grid) for a, b in pairs]))
 
     tensors = bundled._tensors
+    head, block = "classifier.weight", "features.denseblock4"
+    alike = [similarity(made_random) for made_random in ((head,), (head, block), ("",))]
     assert similarity(("none of them",)) == pytest.approx(1)
-    assert similarity(("classifier.weight",)) < 0.5
-    assert similarity(("classifier.weight", "features.denseblock4")) < 0.5
-    assert similarity(("",)) < 0.5
+    # What only finds edges of the image, the failure that the paper is about, stays near 1.
+    assert 0.9 > alike[0] > alike[1] > alike[2]
+    assert alike[2] < 0.2
 
 
 def test_heat_is_where_the_network_reads_in_the_geometry_of_the_original(tmp_path: Path) -> None:
     """A network whose last maps are the brightness of their place points at a bright square."""
     model = classifier()
-    net = from_tensors(model._tensors)
     chain = network_without_inplace(model)
     # The channel whose map follows brightness best; the head is made to read that one alone.
     rng = np.random.default_rng(0)
@@ -171,11 +179,10 @@ def test_heat_is_where_the_network_reads_in_the_geometry_of_the_original(tmp_pat
     with torch.no_grad():
         maps = chain[:2](normalise(torch.from_numpy(pixels), PREPROCESS))[0].flatten(1).numpy()
     levels = pixels[0, 0, ::32, ::32].ravel()
-    fit = np.nan_to_num([np.corrcoef(row, levels)[0, 1] for row in maps])
+    fit = [np.corrcoef(row, levels)[0, 1] if row.std() else 0 for row in maps]
     tensors = dict(model._tensors)
     tensors["classifier.weight"] = np.zeros_like(tensors["classifier.weight"])
-    tensors["classifier.weight"][2, int(fit.argmax())] = 1
-    assert net.classifier.weight.shape == tensors["classifier.weight"].shape
+    tensors["classifier.weight"][2, int(np.argmax(fit))] = 1
     wide = np.zeros((200, 600), np.uint8)
     wide[:, 400:] = 40
     wide[133:, 400:] = 255
