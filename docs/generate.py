@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from chestxray_covid import Confounding, EvaluationReport, History, SyntheticChestXray
 
 if TYPE_CHECKING:
-    from chestxray_covid.evaluation_report import Subgroup
     from chestxray_covid.intervals import Estimate
+    from chestxray_covid.subgroups import Subgroup
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results" / "baseline"

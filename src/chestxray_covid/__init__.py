@@ -72,6 +72,14 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.lungs import segment as segment
     from chestxray_covid.models import build_densenet121 as build_densenet121
     from chestxray_covid.models import set_trainable as set_trainable
+    from chestxray_covid.plots import plot_confusion as plot_confusion
+    from chestxray_covid.plots import plot_heatmaps as plot_heatmaps
+    from chestxray_covid.plots import plot_history as plot_history
+    from chestxray_covid.plots import plot_precision_recall as plot_precision_recall
+    from chestxray_covid.plots import plot_reliability as plot_reliability
+    from chestxray_covid.plots import plot_risk_coverage as plot_risk_coverage
+    from chestxray_covid.plots import plot_roc as plot_roc
+    from chestxray_covid.plots import plot_samples as plot_samples
     from chestxray_covid.prediction import FailedPrediction as FailedPrediction
     from chestxray_covid.prediction import Prediction as Prediction
     from chestxray_covid.splits import Split as Split
@@ -131,6 +139,16 @@ _MODULES = {
     "heat_shares": ("LungHeat", "lung_heat"),
     "lungs": ("lung_box", "segment"),
     "models": ("build_densenet121", "set_trainable"),
+    "plots": (
+        "plot_confusion",
+        "plot_heatmaps",
+        "plot_history",
+        "plot_precision_recall",
+        "plot_reliability",
+        "plot_risk_coverage",
+        "plot_roc",
+        "plot_samples",
+    ),
     "prediction": ("FailedPrediction", "Prediction"),
     "confounders": ("Confounding", "confounding"),
     "splits": ("Split", "split_by_patient"),

@@ -15,9 +15,11 @@ from typing import Any
 
 from chestxray_covid.checkpoint import ModelConfig, load_config
 from chestxray_covid.errors import ConfigError, ReportError
-from chestxray_covid.evaluation_report import CAUTION, EvaluationReport, Subgroup
+from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.files import read_json
 from chestxray_covid.intervals import Estimate
+from chestxray_covid.reporting import CAUTION
+from chestxray_covid.subgroups import Subgroup
 
 #: Further tables of a card, beside a checkpoint.
 MEASUREMENTS_NAME = "measurements.json"

@@ -12,15 +12,23 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from chestxray_covid._version import __version__
-from chestxray_covid.command import BATCH, DATA, DEVICE, MODEL, NOT_A_DEVICE, translated
+from chestxray_covid.command import (
+    BATCH,
+    DATA,
+    DEVICE,
+    MODEL,
+    NOT_A_DEVICE,
+    SPLIT_NAME,
+    open_data,
+    translated,
+)
 from chestxray_covid.hub_commands import models, push
+from chestxray_covid.judging_commands import evaluate
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
     from chestxray_covid.prediction import FailedPrediction, Prediction
     from chestxray_covid.splits import Split
-
-SPLIT_NAME = "split.json"
 
 
 @click.group(epilog=NOT_A_DEVICE, context_settings={"max_content_width": 100})
@@ -29,6 +37,7 @@ def main() -> None:
     """COVID-19 classification of chest radiographs with DenseNet-121."""
 
 
+main.add_command(evaluate)
 main.add_command(models)
 main.add_command(push)
 
@@ -146,13 +155,13 @@ def train(
     if (output / "config.json").exists() and not resume:
         raise click.UsageError(f"{output} already holds a run: use --resume or another folder.")
     labels = _labels(classes)
-    dataset = _open(data, labels)
+    dataset = open_data(data, labels)
     if limit is not None:
         dataset = dataset.limit(limit, seed=seed)
 
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.confounders import confounding
-    from chestxray_covid.evaluation import evaluate
+    from chestxray_covid.evaluation import evaluate as judge
     from chestxray_covid.image import Preprocess
     from chestxray_covid.models import build_densenet121
     from chestxray_covid.training import Trainer
@@ -182,56 +191,9 @@ def train(
     best = history.best
     click.echo(f"\nBest epoch: {best.epoch} of {len(history)}, val loss {best.val_loss:.4f}")
     classifier = Classifier.from_pretrained(output)
-    report = evaluate(classifier, split.test, progress=not quiet)
+    report = judge(classifier, split.test, progress=not quiet)
     report.save(output / "evaluation.json")
     click.echo(f"\n{report}\n\nEverything is in {output}. {NOT_A_DEVICE}")
-
-
-@main.command()
-@MODEL
-@DATA
-@click.option(
-    "--split",
-    "side",
-    type=click.Choice(["train", "val", "test"]),
-    help="Judge only this side of the split that the run was trained with.",
-)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
-@BATCH
-@DEVICE
-@translated
-def evaluate(
-    model: str | None,
-    data: tuple[Path, ...],
-    side: str | None,
-    output: Path | None,
-    batch_size: int,
-    device: str | None,
-) -> None:
-    """Judge a model on data sets, with intervals by patient, per source and per view."""
-    from chestxray_covid.classifier import Classifier
-    from chestxray_covid.evaluation import evaluate as judge
-    from chestxray_covid.splits import Split
-
-    classifier = Classifier.from_pretrained(model, device=device)
-    dataset = _open(data, classifier.classes)
-    saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
-    if side is not None and saved is None:
-        raise click.UsageError("--split needs --model to be the folder of a training run.")
-    if side is not None and saved is not None:
-        dataset = getattr(Split.load(saved, dataset), side)
-    elif saved is not None and saved.is_file():
-        seen = _count_seen(saved, dataset)
-        if seen:
-            click.echo(
-                f"Caution: the model was trained on {seen} of these {len(dataset)} images; "
-                "use --split test for those that it never saw.",
-                err=True,
-            )
-    report = judge(classifier, dataset, batch_size=batch_size, progress=True)
-    if output is not None:
-        report.save(output)
-    click.echo(str(report))
 
 
 @main.command()
@@ -319,16 +281,6 @@ def _labels(classes: str) -> tuple[str, ...]:
     return labels
 
 
-def _open(data: tuple[Path, ...], classes: tuple[str, ...]) -> ChestXrayDataset:
-    from chestxray_covid.datasets.base import concatenate
-    from chestxray_covid.datasets.folder import open_dataset
-
-    parts = [open_dataset(path, classes=classes) for path in data]
-    for part in parts:
-        click.echo(str(part.report()))
-    return parts[0] if len(parts) == 1 else concatenate(parts)
-
-
 def _split(dataset: ChestXrayDataset, output: Path, *, seed: int, progress: bool) -> Split:
     """Return the run's split: the saved one if there is one, else a new one, saved."""
     from chestxray_covid.splits import Split, split_by_patient
@@ -340,13 +292,6 @@ def _split(dataset: ChestXrayDataset, output: Path, *, seed: int, progress: bool
     output.mkdir(parents=True, exist_ok=True)
     split.save(saved)
     return split
-
-
-def _count_seen(saved: Path, dataset: ChestXrayDataset) -> int:
-    from chestxray_covid.splits import saved_side
-
-    trained = saved_side(saved, "train")
-    return sum(s.content_hash() in trained for s in dataset.samples)
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -1,10 +1,10 @@
-"""Judge a classifier: numbers with intervals, overall, per source and per view."""
+"""Judge a classifier: numbers with intervals, overall and per subgroup."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,14 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from chestxray_covid import metrics as m
 from chestxray_covid.confounders import Confounding
 from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
-from chestxray_covid.evaluation_report import IDENTITY, SMALL, EvaluationReport, Subgroup
-from chestxray_covid.intervals import (
-    Estimate,
-    bootstrap_by_group,
-    check_resampling,
-    proportion,
-)
+from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.evaluation_report import EvaluationReport
+from chestxray_covid.intervals import check_resampling
+from chestxray_covid.judged_images import IDENTITY, UNKNOWN
 from chestxray_covid.splits import divide, folds_by_patient
+from chestxray_covid.subgroups import GROUPS, age_band, judge, parts_of, sex_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,6 +55,10 @@ def evaluate(
 ) -> EvaluationReport:
     """Return how good a classifier is on a data set that it was not trained on.
 
+    A patient counts once, also where two collections hold images of theirs
+    (:func:`~chestxray_covid.patient_groups`, by what the collections say; copies that nothing says
+    are copies are not looked for). Sex and age come from the metadata ``sex`` and ``age``.
+
     Args:
         classifier: Has ``classes`` and ``predict_proba``.
         dataset: Its labels must be among the classifier's classes, in any order.
@@ -73,23 +75,37 @@ def evaluate(
             an option is impossible.
         ImageError: If a file cannot be decoded.
     """
-    samples, labels = dataset.samples, [sample.label for sample in dataset.samples]
+    labels = [sample.label for sample in dataset.samples]
     # Before the slow part, so that a wrong argument is not found out an hour later.
     chosen = _positive(labels, classifier.classes, positive)
     check_resampling(n_resamples=n_resamples, confidence=confidence)
-    return evaluate_probabilities(
+    report = evaluate_probabilities(
         labels,
         classifier.predict_proba(dataset, batch_size=batch_size, progress=progress),
         classes=classifier.classes,
-        patients=[sample.patient_id for sample in samples],
-        sources=[sample.source for sample in samples],
-        views=[sample.view for sample in samples],
-        ids=[sample.path.name for sample in samples],
+        **_provenance(dataset, patient_groups(dataset, find_copies=False)),
+        ids=[sample.path.name for sample in dataset.samples],
         positive=chosen,
         n_resamples=n_resamples,
         seed=seed,
         confidence=confidence,
     )
+    config = getattr(classifier, "config", None)
+    model = {} if config is None else config.to_dict()
+    return replace(report, model=model, excluded=dict(dataset.report().dropped))
+
+
+def _provenance(dataset: ChestXrayDataset, groups: Sequence[int]) -> dict[str, Any]:
+    """Return what :func:`evaluate_probabilities` wants to know of the samples."""
+    samples = dataset.samples
+    return {
+        "patients": [s.patient_id for s in samples],
+        "sources": [s.source for s in samples],
+        "views": [s.view for s in samples],
+        "groups": groups,
+        "sexes": [s.metadata.get("sex", "") for s in samples],
+        "ages": [s.metadata.get("age", "") for s in samples],
+    }
 
 
 def evaluate_probabilities(
@@ -100,6 +116,9 @@ def evaluate_probabilities(
     patients: Sequence[Hashable],
     sources: Sequence[str],
     views: Sequence[str],
+    groups: Sequence[Hashable] | None = None,
+    sexes: Sequence[str] | None = None,
+    ages: Sequence[str] | None = None,
     ids: Sequence[str] | None = None,
     positive: str | None = None,
     n_resamples: int = 1000,
@@ -118,6 +137,10 @@ def evaluate_probabilities(
         patients: ``(N,)`` patients, unique only within their source.
         sources: ``(N,)`` collections.
         views: ``(N,)`` projections.
+        groups: ``(N,)`` patients across sources, by which intervals are resampled; the pairs of
+            source and patient if not given.
+        sexes: ``(N,)``, ``"F"``, ``"M"`` or anything else for unknown.
+        ages: ``(N,)`` years as text, or anything else for unknown; only the band is kept.
         ids: ``(N,)`` names of the images; row numbers if not given.
         positive, n_resamples, seed, confidence: As in :func:`evaluate`.
 
@@ -128,22 +151,36 @@ def evaluate_probabilities(
 
     names, p = check_classes(classes), m.check_probabilities(probabilities)
     chosen = _positive(y_true, names, positive)
-    numbered = [str(i) for i in range(len(p))] if ids is None else ids
-    columns = dict(zip(IDENTITY, (numbered, y_true, patients, sources, views), strict=True))
+    unknown = [UNKNOWN] * len(p)
+    columns: dict[str, Sequence[Any]] = {
+        "id": range(len(p)) if ids is None else ids,
+        "label": y_true,
+        "patient_id": patients,
+        "source": sources,
+        "view": views,
+        "patient_group": list(zip(sources, patients, strict=False)) if groups is None else groups,
+        "sex": unknown if sexes is None else [sex_of(str(sex)) for sex in sexes],
+        "age_band": unknown if ages is None else [age_band(str(age)) for age in ages],
+    }
     lengths = {name: len(column) for name, column in columns.items()}
     if p.shape[1] != len(names) or set(lengths.values()) != {len(p)}:
         raise ValueError(
             f"probabilities must have a row per image and {len(names)} columns for "
             f"{list(names)}, got shape {p.shape} for {lengths}"
         )
-    table = pd.DataFrame({k: [str(text) for text in column] for k, column in columns.items()})
+    known: dict[Hashable, int] = {}
+    columns["patient_group"] = [known.setdefault(g, len(known)) for g in columns["patient_group"]]
+    table = pd.DataFrame({name: [str(text) for text in columns[name]] for name in IDENTITY})
     table[[f"p_{name}" for name in names]] = p
     how: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
-
-    def judge(group: str, name: str, part: pd.DataFrame) -> Subgroup:
-        return _judge(group, name, part, names, chosen, how)
-
-    overall = judge("overall", "all", table)
+    overall = judge("overall", "all", table, names, chosen, how)
+    by: dict[str, Any] = {
+        f"by_{group}": {
+            name: judge(group, name, part, names, chosen, how)
+            for name, part in parts_of(table, group)
+        }
+        for group in GROUPS
+    }
     return EvaluationReport(
         classes=names,
         positive=chosen,
@@ -152,8 +189,7 @@ def evaluate_probabilities(
         confounded=_is_confounded(table, chosen),
         **how,
         overall=overall,
-        by_source={str(s): judge("source", str(s), part) for s, part in table.groupby("source")},
-        by_view={str(v): judge("view", str(v), part) for v, part in table.groupby("view")},
+        **by,
         predictions=table,
     )
 
@@ -167,62 +203,6 @@ def _is_confounded(table: pd.DataFrame, positive: str) -> bool:
     parts = [table, question] if question["label"].nunique() > 1 else [table]
     return any(
         Confounding.of(part["source"].tolist(), part["label"].tolist()).is_severe for part in parts
-    )
-
-
-def _judge(
-    group: str,
-    name: str,
-    table: pd.DataFrame,
-    classes: tuple[str, ...],
-    positive: str,
-    how: Mapping[str, Any],
-) -> Subgroup:
-    truth = np.array([classes.index(label) for label in table["label"]])
-    p = table[[f"p_{label}" for label in classes]].to_numpy()
-    patients = table.groupby(["source", "patient_id"]).ngroup().to_numpy()
-    called = p.argmax(1)
-
-    def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Estimate:
-        return proportion(hits[among], patients[among], **how)
-
-    def resample(statistic: Any, *arrays: NDArray[Any], among: Any = slice(None)) -> Estimate:
-        chosen = [array[among] for array in arrays]
-        return bootstrap_by_group(statistic, patients[among], *chosen, **how)
-
-    per_class = {}
-    for k, label in enumerate(classes):
-        is_it, said = truth == k, called == k
-        per_class[label] = {
-            "sensitivity": share(said, is_it),
-            "specificity": share(~said, ~is_it),
-            "ppv": share(is_it, said),
-            "npv": share(~is_it, ~said),
-            "auroc": resample(m.auroc, is_it, p[:, k]),
-            "average_precision": resample(m.average_precision, is_it, p[:, k]),
-        }
-    if len(classes) > 2 and "normal" in classes and positive != "normal":
-        one, other = classes.index(positive), classes.index("normal")
-        total = p[:, one] + p[:, other]
-        # Where both are 0 the model has no opinion between the two.
-        score = np.where(total > 0, p[:, one] / np.where(total > 0, total, 1), 0.5)
-        per_class[positive]["auroc_vs_normal"] = resample(
-            m.auroc, truth == one, score, among=(truth == one) | (truth == other)
-        )
-    return Subgroup(
-        group=group,
-        name=name,
-        n_images=len(table),
-        n_patients=len(np.unique(patients)),
-        small=len(table) < SMALL,
-        confusion=tuple(map(tuple, m.confusion_matrix(truth, called, len(classes)).tolist())),
-        metrics={
-            "accuracy": proportion(truth == called, patients, **how),
-            "kappa": resample(m.cohen_kappa, truth, called),
-            "brier": resample(m.brier_score, truth, p),
-            "ece": resample(m.expected_calibration_error, truth, p),
-        },
-        per_class=per_class,
     )
 
 
@@ -275,7 +255,6 @@ def cross_validate(
         TrainingError: If a fold cannot be trained.
         WeightsUnavailableError: If ImageNet weights are wanted and not to be had.
     """
-    from chestxray_covid.datasets.duplicates import patient_groups
     from chestxray_covid.training_config import TrainingConfig
 
     config = config or TrainingConfig()
@@ -295,15 +274,12 @@ def cross_validate(
                 output=place / f"fold-{number}",
                 seed=seed,
             )
-    samples = dataset.samples
     return evaluate_probabilities(
-        [s.label for s in samples],
+        [s.label for s in dataset.samples],
         probabilities,
         classes=dataset.classes,
-        patients=[s.patient_id for s in samples],
-        sources=[s.source for s in samples],
-        views=[s.view for s in samples],
-        ids=[str(s.path) for s in samples],
+        **_provenance(dataset, groups),
+        ids=[str(s.path) for s in dataset.samples],
         positive=positive,
         seed=seed,
     )

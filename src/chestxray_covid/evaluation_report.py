@@ -1,57 +1,51 @@
-"""What an evaluation found: subgroups with their numbers, as JSON, table and text."""
+"""What an evaluation found: subgroups with their numbers, curves, decisions, and as files."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from chestxray_covid import metrics as m
+import numpy as np
+
+from chestxray_covid import curves
+from chestxray_covid.comparison import Comparison, compare_scores
 from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.errors import ReportError
 from chestxray_covid.files import write_files
-from chestxray_covid.intervals import Estimate
+from chestxray_covid.judged_images import (
+    Question,
+    aligned,
+    ask,
+    probabilities_of,
+    read_predictions,
+    share_patients,
+)
+from chestxray_covid.operating_points import (
+    GIVEN,
+    OPTIMISTIC,
+    OTHER,
+    SAME,
+    SHARED,
+    OperatingPoint,
+    choose_threshold,
+    decide,
+)
+from chestxray_covid.reporting import report_text
+from chestxray_covid.subgroups import Subgroup
 
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Subgroups with fewer images are flagged: their numbers say next to nothing.
-SMALL = 20
-CAUTION = "The source all but gives the label here: these numbers cannot tell disease from source."
-_FORMAT = 1
-IDENTITY = ("id", "label", "patient_id", "source", "view")
+#: Version 1 knew a patient only within a source, neither sex nor age, and nothing of the model; it
+#: is still read.
+_FORMAT = 2
+_GROUPS = ("by_source", "by_view", "by_sex", "by_age")
+_ADDED = ("by_sex", "by_age", "operating_points", "model", "excluded")
 _COLUMNS = ("group", "subgroup", "class", "metric", "value", "low", "high", "n", "method")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subgroup:
-    """The numbers on one part of the images.
-
-    Attributes:
-        group: ``"overall"``, ``"source"`` or ``"view"``.
-        name: Which one; ``"all"`` overall.
-        n_images: Images in it.
-        n_patients: Patients in it.
-        small: Whether it has fewer than 20 images.
-        confusion: K rows of K counts; rows are the truth, columns the prediction.
-        metrics: ``accuracy``, ``kappa``, ``brier`` and ``ece``, over all classes.
-        per_class: Class → ``sensitivity``, ``specificity``, ``ppv``, ``npv``, ``auroc`` and
-            ``average_precision`` of that class against all others; the decision is the class of
-            the highest probability. With more than two classes, the positive one also has
-            ``auroc_vs_normal``: of p / (p + p(normal)), over the images that are one of the two.
-    """
-
-    group: str
-    name: str
-    n_images: int
-    n_patients: int
-    small: bool
-    confusion: tuple[tuple[int, ...], ...]
-    metrics: Mapping[str, Estimate]
-    per_class: Mapping[str, Mapping[str, Estimate]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +56,7 @@ class EvaluationReport:
         classes: Labels in the order of the probabilities.
         positive: The class in question, usually ``"covid19"``.
         n_images: Number of images.
-        n_patients: Number of patients, (source, patient) pairs.
+        n_patients: Number of patients; one counts once, also with images in two collections.
         confounded: Whether every source holds one class only, so that these numbers cannot tell
             disease from source.
         confidence: Level of all intervals.
@@ -71,8 +65,15 @@ class EvaluationReport:
         overall: The numbers on all images.
         by_source: Source → the numbers on its images.
         by_view: View → the numbers on its images.
+        by_sex: Sex → the numbers on its images; empty if it is known of none.
+        by_age: Band of years → the numbers on its images; empty if it is known of none.
+        operating_points: Decisions at thresholds, see :meth:`operating_point`.
+        model: Config of the classifier, see :class:`~chestxray_covid.ModelConfig`; empty if the
+            probabilities came otherwise.
+        excluded: Why images of the data set were left out → how many.
         predictions: What they were computed from, a row per image in order: ``id``, ``label``,
-            ``patient_id``, ``source``, ``view``, and ``p_<class>`` per class; may be left out.
+            ``patient_id``, ``source``, ``view``, ``patient_group`` (the patient across sources),
+            ``sex``, ``age_band``, and ``p_<class>`` per class; may be left out.
     """
 
     classes: tuple[str, ...]
@@ -86,16 +87,26 @@ class EvaluationReport:
     overall: Subgroup
     by_source: Mapping[str, Subgroup]
     by_view: Mapping[str, Subgroup]
+    by_sex: Mapping[str, Subgroup] = field(default_factory=dict)
+    by_age: Mapping[str, Subgroup] = field(default_factory=dict)
+    operating_points: tuple[OperatingPoint, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    excluded: Mapping[str, int] = field(default_factory=dict)
     predictions: pd.DataFrame | None = field(default=None, repr=False)
 
     @property
     def subgroups(self) -> tuple[Subgroup, ...]:
-        """Overall, then the sources, then the views."""
-        return (self.overall, *self.by_source.values(), *self.by_view.values())
+        """Overall, then by source, view, sex and age."""
+        parts = (part for group in _GROUPS for part in getattr(self, group).values())
+        return (self.overall, *parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able data; undefined numbers are ``None``."""
-        return {"format_version": _FORMAT, **_plain(asdict(self))}
+        points = [point.to_dict() for point in self.operating_points]
+        bare = replace(self, operating_points=(), predictions=None)
+        table = None if self.predictions is None else self.predictions.to_dict(orient="list")
+        changes = {"operating_points": points, "predictions": table}
+        return {"format_version": _FORMAT, **_plain(asdict(bare)), **changes}
 
     def to_json(self) -> str:
         """Return the report as strict JSON."""
@@ -103,20 +114,26 @@ class EvaluationReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the report that :meth:`to_dict` described.
+        """Return the report that :meth:`to_dict` described, of this version or of version 1.
 
         Raises:
             ReportError: If it is of another format, or a field is missing or impossible.
         """
         try:
-            if data["format_version"] != _FORMAT:
-                raise ValueError(f"format {data['format_version']!r}, this version reads {_FORMAT}")
-            own = {f.name: data[f.name] for f in fields(cls)}
+            version = data["format_version"]
+            if type(version) is not int or version not in (1, _FORMAT):
+                raise ValueError(f"format {version!r}, this version reads 1 and {_FORMAT}")
+            known = _ADDED if version == 1 else ()
+            own = {f.name: data[f.name] for f in fields(cls) if f.name not in known}
             own["classes"] = check_classes(data["classes"])
-            own["overall"] = _subgroup_from(data["overall"])
-            for group in ("by_source", "by_view"):
-                own[group] = {name: _subgroup_from(part) for name, part in data[group].items()}
-            own["predictions"] = _predictions_from(data["predictions"], own["classes"])
+            own["overall"] = Subgroup.from_dict(data["overall"])
+            for group in own.keys() & set(_GROUPS):
+                own[group] = {name: Subgroup.from_dict(part) for name, part in data[group].items()}
+            points = map(OperatingPoint.from_dict, own.get("operating_points", ()))
+            own["operating_points"] = tuple(points)
+            table = data["predictions"]
+            if table is not None:
+                own["predictions"] = read_predictions(table, own["classes"], version=version)
             return cls(**own)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ReportError(
@@ -158,71 +175,166 @@ class EvaluationReport:
         ]
         return pd.DataFrame(rows, columns=list(_COLUMNS))
 
+    def roc_curve(self, label: str | None = None, *, versus: str | None = None) -> curves.RocCurve:
+        """Return sensitivity over 1 - specificity, with its band.
+
+        Args:
+            label: The class in question; :attr:`positive` if not given.
+            versus: Another class: only images of the two count, and the score is
+                p(label) / (p(label) + p(versus)), which with ``"normal"`` is
+                ``Prediction.score``. If not given, all others, with the score p(label).
+
+        Raises:
+            ReportError: If the predictions were left out.
+            ValueError: If there is no such class, or no image of one side.
+        """
+        q = self._ask(label, versus)
+        return curves.roc_curve(q.truth, q.score, q.patients, title=q.title, **self._how)
+
+    def precision_recall_curve(
+        self, label: str | None = None, *, versus: str | None = None
+    ) -> curves.PrecisionRecallCurve:
+        """Return precision over recall, with its band; arguments as for :meth:`roc_curve`.
+
+        Raises:
+            ReportError, ValueError: As for :meth:`roc_curve`.
+        """
+        q = self._ask(label, versus)
+        return curves.precision_recall_curve(
+            q.truth, q.score, q.patients, title=q.title, **self._how
+        )
+
+    def reliability(self, label: str | None = None, *, n_bins: int = 15) -> curves.Reliability:
+        """Return the reliability diagram of p(label), with ECE and Brier score.
+
+        Args:
+            label: A class, for how often an image is one by its probability; if not given, how
+                often the decision is right by its confidence, which is what ``ece`` sums up.
+            n_bins: Bins over [0, 1].
+
+        Raises:
+            ReportError: If the predictions were left out.
+            ValueError: If there is no such class, or ``n_bins`` is below 1.
+        """
+        options = {"n_bins": n_bins, **self._how}
+        if label is not None:
+            q = self._ask(label, None)
+            return curves.reliability(q.truth, q.score, q.patients, title=label, **options)
+        truth, p, patients = self._decided()
+        right = p.argmax(1) == truth
+        return curves.reliability(right, p.max(1), patients, title="the decision", **options)
+
+    def risk_coverage_curve(self) -> curves.RiskCoverageCurve:
+        """Return how many decisions are wrong if the least sure images are left to others.
+
+        Raises:
+            ReportError: If the predictions were left out.
+        """
+        truth, p, patients = self._decided()
+        return curves.risk_coverage_curve(truth, p, patients, title="all classes", **self._how)
+
+    def operating_point(
+        self,
+        *,
+        threshold: float | None = None,
+        sensitivity: float | None = None,
+        specificity: float | None = None,
+        prevalence: float | None = None,
+        versus: str | None = None,
+        chosen_on: EvaluationReport | None = None,
+    ) -> OperatingPoint:
+        """Return what decisions of the positive class at one threshold are worth.
+
+        Exactly one of ``threshold``, ``sensitivity`` and ``specificity`` says which. A threshold
+        that is chosen for a target belongs to the data that it was chosen on; on the same images
+        the target is met by construction, and the result says so in ``caution``.
+
+        Args:
+            threshold: Take this one.
+            sensitivity: Take the highest that reaches this, in (0, 1].
+            specificity: Take the lowest that reaches this, in (0, 1].
+            prevalence: Share of positives where the model would be used, in (0, 1), for the
+                predictive values; that of these data if not given, which is no clinic's.
+            versus: As for :meth:`roc_curve`.
+            chosen_on: Report of the same model on validation data, on which a threshold for a
+                target is chosen; these data if not given.
+
+        Raises:
+            ReportError: If the predictions were left out.
+            ValueError: If an argument is impossible, or the target cannot be had.
+        """
+        q = self._ask(None, versus)
+        basis = q if chosen_on is None else chosen_on._ask(self.positive, versus)
+        chosen, rule = choose_threshold(
+            basis.truth,
+            basis.score,
+            threshold=threshold,
+            sensitivity=sensitivity,
+            specificity=specificity,
+        )
+        where, caution = (SAME, OPTIMISTIC) if chosen_on is None else (OTHER, "")
+        if threshold is not None:
+            where, caution = GIVEN, ""
+        elif chosen_on and share_patients(self._predictions(), chosen_on._predictions()):
+            caution = SHARED
+        numbers = decide(
+            q.truth, q.score, q.patients, threshold=chosen, prevalence=prevalence, **self._how
+        )
+        return OperatingPoint(
+            title=q.title,
+            score=q.score_name,
+            rule=rule,
+            chosen_on=where,
+            caution=caution,
+            **numbers,
+        )
+
+    def compare(self, other: EvaluationReport, *, versus: str | None = None) -> Comparison:
+        """Return how another model does on the same images, with DeLong's test.
+
+        Args:
+            other: Report of the other model; images are recognised by id, source and patient.
+            versus: As for :meth:`roc_curve`.
+
+        Raises:
+            ReportError: If predictions were left out.
+            ValueError: If images or labels differ, or there are too few.
+        """
+        one, table = self._ask(None, versus), aligned(self._predictions(), other._predictions())
+        two = ask(table, other.classes, self.positive, versus)
+        sides = ((one.score, one.called), (two.score, two.called))
+        return compare_scores(one.truth, *sides, one.patients, title=one.title, **self._how)
+
     def __str__(self) -> str:
-        return "\n".join(_text(self))
+        return "\n".join(report_text(self))
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        names = ("n_resamples", "seed", "confidence")
+        return {name: getattr(self, name) for name in names}
+
+    def _predictions(self) -> pd.DataFrame:
+        if self.predictions is None:
+            raise ReportError(
+                "This report was saved without its predictions, which curves, thresholds and "
+                "comparisons are computed from. Evaluate the model again."
+            )
+        return self.predictions
+
+    def _ask(self, label: str | None, versus: str | None) -> Question:
+        return ask(self._predictions(), self.classes, label or self.positive, versus)
+
+    def _decided(self) -> tuple[Any, Any, Any]:
+        """Return ``(N,)`` class numbers, ``(N, K)`` probabilities and ``(N,)`` patients."""
+        table = self._predictions()
+        truth = np.array([self.classes.index(label) for label in table["label"]])
+        return truth, probabilities_of(table, self.classes), table["patient_group"].to_numpy()
 
 
 def _plain(value: Any) -> Any:
     """Return dicts, lists, text, numbers, and ``None`` for ``nan``."""
-    if hasattr(value, "columns"):  # the predictions
-        return value.to_dict(orient="list")
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return None if value != value else value
-
-
-def _subgroup_from(data: Mapping[str, Any]) -> Subgroup:
-    own = {f.name: data[f.name] for f in fields(Subgroup)}
-    own["confusion"] = tuple(tuple(int(count) for count in row) for row in data["confusion"])
-    parts = {"": data["metrics"], **data["per_class"]}
-    read = {k: {n: Estimate.from_dict(e) for n, e in part.items()} for k, part in parts.items()}
-    own["metrics"] = read.pop("")
-    return Subgroup(**{**own, "per_class": read})
-
-
-def _predictions_from(data: Any, classes: tuple[str, ...]) -> pd.DataFrame | None:
-    import pandas as pd
-
-    if data is None:
-        return None
-    table = pd.DataFrame(data)
-    columns = [*IDENTITY, *(f"p_{name}" for name in classes)]
-    if list(table.columns) != columns:
-        raise ValueError(f"predictions have the columns {list(table.columns)}, expected {columns}")
-    m.check_probabilities(table[columns[len(IDENTITY) :]])
-    return table
-
-
-def _text(report: EvaluationReport) -> Iterator[str]:
-    import pandas as pd
-
-    yield (
-        f"{report.n_images} images of {report.n_patients} patients, positive class "
-        f"{report.positive}, intervals at {100 * report.confidence:g} %"
-    )
-    if report.confounded:
-        yield CAUTION
-    frame = report.to_frame()
-    overall = frame[frame["group"] == "overall"].drop(columns=["group", "subgroup"])
-    yield f"\n{overall.to_string(index=False, na_rep='–', float_format='{:.3f}'.format)}\n"
-    names = list(report.classes)
-    confusion = pd.DataFrame(report.overall.confusion, names, names)
-    yield f"Predicted (columns) for the truth (rows):\n{confusion.to_string()}\n"
-    rows = [
-        {
-            "group": part.group,
-            "subgroup": part.name,
-            "n": f"{part.n_images}{'*' if part.small else ''}",
-            **{
-                metric: str(e).replace(f", n = {e.n}", "")
-                for metric, e in part.per_class[report.positive].items()
-                if metric in ("sensitivity", "specificity", "auroc")
-            },
-        }
-        for part in report.subgroups[1:]
-    ]
-    yield f"{report.positive} by subgroup:\n{pd.DataFrame(rows).to_string(index=False)}"
-    if any(part.small for part in report.subgroups):
-        yield f"* fewer than {SMALL} images"

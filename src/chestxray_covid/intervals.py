@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import NormalDist
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from chestxray_covid.metrics import (
     Floats,
@@ -23,6 +23,9 @@ from chestxray_covid.metrics import (
 WILSON = "wilson"
 WILSON_BY_PATIENT = "wilson by patient"
 PATIENT_BOOTSTRAP = "patient bootstrap"
+
+#: Patient of each image, anything hashable.
+Groups: TypeAlias = Sequence[Hashable] | NDArray[Any]
 
 #: Elements of one block of resamples: 16 MB, so that a large evaluation does not fill the memory.
 _BLOCK = 2_000_000
@@ -208,6 +211,42 @@ def bootstrap_by_group(
             low = high = math.nan
     found: dict[str, Any] = {"value": value, "low": low, "high": high, "skipped": skipped}
     return Estimate(**found, n=n, method=PATIENT_BOOTSTRAP, confidence=confidence)
+
+
+def band_by_group(
+    curve: Callable[..., Floats],
+    groups: Iterable[Hashable],
+    *arrays: Any,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[Floats, Floats]:
+    """Return the ends ``(G,)`` of the percentile interval at each of the G points of a curve.
+
+    Pointwise: a whole curve leaves the band more often than a point. Resamples of patients are
+    those of :func:`bootstrap_by_group` with the same seed; where fewer than half are defined the
+    band is ``nan``.
+
+    Args:
+        curve: Called as ``curve(*arrays, sample_weight=w)`` with ``w`` ``(R, N)``; returns
+            ``(R, G)``, ``nan`` where it is not defined.
+        groups, *arrays, n_resamples, seed, confidence: As in :func:`bootstrap_by_group`, N at
+            least 1.
+
+    Raises:
+        ValueError: If lengths differ or an option is impossible.
+    """
+    check_resampling(n_resamples=n_resamples, confidence=confidence)
+    codes = _codes(groups)
+    check_lengths(groups=codes, **{f"array {i}": array for i, array in enumerate(arrays, 1)})
+    blocks = _resamples(codes, n_resamples, seed)
+    drawn = np.concatenate([curve(*arrays, sample_weight=weights) for weights in blocks])
+    usable = 2 * np.isfinite(drawn).sum(0) >= n_resamples
+    low, high = np.full((2, drawn.shape[1]), np.nan)
+    tail = (1 - confidence) / 2
+    if usable.any():
+        low[usable], high[usable] = np.nanquantile(drawn[:, usable], [tail, 1 - tail], axis=0)
+    return low, high
 
 
 def _values(statistic: Callable[..., Value], arrays: tuple[Any, ...], weights: Floats) -> Floats:

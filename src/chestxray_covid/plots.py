@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +19,107 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from chestxray_covid.curves import (
+        Curve,
+        PrecisionRecallCurve,
+        Reliability,
+        RiskCoverageCurve,
+        RocCurve,
+    )
     from chestxray_covid.datasets.base import ChestXrayDataset
     from chestxray_covid.evaluation_report import EvaluationReport
     from chestxray_covid.heatmap import Heatmap
+    from chestxray_covid.intervals import Estimate
     from chestxray_covid.training_config import History
 
 #: Widths of one and two columns of a page in inches (89 and 183 mm, as Nature asks for).
 COLUMN, PAGE = 3.5, 7.2
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+GREY = "#6E6E6E"
 #: Points; text that is printed at these widths stays readable.
 _TEXT, _SMALL = 8, 7
 #: Longest side of a picture in a grid, in pixels.
 _PICTURE_PX = 320
+
+
+def plot_roc(*curves: RocCurve) -> Figure:
+    """Return receiver operating characteristics with the bands of their intervals.
+
+    Args:
+        *curves: One to four, for example :meth:`EvaluationReport.roc_curve`; ``title`` names each.
+
+    Raises:
+        ValueError: If there are none or too many.
+    """
+    axes = _curves(curves, "AUROC", step=None)
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
+    axes.set_xlabel("1 − specificity", fontsize=_TEXT)
+    axes.set_ylabel("sensitivity", fontsize=_TEXT)
+    return _finish(axes, "lower right")
+
+
+def plot_precision_recall(*curves: PrecisionRecallCurve) -> Figure:
+    """Return precision over recall with the bands of their intervals, and chance as a dotted line.
+
+    Args:
+        *curves: One to four, for example :meth:`EvaluationReport.precision_recall_curve`.
+
+    Raises:
+        ValueError: If there are none or too many.
+    """
+    axes = _curves(curves, "average precision", step="pre")
+    for prevalence in sorted({curve.prevalence for curve in curves}):
+        axes.axhline(prevalence, color=GREY, linewidth=0.8, linestyle=":")
+    axes.set_xlabel("recall (sensitivity)", fontsize=_TEXT)
+    axes.set_ylabel("precision (PPV)", fontsize=_TEXT)
+    return _finish(axes, "lower left")
+
+
+def plot_risk_coverage(*curves: RiskCoverageCurve) -> Figure:
+    """Return the share of wrong decisions over the share of images that are decided.
+
+    Args:
+        *curves: One to four, for example :meth:`EvaluationReport.risk_coverage_curve`.
+
+    Raises:
+        ValueError: If there are none or too many.
+    """
+    axes = _curves(curves, "mean risk", step="pre")
+    highest = max(float(np.nanmax([*curve.y, *curve.high])) for curve in curves)
+    axes.set_ylim(0, min(1.0, max(0.1, 1.4 * highest)))
+    axes.set_aspect("auto")
+    axes.set_xlabel("coverage (share of images decided)", fontsize=_TEXT)
+    axes.set_ylabel("risk (share of those wrong)", fontsize=_TEXT)
+    return _finish(axes, "upper left")
+
+
+def plot_reliability(diagram: Reliability) -> Figure:
+    """Return how often what was said with a probability came true, above the number of images.
+
+    Args:
+        diagram: For example :meth:`EvaluationReport.reliability`.
+    """
+    figure = _figure(COLUMN, 1.25 * COLUMN)
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    value, low, high = (
+        np.array([getattr(e, key) for e in diagram.observed]) for key in ("value", "low", "high")
+    )
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
+    axes.vlines(diagram.predicted, low, high, color=BLUE, linewidth=1.2)
+    axes.plot(diagram.predicted, value, color=BLUE, marker="o", markersize=4)
+    widths = diagram.high_edges - diagram.low_edges
+    below.bar(
+        diagram.low_edges, diagram.counts, widths, align="edge",
+        color=BLUE, edgecolor="white", linewidth=0.6,
+    )  # fmt: skip
+    sums = f"ECE {_number(diagram.ece)}\nBrier score {_number(diagram.brier)}"
+    _title(axes, f"probability of {_short(diagram.title)}\n{sums}")
+    axes.set_ylabel("share that came true", fontsize=_TEXT)
+    below.set_ylabel("images", fontsize=_TEXT)
+    below.set_xlabel("predicted probability", fontsize=_TEXT)
+    _plain_axes(axes)
+    _plain_axes(below)
+    return figure
 
 
 def plot_confusion(report: EvaluationReport) -> Figure:
@@ -65,6 +154,8 @@ def plot_history(history: History) -> Figure:
     Raises:
         ValueError: If no epoch is finished.
     """
+    from matplotlib.ticker import MaxNLocator
+
     best = history.best.epoch
     epochs = [record.epoch for record in history]
     figure = _figure(PAGE, 2.7)
@@ -86,7 +177,7 @@ def plot_history(history: History) -> Figure:
         axes.axvline(best, color=GREY, linewidth=0.8, linestyle=":")
         axes.set_title(name, fontsize=_TEXT, loc="left")
         axes.set_xlabel("epoch", fontsize=_TEXT)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain_axes(axes)
         axes.legend(fontsize=_SMALL, frameon=False)
     axes.text(
@@ -122,8 +213,7 @@ def plot_samples(dataset: ChestXrayDataset, *, per_class: int = 3, seed: int = 0
         places[sample.source, sample.label].append(int(index))
     rows, classes = dataset.sources, dataset.classes
     cell = PAGE / (len(classes) * per_class)
-    figure = _figure(PAGE, len(rows) * (cell + 0.2))
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0.0)
+    figure = _figure(PAGE, len(rows) * (cell + 0.2), padding=0.01)
     grid = figure.add_gridspec(len(rows), len(classes), wspace=0.04)
     for row, source in enumerate(rows):
         for column, label in enumerate(classes):
@@ -189,13 +279,48 @@ _STYLES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "linestyle": "-", "linewidth": 1.5},
     {"color": ORANGE, "linestyle": "--", "linewidth": 1.5},
     {"color": GREEN, "linestyle": "-.", "linewidth": 1.5},
+    {"color": PURPLE, "linestyle": (0, (1, 1)), "linewidth": 1.5},
 )
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
+def _curves(curves: Sequence[Curve], area: str, *, step: Any) -> Axes:
+    """Return square axes with curves and their bands; ``step`` as ``fill_between`` takes it."""
+    if not 1 <= len(curves) <= len(_STYLES):
+        raise ValueError(f"a figure takes 1 to {len(_STYLES)} curves, got {len(curves)}")
+    axes = _figure(COLUMN, COLUMN).add_subplot()
+    for curve, style in zip(curves, _STYLES, strict=False):
+        colour, shape = style["color"], "default" if step is None else f"steps-{step}"
+        label = f"{_short(curve.title, 40)}\n{area} {_number(curve.area)}"
+        axes.fill_between(
+            curve.grid, curve.low, curve.high, step=step, color=colour, alpha=0.18, linewidth=0
+        )
+        axes.plot(curve.x, curve.y, label=label, drawstyle=shape, **style)
+    axes.set_xlim(-0.01, 1.01)
+    axes.set_ylim(-0.01, 1.01)
+    axes.set_aspect("equal")
+    return axes
 
-    return Figure(figsize=(width, height), dpi=200, layout="constrained")
+
+def _finish(axes: Axes, place: Any) -> Figure:
+    """Return the figure of axes that got their last touches."""
+    _plain_axes(axes)
+    legend = axes.legend(loc=place, fontsize=_SMALL, framealpha=0.85, edgecolor="none")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return cast("Figure", axes.figure)
+
+
+def _number(estimate: Estimate) -> str:
+    level = "" if np.isnan(estimate.low) else f"{100 * estimate.confidence:g} % CI "
+    return f"{estimate.value:.3f} ({level}{estimate.interval})"
+
+
+def _figure(width: float, height: float, *, padding: float = 0.04) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    engine = ConstrainedLayoutEngine(w_pad=padding, h_pad=padding, hspace=0, wspace=0)
+    return Figure(figsize=(width, height), dpi=200, layout=engine)
 
 
 def _plain_axes(axes: Axes) -> None:

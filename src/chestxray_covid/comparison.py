@@ -1,0 +1,216 @@
+"""Two models on the same images: is the difference more than chance?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from chestxray_covid import metrics as m
+from chestxray_covid.intervals import Estimate, Groups, bootstrap_by_group
+from chestxray_covid.metrics import Floats, Value
+
+DELONG = "delong"
+DELONG_BY_PATIENT = "delong by patient"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeLongTest:
+    """The test of two AUROCs on the same images.
+
+    Attributes:
+        difference: First minus second AUROC, with the normal interval.
+        z: The difference over its standard error, ``nan`` if that is 0.
+        p_value: Two-sided, of the hypothesis that the AUROCs are equal; ``nan`` with ``z``.
+    """
+
+    difference: Estimate
+    z: float
+    p_value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two models on the same images.
+
+    Attributes:
+        title: What is told from what, for example ``"covid19 against all others"``.
+        n_images: Images.
+        n_patients: Patients.
+        first: Metric → the first model's number; ``auroc``, ``average_precision``, ``brier`` (of
+            the score), ``sensitivity`` and ``specificity``.
+        second: The same of the second model.
+        differences: Metric → first minus second, resampled by patient, both models on the same
+            resample. No difference is shown where the interval holds 0.
+        delong: The test of the AUROCs.
+    """
+
+    title: str
+    n_images: int
+    n_patients: int
+    first: Mapping[str, Estimate]
+    second: Mapping[str, Estimate]
+    differences: Mapping[str, Estimate]
+    delong: DeLongTest
+
+    def __str__(self) -> str:
+        rows = [
+            f"  {name}: {self.first[name].value:.3f} - {self.second[name].value:.3f} = {difference}"
+            for name, difference in self.differences.items()
+        ]
+        test = self.delong
+        return "\n".join(
+            [
+                f"{self.title}, {self.n_images} images of {self.n_patients} patients, "
+                "first - second:",
+                *rows,
+                f"  DeLong: {test.difference}, z = {test.z:.3f}, p = {test.p_value:.3g}",
+            ]
+        )
+
+
+def delong_test(
+    y_true: ArrayLike,
+    first: ArrayLike,
+    second: ArrayLike,
+    patients: Groups,
+    *,
+    confidence: float = 0.95,
+) -> DeLongTest:
+    """Return whether two AUROCs on the same images differ.
+
+    DeLong, DeLong and Clarke-Pearson, Comparing the areas under two or more correlated receiver
+    operating characteristic curves, Biometrics 44 (1988) 837–845; where a patient has several
+    images, with the covariance of Obuchowski, Nonparametric analysis of clustered ROC curve data,
+    Biometrics 53 (1997) 567–578, which is DeLong's if each has one.
+
+    Args:
+        y_true: ``(N,)`` 0 or 1.
+        first: ``(N,)`` scores of the first model.
+        second: ``(N,)`` scores of the second.
+        patients: ``(N,)`` patients.
+        confidence: Level of the interval, in (0, 1).
+
+    Raises:
+        ValueError: If an argument is not as said, or fewer than two patients have a positive or a
+            negative image.
+    """
+    truth = m.check_labels(y_true, "y_true", 2).astype(bool)
+    scores = np.stack([np.asarray(first, np.float64), np.asarray(second, np.float64)])
+    m.check_lengths(y_true=truth, first=scores[0], second=scores[1], patients=patients)
+    known: dict[Hashable, int] = {}
+    codes = np.array([known.setdefault(p, len(known)) for p in patients])
+    for name, rows in (("positive", truth), ("negative", ~truth)):
+        if len(np.unique(codes[rows])) < 2:
+            raise ValueError(f"DeLong's test needs two patients with a {name} image")
+    areas = np.array([m.auroc(truth, score) for score in scores])
+    contrast = np.array([1.0, -1.0])
+    variance = float(contrast @ _covariance(truth, scores, areas, codes) @ contrast)
+    difference, error = float(contrast @ areas), math.sqrt(max(variance, 0.0))
+    z = difference / error if error > 1e-12 else math.nan
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * error if error > 1e-12 else math.nan
+    estimate = Estimate(
+        value=difference,
+        low=difference - half,
+        high=difference + half,
+        n=len(truth),
+        method=DELONG if len(known) == len(truth) else DELONG_BY_PATIENT,
+        confidence=confidence,
+    )
+    p_value = math.erfc(abs(z) / math.sqrt(2)) if z == z else math.nan
+    return DeLongTest(difference=estimate, z=z, p_value=p_value)
+
+
+def _covariance(truth: Any, scores: Floats, areas: Floats, codes: Any) -> Floats:
+    """Return the ``(2, 2)`` covariance of the AUROCs of ``(2, N)`` scores."""
+    patients = int(codes.max()) + 1
+    counts = [int(truth.sum()), int((~truth).sum())]
+    sums = []
+    for own, other in ((truth, ~truth), (~truth, truth)):
+        sign = 1 if own is truth else -1
+        # How each image fares against all of the other kind, minus the mean of that: (2, n).
+        components = np.stack(
+            [
+                _placed(sign * s[own], sign * s[other]) - a
+                for s, a in zip(scores, areas, strict=True)
+            ]
+        )
+        by_patient = np.stack([np.bincount(codes[own], row, patients) for row in components])
+        owners = len(np.unique(codes[own]))
+        sums.append((by_patient, owners))
+    (positive, of_positive), (negative, of_negative) = sums
+    cross = patients / (patients - 1) * positive @ negative.T / (counts[0] * counts[1])
+    return np.asarray(
+        of_positive / (of_positive - 1) * positive @ positive.T / counts[0] ** 2
+        + of_negative / (of_negative - 1) * negative @ negative.T / counts[1] ** 2
+        + cross
+        + cross.T
+    )
+
+
+def _placed(own: Floats, other: Floats) -> Floats:
+    """Return for each number the share of the others that are below it, ties counting half."""
+    ranked = np.sort(other)
+    below = np.searchsorted(ranked, own, "left") + np.searchsorted(ranked, own, "right")
+    return below / (2 * len(other))
+
+
+def compare_scores(
+    y_true: ArrayLike,
+    first: tuple[ArrayLike, ArrayLike],
+    second: tuple[ArrayLike, ArrayLike],
+    patients: Groups,
+    *,
+    title: str = "",
+    **how: Any,
+) -> Comparison:
+    """Return how two models differ on the same images.
+
+    Args:
+        y_true: ``(N,)`` 0 or 1.
+        first: Of the first model, ``(N,)`` scores in [0, 1] and ``(N,)`` decisions 0 or 1.
+        second: Of the second.
+        patients: ``(N,)`` patients.
+        title: What is told from what.
+        **how: Options of the bootstrap.
+
+    Raises:
+        ValueError: As in :func:`delong_test`, or if an option is impossible.
+    """
+
+    def brier(truth: Floats, p: Floats, *, sample_weight: Any) -> Value:
+        return m.mean_among((p - truth) ** 2, sample_weight=sample_weight)
+
+    metrics: dict[str, tuple[Any, int]] = {
+        "auroc": (m.auroc, 0),
+        "average_precision": (m.average_precision, 0),
+        "brier": (brier, 0),
+        "sensitivity": (m.sensitivity, 1),
+        "specificity": (m.specificity, 1),
+    }
+    truth = m.check_labels(y_true, "y_true", 2)
+    sides = [tuple(np.asarray(a, np.float64) for a in side) for side in (first, second)]
+    found: dict[str, dict[str, Estimate]] = {"first": {}, "second": {}, "differences": {}}
+    for name, (metric, which) in metrics.items():
+
+        def gap(t: Floats, a: Floats, b: Floats, *, sample_weight: Any, of: Any = metric) -> Value:
+            return of(t, a, sample_weight=sample_weight) - of(t, b, sample_weight=sample_weight)
+
+        one, other = sides[0][which], sides[1][which]
+        found["first"][name] = bootstrap_by_group(metric, patients, truth, one, **how)
+        found["second"][name] = bootstrap_by_group(metric, patients, truth, other, **how)
+        found["differences"][name] = bootstrap_by_group(gap, patients, truth, one, other, **how)
+    confidence = how.get("confidence", 0.95)
+    scores = (sides[0][0], sides[1][0])
+    return Comparison(
+        title=title,
+        n_images=len(truth),
+        n_patients=len(set(patients)),
+        **found,
+        delong=delong_test(truth, *scores, patients, confidence=confidence),
+    )

@@ -1,0 +1,132 @@
+"""The predictions that a report is computed from: a row per image, and questions to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid import metrics as m
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Where a source says nothing.
+UNKNOWN = "unknown"
+#: Columns before the probabilities; version 1 of the reports had the first five.
+IDENTITY = ("id", "label", "patient_id", "source", "view", "patient_group", "sex", "age_band")
+_IDENTITY_1 = IDENTITY[:5]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """What is told from what on n of the images.
+
+    Attributes:
+        title: For example ``"covid19 against all others"``.
+        score_name: What the score is, for example ``"p(covid19)"``.
+        truth: ``(n,)`` bool, whether an image is of the positive class.
+        score: ``(n,)`` float64 in [0, 1].
+        called: ``(n,)`` bool, whether the class of the highest probability is the positive one.
+        patients: ``(n,)`` patients across sources.
+        rows: ``(N,)`` bool, which images count, n of them.
+    """
+
+    title: str
+    score_name: str
+    truth: NDArray[np.bool_]
+    score: NDArray[np.float64]
+    called: NDArray[np.bool_]
+    patients: NDArray[Any]
+    rows: NDArray[np.bool_]
+
+
+def probabilities_of(table: pd.DataFrame, classes: tuple[str, ...]) -> NDArray[np.float64]:
+    """Return the ``(N, K)`` probabilities."""
+    return table[[f"p_{name}" for name in classes]].to_numpy(dtype=np.float64)
+
+
+def ask(
+    table: pd.DataFrame, classes: tuple[str, ...], label: str, versus: str | None = None
+) -> Question:
+    """Return a question of two sides.
+
+    Args:
+        table: Predictions, N rows.
+        classes: All classes.
+        label: The positive class.
+        versus: The other class, with the score p(label) / (p(label) + p(versus)) on the images
+            that are one of the two; ``None`` for all others, with the score p(label).
+
+    Raises:
+        ValueError: If a class is unknown, or both are the same.
+    """
+    if {label, versus} - {*classes, None} or versus == label:
+        raise ValueError(
+            f"label and versus must be two of {list(classes)}, got {label!r} and {versus!r}"
+        )
+    truth, p = table["label"].to_numpy(), probabilities_of(table, classes)
+    own, name = p[:, classes.index(label)], f"p({label})"
+    rows, score = np.ones(len(truth), dtype=bool), own
+    if versus is not None:
+        rows = (truth == label) | (truth == versus)
+        total = own + p[:, classes.index(versus)]
+        # Where both are 0 the model has no opinion between the two.
+        score = np.where(total > 0, own / np.where(total > 0, total, 1), 0.5)
+    return Question(
+        title=f"{label} against {versus or 'all others'}",
+        score_name=name if versus is None else f"{name} / ({name} + p({versus}))",
+        truth=(truth == label)[rows],
+        score=score[rows],
+        called=(p.argmax(1) == classes.index(label))[rows],
+        patients=table["patient_group"].to_numpy()[rows],
+        rows=rows,
+    )
+
+
+def aligned(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Return other predictions of the same images, in the order of one's own.
+
+    Raises:
+        ValueError: If an image is not in both, once and with the same label.
+    """
+    keys = ["source", "patient_id", "id", "label"]
+    one, two = own.set_index(keys), other.set_index(keys)
+    if not (one.index.is_unique and two.index.is_unique and set(one.index) == set(two.index)):
+        shared = len(one.index.intersection(two.index))
+        raise ValueError(
+            "Only reports on the same images, each once and with the same label, compare: got "
+            f"{len(one)} and {len(two)} images, of which {shared} are the same"
+        )
+    return two.loc[one.index].reset_index()
+
+
+def share_patients(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    """Return whether a patient of a source is in both."""
+    pairs = [set(zip(t["source"], t["patient_id"], strict=True)) for t in (one, other)]
+    return not pairs[0].isdisjoint(pairs[1])
+
+
+def read_predictions(
+    data: Mapping[str, Any], classes: tuple[str, ...], *, version: int
+) -> pd.DataFrame:
+    """Return the predictions in a report of some version, with the columns of the present one.
+
+    Raises:
+        ValueError: If columns or probabilities are not as they should be.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame(data)
+    scores = [f"p_{name}" for name in classes]
+    expected = [*(_IDENTITY_1 if version == 1 else IDENTITY), *scores]
+    if list(table.columns) != expected:
+        raise ValueError(f"predictions have the columns {list(table.columns)}, expected {expected}")
+    m.check_probabilities(table[scores])
+    if version == 1:
+        patients = table.groupby(["source", "patient_id"], sort=False).ngroup().astype(str)
+        table = table.assign(patient_group=patients, sex=UNKNOWN, age_band=UNKNOWN)
+    return table[[*IDENTITY, *scores]]

@@ -1,0 +1,162 @@
+"""The numbers on one part of the images: all of them, a source, a view, a sex, an age band."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid import metrics as m
+from chestxray_covid.intervals import Estimate, bootstrap_by_group, proportion
+from chestxray_covid.judged_images import UNKNOWN, ask, probabilities_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Numbers that rest on fewer images are flagged: they say next to nothing.
+SMALL = 20
+#: Lower ends of the age bands in years: children apart, then twenties of years.
+_BANDS = (0, 18, 40, 60, 80)
+#: No age of a person; some collections write 999 for what they do not know.
+_MAX_AGE = 120
+_SEXES = {"f": "female", "female": "female", "m": "male", "male": "male"}
+#: Group → column of the predictions that says it.
+GROUPS = {"source": "source", "view": "view", "sex": "sex", "age": "age_band"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subgroup:
+    """The numbers on one part of the images.
+
+    Attributes:
+        group: ``"overall"``, ``"source"``, ``"view"``, ``"sex"`` or ``"age"``.
+        name: Which one; ``"all"`` overall.
+        n_images: Images in it.
+        n_patients: Patients in it.
+        small: Whether it has fewer than 20 images.
+        confusion: K rows of K counts; rows are the truth, columns the prediction.
+        metrics: ``accuracy``, ``kappa``, ``brier`` and ``ece``, over all classes.
+        per_class: Class → ``sensitivity``, ``specificity``, ``ppv``, ``npv``, ``auroc`` and
+            ``average_precision`` of that class against all others; the decision is the class of
+            the highest probability. With more than two classes, the positive one also has
+            ``auroc_vs_normal``: of p / (p + p(normal)), over the images that are one of the two.
+    """
+
+    group: str
+    name: str
+    n_images: int
+    n_patients: int
+    small: bool
+    confusion: tuple[tuple[int, ...], ...]
+    metrics: Mapping[str, Estimate]
+    per_class: Mapping[str, Mapping[str, Estimate]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Class → images of it."""
+        return dict(zip(self.per_class, map(sum, self.confusion), strict=True))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return the subgroup that a report's JSON describes.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: If a field is missing or impossible.
+        """
+        own = {f.name: data[f.name] for f in fields(cls)}
+        own["confusion"] = tuple(tuple(int(count) for count in row) for row in data["confusion"])
+        parts = {"": data["metrics"], **data["per_class"]}
+        read = {k: {n: Estimate.from_dict(e) for n, e in part.items()} for k, part in parts.items()}
+        own["metrics"] = read.pop("")
+        return cls(**{**own, "per_class": read})
+
+
+def sex_of(text: str) -> str:
+    """Return ``"female"``, ``"male"`` or ``"unknown"`` for what a source wrote.
+
+    >>> sex_of("F"), sex_of("male "), sex_of("?")
+    ('female', 'male', 'unknown')
+    """
+    return _SEXES.get(text.strip().lower(), UNKNOWN)
+
+
+def age_band(text: str) -> str:
+    """Return the band of an age in years, or ``"unknown"``.
+
+    >>> age_band("17"), age_band("45.5"), age_band("80"), age_band("")
+    ('0-17', '40-59', '80+', 'unknown')
+    """
+    try:
+        years = float(text)
+    except ValueError:
+        return UNKNOWN
+    if not 0 <= years <= _MAX_AGE:
+        return UNKNOWN
+    place = int(np.searchsorted(_BANDS, years, side="right")) - 1
+    last = place == len(_BANDS) - 1
+    return f"{_BANDS[place]}{'+' if last else f'-{_BANDS[place + 1] - 1}'}"
+
+
+def parts_of(table: pd.DataFrame, group: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the names and rows of the subgroups; none if a group is unknown for all images."""
+    column = GROUPS[group]
+    if group in ("sex", "age") and set(table[column]) <= {UNKNOWN}:
+        return
+    for name, part in table.groupby(column):
+        yield str(name), part
+
+
+def judge(
+    group: str,
+    name: str,
+    table: pd.DataFrame,
+    classes: tuple[str, ...],
+    positive: str,
+    how: Mapping[str, Any],
+) -> Subgroup:
+    """Return the numbers on these predictions; ``how`` are the options of the intervals."""
+    truth = np.array([classes.index(label) for label in table["label"]])
+    p = probabilities_of(table, classes)
+    patients = table["patient_group"].to_numpy()
+    called = p.argmax(1)
+
+    def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Estimate:
+        return proportion(hits[among], patients[among], **how)
+
+    def resample(statistic: Any, *arrays: NDArray[Any]) -> Estimate:
+        return bootstrap_by_group(statistic, patients, *arrays, **how)
+
+    per_class = {}
+    for k, label in enumerate(classes):
+        is_it, said = truth == k, called == k
+        per_class[label] = {
+            "sensitivity": share(said, is_it),
+            "specificity": share(~said, ~is_it),
+            "ppv": share(is_it, said),
+            "npv": share(~is_it, ~said),
+            "auroc": resample(m.auroc, is_it, p[:, k]),
+            "average_precision": resample(m.average_precision, is_it, p[:, k]),
+        }
+    if len(classes) > 2 and "normal" in classes and positive != "normal":
+        asked = ask(table, classes, positive, "normal")
+        per_class[positive]["auroc_vs_normal"] = bootstrap_by_group(
+            m.auroc, asked.patients, asked.truth, asked.score, **how
+        )
+    return Subgroup(
+        group=group,
+        name=name,
+        n_images=len(table),
+        n_patients=len(np.unique(patients)),
+        small=len(table) < SMALL,
+        confusion=tuple(map(tuple, m.confusion_matrix(truth, called, len(classes)).tolist())),
+        metrics={
+            "accuracy": proportion(truth == called, patients, **how),
+            "kappa": resample(m.cohen_kappa, truth, called),
+            "brier": resample(m.brier_score, truth, p),
+            "ece": resample(m.expected_calibration_error, truth, p),
+        },
+        per_class=per_class,
+    )
