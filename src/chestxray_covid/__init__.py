@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.checkpoint import ModelConfig as ModelConfig
     from chestxray_covid.classifier import Classifier as Classifier
     from chestxray_covid.confounders import Confounding as Confounding
+    from chestxray_covid.confounders import ConfoundingWarning as ConfoundingWarning
     from chestxray_covid.confounders import confounding as confounding
     from chestxray_covid.datasets.base import ChestXrayDataset as ChestXrayDataset
     from chestxray_covid.datasets.base import Sample as Sample
@@ -128,7 +129,7 @@ _MODULES = {
     "lungs": ("lung_box", "segment"),
     "models": ("build_densenet121", "set_trainable"),
     "prediction": ("FailedPrediction", "Prediction"),
-    "confounders": ("Confounding", "confounding"),
+    "confounders": ("Confounding", "ConfoundingWarning", "confounding"),
     "splits": ("Split", "split_by_patient"),
     "training": ("Trainer",),
     "training_config": ("Callback", "EpochRecord", "History", "TrainingConfig"),

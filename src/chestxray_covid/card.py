@@ -41,7 +41,8 @@ def model_card(
 
     Raises:
         CheckpointError: If the config is missing or damaged.
-        ReportError: If ``evaluation.json`` is no report or ``measurements.json`` no list of tables.
+        ReportError: If ``evaluation.json`` or ``audit.json`` is no report or ``measurements.json``
+            no list of tables.
     """
     config = load_config(folder)
     report = _evaluation(folder)
