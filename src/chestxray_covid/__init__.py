@@ -60,9 +60,14 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.evaluation import cross_validate as cross_validate
     from chestxray_covid.evaluation import evaluate as evaluate
     from chestxray_covid.evaluation_report import EvaluationReport as EvaluationReport
+    from chestxray_covid.explain import grad_cam as grad_cam
+    from chestxray_covid.explain import occlusion_sensitivity as occlusion_sensitivity
     from chestxray_covid.gate import Flag as Flag
     from chestxray_covid.gate import Gate as Gate
     from chestxray_covid.gate_fit import fit_gate as fit_gate
+    from chestxray_covid.heat_shares import LungHeat as LungHeat
+    from chestxray_covid.heat_shares import lung_heat as lung_heat
+    from chestxray_covid.heatmap import Heatmap as Heatmap
     from chestxray_covid.hub import bundled_models as bundled_models
     from chestxray_covid.hub import resolve as resolve
     from chestxray_covid.image import Preprocess as Preprocess
@@ -122,10 +127,13 @@ _MODULES = {
     ),
     "evaluation": ("cross_validate", "evaluate"),
     "evaluation_report": ("EvaluationReport",),
+    "explain": ("grad_cam", "occlusion_sensitivity"),
     "gate": ("Flag", "Gate"),
     "gate_fit": ("fit_gate",),
+    "heatmap": ("Heatmap",),
     "hub": ("bundled_models", "resolve"),
     "image": ("Preprocess", "load_image"),
+    "heat_shares": ("LungHeat", "lung_heat"),
     "lungs": ("lung_box", "segment"),
     "models": ("build_densenet121", "set_trainable"),
     "prediction": ("FailedPrediction", "Prediction"),
