@@ -39,7 +39,7 @@ ROWS = (
     ("datasets.cohen", "datasets.kermany", "datasets.duplicates", "datasets.synthetic"),
     ("datasets.folder",),
     ("datasets",),
-    ("hub", "splits", "confounders", "evaluation_report"),
+    ("hub", "splits", "confounders", "evaluation_report", "audit_report"),
     ("card",),
     ("publish",),
     # Here begins torch: layer 4 of the design.

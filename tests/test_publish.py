@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from chestxray_covid import Classifier, SyntheticChestXray, evaluate
+from chestxray_covid import AuditItem, AuditReport, Classifier, SyntheticChestXray, evaluate
 from chestxray_covid.card import _plain, model_card
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.errors import CheckpointError, ReportError
@@ -23,6 +23,28 @@ from hub_server import HubServer, hub_environment, run_python
 
 LABELS = ("normal", "pneumonia", "covid19")
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `c`"
+
+AUDIT = AuditReport(
+    classes=LABELS,
+    positive="covid19",
+    negative="normal",
+    n_images=7,
+    n_patients=5,
+    sources=(HOSTILE,),
+    confidence=0.95,
+    n_resamples=20,
+    seed=0,
+    items=(
+        AuditItem(
+            name="occlusion",
+            question="Does it need the lungs?",
+            verdict="fail",
+            reason=HOSTILE,
+            threshold="fail from 0.8",
+            threshold_source="a book",
+        ),
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +61,7 @@ def run(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     evaluate(Classifier.from_pretrained(folder), dataset, n_resamples=20).save(
         folder / "evaluation.json"
     )
-    (folder / "audit.json").write_text('{"hidden_centre": {"auroc": 0.5}}')
+    AUDIT.save(folder / "audit.json")
     (folder / "notes.txt").write_text("private")
     return folder
 
@@ -69,7 +91,7 @@ def test_what_was_not_judged_is_not_published(copied: Path, name: str) -> None:
     ("name", "reason"),
     [
         ("evaluation.json", "cannot be read as an evaluation report"),
-        ("audit.json", "Make it again"),
+        ("audit.json", "cannot be read as an audit report"),
     ],
 )
 def test_judgements_that_cannot_be_read_are_not_published(
@@ -144,7 +166,8 @@ def test_the_card_is_in_the_format_of_the_hub_and_escapes_what_comes_from_data(r
     assert "[x](" not in body
     assert "\n# &lt;" not in body
     assert f"{auroc:.3f} (" in body
-    assert "hidden centre" in body.replace("\\_", " ")
+    assert "of 7 images of 5 patients: **fail**" in body
+    assert "| Does it need the lungs? | fail | a\\|b # &lt;script" in body
     assert 'Classifier.from_pretrained("user/model")' in body
     assert 'timm.create_model("hf-hub:user/model"' in body
 

@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 from chestxray_covid._version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors see
+    from chestxray_covid.audit_report import AuditFinding as AuditFinding
+    from chestxray_covid.audit_report import AuditItem as AuditItem
+    from chestxray_covid.audit_report import AuditReport as AuditReport
     from chestxray_covid.augment import Augmentation as Augmentation
     from chestxray_covid.calibration import fit_temperature as fit_temperature
     from chestxray_covid.checkpoint import ModelConfig as ModelConfig
     from chestxray_covid.classifier import Classifier as Classifier
     from chestxray_covid.confounders import Confounding as Confounding
+    from chestxray_covid.confounders import ConfoundingWarning as ConfoundingWarning
     from chestxray_covid.confounders import confounding as confounding
     from chestxray_covid.datasets.base import ChestXrayDataset as ChestXrayDataset
     from chestxray_covid.datasets.base import Sample as Sample
@@ -92,6 +96,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
 
 #: Module → the public names that it defines.
 _MODULES = {
+    "audit_report": ("AuditFinding", "AuditItem", "AuditReport"),
     "augment": ("Augmentation",),
     "calibration": ("fit_temperature",),
     "checkpoint": ("ModelConfig",),
@@ -150,7 +155,7 @@ _MODULES = {
         "plot_samples",
     ),
     "prediction": ("FailedPrediction", "Prediction"),
-    "confounders": ("Confounding", "confounding"),
+    "confounders": ("Confounding", "ConfoundingWarning", "confounding"),
     "splits": ("Split", "split_by_patient"),
     "training": ("Trainer",),
     "training_config": ("Callback", "EpochRecord", "History", "TrainingConfig"),

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from chestxray_covid.audit_report import AuditReport
 from chestxray_covid.checkpoint import ModelConfig, load_config
 from chestxray_covid.errors import ConfigError, ReportError
 from chestxray_covid.evaluation_report import EvaluationReport
@@ -42,7 +43,8 @@ def model_card(
 
     Raises:
         CheckpointError: If the config is missing or damaged.
-        ReportError: If ``evaluation.json`` is no report or ``measurements.json`` no list of tables.
+        ReportError: If ``evaluation.json`` or ``audit.json`` is no report or ``measurements.json``
+            no list of tables.
     """
     config = load_config(folder)
     report = _evaluation(folder)
@@ -232,11 +234,19 @@ def _audit(folder: Path) -> str:
     path = folder / "audit.json"
     if not path.is_file():
         return "## Audit\n\nThis model has not been audited for shortcuts."
-    try:
-        content = read_json(path)
-    except ConfigError as error:
-        return f"## Audit\n\nThe audit cannot be read: {_plain(error)}"
-    return _facts("Audit", content) or "## Audit\n\nThe audit is empty."
+    report = AuditReport.load(path)
+    rows = [
+        f"| {_plain(item.question)} | {_plain(item.verdict)} | {_plain(item.reason)} |"
+        for item in report.items
+    ]
+    head = f"Shortcut audit of {report.n_images} images of {report.n_patients} patients"
+    return "\n".join(
+        [
+            f"## Audit\n\n{head}: **{_plain(report.verdict)}**.\n",
+            "| Question | Verdict | Why |\n| --- | --- | --- |",
+            *rows,
+        ]
+    )
 
 
 def _loading(config: ModelConfig, name: str) -> str:

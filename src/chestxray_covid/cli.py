@@ -176,7 +176,9 @@ def train(
         "cache_dir": None if cache is None else str(cache),
     }
     given = {name: value for name, value in wanted.items() if value is not None}
-    config = make(**given, device=device, seed=seed, progress=not quiet)
+    # The command says itself how far the source gives the label away.
+    given |= {"allow_confounded_sources": True, "progress": not quiet}
+    config = make(**given, device=device, seed=seed)
     model = build_densenet121(
         checkpoint if checkpoint is not None else not no_pretrained,
         trainable=trainable,

@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from chestxray_covid._version import __version__
+from chestxray_covid.audit_report import AuditReport
 from chestxray_covid.card import MEASUREMENTS_NAME, calibration_figure, model_card
 from chestxray_covid.checkpoint import (
     CONFIG_NAME,
@@ -21,15 +22,18 @@ from chestxray_covid.checkpoint import (
     load_config,
     save_checkpoint,
 )
-from chestxray_covid.errors import CheckpointError, ConfigError, ReportError
+from chestxray_covid.errors import CheckpointError, ReportError
 from chestxray_covid.evaluation_report import EvaluationReport
-from chestxray_covid.files import read_json, write_files
+from chestxray_covid.files import write_files
 from chestxray_covid.hub import hub_errors
 
 CARD_NAME = "README.md"
 FIGURE_NAME = "calibration.png"
 #: What a model must have been through before it is published.
-JUDGED = ("evaluation.json", "audit.json")
+JUDGED: Mapping[str, type[EvaluationReport] | type[AuditReport]] = {
+    "evaluation.json": EvaluationReport,
+    "audit.json": AuditReport,
+}
 #: Results that belong to a checkpoint and go with it.
 RESULTS = (*JUDGED, MEASUREMENTS_NAME, "history.json", "confounding.json")
 #: The predictions of a large evaluation come to some MB.
@@ -103,7 +107,7 @@ def push(
 
     Raises:
         CheckpointError: If the checkpoint is missing or damaged.
-        ReportError: If ``evaluation.json`` or ``audit.json`` is missing or no JSON.
+        ReportError: If ``evaluation.json`` or ``audit.json`` is missing or no report.
         DownloadError: If the Hub cannot be reached or says no; errors that have a name of their
             own on the Hub come as they are, as from :func:`hub.resolve`.
     """
@@ -138,7 +142,7 @@ def push(
 
 
 def _require_judged(folder: Path, *, allow_unjudged: bool) -> None:
-    for name in JUDGED:
+    for name, kind in JUDGED.items():
         if not (folder / name).is_file():
             if allow_unjudged:
                 continue
@@ -147,13 +151,7 @@ def _require_judged(folder: Path, *, allow_unjudged: bool) -> None:
                 "judged by. Evaluate and audit it first, or say allow_unjudged=True (command line: "
                 "--allow-unjudged)."
             )
-        if name == "evaluation.json":
-            EvaluationReport.load(folder / name)
-            continue
-        try:
-            read_json(folder / name)
-        except ConfigError as error:
-            raise ReportError(f"{folder / name}: {error}. Make it again.") from error
+        kind.load(folder / name)
 
 
 def _results(folder: Path) -> dict[str, bytes]:
