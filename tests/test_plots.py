@@ -113,7 +113,7 @@ ALL: dict[str, Callable[[EvaluationReport], Figure]] = {
     "risk_coverage": lambda r: plot_risk_coverage(r.risk_coverage_curve()),
     "confusion": plot_confusion,
     "history": lambda _: plot_history(history()),
-    "heatmaps": lambda r: plot_heatmaps([heatmap(target=r.positive)]),
+    "heatmaps": lambda r: plot_heatmaps([heatmap(target=r.positive)] * 4),
     "samples": lambda r: plot_samples(
         SyntheticChestXray(4, image_size_px=32, patients=4, sources=("a", r.positive)), per_class=1
     ),
@@ -181,7 +181,7 @@ def test_a_curve_is_drawn_with_its_band_and_its_area(
     np.testing.assert_array_equal(lines(figure)[0], np.stack([found.x, found.y], 1))
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     assert {*np.round(found.low, 9), *np.round(found.high, 9)} <= set(np.round(band[:, 1], 9))
-    area = f"{named} {found.area.value:.3f} (95 % CI {found.area.low:.3f}–{found.area.high:.3f})"
+    area = f"{named} {found.area.value:.3f} (95% CI {found.area.low:.3f}–{found.area.high:.3f})"
     assert area in words(figure)
     assert found.title in words(figure)
 

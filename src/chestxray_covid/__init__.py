@@ -86,6 +86,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.plots import plot_samples as plot_samples
     from chestxray_covid.prediction import FailedPrediction as FailedPrediction
     from chestxray_covid.prediction import Prediction as Prediction
+    from chestxray_covid.report import write_report as write_report
     from chestxray_covid.splits import Split as Split
     from chestxray_covid.splits import split_by_patient as split_by_patient
     from chestxray_covid.training import Trainer as Trainer
@@ -155,6 +156,7 @@ _MODULES = {
         "plot_samples",
     ),
     "prediction": ("FailedPrediction", "Prediction"),
+    "report": ("write_report",),
     "confounders": ("Confounding", "ConfoundingWarning", "confounding"),
     "splits": ("Split", "split_by_patient"),
     "training": ("Trainer",),

@@ -11,10 +11,10 @@ from PIL import Image
 from chestxray_covid import metrics as m
 from chestxray_covid.audit_data import AuditData
 from chestxray_covid.audit_report import AuditFinding
-from chestxray_covid.evaluation_report import SMALL
 from chestxray_covid.file_facts import as_numbers, file_facts
 from chestxray_covid.hiding import centre
 from chestxray_covid.intervals import PATIENT_BOOTSTRAP, Estimate
+from chestxray_covid.subgroups import SMALL
 
 FOLDS = 5
 #: Sides of the thumbnails, in pixels. With 64 a linear model tells the two sources of the classic

@@ -13,7 +13,6 @@ from chestxray_covid.audit_report import FAIL, AuditFinding, AuditItem
 from chestxray_covid.audit_verdicts import CHANGE_BANDS, CHANGES, judge_change, worst
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_key
-from chestxray_covid.evaluation_report import SMALL
 from chestxray_covid.generalisation import (
     LeftOutSource,
     auroc_change,
@@ -21,6 +20,7 @@ from chestxray_covid.generalisation import (
     within_sources,
 )
 from chestxray_covid.intervals import Estimate
+from chestxray_covid.subgroups import SMALL
 
 
 def generalisation_item(

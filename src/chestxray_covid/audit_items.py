@@ -25,9 +25,9 @@ from chestxray_covid.audit_verdicts import (
 from chestxray_covid.confounders import CONFOUNDED_V, Confounding, cramers_v
 from chestxray_covid.datasets.base import UNKNOWN_VIEW, ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups
-from chestxray_covid.evaluation_report import SMALL
 from chestxray_covid.heat_shares import LungHeat
 from chestxray_covid.intervals import bootstrap_by_group
+from chestxray_covid.subgroups import SMALL
 
 _BANDS = f"AUROC without lungs: warn from {NOTABLE}, fail from {STRONG}, its interval above 0.5"
 

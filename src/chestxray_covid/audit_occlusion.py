@@ -24,9 +24,9 @@ from chestxray_covid.audit_verdicts import (
     judge_change,
     worst,
 )
-from chestxray_covid.evaluation_report import SMALL
 from chestxray_covid.hiding import Region, border, corners, hidden
 from chestxray_covid.intervals import Estimate
+from chestxray_covid.subgroups import SMALL
 
 #: Returns the scores ``(N,)`` of changed pixels ``(N, 1, S, S)``; the text names the pass.
 Score = Callable[[NDArray[np.uint8], str], NDArray[np.float64]]

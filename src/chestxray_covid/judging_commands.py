@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     help="Judge only this side of the split that the run was trained with.",
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for a page with figures, index.html, and the JSON beside it.",
+)
 @BATCH
 @DEVICE
 @translated
@@ -31,6 +37,7 @@ def evaluate(
     data: tuple[Path, ...],
     side: str | None,
     output: Path | None,
+    page: Path | None,
     batch_size: int,
     device: str | None,
 ) -> None:
@@ -58,6 +65,10 @@ def evaluate(
     if output is not None:
         report.save(output)
     click.echo(str(report))
+    if page is not None:
+        from chestxray_covid.report import write_report
+
+        click.echo(f"\nThe page is {write_report(page, evaluation=report)}")
 
 
 def _count_seen(saved: Path, dataset: ChestXrayDataset) -> int:

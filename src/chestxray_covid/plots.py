@@ -240,7 +240,7 @@ def plot_heatmaps(
     Args:
         heatmaps: At least one.
         masks: Lungs to outline, ``(H, W)`` bool of the size of each image.
-        columns: Radiographs side by side, 1 to 8.
+        columns: Most radiographs side by side, 1 to 8; up to four keep one size.
 
     Raises:
         ValueError: If there is no heatmap, ``columns`` is out of range, or masks do not fit.
@@ -252,6 +252,7 @@ def plot_heatmaps(
         )
     if masks is not None and [mask.shape for mask in masks] != shapes:
         raise ValueError(f"masks must have the shapes of the images {shapes}, one for each")
+    columns = min(columns, len(heatmaps))
     rows = -(-len(heatmaps) // columns)
     width = PAGE * min(1.0, columns / 4)
     figure = _figure(width, rows * (2 * width / columns + 0.25))
@@ -311,7 +312,7 @@ def _finish(axes: Axes, place: Any) -> Figure:
 
 
 def _number(estimate: Estimate) -> str:
-    level = "" if np.isnan(estimate.low) else f"{100 * estimate.confidence:g} % CI "
+    level = "" if np.isnan(estimate.low) else f"{100 * estimate.confidence:g}% CI "
     return f"{estimate.value:.3f} ({level}{estimate.interval})"
 
 
