@@ -12,15 +12,23 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from chestxray_covid._version import __version__
-from chestxray_covid.command import BATCH, DATA, DEVICE, MODEL, NOT_A_DEVICE, translated
+from chestxray_covid.audit_commands import audit
+from chestxray_covid.command import (
+    BATCH,
+    DATA,
+    DEVICE,
+    MODEL,
+    NOT_A_DEVICE,
+    SPLIT_NAME,
+    open_data,
+    translated,
+)
 from chestxray_covid.hub_commands import models, push
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
     from chestxray_covid.prediction import FailedPrediction, Prediction
     from chestxray_covid.splits import Split
-
-SPLIT_NAME = "split.json"
 
 
 @click.group(epilog=NOT_A_DEVICE, context_settings={"max_content_width": 100})
@@ -29,6 +37,7 @@ def main() -> None:
     """COVID-19 classification of chest radiographs with DenseNet-121."""
 
 
+main.add_command(audit)
 main.add_command(models)
 main.add_command(push)
 
@@ -146,7 +155,7 @@ def train(
     if (output / "config.json").exists() and not resume:
         raise click.UsageError(f"{output} already holds a run: use --resume or another folder.")
     labels = _labels(classes)
-    dataset = _open(data, labels)
+    dataset = open_data(data, labels)
     if limit is not None:
         dataset = dataset.limit(limit, seed=seed)
 
@@ -216,7 +225,7 @@ def evaluate(
     from chestxray_covid.splits import Split
 
     classifier = Classifier.from_pretrained(model, device=device)
-    dataset = _open(data, classifier.classes)
+    dataset = open_data(data, classifier.classes)
     saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
     if side is not None and saved is None:
         raise click.UsageError("--split needs --model to be the folder of a training run.")
@@ -319,16 +328,6 @@ def _labels(classes: str) -> tuple[str, ...]:
     if len(labels) < 2:
         raise click.UsageError(f"--classes needs at least two labels, got {classes!r}.")
     return labels
-
-
-def _open(data: tuple[Path, ...], classes: tuple[str, ...]) -> ChestXrayDataset:
-    from chestxray_covid.datasets.base import concatenate
-    from chestxray_covid.datasets.folder import open_dataset
-
-    parts = [open_dataset(path, classes=classes) for path in data]
-    for part in parts:
-        click.echo(str(part.report()))
-    return parts[0] if len(parts) == 1 else concatenate(parts)
 
 
 def _split(dataset: ChestXrayDataset, output: Path, *, seed: int, progress: bool) -> Split:

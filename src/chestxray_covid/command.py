@@ -6,15 +6,20 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from chestxray_covid._version import NOT_A_DEVICE as NOT_A_DEVICE
 from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
+
+if TYPE_CHECKING:
+    from chestxray_covid.datasets.base import ChestXrayDataset
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-NOT_A_DEVICE = "For research only. This is not a medical device and makes no diagnosis."
+#: The split beside the checkpoint of a training run.
+SPLIT_NAME = "split.json"
 
 DATA = click.option(
     "--data",
@@ -49,3 +54,14 @@ def translated(command: Command) -> Command:
             raise click.ClickException("\n".join(notes)) from error
 
     return run  # type: ignore[return-value]
+
+
+def open_data(data: tuple[Path, ...], classes: tuple[str, ...]) -> ChestXrayDataset:
+    """Return the data sets as one, and tell what each of them holds."""
+    from chestxray_covid.datasets.base import concatenate
+    from chestxray_covid.datasets.folder import open_dataset
+
+    parts = [open_dataset(path, classes=classes) for path in data]
+    for part in parts:
+        click.echo(str(part.report()))
+    return parts[0] if len(parts) == 1 else concatenate(parts)
