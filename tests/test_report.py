@@ -202,7 +202,7 @@ def test_the_page_says_every_number_of_the_positive_class(
     own = report.by_source["cohen"]
     assert f"source: cohen {own.n_patients} {own.counts['covid19']}*" in text
     assert "fewer than 20 images" in text
-    assert "not the report of a medical device" in text
+    assert "not a medical device" in text
 
 
 def test_the_page_says_every_verdict_and_what_it_rests_on(written: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from chestxray_covid._version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors see
+    from chestxray_covid.audit import audit_shortcuts as audit_shortcuts
     from chestxray_covid.audit_report import AuditFinding as AuditFinding
     from chestxray_covid.audit_report import AuditItem as AuditItem
     from chestxray_covid.audit_report import AuditReport as AuditReport
@@ -65,6 +66,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.gate import Flag as Flag
     from chestxray_covid.gate import Gate as Gate
     from chestxray_covid.gate_fit import fit_gate as fit_gate
+    from chestxray_covid.generalisation import LeftOutSource as LeftOutSource
+    from chestxray_covid.generalisation import leave_one_source_out as leave_one_source_out
     from chestxray_covid.heat_shares import LungHeat as LungHeat
     from chestxray_covid.heat_shares import lung_heat as lung_heat
     from chestxray_covid.heatmap import Heatmap as Heatmap
@@ -97,6 +100,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
 
 #: Module → the public names that it defines.
 _MODULES = {
+    "audit": ("audit_shortcuts",),
     "audit_report": ("AuditFinding", "AuditItem", "AuditReport"),
     "augment": ("Augmentation",),
     "calibration": ("fit_temperature",),
@@ -140,6 +144,7 @@ _MODULES = {
     "gate": ("Flag", "Gate"),
     "gate_fit": ("fit_gate",),
     "heatmap": ("Heatmap",),
+    "generalisation": ("LeftOutSource", "leave_one_source_out"),
     "hub": ("bundled_models", "resolve"),
     "image": ("Preprocess", "load_image"),
     "heat_shares": ("LungHeat", "lung_heat"),

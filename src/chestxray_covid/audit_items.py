@@ -29,6 +29,10 @@ from chestxray_covid.heat_shares import LungHeat
 from chestxray_covid.intervals import bootstrap_by_group
 from chestxray_covid.subgroups import SMALL
 
+#: Pixels of the input per cell of DenseNet-121's last maps, along a side.
+STRIDE = 32
+#: With fewer cells a side, a heatmap cannot tell lungs from what is around them.
+_FEWEST_CELLS = 4
 _BANDS = f"AUROC without lungs: warn from {NOTABLE}, fail from {STRONG}, its interval above 0.5"
 
 
@@ -130,9 +134,9 @@ def without_lungs_item(data: AuditData) -> AuditItem:
     verdict = worst(verdicts) if any(found.estimate.n for found in judged) else NOT_ASSESSABLE
     best = max(judged, key=lambda found: np.nan_to_num(found.estimate.value, nan=-1))
     reason = {
-        FAIL: f"{best.what} give the label at AUROC {best.estimate}, without a lung.",
-        WARN: f"There is a trace of the label without lungs: {best.what}, AUROC {best.estimate}, "
-        f"or the brightness, {by_name['brightness'].estimate}.",
+        FAIL: f"AUROC {best.estimate} without a lung, from this: {best.what}.",
+        WARN: f"AUROC {best.estimate} without a lung, from this: {best.what}; from the brightness "
+        f"alone, {by_name['brightness'].estimate}.",
         PASS: "A linear model finds no label where no lungs are.",
         NOT_ASSESSABLE: "Too few images or patients to tell.",
     }[verdict]
@@ -161,8 +165,11 @@ def features_item(data: AuditData, features: NDArray[np.float32], design: AuditI
     findings = []
     for label in (data.question.positive, data.question.negative):
         inside = np.array([side(s, data.question) == label for s in data.samples])
-        for name, values in _attributes(data.samples).items():
-            findings.append(_knowledge(data, features, inside, label, name, values))
+        findings += [
+            _knowledge(data, features, inside, label, name, values)
+            for name, values in _attributes(data.samples).items()
+            if any(values)
+        ]
     verdicts = []
     for found in findings:
         name = found.name.split("_in_")[0]
@@ -269,14 +276,15 @@ def mean_auroc(codes: NDArray[Any], scores: NDArray[Any], *, sample_weight: Any)
 
 def heat_item(data: AuditData, heat: LungHeat) -> AuditItem:
     """Return whether the heat of the positive class lies in the lungs more than by chance."""
-    excess = heat.excess
-    unsure = excess.value != excess.value or excess.n < SMALL
+    excess, cells = heat.excess, data.size_px // STRIDE
+    unsure = excess.value != excess.value or excess.n < SMALL or cells < _FEWEST_CELLS
     above = excess.low > 0
     verdict = NOT_ASSESSABLE if unsure else PASS if above else WARN
     reason = {
         PASS: "More of the heat lies in the lungs than their area explains.",
         WARN: "No more of the heat lies in the lungs than their area explains.",
-        NOT_ASSESSABLE: f"Fewer than {SMALL} images with heat and lungs.",
+        NOT_ASSESSABLE: f"It takes {SMALL} images with heat and lungs, and a heatmap of "
+        f"{_FEWEST_CELLS} × {_FEWEST_CELLS} cells or more; this one has {cells} × {cells}.",
     }[verdict]
     left = f"{heat.without_heat} without heat and {heat.without_lungs} without lungs were left out."
     return AuditItem(
@@ -295,7 +303,7 @@ def heat_item(data: AuditData, heat: LungHeat) -> AuditItem:
                 metric="share",
                 estimate=heat.share,
                 change=excess,
-                meaning=f"The lungs take {heat.area.value:.0%} of the image.",
+                meaning=f"The lungs' share of the image's area: {heat.area}.",
             ),
         ),
     )

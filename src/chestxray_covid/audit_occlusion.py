@@ -19,7 +19,6 @@ from chestxray_covid.audit_verdicts import (
     NOTABLE,
     SMALL_CHANGE,
     STRONG,
-    capped,
     judge_auroc,
     judge_change,
     worst,
@@ -69,6 +68,7 @@ def occlusion_item(
     reason = " ".join(
         by_name[name].meaning for name, verdict in verdicts.items() if verdict in (FAIL, WARN)
     )
+    open_ = [by_name[n].what for n, verdict in verdicts.items() if verdict == NOT_ASSESSABLE]
     verdict = worst(verdicts.values())
     if not by_name["whole"].estimate.low > 0.5 and by_name["whole"].estimate.value != 1:
         verdict = verdict if verdicts["lungs_hidden"] in (FAIL, WARN) else NOT_ASSESSABLE
@@ -80,13 +80,13 @@ def occlusion_item(
         reason=reason
         or {
             PASS: "Without the lungs it is near chance, and it does without the rest.",
-            NOT_ASSESSABLE: f"Lungs were found in {len(found)} of {len(whole)} images; too few to "
-            "tell, or intervals too wide.",
+            NOT_ASSESSABLE: f"Too few images or patients to tell ({', '.join(open_)}); lungs were "
+            f"found in {len(found)} of {len(whole)} images.",
         }[verdict],
         threshold=(
             f"lungs hidden: warn from AUROC {NOTABLE}, fail from {STRONG}, or as far below 0.5; "
             f"corners or borders hidden: change of AUROC, warn from {SMALL_CHANGE}, fail from "
-            f"{LARGE_CHANGE}; mirrored: warn from {SMALL_CHANGE}; only lungs: warn from a loss of "
+            f"{LARGE_CHANGE}; mirrored: warn from {LARGE_CHANGE}; only lungs: warn from a loss of "
             f"{_ONLY_LUNGS}; each only where the interval excludes chance or no change"
         ),
         threshold_source=f"{DISCRIMINATION}; {CHANGES}; the way of asking is that of Maguolo and "
@@ -146,7 +146,9 @@ def _judge(found: AuditFinding) -> str:
             NOT_ASSESSABLE if loss != loss else WARN if certain and -loss >= _ONLY_LUNGS else PASS
         )
     verdict = judge_change(found.change)
-    return capped(verdict) if found.name == "mirrored" else verdict
+    if found.name == "mirrored":
+        return {FAIL: WARN, WARN: PASS}.get(verdict, verdict)
+    return verdict
 
 
 # ---------------------------------------------------------------- what it means
@@ -189,10 +191,18 @@ def _meaning_of(part: str) -> Callable[[Estimate, Estimate], str]:
     return meaning
 
 
+def _meaning_mirrored(estimate: Estimate, change: Estimate) -> str:
+    if judge_change(change) == FAIL:
+        return (
+            f"Mirrored it loses {-change.value:.2f}: it relies on sides, as of letters and hearts."
+        )
+    return f"Mirrored, the AUROC is {estimate.value:.2f}."
+
+
 _MEANINGS: Mapping[str, Callable[[Estimate, Estimate], str]] = {
     "lungs_hidden": _meaning_without,
     "only_lungs": _meaning_only,
     "corners_hidden": _meaning_of("With the corners hidden"),
     "borders_hidden": _meaning_of("With the borders hidden"),
-    "mirrored": _meaning_of("Mirrored"),
+    "mirrored": _meaning_mirrored,
 }

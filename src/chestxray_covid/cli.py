@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from chestxray_covid._version import __version__
+from chestxray_covid.audit_commands import audit
 from chestxray_covid.command import (
     BATCH,
     DATA,
@@ -37,6 +38,7 @@ def main() -> None:
     """COVID-19 classification of chest radiographs with DenseNet-121."""
 
 
+main.add_command(audit)
 main.add_command(evaluate)
 main.add_command(models)
 main.add_command(push)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from chestxray_covid._version import NOT_A_DEVICE as NOT_A_DEVICE
 from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 #: The split beside the checkpoint of a training run.
 SPLIT_NAME = "split.json"
-NOT_A_DEVICE = "For research only. This is not a medical device and makes no diagnosis."
 
 DATA = click.option(
     "--data",
@@ -34,6 +34,12 @@ MODEL = click.option(
     default=None,
     help="Folder, for example the output of train, bundled model or repository of the Hub, "
     "user/name; the bundled default if not given.",
+)
+REPORT = click.option(
+    "--report",
+    "page",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for a page with figures, index.html, and the JSON beside it.",
 )
 DEVICE = click.option("--device", default=None, help="Torch device, for example cpu or cuda.")
 BATCH = click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)

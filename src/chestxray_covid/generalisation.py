@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,9 @@ from chestxray_covid.intervals import (
     check_resampling,
 )
 from chestxray_covid.splits import divide
-from chestxray_covid.training_config import TrainingConfig
+
+if TYPE_CHECKING:  # it imports torch
+    from chestxray_covid.training_config import TrainingConfig
 
 #: Returns a classifier that was trained on these samples and no others.
 Fit = Callable[[ChestXrayDataset], ProbabilisticClassifier]
@@ -128,6 +130,8 @@ def _joined(first: ChestXrayDataset, second: ChestXrayDataset) -> ChestXrayDatas
 def _fitted(
     fit: Fit | TrainingConfig, train: ChestXrayDataset, seed: int
 ) -> ProbabilisticClassifier:
+    from chestxray_covid.training_config import TrainingConfig
+
     return _trained(train, fit, seed) if isinstance(fit, TrainingConfig) else fit(train)
 
 

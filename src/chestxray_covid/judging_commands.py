@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chestxray_covid.command import BATCH, DATA, DEVICE, MODEL, SPLIT_NAME, open_data, translated
+from chestxray_covid.command import (
+    BATCH,
+    DATA,
+    DEVICE,
+    MODEL,
+    REPORT,
+    SPLIT_NAME,
+    open_data,
+    translated,
+)
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
@@ -23,12 +32,7 @@ if TYPE_CHECKING:
     help="Judge only this side of the split that the run was trained with.",
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
-@click.option(
-    "--report",
-    "page",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for a page with figures, index.html, and the JSON beside it.",
-)
+@REPORT
 @BATCH
 @DEVICE
 @translated

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chestxray_covid import plots
-from chestxray_covid._version import __version__
+from chestxray_covid._version import NOT_A_DEVICE, __version__
 from chestxray_covid.files import write_files
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.page import details, document, element, escaped, figures, listed, table
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from chestxray_covid.evaluation_report import EvaluationReport
 
 PAGE_NAME = "index.html"
-_PURPOSE = "For research only. This is not the report of a medical device and makes no diagnosis."
 #: Metric → what it is called on the page; others as they are.
 _WORDS = {
     "cramers_v": "Cramér's V",
@@ -68,7 +67,7 @@ def write_report(
     if not present:
         raise ValueError("a report needs an evaluation or an audit")
     heading = title or " and ".join(present).capitalize()
-    parts = [element("h1", heading), element("p", _PURPOSE, "note")]
+    parts = [element("h1", heading), element("p", NOT_A_DEVICE, "note")]
     contents = {}
     if audit is not None:
         parts += _audit(audit)
