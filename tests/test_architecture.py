@@ -35,6 +35,7 @@ ROWS = (
     ("gate", "image", "curves", "operating_points", "comparison", "judged_images"),
     ("gate_fit", "prediction", "heatmap", "subgroups"),
     ("reporting",),
+    ("checklists",),
     ("checkpoint", "datasets.archives", "datasets.transfer", "datasets.base"),
     ("datasets.download", "datasets.loading", "datasets.phantom", "file_facts"),
     ("datasets.cohen", "datasets.kermany", "datasets.duplicates", "datasets.synthetic"),

@@ -280,6 +280,65 @@ def test_evaluate_judges_the_held_out_side_and_warns_about_the_rest(
     assert f"trained on {count} of these 40 images" in whole.output
 
 
+def test_evaluate_decides_at_the_checkpoints_threshold_unless_told_otherwise(
+    run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    output, markdown = tmp_path / "report.json", tmp_path / "deeper" / "report.md"
+    arguments = ["evaluate", "--model", run, "--data", phantoms, "--split", "test"]
+    done = call(*arguments, "--output", output, "--markdown", markdown, "--prevalence", "0.02")
+    assert done.exit_code == 0, done.output
+    report = EvaluationReport.load(output)
+    (point,) = report.operating_points
+    expected = report.operating_point(threshold=0.5, prevalence=0.02, versus="normal")
+    assert point.to_dict() == expected.to_dict()
+    assert str(point) in done.output
+    text = markdown.read_text(encoding="utf-8")
+    assert text == report.to_markdown()
+    assert "densenet121" in text
+    assert str(run) not in output.read_text(encoding="utf-8")
+    assert report.model["provenance"]["train"]["source"] == "synthetic"
+
+
+def test_evaluate_decides_at_every_rule_and_says_what_they_were_chosen_on(
+    run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    validation, output = tmp_path / "val.json", tmp_path / "report.json"
+    arguments = ["evaluate", "--model", run, "--data", phantoms]
+    assert call(*arguments, "--split", "val", "--output", validation).exit_code == 0
+    rules = ["--threshold", "0.4", "--target-sensitivity", "0.9", "--target-specificity", "0.8"]
+    done = call(*arguments, "--split", "test", *rules, "--output", output)
+    assert done.exit_code == 0, done.output
+    points = EvaluationReport.load(output).operating_points
+    assert [p.chosen_on for p in points] == ["given", "the same images", "the same images"]
+    assert done.output.count("expect worse on others") == 2
+    elsewhere = [*rules, "--choose-on", validation, "--versus", "normal"]
+    done = call(*arguments, "--split", "test", *elsewhere, "--output", output)
+    assert done.exit_code == 0, done.output
+    report, chosen_on = EvaluationReport.load(output), EvaluationReport.load(validation)
+    assert [p.chosen_on for p in report.operating_points] == ["given", *["other images"] * 2]
+    assert "expect worse" not in done.output
+    expected = report.operating_point(sensitivity=0.9, chosen_on=chosen_on, versus="normal")
+    assert report.operating_points[1].to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target-sensitivity", "90"), "is not in the range"),
+        (("--prevalence", "1"), "is not in the range"),
+        (("--versus", "normal"), "need --threshold, --target-sensitivity or"),
+        (("--threshold", "0.5", "--versus", "flu"), "--versus must be one of normal, covid19"),
+    ],
+)
+def test_evaluate_refuses_impossible_rules_before_the_slow_part(
+    run: Path, phantoms: Path, options: tuple[str, ...], message: str
+) -> None:
+    done = call("evaluate", "--model", run, "--data", phantoms, *options)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert "predict" not in done.output
+
+
 def test_info_describes_versions_and_a_checkpoint(checkpoint_folder: Path) -> None:
     shown = call("info", "--model", checkpoint_folder).output
     assert f"chestxray-covid {__version__}" in shown

@@ -343,6 +343,15 @@ def test_a_manifest_still_knows_images_of_two_collections_to_be_one(tmp_path: Pa
     )
 
 
+def test_a_manifest_keeps_sex_and_age(tmp_path: Path) -> None:
+    file = write_image(tmp_path / "a.png")
+    about = {"sex": "F", "age": "70", "clinical_notes": "long"}
+    one = Sample(path=file, label="normal", finding="", patient_id="1", source="s", metadata=about)
+    whole = ChestXrayDataset([one], classes=["normal"])
+    back = ManifestDataset(whole.to_manifest(tmp_path / "list.csv"), classes=["normal"])
+    assert back.samples[0].metadata == {"sex": "F", "age": "70"}
+
+
 def test_hostile_file_names_survive_a_manifest(tmp_path: Path) -> None:
     for name in HOSTILE_NAMES:
         write_image(tmp_path / "COVID" / name)

@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
+from chestxray_covid.checkpoint import ModelConfig
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.errors import ChestXrayError, ReportError
 from chestxray_covid.evaluation import evaluate, evaluate_probabilities
@@ -238,6 +239,36 @@ def test_the_same_arguments_give_the_same_report() -> None:
     assert first.to_json() == again.to_json()
     assert first.overall.metrics["brier"].low != other.overall.metrics["brier"].low
     assert (first.seed, first.n_resamples, first.confidence) == (1, 50, 0.95)
+
+
+# ---- what was judged
+
+
+def test_the_report_keeps_what_the_checkpoint_says_but_no_path(
+    classifier: ThumbnailClassifier, dataset: ChestXrayDataset
+) -> None:
+    provenance = {
+        "recipe": "r",
+        "identity": {"files": ["secret"]},
+        "train": {"root": "/secret/place", "source": "a", "kept": 5},
+    }
+    judged = ThumbnailClassifier(dataset)
+    judged.config = ModelConfig(classes=judged.classes, provenance=provenance)  # type: ignore[attr-defined]
+    found = evaluate(judged, dataset, **FAST)
+    assert found.model["architecture"] == "densenet121"
+    assert found.model["classes"] == list(judged.classes)
+    assert found.model["provenance"] == {"recipe": "r", "train": {"source": "a", "kept": 5}}
+    assert "secret" not in found.to_json()
+    assert evaluate(classifier, dataset, **FAST).model == {}
+
+
+def test_the_report_counts_what_the_data_set_left_out(
+    classifier: ThumbnailClassifier, dataset: ChestXrayDataset
+) -> None:
+    left_out = replace(dataset.report(), dropped={"view L": 3})
+    whole = ChestXrayDataset(dataset.samples, classes=CLASSES, report=left_out)
+    assert evaluate(classifier, whole, **FAST).excluded == {"view L": 3}
+    assert evaluate(classifier, whole.subset(range(20)), **FAST).excluded == {}
 
 
 # ---- which question

@@ -268,3 +268,24 @@ def test_the_bootstrap_refuses_other_lengths_and_other_shapes() -> None:
         iv.bootstrap_by_group(m.auroc, "abc", [0, 1, 0, 1], [1, 2, 3, 4])
     with pytest.raises(ValueError, match=r"one value per resample, shape \(1,\)"):
         iv.bootstrap_by_group(lambda a, sample_weight: 0.5, "ab", [0, 1])
+
+
+def test_the_band_at_a_point_is_the_interval_of_that_number() -> None:
+    truth, score = scores(60, ties=True)
+    groups = np.arange(60) // 2
+
+    def curve(t: np.ndarray, s: np.ndarray, *, sample_weight: np.ndarray) -> np.ndarray:
+        areas = m.auroc(t, s, sample_weight=sample_weight)
+        return np.stack([areas, np.full_like(areas, np.nan)], axis=1)
+
+    low, high = iv.band_by_group(curve, groups, truth, score, n_resamples=50, seed=4)
+    expected = iv.bootstrap_by_group(m.auroc, groups, truth, score, n_resamples=50, seed=4)
+    assert (low[0], high[0]) == pytest.approx((expected.low, expected.high))
+    assert np.isnan([low[1], high[1]]).all()
+
+
+def test_a_band_refuses_other_lengths_and_options() -> None:
+    with pytest.raises(ValueError, match="same length"):
+        iv.band_by_group(m.auroc, "ab", [0, 1, 1], [0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match="n_resamples must be at least 1"):
+        iv.band_by_group(m.auroc, "ab", [0, 1], [0.1, 0.2], n_resamples=0)

@@ -133,6 +133,35 @@ def test_a_weight_counts_an_image_that_often() -> None:
         assert found == pytest.approx(metric(truth[rows], p[rows]))
 
 
+def test_the_calibration_error_of_one_event_agrees_with_scikit_learns_curve() -> None:
+    truth, p = probabilities(400, 2)
+    share, mean = calibration_curve(truth, p[:, 1], n_bins=10)
+    counts = np.unique(np.searchsorted(np.arange(1, 10) / 10, p[:, 1]), return_counts=True)[1]
+    expected = (counts * np.abs(share - mean)).sum() / 400
+    assert m.calibration_error(truth, p[:, 1], n_bins=10) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_area_under_risk_and_coverage_agrees_with_counting(ties: bool) -> None:
+    truth, p = probabilities(60, 3)
+    p = np.eye(3)[p.argmax(1)] * 0.3 + 0.7 * p
+    if ties:
+        p = np.array([[0.5, 0.3, 0.2], [0.8, 0.1, 0.1]])[np.arange(60) % 2]
+    often = weights(60)[0].astype(int)
+    for rows in (np.arange(60), np.repeat(np.arange(60), often)):
+        wrong, sure = p[rows].argmax(1) != truth[rows], p[rows].max(1)
+        expected = np.mean([wrong[sure >= level].mean() for level in sure])
+        found = m.area_under_risk_coverage(truth[rows], p[rows])
+        assert found == pytest.approx(expected)
+    weighted = m.area_under_risk_coverage(truth, p, sample_weight=np.stack([often, often]))
+    assert weighted == pytest.approx([expected] * 2)
+
+
+def test_a_confidence_that_says_nothing_has_the_risk_of_all_decisions() -> None:
+    truth, p = np.arange(9) % 3, np.tile([0.5, 0.3, 0.2], (9, 1))
+    assert m.area_under_risk_coverage(truth, p) == pytest.approx(2 / 3)
+
+
 def test_the_edge_of_a_calibration_bin_belongs_to_the_bin_below() -> None:
     # Two bins: confidence 0.5 in (0, 0.5], 0.6 in (0.5, 1]; together they would cancel to 0.05.
     p = [[0.5, 0.5], [0.6, 0.4]]

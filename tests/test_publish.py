@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from chestxray_covid import AuditItem, AuditReport, Classifier, SyntheticChestXray, evaluate
-from chestxray_covid.card import _plain, model_card
+from chestxray_covid.card import model_card
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.errors import CheckpointError, ReportError
 from chestxray_covid.publish import push
+from chestxray_covid.reporting import markdown_text
 from hub_server import HubServer, hub_environment, run_python
 
 LABELS = ("normal", "pneumonia", "covid19")
@@ -287,6 +288,6 @@ def test_a_bundled_name_or_folder_is_opened_elsewhere_by_its_path(run: Path) -> 
 
 
 def test_texts_do_not_become_links_on_their_own() -> None:
-    found = _plain("see www.example.org or a@example.org")
+    found = markdown_text("see www.example.org or a@example.org")
     assert "www." not in found
     assert "@" not in found

@@ -22,9 +22,14 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.calibration import fit_temperature as fit_temperature
     from chestxray_covid.checkpoint import ModelConfig as ModelConfig
     from chestxray_covid.classifier import Classifier as Classifier
+    from chestxray_covid.comparison import Comparison as Comparison
     from chestxray_covid.confounders import Confounding as Confounding
     from chestxray_covid.confounders import ConfoundingWarning as ConfoundingWarning
     from chestxray_covid.confounders import confounding as confounding
+    from chestxray_covid.curves import PrecisionRecallCurve as PrecisionRecallCurve
+    from chestxray_covid.curves import Reliability as Reliability
+    from chestxray_covid.curves import RiskCoverageCurve as RiskCoverageCurve
+    from chestxray_covid.curves import RocCurve as RocCurve
     from chestxray_covid.datasets.base import ChestXrayDataset as ChestXrayDataset
     from chestxray_covid.datasets.base import Sample as Sample
     from chestxray_covid.datasets.base import concatenate as concatenate
@@ -75,10 +80,12 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.hub import resolve as resolve
     from chestxray_covid.image import Preprocess as Preprocess
     from chestxray_covid.image import load_image as load_image
+    from chestxray_covid.intervals import Estimate as Estimate
     from chestxray_covid.lungs import lung_box as lung_box
     from chestxray_covid.lungs import segment as segment
     from chestxray_covid.models import build_densenet121 as build_densenet121
     from chestxray_covid.models import set_trainable as set_trainable
+    from chestxray_covid.operating_points import OperatingPoint as OperatingPoint
     from chestxray_covid.plots import plot_confusion as plot_confusion
     from chestxray_covid.plots import plot_heatmaps as plot_heatmaps
     from chestxray_covid.plots import plot_history as plot_history
@@ -92,6 +99,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.report import write_report as write_report
     from chestxray_covid.splits import Split as Split
     from chestxray_covid.splits import split_by_patient as split_by_patient
+    from chestxray_covid.subgroups import Subgroup as Subgroup
     from chestxray_covid.training import Trainer as Trainer
     from chestxray_covid.training_config import Callback as Callback
     from chestxray_covid.training_config import EpochRecord as EpochRecord
@@ -106,6 +114,9 @@ _MODULES = {
     "calibration": ("fit_temperature",),
     "checkpoint": ("ModelConfig",),
     "classifier": ("Classifier",),
+    "comparison": ("Comparison",),
+    "confounders": ("Confounding", "ConfoundingWarning", "confounding"),
+    "curves": ("PrecisionRecallCurve", "Reliability", "RiskCoverageCurve", "RocCurve"),
     "datasets.base": ("ChestXrayDataset", "Sample", "concatenate", "lung_mask"),
     "datasets.cohen": ("CohenCovidDataset",),
     "datasets.download": ("download_cohen", "download_kermany"),
@@ -148,8 +159,10 @@ _MODULES = {
     "hub": ("bundled_models", "resolve"),
     "image": ("Preprocess", "load_image"),
     "heat_shares": ("LungHeat", "lung_heat"),
+    "intervals": ("Estimate",),
     "lungs": ("lung_box", "segment"),
     "models": ("build_densenet121", "set_trainable"),
+    "operating_points": ("OperatingPoint",),
     "plots": (
         "plot_confusion",
         "plot_heatmaps",
@@ -162,8 +175,8 @@ _MODULES = {
     ),
     "prediction": ("FailedPrediction", "Prediction"),
     "report": ("write_report",),
-    "confounders": ("Confounding", "ConfoundingWarning", "confounding"),
     "splits": ("Split", "split_by_patient"),
+    "subgroups": ("Subgroup",),
     "training": ("Trainer",),
     "training_config": ("Callback", "EpochRecord", "History", "TrainingConfig"),
 }

@@ -19,7 +19,7 @@ from chestxray_covid.errors import ConfigError, ReportError
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.files import read_json
 from chestxray_covid.intervals import Estimate
-from chestxray_covid.reporting import CAUTION
+from chestxray_covid.reporting import CAUTION, markdown_text
 from chestxray_covid.subgroups import Subgroup
 
 #: Further tables of a card, beside a checkpoint.
@@ -70,22 +70,16 @@ def calibration_figure(folder: Path) -> bytes | None:
     report = _evaluation(folder)
     if report is None or report.predictions is None:
         return None
-    import numpy as np
     from matplotlib.figure import Figure
 
-    scores = report.predictions[f"p_{report.positive}"].to_numpy(float)
-    truth = (report.predictions["label"] == report.positive).to_numpy(float)
-    places = np.minimum((scores * _BINS).astype(int), _BINS - 1)
-    filled = np.unique(places)
-    predicted = [scores[places == place].mean() for place in filled]
-    observed = [truth[places == place].mean() for place in filled]
+    diagram = report.reliability(report.positive, n_bins=_BINS)
     drawing = Figure(figsize=(4, 4), layout="constrained")
     axes = drawing.add_subplot(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.plot([0, 1], [0, 1], ":", color="grey")
-    axes.plot(predicted, observed, "o-")
+    axes.plot(diagram.predicted, [share.value for share in diagram.observed], "o-")
     axes.set_xlabel(f"predicted probability of {report.positive}")
     axes.set_ylabel("share that has it")
-    axes.set_title(f"Calibration, {len(scores)} images")
+    axes.set_title(f"Calibration, {diagram.counts.sum()} images")
     stream = io.BytesIO()
     drawing.savefig(stream, format="png", dpi=100)
     return stream.getvalue()
@@ -132,10 +126,10 @@ def _front_matter(
 
 
 def _introduction(config: ModelConfig, name: str) -> str:
-    return f"""# {_plain(name)}
+    return f"""# {markdown_text(name)}
 
 DenseNet-121 on chest radiographs, {config.preprocess.size_px} px, classes
-{", ".join(map(_plain, config.classes))}.
+{", ".join(map(markdown_text, config.classes))}.
 
 **This is not a medical device.** It makes no diagnosis and must not be used for any decision about
 a patient.
@@ -147,7 +141,7 @@ and whether they read lungs or the data set. Out of scope: diagnosis, triage, sc
 modalities and views, and children where the training data have none.
 
 The operating threshold on p(covid19) / (p(covid19) + p(normal)) is {config.threshold:.4g}; it comes
-from: {_plain(config.threshold_origin)}."""
+from: {markdown_text(config.threshold_origin)}."""
 
 
 def _data(config: ModelConfig) -> str:
@@ -167,20 +161,20 @@ def _items(content: Any, depth: int) -> Iterator[str]:
     indent = "  " * depth
     if isinstance(content, Mapping):
         for key, value in content.items():
-            label = _plain(str(key).replace("_", " "))
+            label = markdown_text(str(key).replace("_", " "))
             if isinstance(value, Mapping | list | tuple) and value:
                 yield f"{indent}- {label}:"
                 yield from _items(value, depth + 1)
             else:
-                yield f"{indent}- {label}: {_plain(value)}"
+                yield f"{indent}- {label}: {markdown_text(value)}"
     elif isinstance(content, list | tuple):
         for value in content:
             if isinstance(value, Mapping | list | tuple):
-                yield f"{indent}- {_plain(json.dumps(value))}"
+                yield f"{indent}- {markdown_text(json.dumps(value))}"
             else:
-                yield f"{indent}- {_plain(value)}"
+                yield f"{indent}- {markdown_text(value)}"
     else:
-        yield f"{indent}{_plain(content)}"
+        yield f"{indent}{markdown_text(content)}"
 
 
 def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[str]:
@@ -190,7 +184,7 @@ def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[st
         return
     yield (
         f"{report.n_images} images of {report.n_patients} patients that were not trained on; "
-        f"{_plain(report.positive)} against the other classes, with intervals at "
+        f"{markdown_text(report.positive)} against the other classes, with intervals at "
         f"{100 * report.confidence:g}%, by patient. A dash is a number that is not defined there.\n"
     )
     if report.confounded:
@@ -200,11 +194,11 @@ def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[st
     for part in report.subgroups:
         numbers = [_number(part.per_class[report.positive].get(metric)) for metric in _METRICS]
         where = "all" if part.group == "overall" else f"{part.group}: {part.name}"
-        cells = [_plain(where), str(part.n_images), str(part.n_patients), *numbers]
+        cells = [markdown_text(where), str(part.n_images), str(part.n_patients), *numbers]
         yield f"| {' | '.join(cells)} |"
     yield ""
     for metric, estimate in report.overall.metrics.items():
-        yield f"- {_plain(metric)}: {_number(estimate)}"
+        yield f"- {markdown_text(metric)}: {_number(estimate)}"
     if figure:
         yield f"\n![Predicted probability against the share that came true]({figure})"
 
@@ -217,12 +211,12 @@ def _measurements(folder: Path) -> Iterator[str]:
     try:
         tables = read_json(path)
         for table in tables:
-            head, rows = [_plain(cell) for cell in table["head"]], table["rows"]
-            lines = [head, ["---"] * len(head), *([_plain(c) for c in row] for row in rows)]
+            head, rows = [markdown_text(cell) for cell in table["head"]], table["rows"]
+            lines = [head, ["---"] * len(head), *([markdown_text(c) for c in row] for row in rows)]
             if any(len(line) != len(head) for line in lines):
                 raise ValueError("a row is longer or shorter than the head")
             drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-            yield f"## {_plain(table['title'])}\n\n{_plain(table['note'])}\n\n{drawn}"
+            yield f"## {markdown_text(table['title'])}\n\n{markdown_text(table['note'])}\n\n{drawn}"
     except (ConfigError, LookupError, TypeError, ValueError) as error:
         raise ReportError(
             f"{path} is no list of tables with title, note, head and rows: {error!r}. "
@@ -236,13 +230,13 @@ def _audit(folder: Path) -> str:
         return "## Audit\n\nThis model has not been audited for shortcuts."
     report = AuditReport.load(path)
     rows = [
-        f"| {_plain(item.question)} | {_plain(item.verdict)} | {_plain(item.reason)} |"
+        f"| {' | '.join(map(markdown_text, (item.question, item.verdict, item.reason)))} |"
         for item in report.items
     ]
     head = f"Shortcut audit of {report.n_images} images of {report.n_patients} patients"
     return "\n".join(
         [
-            f"## Audit\n\n{head}: **{_plain(report.verdict)}**.\n",
+            f"## Audit\n\n{head}: **{markdown_text(report.verdict)}**.\n",
             "| Question | Verdict | Why |\n| --- | --- | --- |",
             *rows,
         ]
@@ -295,15 +289,3 @@ def _number(estimate: Estimate | None) -> str:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")[:60] or "unknown"
-
-
-def _plain(value: Any) -> str:
-    r"""Return text that Markdown shows as it is, on one line.
-
-    >>> print(_plain("<b>|[x](http://y)"))
-    &lt;b&gt;\|\[x\](http&#58;//y)
-    """
-    text = " ".join(str(value).split())[:1000].replace("&", "&amp;")
-    text = text.replace("<", "&lt;").replace(">", "&gt;").replace("://", "&#58;//")
-    text = text.replace("@", "&#64;").replace("www.", "www&#46;")  # would become links on their own
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)

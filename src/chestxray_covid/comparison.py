@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from chestxray_covid import metrics as m
-from chestxray_covid.intervals import Estimate, Groups, bootstrap_by_group
+from chestxray_covid.intervals import Estimate, Groups, bootstrap_by_group, check_resampling
 from chestxray_covid.metrics import Floats, Value
 
 DELONG = "delong"
@@ -100,6 +100,7 @@ def delong_test(
         ValueError: If an argument is not as said, or fewer than two patients have a positive or a
             negative image.
     """
+    check_resampling(n_resamples=1, confidence=confidence)
     truth = m.check_labels(y_true, "y_true", 2).astype(bool)
     scores = np.stack([np.asarray(first, np.float64), np.asarray(second, np.float64)])
     m.check_lengths(y_true=truth, first=scores[0], second=scores[1], patients=patients)

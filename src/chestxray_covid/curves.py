@@ -32,11 +32,11 @@ _GRID = np.linspace(0, 1, 101)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Curve:
-    """What all curves share.
+    """Points, a band, and the number that sums them up.
 
     Attributes:
         title: What is told from what, for example ``"covid19 against all others"``.
-        x: ``(P,)`` abscissa of the curve, named by the class of the curve.
+        x: ``(P,)`` abscissa; what it is, each kind of curve says.
         y: ``(P,)`` ordinate.
         thresholds: ``(P,)`` score from which on (``>=``) a case counts at each point; ``inf`` where
             none does.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from chestxray_covid import metrics as m
+from chestxray_covid.checkpoint import ModelConfig
 from chestxray_covid.confounders import Confounding
 from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
 from chestxray_covid.datasets.duplicates import patient_groups
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     import torchvision
 
     from chestxray_covid.training_config import TrainingConfig
+
+
+#: Fields of a model's config that a report keeps.
+_OF_MODEL = (
+    *("architecture", "classes", "preprocess", "threshold", "threshold_origin"),
+    *("weights_sha256", "chestxray_covid_version"),
+)
 
 
 class ProbabilisticClassifier(Protocol):
@@ -90,9 +98,24 @@ def evaluate(
         seed=seed,
         confidence=confidence,
     )
+    dropped = dict(dataset.report().dropped)
+    return replace(report, model=_model_of(classifier), excluded=dropped)
+
+
+def _model_of(classifier: ProbabilisticClassifier) -> dict[str, Any]:
+    """Return what a classifier with a config says of itself, without the paths of its training."""
     config = getattr(classifier, "config", None)
-    model = {} if config is None else config.to_dict()
-    return replace(report, model=model, excluded=dict(dataset.report().dropped))
+    if not isinstance(config, ModelConfig):
+        return {}
+    told = {
+        key: {k: v for k, v in value.items() if k != "root"}
+        if isinstance(value, Mapping)
+        else value
+        for key, value in config.provenance.items()
+        if key != "identity"
+    }
+    data = config.to_dict()
+    return {name: data[name] for name in _OF_MODEL} | {"provenance": told}
 
 
 def _provenance(dataset: ChestXrayDataset, groups: Sequence[int]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from chestxray_covid import curves
+from chestxray_covid.checklists import report_markdown
 from chestxray_covid.comparison import Comparison, compare_scores
 from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.errors import ReportError
@@ -129,6 +130,8 @@ class EvaluationReport:
             own["overall"] = Subgroup.from_dict(data["overall"])
             for group in own.keys() & set(_GROUPS):
                 own[group] = {name: Subgroup.from_dict(part) for name, part in data[group].items()}
+            for name in own.keys() & {"model", "excluded"}:
+                own[name] = dict(data[name])
             points = map(OperatingPoint.from_dict, own.get("operating_points", ()))
             own["operating_points"] = tuple(points)
             table = data["predictions"]
@@ -261,8 +264,11 @@ class EvaluationReport:
 
         Raises:
             ReportError: If the predictions were left out.
-            ValueError: If an argument is impossible, or the target cannot be had.
+            ValueError: If an argument is impossible, the target cannot be had, or ``chosen_on``
+                is of a model with other weights.
         """
+        if chosen_on is not None and not _same_model(self.model, chosen_on.model):
+            raise ValueError("chosen_on is the report of another model: evaluate this one there")
         q = self._ask(None, versus)
         basis = q if chosen_on is None else chosen_on._ask(self.positive, versus)
         chosen, rule = choose_threshold(
@@ -305,6 +311,22 @@ class EvaluationReport:
         sides = ((one.score, one.called), (two.score, two.called))
         return compare_scores(one.truth, *sides, one.patients, title=one.title, **self._how)
 
+    def to_markdown(self, answers: Mapping[str, str] | None = None) -> str:
+        """Return the report as Markdown, with the items of CLAIM and TRIPOD+AI.
+
+        Tejani et al., Checklist for Artificial Intelligence in Medical Imaging (CLAIM): 2024
+        update, Radiology: Artificial Intelligence 6 (2024) e240300; Collins et al., TRIPOD+AI
+        statement, BMJ 385 (2024) e078378. What an evaluation knows is filled in, for all else it
+        says "not reported".
+
+        Args:
+            answers: Item, for example ``"CLAIM 14"`` or ``"TRIPOD+AI 8a"`` → what to write there.
+
+        Raises:
+            ValueError: If there is no such item.
+        """
+        return report_markdown(self, answers or {})
+
     def __str__(self) -> str:
         return "\n".join(report_text(self))
 
@@ -322,13 +344,22 @@ class EvaluationReport:
         return self.predictions
 
     def _ask(self, label: str | None, versus: str | None) -> Question:
-        return ask(self._predictions(), self.classes, label or self.positive, versus)
+        question = ask(self._predictions(), self.classes, label or self.positive, versus)
+        if not len(question.truth):
+            raise ValueError(f"No image is {label or self.positive} or {versus}")
+        return question
 
     def _decided(self) -> tuple[Any, Any, Any]:
         """Return ``(N,)`` class numbers, ``(N, K)`` probabilities and ``(N,)`` patients."""
         table = self._predictions()
         truth = np.array([self.classes.index(label) for label in table["label"]])
         return truth, probabilities_of(table, self.classes), table["patient_group"].to_numpy()
+
+
+def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether nothing says that two models differ."""
+    weights = [model.get("weights_sha256") for model in (one, other)]
+    return None in weights or weights[0] == weights[1]
 
 
 def _plain(value: Any) -> Any:

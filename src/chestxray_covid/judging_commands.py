@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from chestxray_covid.command import (
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
 
+_SHARE = click.FloatRange(0, 1, min_open=True)
+
 
 @click.command()
 @MODEL
@@ -31,8 +34,49 @@ if TYPE_CHECKING:
     type=click.Choice(["train", "val", "test"]),
     help="Judge only this side of the split that the run was trained with.",
 )
+@click.option(
+    "--threshold",
+    "thresholds",
+    multiple=True,
+    type=float,
+    help="Decide at this score; the checkpoint's threshold if neither this nor a target is given.",
+)
+@click.option(
+    "--target-sensitivity",
+    "sensitivities",
+    multiple=True,
+    type=_SHARE,
+    help="Decide at the highest score that reaches it, a fraction. Chosen on --choose-on.",
+)
+@click.option(
+    "--target-specificity",
+    "specificities",
+    multiple=True,
+    type=_SHARE,
+    help="Decide at the lowest score that reaches it, a fraction. Chosen on --choose-on.",
+)
+@click.option(
+    "--choose-on",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON report of the model on validation data, for the targets; else the same images, "
+    "and the report says so.",
+)
+@click.option(
+    "--versus",
+    help="Decide against this class alone, by p / (p + p(class)); against all others if not given.",
+)
+@click.option(
+    "--prevalence",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of positives where the model would be used, for the predictive values.",
+)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
 @REPORT
+@click.option(
+    "--markdown",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The report as Markdown, with the items of CLAIM and TRIPOD+AI.",
+)
 @BATCH
 @DEVICE
 @translated
@@ -40,17 +84,42 @@ def evaluate(
     model: str | None,
     data: tuple[Path, ...],
     side: str | None,
+    thresholds: tuple[float, ...],
+    sensitivities: tuple[float, ...],
+    specificities: tuple[float, ...],
+    choose_on: Path | None,
+    versus: str | None,
+    prevalence: float | None,
     output: Path | None,
     page: Path | None,
+    markdown: Path | None,
     batch_size: int,
     device: str | None,
 ) -> None:
-    """Judge a model on data sets, with intervals by patient, per source and per view."""
+    """Judge a model on data sets, with intervals by patient, overall and per subgroup."""
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.evaluation import evaluate as judge
+    from chestxray_covid.evaluation_report import EvaluationReport
+    from chestxray_covid.files import write_files
     from chestxray_covid.splits import Split
 
     classifier = Classifier.from_pretrained(model, device=device)
+    rules = [
+        *({"threshold": threshold} for threshold in thresholds),
+        *({"sensitivity": target} for target in sensitivities),
+        *({"specificity": target} for target in specificities),
+    ]
+    if not rules and versus is None and {"covid19", "normal"} <= set(classifier.classes):
+        # What Prediction.is_positive says.
+        rules, versus = [{"threshold": classifier.config.threshold}], "normal"
+    if not rules and (versus, prevalence, choose_on) != (None, None, None):
+        raise click.UsageError(
+            "--versus, --prevalence and --choose-on need --threshold, --target-sensitivity or "
+            "--target-specificity."
+        )
+    if versus is not None and versus not in classifier.classes:
+        raise click.UsageError(f"--versus must be one of {', '.join(classifier.classes)}.")
+    chosen_on = EvaluationReport.load(choose_on) if choose_on is not None else None
     dataset = open_data(data, classifier.classes)
     saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
     if side is not None and saved is None:
@@ -66,8 +135,16 @@ def evaluate(
                 err=True,
             )
     report = judge(classifier, dataset, batch_size=batch_size, progress=True)
+    points = [
+        report.operating_point(**rule, prevalence=prevalence, versus=versus, chosen_on=chosen_on)
+        for rule in rules
+    ]
+    report = replace(report, operating_points=tuple(points))
     if output is not None:
         report.save(output)
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        write_files(markdown.parent, {markdown.name: report.to_markdown().encode()})
     click.echo(str(report))
     if page is not None:
         from chestxray_covid.report import write_report

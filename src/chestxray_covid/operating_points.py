@@ -75,7 +75,8 @@ class OperatingPoint:
         (tn, fp), (fn, tp) = data["confusion"]
         own = {name: Estimate.from_dict(data[name]) for name in _ESTIMATES}
         counts = ((int(tn), int(fp)), (int(fn), int(tp)))
-        return cls(**{**data, **own, "confusion": counts, "threshold": float(data["threshold"])})
+        numbers = {name: float(data[name]) for name in ("threshold", "prevalence")}
+        return cls(**{**data, **own, **numbers, "confusion": counts})
 
     def __str__(self) -> str:
         (tn, fp), (fn, tp) = self.confusion

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
+from chestxray_covid._version import NOT_A_DEVICE
+from chestxray_covid.intervals import Estimate
 from chestxray_covid.subgroups import SMALL, Subgroup
 
 if TYPE_CHECKING:
     from chestxray_covid.evaluation_report import EvaluationReport
 
+#: Shares of the images that a table of the risk shows.
+_COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.5)
 CAUTION = "The source all but gives the label here: these numbers cannot tell disease from source."
 
 
@@ -49,9 +54,105 @@ def _row(report: EvaluationReport, part: Subgroup) -> dict[str, str]:
         "patients": f"{part.n_patients}",
         "positive": _counted(own),
         "other": _counted(part.n_images - own),
-        **{name: str(found[name]).replace(f", n = {found[name].n}", "") for name in shown},
+        **{name: _short(found[name]) for name in shown},
     }
 
 
 def _counted(count: int) -> str:
     return f"{count}{'*' if count < SMALL else ''}"
+
+
+def markdown_results(report: EvaluationReport) -> Iterator[str]:
+    """Yield the lines of a report's numbers as Markdown."""
+    yield f"# Evaluation: {markdown_text(report.positive)} against all others"
+    yield f"\n{NOT_A_DEVICE}"
+    if report.confounded:
+        yield f"\n**{CAUTION}**"
+    yield (
+        f"\n{report.n_images} images of {report.n_patients} patients; intervals at "
+        f"{100 * report.confidence:g} %, by patient."
+    )
+    yield "\n## Performance\n"
+    found = (("all", report.overall.metrics), *report.overall.per_class.items())
+    yield from markdown_table(
+        ("Class", "Metric", "Value", "Images", "Interval from"),
+        [
+            (label, name.replace("_", " "), _short(e), e.n, e.method)
+            for label, metrics in found
+            for name, e in metrics.items()
+        ],
+    )
+    yield "\nDecisions (columns) for the truth (rows):\n"
+    confusion = zip(report.classes, report.overall.confusion, strict=True)
+    yield from markdown_table(("", *report.classes), [(name, *row) for name, row in confusion])
+    if report.operating_points:
+        yield "\n## Thresholds\n"
+        yield from _markdown_points(report)
+    yield "\n## Subgroups\n"
+    rows = [_row(report, part) for part in report.subgroups]
+    yield from markdown_table(tuple(name.capitalize() for name in rows[0]), map(dict.values, rows))
+    yield f"\n\\* fewer than {SMALL} images: what rests on them says next to nothing."
+    if report.predictions is not None:
+        yield from _markdown_probabilities(report)
+
+
+def _markdown_points(report: EvaluationReport) -> Iterator[str]:
+    names = ("sensitivity", "specificity", "ppv", "npv")
+    yield from markdown_table(
+        ("Positive where", "Threshold from", "Chosen on", *names, "Prevalence"),
+        [
+            (
+                f"{point.score} >= {point.threshold:.6g} ({point.title})",
+                point.rule,
+                point.chosen_on,
+                *(_short(getattr(point, name)) for name in names),
+                f"{point.prevalence:.3g} ({'named' if point.named else 'of these data'})",
+            )
+            for point in report.operating_points
+        ],
+    )
+    for caution in dict.fromkeys(point.caution for point in report.operating_points):
+        if caution:
+            yield f"\n{caution}"
+
+
+def _markdown_probabilities(report: EvaluationReport) -> Iterator[str]:
+    diagram, risk = report.reliability(report.positive), report.risk_coverage_curve()
+    yield f"\n## Reliability of p({markdown_text(report.positive)})\n"
+    edges = zip(diagram.low_edges, diagram.high_edges, strict=True)
+    bins = zip(edges, diagram.predicted, diagram.observed, strict=True)
+    yield from markdown_table(
+        ("Probability", "Mean", "Came true", "Images"),
+        [(f"{a:.2f}–{b:.2f}", f"{p:.3f}", _short(e), _counted(e.n)) for (a, b), p, e in bins],
+    )
+    yield f"\nExpected calibration error {diagram.ece}, Brier score {diagram.brier}."
+    yield "\n## Wrong decisions if the least sure are left to others\n"
+    places = [int((risk.x < share - 1e-12).sum()) for share in _COVERAGES]
+    yield from markdown_table(
+        ("Images kept", "Wrong among them"),
+        [(f"{risk.x[i]:.1%}", f"{risk.y[i]:.1%}") for i in places],
+    )
+    yield f"\nMean over all shares kept (AURC): {risk.area}."
+
+
+def _short(estimate: Estimate) -> str:
+    return str(estimate).replace(f", n = {estimate.n}", "")
+
+
+def markdown_table(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Return the lines of a table, every cell as plain text."""
+    lines = [[markdown_text(cell, 10_000) for cell in line] for line in (head, *rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def markdown_text(value: Any, max_chars: int = 1000) -> str:
+    r"""Return text that Markdown shows as it is, on one line, cut where it is too long.
+
+    >>> print(markdown_text("<b>|[x](http://y)"))
+    &lt;b&gt;\|\[x\](http&#58;//y)
+    """
+    text = " ".join(str(value).split())[:max_chars].replace("&", "&amp;")
+    text = text.replace("<", "&lt;").replace(">", "&gt;").replace("://", "&#58;//")
+    text = text.replace("@", "&#64;").replace("www.", "www&#46;")  # would become links on their own
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 #: Numbers that rest on fewer images are flagged: they say next to nothing.
 SMALL = 20
-#: Lower ends of the age bands in years: children apart, then twenties of years.
+#: Lower ends of the age bands in years: children, then twenty years or so each. Our choice.
 _BANDS = (0, 18, 40, 60, 80)
 #: No age of a person; some collections write 999 for what they do not know.
 _MAX_AGE = 120

@@ -38,8 +38,9 @@ FRONTAL_VIEWS = ("PA", "AP", "AP Supine", "AP Erect", "AP Semi Erect")
 UNKNOWN_VIEW = "unknown"
 #: Columns of the interchange CSV that every data set writes and :class:`ManifestDataset` reads.
 MANIFEST_COLUMNS = ("path", "label", "finding", "patient_id", "source", "view")
-#: Metadata that says who a patient or an image is across collections; goes into the CSV too.
-IDENTITY_COLUMNS = ("origin", "image_id", "numbered_by")
+#: Metadata that goes into the CSV, too: who a patient or an image is across collections, and what
+#: an evaluation divides patients by.
+KEPT_COLUMNS = ("origin", "image_id", "numbered_by", "sex", "age")
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".dcm"}
@@ -64,7 +65,8 @@ class Sample:
         view: Projection, ``"PA"``, ``"AP"``, ``"AP Supine"``, ``"L"``, …, or ``"unknown"``.
         metadata: Everything else the source says, as text. ``origin`` and ``image_id``, where
             present, identify the image in the collection that it was taken over from;
-            ``numbered_by`` is the collection that ``patient_id`` is a number of, if not ``source``.
+            ``numbered_by`` is the collection that ``patient_id`` is a number of, if not ``source``;
+            ``sex`` and ``age`` (years) are the patient's.
         read: How the pixels come about; ``read_file`` unless the sample is a phantom.
     """
 
@@ -256,8 +258,8 @@ class ChestXrayDataset:
         """Write the data set as the interchange CSV and return its path.
 
         Paths of images below the CSV's folder are written relative to it, others absolute. Of
-        the metadata, only what tells which patients and images are the same is written. The file
-        appears complete or not at all.
+        the metadata, only what tells which patients and images are the same is written, and sex
+        and age. The file appears complete or not at all.
 
         Raises:
             DatasetError: If a sample is a phantom that lies in no file.
@@ -271,17 +273,17 @@ class ChestXrayDataset:
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = target.parent.resolve()
-        identities = [n for n in IDENTITY_COLUMNS if any(s.metadata.get(n) for s in self.samples)]
+        kept = [n for n in KEPT_COLUMNS if any(s.metadata.get(n) for s in self.samples)]
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 writer = csv.writer(file)
-                writer.writerow([*MANIFEST_COLUMNS, *identities])
+                writer.writerow([*MANIFEST_COLUMNS, *kept])
                 for s in self.samples:
                     full = s.path.resolve()
                     where = full.relative_to(folder) if full.is_relative_to(folder) else full
                     known = [str(where), s.label, s.finding, s.patient_id, s.source, s.view]
-                    writer.writerow([*known, *(s.metadata.get(n, "") for n in identities)])
+                    writer.writerow([*known, *(s.metadata.get(n, "") for n in kept)])
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
