@@ -43,6 +43,7 @@ ROWS = (
     ("datasets",),
     ("hub", "splits", "confounders", "evaluation_report", "audit_report"),
     ("audit_verdicts",),
+    ("audit_figure",),
     ("card",),
     ("publish",),
     # Here begins torch: layer 4 of the design.

@@ -15,6 +15,7 @@ from chestxray_covid._version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.audit import audit_shortcuts as audit_shortcuts
+    from chestxray_covid.audit_figure import plot_audit as plot_audit
     from chestxray_covid.audit_report import AuditFinding as AuditFinding
     from chestxray_covid.audit_report import AuditItem as AuditItem
     from chestxray_covid.audit_report import AuditReport as AuditReport
@@ -109,6 +110,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
 #: Module → the public names that it defines.
 _MODULES = {
     "audit": ("audit_shortcuts",),
+    "audit_figure": ("plot_audit",),
     "audit_report": ("AuditFinding", "AuditItem", "AuditReport"),
     "augment": ("Augmentation",),
     "calibration": ("fit_temperature",),

@@ -48,7 +48,10 @@ def file_facts(sample: Sample) -> FileFacts | None:
 
 
 def _quality(table: Sequence[int]) -> float:
-    """Return the quality whose scaling of the standard table has this sum (libjpeg, jcparam.c)."""
+    """Return the quality whose scaling of the standard table has this sum (libjpeg, jcparam.c).
+
+    Too high below about 25, where entries are cut off at 255.
+    """
     scale = 100 * sum(table) / _LUMINANCE_SUM
     quality = 5000 / scale if scale > 100 else (200 - scale) / 2
     return float(min(max(quality, 1.0), 100.0))

@@ -25,7 +25,9 @@ from chestxray_covid.intervals import (
 )
 from chestxray_covid.splits import divide
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # they import torch
+    import torchvision
+
     from chestxray_covid.training_config import TrainingConfig
 
 #: Returns a classifier that was trained on these samples and no others.
@@ -60,6 +62,7 @@ def leave_one_source_out(
     positive: str | None = None,
     negative: str | None = None,
     test: float = 0.2,
+    model: Callable[[], torchvision.models.DenseNet] | None = None,
     batch_size: int = 32,
     n_resamples: int = 1000,
     seed: int = 0,
@@ -74,11 +77,12 @@ def leave_one_source_out(
     Args:
         dataset: Two or more sources.
         fit: A function that trains on a data set and returns the classifier; or options, with
-            which DenseNet-121 is trained from ImageNet weights; or a classifier, which is not
+            which ``model`` is trained; or a classifier, which is not
             trained again but judged on the source and on all others.
         positive: The class in question, by default ``"covid19"`` or the last.
         negative: What it is told from, by default ``"normal"``, or ``"rest"``.
         test: Share of the other sources' patients that judge, in (0, 0.5].
+        model: For options: returns a fresh network; by default DenseNet-121 from ImageNet weights.
         batch_size: Images computed at once.
         n_resamples, seed, confidence: Of the intervals, see :func:`bootstrap_by_group`; the seed
             is also that of the split.
@@ -113,7 +117,7 @@ def leave_one_source_out(
             note = f"Without {source}, no image of {sorted(lacking)} is left to train on."
             rows.append(_missing(source, len(outside), confidence, note))
             continue
-        classifier = ready or _fitted(cast(Any, fit), dataset.subset(rest), seed)
+        classifier = ready or _fitted(cast(Any, fit), dataset.subset(rest), model, seed)
         both = _joined(inside, outside)
         found = classifier.predict_proba(both, batch_size=batch_size, progress=progress)
         rows.append(_row(source, question, both, question.score(found), len(inside), how))
@@ -128,14 +132,22 @@ def _joined(first: ChestXrayDataset, second: ChestXrayDataset) -> ChestXrayDatas
 
 
 def _fitted(
-    fit: Fit | TrainingConfig, train: ChestXrayDataset, seed: int
+    fit: Fit | TrainingConfig,
+    train: ChestXrayDataset,
+    model: Callable[[], torchvision.models.DenseNet] | None,
+    seed: int,
 ) -> ProbabilisticClassifier:
     from chestxray_covid.training_config import TrainingConfig
 
-    return _trained(train, fit, seed) if isinstance(fit, TrainingConfig) else fit(train)
+    return _trained(train, fit, model, seed) if isinstance(fit, TrainingConfig) else fit(train)
 
 
-def _trained(train: ChestXrayDataset, config: TrainingConfig, seed: int) -> Classifier:
+def _trained(
+    train: ChestXrayDataset,
+    config: TrainingConfig,
+    model: Callable[[], torchvision.models.DenseNet] | None,
+    seed: int,
+) -> Classifier:
     from chestxray_covid.models import build_densenet121
     from chestxray_covid.training import Trainer
 
@@ -143,7 +155,8 @@ def _trained(train: ChestXrayDataset, config: TrainingConfig, seed: int) -> Clas
     rest, chooses = divide(train, np.arange(len(train)), groups, 0.15, seed)
     # What is left when a source is gone may well be confounded: that is what is being measured.
     known = replace(config, allow_confounded_sources=True)
-    network = build_densenet121(num_classes=len(train.classes), seed=config.seed)
+    classes = len(train.classes)
+    network = model() if model else build_densenet121(num_classes=classes, seed=config.seed)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         Trainer(network, train.subset(rest), train.subset(chooses), known, output=run).fit()
