@@ -146,7 +146,7 @@ def test_the_page_needs_nothing_but_itself(written: Path) -> None:
     page = Page(written.read_text(encoding="utf-8"))
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "base"})
     pictures = [attrs["src"] or "" for attrs in page.of("img")]
-    assert len(pictures) == 6
+    assert len(pictures) == 7
     assert all(re.match(r"data:image/(png|svg\+xml);base64,", source) for source in pictures)
     assert [attrs["href"] for attrs in page.of("a")] == ["audit.json", "evaluation.json"]
     assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
@@ -212,6 +212,10 @@ def test_the_page_says_every_verdict_and_what_it_rests_on(written: Path) -> None
     assert "2. What of a text? ? not assessable" in text
     assert "hidden a text AUROC 0.810 (0.720–0.900) −0.100 (−0.200 to +0.050)" in text
     assert "hidden a text AUROC undefined" in text
+    steady = replace(audited().items[0].findings[0], change=None)
+    item = replace(audited().items[0], findings=(steady,))
+    alone = write_report(written.parent / "alone", audit=replace(audited(), items=(item,)))
+    assert '<th scope="col">change</th>' not in alone.read_text(encoding="utf-8")
     assert "hidden a text: It means a text." in text
     assert "table a text a text normal a text 5 0 kermany 0 7" in text
     assert "Threshold: above a text (from a text)." in text

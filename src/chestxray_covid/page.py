@@ -51,7 +51,7 @@ th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; white-spac
 th { font-weight: 600; } thead th { border-bottom-width: 2px; }
 th[scope="row"] { position: sticky; left: 0; background: var(--paper); }
 @media (max-width: 40rem) { th[scope="row"] { white-space: normal; max-width: 9rem;
-  min-width: 6rem; } }
+  min-width: 8rem; } }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; }
 figure { margin: 0; flex: 1 1 20rem; min-width: 0; max-width: 100%; }
 figure.wide { flex-basis: 100%; }

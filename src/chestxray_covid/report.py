@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chestxray_covid import plots
 from chestxray_covid._version import NOT_A_DEVICE, __version__
+from chestxray_covid.audit_figure import plot_audit
 from chestxray_covid.files import write_files
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.page import details, document, element, escaped, figures, listed, table
@@ -18,7 +19,7 @@ from chestxray_covid.subgroups import SMALL, Subgroup
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from chestxray_covid.audit_report import AuditItem, AuditReport
+    from chestxray_covid.audit_report import AuditFinding, AuditItem, AuditReport
     from chestxray_covid.evaluation_report import EvaluationReport
 
 PAGE_NAME = "index.html"
@@ -223,6 +224,8 @@ def _audit(report: AuditReport) -> Iterator[str]:
     )
     for number, item in enumerate(report.items, 1):
         yield from _item(number, item)
+    caption = "Every verdict, and every number with its interval."
+    yield details("The audit on one page", figures({caption: plot_audit(report)}))
 
 
 def _item(number: int, item: AuditItem) -> Iterator[str]:
@@ -233,18 +236,21 @@ def _item(number: int, item: AuditItem) -> Iterator[str]:
         counts = [(row, *(cells.get(c, 0) for c in columns)) for row, cells in rows.items()]
         yield table((title, *columns), counts)
     if item.findings:
-        numbers = [
-            (
-                found.what,
-                _spoken(found.metric),
-                _short(found.estimate),
-                "" if found.change is None else _short(found.change, sign="+"),
-            )
-            for found in item.findings
-        ]
-        yield table(("", "", "value", "change"), numbers)
+        yield _findings(item.findings)
         yield listed((found.what, found.meaning) for found in item.findings if found.meaning)
     yield element("p", f"Threshold: {item.threshold} ({item.threshold_source}).", "soft")
+
+
+def _findings(findings: Sequence[AuditFinding]) -> str:
+    """Return the numbers, with a column for the change only where something changed."""
+    heading = ["", "", "value", "change"]
+    rows = [
+        [found.what, _spoken(found.metric), _short(found.estimate), _short(found.change, sign="+")]
+        for found in findings
+    ]
+    if not any(row[-1] for row in rows):
+        heading, rows = heading[:-1], [row[:-1] for row in rows]
+    return table(heading, rows)
 
 
 def _badge(verdict: str) -> str:
@@ -264,8 +270,10 @@ def _value(estimate: Estimate, sign: str = "") -> str:
     return _signed(estimate.value, sign) if estimate.value == estimate.value else "undefined"
 
 
-def _short(estimate: Estimate, sign: str = "") -> str:
+def _short(estimate: Estimate | None, sign: str = "") -> str:
     """Return the value and its interval in a cell of a table."""
+    if estimate is None:
+        return ""
     if estimate.value != estimate.value or estimate.low != estimate.low:
         return _value(estimate, sign)
     dash = " to " if sign else "–"
