@@ -172,7 +172,7 @@ def test_pictures_are_whole_and_need_nothing_either(written: Path) -> None:
             assert {link[1:] for link in links} <= set(ids)
         else:
             assert content.startswith(b"\x89PNG")
-    assert sum("png" in kind for kind in kinds) == 2  # the confusion matrix and the gallery
+    assert sum("png" in kind for kind in kinds) == 1  # the gallery
 
 
 def test_the_json_beside_the_page_is_that_of_the_reports(

@@ -85,18 +85,20 @@ def element(tag: str, text: object, kind: str = "") -> str:
 def table(heading: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """Return a table of text, the first column of which names the rows."""
     head = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in heading)
-    body = "\n".join(
-        f'<tr><th scope="row">{escaped(row[0])}</th>'
-        # Prose may wrap, numbers and their intervals never.
-        + "".join(element("td", c, "long" if len(str(c)) > _LONG else "") for c in row[1:])
-        + "</tr>"
-        for row in rows
-    )
+    body = "\n".join(f"<tr>{_row(row)}</tr>" for row in rows)
     # Focusable, so that a keyboard can scroll what a narrow window cuts off.
     return (
         '<div class="scroll" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
+
+
+def _row(cells: Sequence[object]) -> str:
+    # Prose may wrap, numbers and their intervals never.
+    kinds = [_class("long") if len(str(cell)) > _LONG else "" for cell in cells]
+    first = f'<th scope="row"{kinds[0]}>{escaped(cells[0])}</th>'
+    rest = zip(cells[1:], kinds[1:], strict=True)
+    return first + "".join(f"<td{kind}>{escaped(cell)}</td>" for cell, kind in rest)
 
 
 def listed(entries: Iterable[tuple[str, str]]) -> str:

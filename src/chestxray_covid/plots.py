@@ -129,7 +129,10 @@ def plot_confusion(report: EvaluationReport) -> Figure:
     side = COLUMN if len(counts) < 4 else PAGE
     figure = _figure(side, 0.9 * side)
     axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    edges = np.arange(len(counts) + 1) - 0.5
+    axes.pcolormesh(edges, edges, shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
     for (row, column), count in np.ndenumerate(counts):
         share = shares[row, column]
         text = f"{count}\n{share:.0%}"
