@@ -116,7 +116,7 @@ def test_what_it_knows_is_filled_in(full: EvaluationReport) -> None:
     assert f"covid19 called normal {false_negative}" in claim["39"]
     assert OPTIMISTIC in claim["40"]
     assert r"it does \| not see children." in claim["40"]
-    assert "Fewer than 20 images: AP, unknown." in claim["40"]
+    assert "Fewer than 20 images: view AP, sex unknown." in claim["40"]
     assert claim["41"] == NOT_A_DEVICE
     assert "cc-by-4.0" in claim["43"]
 

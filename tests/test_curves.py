@@ -72,11 +72,9 @@ def test_the_precision_recall_curve_agrees_with_scikit_learn(ties: bool) -> None
     drawn = []
     for rows in resampled(patients):
         b, a, _ = (v[::-1] for v in sk.precision_recall_curve(truth[rows], score[rows]))
-        # The precision with which each recall is first reached, other than by calling nothing.
-        drawn.append(np.array([b[1:][a[1:] >= g - 1e-9][0] for g in found.grid]))
-    low, high = ends(drawn)
-    assert np.allclose(found.low[1:], low[1:])
-    assert np.allclose(found.high[1:], high[1:])
+        # The precision with which each recall is first reached; 0 stands for the first above it.
+        drawn.append(np.array([b[a >= max(g, 1e-6) - 1e-9][0] for g in found.grid]))
+    assert np.allclose([found.low, found.high], ends(drawn))
 
 
 def test_risk_over_coverage_agrees_with_counting() -> None:

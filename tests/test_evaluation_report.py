@@ -10,6 +10,7 @@ import pytest
 from sklearn import metrics as sk
 
 from chestxray_covid import operating_points as op
+from chestxray_covid._version import __version__
 from chestxray_covid.comparison import compare_scores
 from chestxray_covid.errors import ReportError
 from chestxray_covid.evaluation import evaluate_probabilities
@@ -234,6 +235,7 @@ def as_version_1(report: EvaluationReport) -> dict[str, Any]:
     data["format_version"] = 1
     for name in ("by_sex", "by_age", "operating_points", "model", "excluded"):
         del data[name]
+    del data["chestxray_covid_version"]
     for name in ("patient_group", "sex", "age_band"):
         del data["predictions"][name]
     return data
@@ -243,6 +245,7 @@ def test_a_report_of_version_1_is_still_read(report: EvaluationReport) -> None:
     again = EvaluationReport.from_dict(as_version_1(report))
     assert again.overall == report.overall
     assert (again.by_sex, again.by_age, again.operating_points, again.model) == ({}, {}, (), {})
+    assert (again.chestxray_covid_version, report.chestxray_covid_version) == ("", __version__)
     assert again.predictions is not None
     assert again.predictions["patient_group"].nunique() == report.n_patients
     assert set(again.predictions["sex"]) == {"unknown"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from chestxray_covid._version import NOT_A_DEVICE, __version__
+from chestxray_covid._version import NOT_A_DEVICE
 from chestxray_covid.reporting import (
     CAUTION,
     markdown_results,
@@ -206,9 +206,10 @@ def _of_data(report: EvaluationReport) -> dict[str, str]:
 
 
 def _of_model(report: EvaluationReport) -> dict[str, str]:
-    model = report.model
+    model, version = report.model, report.chestxray_covid_version
+    software = f"chestxray-covid {version}" if version else ""
     if not model.keys() >= _MODEL_FIELDS:
-        return {"23": f"chestxray-covid {__version__}"}
+        return {"23": software}
     provenance = _provenance(report)
     size, classes = model["preprocess"]["size_px"], _listed(model["classes"])
     known = {key: provenance[key] for key in ("recipe", "seed", "training") if key in provenance}
@@ -221,14 +222,12 @@ def _of_model(report: EvaluationReport) -> dict[str, str]:
         "9": f"Grey, to {size} by {size} pixels: {_said(model['preprocess'])}.",
         "22": f"{model['architecture']}; one radiograph of {size} by {size} pixels in, "
         f"probabilities of {classes} out. SHA-256 of the weights: {model['weights_sha256']}.",
-        "23": f"chestxray-covid {__version__}; the weights are of "
-        f"{model['chestxray_covid_version']}.",
+        "23": f"{software}; the weights are of {model['chestxray_covid_version']}.",
         "25": recipe,
         "27": "None: one network.",
         "32": _by(inside, report.positive) if trained else "",
         "33": _by(outside, report.positive) if trained else "",
-        "43": f"chestxray-covid {__version__}; licence of the weights: "
-        f"{provenance.get('license', 'not stated')}.",
+        "43": f"{software}; licence of the weights: {provenance.get('license', 'not stated')}.",
     }
 
 
@@ -242,7 +241,7 @@ def _of_performance(report: EvaluationReport) -> dict[str, str]:
     ]
     errors = _listed(f"{name} {count}" for count, name in sorted(wrong, reverse=True))
     groups = _listed(dict.fromkeys(part.group for part in report.subgroups[1:]))
-    small = _listed(part.name for part in report.subgroups if part.small)
+    small = _listed(f"{part.group} {part.name}" for part in report.subgroups if part.small)
     failures = _provenance(report).get("known_failures", ())
     if not isinstance(failures, list | tuple):
         failures = (failures,)

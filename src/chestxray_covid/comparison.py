@@ -130,28 +130,18 @@ def delong_test(
 def _covariance(truth: Any, scores: Floats, areas: Floats, codes: Any) -> Floats:
     """Return the ``(2, 2)`` covariance of the AUROCs of ``(2, N)`` scores."""
     patients = int(codes.max()) + 1
-    counts = [int(truth.sum()), int((~truth).sum())]
-    sums = []
-    for own, other in ((truth, ~truth), (~truth, truth)):
-        sign = 1 if own is truth else -1
-        # How each image fares against all of the other kind, minus the mean of that: (2, n).
-        components = np.stack(
-            [
-                _placed(sign * s[own], sign * s[other]) - a
-                for s, a in zip(scores, areas, strict=True)
-            ]
-        )
-        by_patient = np.stack([np.bincount(codes[own], row, patients) for row in components])
-        owners = len(np.unique(codes[own]))
-        sums.append((by_patient, owners))
-    (positive, of_positive), (negative, of_negative) = sums
-    cross = patients / (patients - 1) * positive @ negative.T / (counts[0] * counts[1])
-    return np.asarray(
-        of_positive / (of_positive - 1) * positive @ positive.T / counts[0] ** 2
-        + of_negative / (of_negative - 1) * negative @ negative.T / counts[1] ** 2
-        + cross
-        + cross.T
-    )
+    sums, factors = [], [patients / (patients - 1)]
+    for kind, sign in ((truth, 1), (~truth, -1)):
+        # How each image fares against all of the other kind, and how far that is off the mean.
+        placed = np.stack([_placed(sign * s[kind], sign * s[~kind]) for s in scores])  # (2, n)
+        off = (placed - areas[:, None]) / kind.sum()
+        sums.append(np.stack([np.bincount(codes[kind], row, patients) for row in off]))  # (2, P)
+        owners = len(np.unique(codes[kind]))
+        factors.append(owners / (owners - 1))
+    positive, negative = sums
+    cross = factors[0] * positive @ negative.T
+    within = factors[1] * positive @ positive.T + factors[2] * negative @ negative.T
+    return np.asarray(within + cross + cross.T)
 
 
 def _placed(own: Floats, other: Floats) -> Floats:

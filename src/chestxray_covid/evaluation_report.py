@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from chestxray_covid import curves
+from chestxray_covid._version import __version__
 from chestxray_covid.checklists import report_markdown
 from chestxray_covid.comparison import Comparison, compare_scores
 from chestxray_covid.datasets.base import check_classes
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 #: is still read.
 _FORMAT = 2
 _GROUPS = ("by_source", "by_view", "by_sex", "by_age")
-_ADDED = ("by_sex", "by_age", "operating_points", "model", "excluded")
+_ADDED = ("by_sex", "by_age", "operating_points", "model", "excluded", "chestxray_covid_version")
 _COLUMNS = ("group", "subgroup", "class", "metric", "value", "low", "high", "n", "method")
 
 
@@ -72,6 +73,7 @@ class EvaluationReport:
         model: Config of the classifier, see :class:`~chestxray_covid.ModelConfig`; empty if the
             probabilities came otherwise.
         excluded: Why images of the data set were left out → how many.
+        chestxray_covid_version: Version that computed the numbers; empty if that is not known.
         predictions: What they were computed from, a row per image in order: ``id``, ``label``,
             ``patient_id``, ``source``, ``view``, ``patient_group`` (the patient across sources),
             ``sex``, ``age_band``, and ``p_<class>`` per class; may be left out.
@@ -93,6 +95,7 @@ class EvaluationReport:
     operating_points: tuple[OperatingPoint, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict, repr=False)
     excluded: Mapping[str, int] = field(default_factory=dict)
+    chestxray_covid_version: str = __version__
     predictions: pd.DataFrame | None = field(default=None, repr=False)
 
     @property
@@ -134,6 +137,7 @@ class EvaluationReport:
                 own[name] = dict(data[name])
             points = map(OperatingPoint.from_dict, own.get("operating_points", ()))
             own["operating_points"] = tuple(points)
+            own.setdefault("chestxray_covid_version", "")
             table = data["predictions"]
             if table is not None:
                 own["predictions"] = read_predictions(table, own["classes"], version=version)

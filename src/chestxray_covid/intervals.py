@@ -230,8 +230,9 @@ def band_by_group(
     Args:
         curve: Called as ``curve(*arrays, sample_weight=w)`` with ``w`` ``(R, N)``; returns
             ``(R, G)``, ``nan`` where it is not defined.
-        groups, *arrays, n_resamples, seed, confidence: As in :func:`bootstrap_by_group`, N at
-            least 1.
+        groups: ``(N,)`` patient of each image, N at least 1.
+        *arrays: What the curve takes, each of length N.
+        n_resamples, seed, confidence: As in :func:`bootstrap_by_group`.
 
     Raises:
         ValueError: If lengths differ or an option is impossible.

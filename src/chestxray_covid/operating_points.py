@@ -176,7 +176,7 @@ def decide(
 def ppv_at(sensitivity: Any, specificity: Any, prevalence: float) -> Any:
     """Return the share of positive calls that are right at a prevalence (Bayes' theorem).
 
-    >>> round(ppv_at(0.9, 0.9, 0.02), 3)
+    >>> round(float(ppv_at(0.9, 0.9, 0.02)), 3)
     0.155
     """
     right = np.asarray(sensitivity) * prevalence
@@ -187,7 +187,7 @@ def ppv_at(sensitivity: Any, specificity: Any, prevalence: float) -> Any:
 def npv_at(sensitivity: Any, specificity: Any, prevalence: float) -> Any:
     """Return the share of negative calls that are right at a prevalence (Bayes' theorem).
 
-    >>> round(npv_at(0.9, 0.9, 0.02), 4)
+    >>> round(float(npv_at(0.9, 0.9, 0.02)), 4)
     0.9977
     """
     return ppv_at(specificity, sensitivity, 1 - prevalence)
