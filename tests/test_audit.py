@@ -85,7 +85,7 @@ def test_a_marker_in_the_corner_fails_with_the_network_itself() -> None:
     report = audit_shortcuts(with_new_head(train), test, train, **{**HOW, "heat": True})
     assert report.verdict == "fail"
     assert report.item("without_lungs").verdict == "fail"
-    assert report.item("without_lungs").finding("frame_70").estimate.value > 0.95
+    assert report.item("without_lungs").finding("frame_70").estimate.low > 0.5
     needs = report.item("occlusion")
     assert needs.verdict == "fail"
     assert needs.finding("corners_hidden").change is not None

@@ -99,7 +99,9 @@ def leave_one_source_out(
     if len(dataset.sources) < 2:
         raise ValueError(f"Leaving a source out needs two or more, got {list(dataset.sources)}")
     check_resampling(n_resamples=n_resamples, confidence=confidence)
-    ready = cast(ProbabilisticClassifier, fit) if hasattr(fit, "predict_proba") else None
+    # A class is a function that returns its instances, whatever these can do.
+    is_ready = hasattr(fit, "predict_proba") and not isinstance(fit, type)
+    ready = cast(ProbabilisticClassifier, fit) if is_ready else None
     question = Question.of((ready or dataset).classes, dataset, positive, negative)
     how = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
     groups = np.array(patient_groups(dataset, find_copies=False))
