@@ -104,6 +104,7 @@ def main() -> None:
     save_checkpoint(folder, replace(config, provenance=provenance), tensors, attachments)
     contents = {
         "evaluation.json": (RESULTS / "evaluation.json").read_bytes(),
+        "audit.json": (RESULTS / "audit.json").read_bytes(),
         MEASUREMENTS_NAME: (json.dumps(tables(), indent=1) + "\n").encode(),
     }
     write_files(folder, contents)

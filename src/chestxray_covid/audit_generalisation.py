@@ -16,7 +16,8 @@ from chestxray_covid.datasets.duplicates import patient_key
 from chestxray_covid.generalisation import (
     LeftOutSource,
     auroc_change,
-    pooled_less_within,
+    has_enough,
+    within_less_pooled,
     within_sources,
 )
 from chestxray_covid.intervals import Estimate
@@ -46,10 +47,12 @@ def generalisation_item(
     if seen := _seen(data, train):
         verdicts.append(FAIL)
         reasons.append(f"{seen} of these images are of patients that were trained on.")
-    both = [name for name in np.unique(data.sources) if len(set(truth[data.sources == name])) > 1]
-    if both and len(np.unique(data.sources)) > 1:
-        inner = data.estimate(within_sources, truth, scores, data.sources)
-        change = _negative(data.estimate(pooled_less_within, truth, scores, data.sources))
+    enough = [s for s in np.unique(data.sources) if has_enough(truth[data.sources == s])]
+    counted = np.isin(data.sources, enough)
+    if enough and len(np.unique(data.sources)) > 1:
+        inside = np.flatnonzero(counted)
+        inner = data.estimate(within_sources, truth, scores, data.sources, among=inside)
+        change = data.estimate(within_less_pooled, truth, scores, data.sources, counted)
         findings.append(_auroc("within_sources", "pairs inside one source", inner, change))
         verdicts.append(judge_change(change, both_ways=False))
         reasons.append(
@@ -58,20 +61,21 @@ def generalisation_item(
     external = _external(data, scores, train)
     if external is not None:
         findings.append(external)
-        if external.change is not None and external.change.value == external.change.value:
+        if external.change is not None and not external.meaning:
             verdicts.append(judge_change(external.change, both_ways=False))
             reasons.append(f"In sources that were not trained on it is {external.estimate}.")
     for row in left_out:
         what = f"{row.source}, left out of the training"
         findings.append(_auroc(f"without_{row.source}", what, row.external, row.change, row.note))
-        if row.change.value == row.change.value:
+        if not row.note:
             verdicts.append(judge_change(row.change, both_ways=False))
             reasons.append(f"Trained without {row.source}, it is {row.external} there.")
     return AuditItem(
         name="generalisation",
-        question="Does it hold inside one source, and in others?",
+        question="Does it hold where the source cannot help?",
         verdict=worst(verdicts),
-        reason=" ".join(reasons) or "No source has both classes, so nothing here can tell.",
+        reason=" ".join(reasons)
+        or f"No source holds {SMALL} images of both classes, so nothing here can tell.",
         threshold=f"loss of AUROC inside one source, or elsewhere: {CHANGE_BANDS}",
         threshold_source=CHANGES,
         findings=tuple(findings),
@@ -93,7 +97,7 @@ def _per_source(data: AuditData, scores: NDArray[np.float64]) -> list[AuditFindi
         counts = np.bincount(data.truth[own], minlength=2)
         estimate = data.estimate(m.auroc, data.truth.astype(int), scores, among=own)
         note = f"{counts[1]} of {data.question.positive}, {counts[0]} of {data.question.negative}"
-        few = f"; fewer than {SMALL} of a class" if 0 < counts.min() < SMALL else ""
+        few = f"; fewer than {SMALL} of a class, not judged" if 0 < counts.min() < SMALL else ""
         only = "; one class only: no AUROC" if not counts.min() else ""
         found.append(_auroc(f"in_{source}", f"in {source}", estimate, None, f"{note}{few}{only}."))
     return found
@@ -116,16 +120,6 @@ def _external(
     truth = data.truth.astype(int)
     estimate = data.estimate(m.auroc, truth, scores, among=np.flatnonzero(outside))
     change = data.estimate(auroc_change, truth, scores, outside)
-    return _auroc("external", "sources that were not trained on", estimate, change)
-
-
-def _negative(e: Estimate) -> Estimate:
-    return Estimate(
-        value=-e.value,
-        low=-e.high,
-        high=-e.low,
-        n=e.n,
-        method=e.method,
-        confidence=e.confidence,
-        skipped=e.skipped,
-    )
+    few = not has_enough(truth[outside]) or not has_enough(truth[~outside])
+    note = f"Fewer than {SMALL} images of a class: shown, not judged." if few else ""
+    return _auroc("external", "sources that were not trained on", estimate, change, note)

@@ -17,9 +17,10 @@ CHANGE_BANDS = f"warn from {SMALL_CHANGE}, fail from {LARGE_CHANGE}, its interva
 CHANGES = "our choice: a tenth and a fifth of the way from perfect to chance"
 #: Cramér's V that is a warning: a medium effect. What fails is :attr:`Confounding.is_severe`.
 MEDIUM_V = 0.3
+MEDIUM_EFFECT = "Cohen, Statistical power analysis, 1988, section 7.2"
 ASSOCIATION = (
-    "Cohen, Statistical power analysis, 1988, section 7.2, for the warning; our choice for the "
-    "failure, which the classic design with V = 0.97 must reach"
+    f"{MEDIUM_EFFECT}, for the warning; our choice for the failure, which the classic design with "
+    "V = 0.97 must reach"
 )
 
 

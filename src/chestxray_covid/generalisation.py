@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from chestxray_covid import metrics as m
 from chestxray_covid.audit_data import Question
@@ -24,6 +24,7 @@ from chestxray_covid.intervals import (
     check_resampling,
 )
 from chestxray_covid.splits import divide
+from chestxray_covid.subgroups import SMALL
 
 if TYPE_CHECKING:  # they import torch
     import torchvision
@@ -44,7 +45,7 @@ class LeftOutSource:
         internal: AUROC on held-out patients of the other sources.
         external: AUROC in the source; ``nan`` if it has one class only.
         change: External less internal AUROC, with the interval of the difference.
-        note: Why a number is missing, or nothing.
+        note: Why a number is missing or not judged, or nothing.
     """
 
     source: str
@@ -98,7 +99,9 @@ def leave_one_source_out(
     if len(dataset.sources) < 2:
         raise ValueError(f"Leaving a source out needs two or more, got {list(dataset.sources)}")
     check_resampling(n_resamples=n_resamples, confidence=confidence)
-    ready = cast(ProbabilisticClassifier, fit) if hasattr(fit, "predict_proba") else None
+    # A class is a function that returns its instances, whatever these can do.
+    is_ready = hasattr(fit, "predict_proba") and not isinstance(fit, type)
+    ready = cast(ProbabilisticClassifier, fit) if is_ready else None
     question = Question.of((ready or dataset).classes, dataset, positive, negative)
     how = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
     groups = np.array(patient_groups(dataset, find_copies=False))
@@ -187,14 +190,14 @@ def _row(
         chosen = (truth[part], scores[part])
         return bootstrap_by_group(m.auroc, groups[part].tolist(), *chosen, **how)
 
-    lacks = "" if len(set(truth[outside])) > 1 else f"{source} holds one class only: no AUROC."
+    few = not has_enough(truth[outside]) or not has_enough(truth[~outside])
     return LeftOutSource(
         source=source,
         n_images=int(outside.sum()),
         internal=auroc_of(~outside),
         external=auroc_of(outside),
         change=bootstrap_by_group(auroc_change, groups.tolist(), truth, scores, outside, **how),
-        note=lacks,
+        note=f"Fewer than {SMALL} images of a class: shown, not judged." if few else "",
     )
 
 
@@ -227,9 +230,20 @@ def within_sources(
     return np.divide(total, pairs, np.full(pairs.shape, np.nan), where=pairs > 0)
 
 
-def pooled_less_within(
-    y_true: NDArray[Any], y_score: NDArray[Any], sources: NDArray[Any], *, sample_weight: Any
+def within_less_pooled(
+    y_true: NDArray[Any],
+    y_score: NDArray[Any],
+    sources: NDArray[Any],
+    counted: NDArray[Any],
+    *,
+    sample_weight: Any,
 ) -> Any:
-    """Return how much of the pooled AUROC comes from differences between sources."""
+    """Return the AUROC inside one source, of the cases that count, less that of all cases."""
     pooled = m.auroc(y_true, y_score, sample_weight=sample_weight)
-    return pooled - within_sources(y_true, y_score, sources, sample_weight=sample_weight)
+    own = np.asarray(sample_weight) * counted
+    return within_sources(y_true, y_score, sources, sample_weight=own) - pooled
+
+
+def has_enough(truth: ArrayLike) -> bool:
+    """Return whether there are 20 cases of both classes: with one, no interval says anything."""
+    return bool(np.bincount(np.asarray(truth, int), minlength=2).min() >= SMALL)
