@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preprocess=Preprocess(size_px=options.size),
         seed=options.seed,
         cache_dir=options.cache,
+        allow_confounded_sources=True,  # known, and printed above
     )
     model = build_densenet121(
         pretrained=not options.no_pretrained, num_classes=len(dataset.classes)

@@ -14,5 +14,7 @@ python recipes/measure_fills.py --data "$data" --run "$run" \
   --checkpoint "$weights/densenet121-v1"
 python recipes/list_tried.py --data "$data" --run "$run" \
   --checkpoint "$weights/densenet121-v1"
+python recipes/audit_default.py --data "$data" --run "$run" \
+  --checkpoint "$weights/densenet121-v1"
 python recipes/write_card.py
 python docs/generate.py

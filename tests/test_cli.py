@@ -480,3 +480,18 @@ def test_a_blank_and_a_tiny_image_still_get_probabilities(
     done = call("predict", tmp_path, "--model", checkpoint_folder)
     assert done.exit_code == 0
     assert len(done.output.splitlines()) == 4  # header, two rows, what this is not
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["audit", "--limit", "8"]])
+def test_a_page_with_figures_is_written_beside_the_numbers(
+    command: list[str], checkpoint_folder: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    done = call(
+        *(*command, "--model", checkpoint_folder, "--data", phantoms, "--report", tmp_path / "page")
+    )
+    assert done.exit_code == 0, done.output
+    page = tmp_path / "page" / "index.html"
+    assert f"The page is {page}" in done.output
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    name = {"evaluate": "evaluation.json", "audit": "audit.json"}[command[0]]
+    assert sorted(p.name for p in page.parent.iterdir()) == sorted([name, "index.html"])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats.contingency import association
 
-from chestxray_covid.confounders import confounding
+from chestxray_covid.confounders import confounding, confounding_of_question, cramers_v
 from chestxray_covid.datasets.base import LABELS, ChestXrayDataset, Sample, concatenate
 from chestxray_covid.datasets.cohen import CohenCovidDataset
 from chestxray_covid.datasets.folder import FolderDataset, HannoverCovidDataset
@@ -617,3 +617,30 @@ def test_the_real_basic_design_splits_without_leakage(real_data: Path) -> None:
     assert all(len(found) == 1 for found in sides.values())
     table = confounding(cohen.filter(lambda s: s.label == "covid19") + kermany)
     assert table.cramers_v == pytest.approx(1)
+
+
+def test_weights_are_repetitions_and_values_that_a_resample_lacks_do_not_count() -> None:
+    rng = np.random.default_rng(0)
+    rows, columns = rng.integers(0, 3, 40), rng.integers(0, 2, 40)
+    weights = rng.integers(0, 3, (5, 40)).astype(float)
+    weights[0, rows == 2] = 0  # one value is gone
+    weights[1, columns == 1] = 0  # V is not defined
+    found = cramers_v(rows, columns, sample_weight=weights)
+    for value, weight in zip(found, weights.astype(int), strict=True):
+        drawn = np.repeat(np.arange(40), weight)
+        table = np.zeros((3, 2), int)
+        np.add.at(table, (rows[drawn], columns[drawn]), 1)
+        table = table[table.sum(1) > 0][:, table.sum(0) > 0]
+        expected = association(table, method="cramer") if min(table.shape) > 1 else np.nan
+        assert value == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_a_third_class_does_not_hide_that_the_question_is_confounded() -> None:
+    shared = SyntheticChestXray(60, classes=LABELS, image_size_px=32, sources=("a", "b"))
+    pure = shared.filter(
+        lambda s: s.label == "pneumonia" or (s.label == "normal") == (s.source == "a")
+    )
+    assert not confounding(pure).is_severe
+    assert confounding_of_question(pure).is_severe
+    assert not confounding_of_question(shared).is_severe
+    assert "pneumonia" in confounding_of_question(shared).table["a"]

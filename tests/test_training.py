@@ -22,6 +22,7 @@ from chestxray_covid import (
     Callback,
     ChestXrayDataset,
     Classifier,
+    ConfoundingWarning,
     EpochRecord,
     History,
     Preprocess,
@@ -573,3 +574,27 @@ def test_two_processes_train_the_same_model_and_equal_one(tmp_path: Path) -> Non
     model = network(trainable="head")
     alone = Trainer(model, split.train, split.val, config, output=tmp_path / "alone").fit()
     assert float(first[1]) == pytest.approx(alone.records[0].val_loss, rel=1e-5)
+
+
+# ---------------------------------------------------------------- confounded sources
+
+
+def test_sources_that_give_the_label_away_are_warned_of_once_and_silenced_knowingly(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    by_source = SyntheticChestXray(
+        48, image_size_px=64, sources={"normal": "ward", "covid19": "clinic"}
+    )
+    split = split_by_patient(by_source, val=0.2, test=0.2)
+    with pytest.warns(
+        ConfoundingWarning, match=r"(?s)clinic +0 +\d+.*allow_confounded_sources"
+    ) as w:
+        Trainer(network(), split.train, split.val, QUICK, output=tmp_path)
+    assert w[0].filename == __file__
+    known = replace(QUICK, allow_confounded_sources=True)
+    Trainer(network(), split.train, split.val, known, output=tmp_path)
+    mixed = split_by_patient(
+        SyntheticChestXray(48, image_size_px=64, sources=("ward", "clinic")), val=0.2, test=0.2
+    )
+    Trainer(network(), mixed.train, mixed.val, QUICK, output=tmp_path)
+    assert not recwarn

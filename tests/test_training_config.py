@@ -71,6 +71,7 @@ def test_an_impossible_option_is_refused_by_name(field: str, value: object) -> N
         ("preprocess", 224),
         ("augmentation", None),
         ("channels_last", "no"),
+        ("allow_confounded_sources", 1),
         ("progress", 1),
         ("learning_rate", np.float32(1e-3)),
         ("ema_decay", True),

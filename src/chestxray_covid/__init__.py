@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from chestxray_covid._version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors see
+    from chestxray_covid.audit import audit_shortcuts as audit_shortcuts
+    from chestxray_covid.audit_figure import plot_audit as plot_audit
     from chestxray_covid.audit_report import AuditFinding as AuditFinding
     from chestxray_covid.audit_report import AuditItem as AuditItem
     from chestxray_covid.audit_report import AuditReport as AuditReport
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.classifier import Classifier as Classifier
     from chestxray_covid.comparison import Comparison as Comparison
     from chestxray_covid.confounders import Confounding as Confounding
+    from chestxray_covid.confounders import ConfoundingWarning as ConfoundingWarning
     from chestxray_covid.confounders import confounding as confounding
     from chestxray_covid.curves import PrecisionRecallCurve as PrecisionRecallCurve
     from chestxray_covid.curves import Reliability as Reliability
@@ -64,9 +67,16 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.evaluation import cross_validate as cross_validate
     from chestxray_covid.evaluation import evaluate as evaluate
     from chestxray_covid.evaluation_report import EvaluationReport as EvaluationReport
+    from chestxray_covid.explain import grad_cam as grad_cam
+    from chestxray_covid.explain import occlusion_sensitivity as occlusion_sensitivity
     from chestxray_covid.gate import Flag as Flag
     from chestxray_covid.gate import Gate as Gate
     from chestxray_covid.gate_fit import fit_gate as fit_gate
+    from chestxray_covid.generalisation import LeftOutSource as LeftOutSource
+    from chestxray_covid.generalisation import leave_one_source_out as leave_one_source_out
+    from chestxray_covid.heat_shares import LungHeat as LungHeat
+    from chestxray_covid.heat_shares import lung_heat as lung_heat
+    from chestxray_covid.heatmap import Heatmap as Heatmap
     from chestxray_covid.hub import bundled_models as bundled_models
     from chestxray_covid.hub import resolve as resolve
     from chestxray_covid.image import Preprocess as Preprocess
@@ -77,8 +87,17 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.models import build_densenet121 as build_densenet121
     from chestxray_covid.models import set_trainable as set_trainable
     from chestxray_covid.operating_points import OperatingPoint as OperatingPoint
+    from chestxray_covid.plots import plot_confusion as plot_confusion
+    from chestxray_covid.plots import plot_heatmaps as plot_heatmaps
+    from chestxray_covid.plots import plot_history as plot_history
+    from chestxray_covid.plots import plot_precision_recall as plot_precision_recall
+    from chestxray_covid.plots import plot_reliability as plot_reliability
+    from chestxray_covid.plots import plot_risk_coverage as plot_risk_coverage
+    from chestxray_covid.plots import plot_roc as plot_roc
+    from chestxray_covid.plots import plot_samples as plot_samples
     from chestxray_covid.prediction import FailedPrediction as FailedPrediction
     from chestxray_covid.prediction import Prediction as Prediction
+    from chestxray_covid.report import write_report as write_report
     from chestxray_covid.splits import Split as Split
     from chestxray_covid.splits import split_by_patient as split_by_patient
     from chestxray_covid.subgroups import Subgroup as Subgroup
@@ -90,13 +109,15 @@ if TYPE_CHECKING:  # what type checkers and editors see
 
 #: Module → the public names that it defines.
 _MODULES = {
+    "audit": ("audit_shortcuts",),
+    "audit_figure": ("plot_audit",),
     "audit_report": ("AuditFinding", "AuditItem", "AuditReport"),
     "augment": ("Augmentation",),
     "calibration": ("fit_temperature",),
     "checkpoint": ("ModelConfig",),
     "classifier": ("Classifier",),
     "comparison": ("Comparison",),
-    "confounders": ("Confounding", "confounding"),
+    "confounders": ("Confounding", "ConfoundingWarning", "confounding"),
     "curves": ("PrecisionRecallCurve", "Reliability", "RiskCoverageCurve", "RocCurve"),
     "datasets.base": ("ChestXrayDataset", "Sample", "concatenate", "lung_mask"),
     "datasets.cohen": ("CohenCovidDataset",),
@@ -132,15 +153,30 @@ _MODULES = {
     ),
     "evaluation": ("cross_validate", "evaluate"),
     "evaluation_report": ("EvaluationReport",),
+    "explain": ("grad_cam", "occlusion_sensitivity"),
     "gate": ("Flag", "Gate"),
     "gate_fit": ("fit_gate",),
+    "heatmap": ("Heatmap",),
+    "generalisation": ("LeftOutSource", "leave_one_source_out"),
     "hub": ("bundled_models", "resolve"),
     "image": ("Preprocess", "load_image"),
+    "heat_shares": ("LungHeat", "lung_heat"),
     "intervals": ("Estimate",),
     "lungs": ("lung_box", "segment"),
     "models": ("build_densenet121", "set_trainable"),
     "operating_points": ("OperatingPoint",),
+    "plots": (
+        "plot_confusion",
+        "plot_heatmaps",
+        "plot_history",
+        "plot_precision_recall",
+        "plot_reliability",
+        "plot_risk_coverage",
+        "plot_roc",
+        "plot_samples",
+    ),
     "prediction": ("FailedPrediction", "Prediction"),
+    "report": ("write_report",),
     "splits": ("Split", "split_by_patient"),
     "subgroups": ("Subgroup",),
     "training": ("Trainer",),

@@ -132,6 +132,11 @@ class AuditReport:
         found = {item.verdict for item in self.items}
         return next((verdict for verdict in VERDICTS if verdict in found), NOT_ASSESSABLE)
 
+    @property
+    def summary(self) -> str:
+        """What the verdict means, as a sentence without its full stop."""
+        return _SPOKEN[self.verdict]
+
     def item(self, name: str) -> AuditItem:
         """Return the item of a name.
 
@@ -248,7 +253,7 @@ def _finding_from(data: Mapping[str, Any]) -> AuditFinding:
 
 def _text(report: AuditReport) -> Iterator[str]:
     yield f"Shortcut audit: {report.verdict.upper()}"
-    yield f"{report.positive} against {report.negative}: {_SPOKEN[report.verdict]}."
+    yield f"{report.positive} against {report.negative}: {report.summary}."
     yield (
         f"{report.n_images} images of {report.n_patients} patients from "
         f"{', '.join(report.sources)}; intervals by patient at {100 * report.confidence:g} %."

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from chestxray_covid._version import __version__
+from chestxray_covid.audit_commands import audit
 from chestxray_covid.command import (
     BATCH,
     DATA,
@@ -38,6 +39,7 @@ def main() -> None:
     """COVID-19 classification of chest radiographs with DenseNet-121."""
 
 
+main.add_command(audit)
 main.add_command(evaluate)
 main.add_command(models)
 main.add_command(push)
@@ -181,7 +183,9 @@ def train(
         "cache_dir": None if cache is None else str(cache),
     }
     given = {name: value for name, value in wanted.items() if value is not None}
-    config = make(**given, device=device, seed=seed, progress=not quiet)
+    # The command says itself how far the source gives the label away.
+    given |= {"allow_confounded_sources": True, "progress": not quiet}
+    config = make(**given, device=device, seed=seed)
     model = build_densenet121(
         checkpoint if checkpoint is not None else not no_pretrained,
         trainable=trainable,

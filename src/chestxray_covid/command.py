@@ -35,6 +35,12 @@ MODEL = click.option(
     help="Folder, for example the output of train, bundled model or repository of the Hub, "
     "user/name; the bundled default if not given.",
 )
+REPORT = click.option(
+    "--report",
+    "page",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for a page with figures, index.html, and the JSON beside it.",
+)
 DEVICE = click.option("--device", default=None, help="Torch device, for example cpu or cuda.")
 BATCH = click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from chestxray_covid.datasets.base import LABELS, ChestXrayDataset
+from chestxray_covid.metrics import Value
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 #: Cramér's V from which the source counts as giving the label away: our choice; on the classic
 #: design, which it must catch, it is 0.97.
 CONFOUNDED_V = 0.8
+
+
+class ConfoundingWarning(UserWarning):
+    """The source of the training images all but gives their label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +48,9 @@ class Confounding:
             set(labels), key=lambda n: (LABELS.index(n) if n in LABELS else len(LABELS), n)
         )
         table = {s: {name: counts[s, name] for name in names} for s in sorted(set(sources))}
-        matrix = np.array([list(row.values()) for row in table.values()], float)
-        expected = matrix.sum(1, keepdims=True) * matrix.sum(0, keepdims=True) / matrix.sum()
-        chi2 = ((matrix - expected) ** 2 / expected).sum()
-        degrees = min(matrix.shape) - 1
-        v = float(np.sqrt(chi2 / (matrix.sum() * degrees))) if degrees else float("nan")
-        pure = matrix[(matrix > 0).sum(1) == 1].sum()
-        return cls(table=table, cramers_v=v, determined=float(pure / matrix.sum()))
+        v = float(cramers_v(list(map(list(table).index, sources)), list(map(names.index, labels))))
+        pure = sum(sum(row.values()) for row in table.values() if sum(map(bool, row.values())) == 1)
+        return cls(table=table, cramers_v=v, determined=pure / len(labels))
 
     @property
     def is_severe(self) -> bool:
@@ -73,6 +75,53 @@ class Confounding:
             f"Cramér's V of source and label: {self.cramers_v:.2f}; "
             f"{self.determined:.0%} of the images have a label that follows from the source alone."
         )
+
+
+def cramers_v(
+    rows: ArrayLike, columns: ArrayLike, *, sample_weight: ArrayLike | None = None
+) -> Value:
+    """Return Cramér's V of two categories in [0, 1], ``nan`` if one of them has a single value.
+
+    Without correction for its bias: of two unrelated categories it is about sqrt(d / N), where d is
+    the larger number of values less 1.
+
+    Args:
+        rows: ``(N,)`` whole numbers from 0.
+        columns: ``(N,)`` whole numbers from 0.
+        sample_weight: ``(N,)`` or ``(R, N)``, as the functions of :mod:`metrics` take it.
+
+    >>> cramers_v([0, 0, 1, 1], [1, 1, 0, 0])
+    1.0
+    """
+    first, second = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
+    weight = np.ones(len(first)) if sample_weight is None else np.asarray(sample_weight, float)
+    shape = (int(first.max()) + 1, int(second.max()) + 1)
+    cells = np.eye(shape[0] * shape[1])[first * shape[1] + second]  # (N, cells)
+    counts = (weight @ cells).reshape(*weight.shape[:-1], *shape)
+    total = counts.sum((-2, -1))
+    expected = counts.sum(-1, keepdims=True) * counts.sum(-2, keepdims=True)
+    expected /= np.maximum(total, 1e-300)[..., None, None]
+    terms = np.divide((counts - expected) ** 2, expected, np.zeros_like(counts), where=expected > 0)
+    # Values that a resample happens to lack do not count as values.
+    sizes = [(counts.sum(axis) > 0).sum(-1) - 1 for axis in (-2, -1)]
+    degrees = np.minimum(*sizes)
+    share = np.full(total.shape, np.nan)
+    np.divide(terms.sum((-2, -1)), total * degrees, out=share, where=degrees > 0)
+    found = np.sqrt(share)
+    return found if found.ndim else float(found)
+
+
+def confounding_of_question(dataset: ChestXrayDataset) -> Confounding:
+    """Return the confounding of all labels, or of COVID-19 and normal alone where that is severe.
+
+    A third class that several sources share would hide that the question itself is confounded.
+    """
+    found = confounding(dataset)
+    question = dataset.filter(lambda s: s.label in ("covid19", "normal"))
+    if found.is_severe or len({s.label for s in question.samples}) < 2:
+        return found
+    narrow = confounding(question)
+    return narrow if narrow.is_severe else found
 
 
 def confounding(dataset: ChestXrayDataset) -> Confounding:

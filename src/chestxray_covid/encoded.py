@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import IO, cast
 
 from PIL import Image
@@ -106,6 +107,19 @@ def decode_image(
             f"{name} is damaged, or not a {plugin.format} that can be read: {reason(error)}"
         ) from error
     return grey, facts, _has_more_frames(image)
+
+
+def open_header(path: Path) -> ImageFile | None:
+    """Return an encoded image of which only the header was read, ``None`` if there is no such.
+
+    Its ``format``, ``size``, ``mode`` and, of a JPEG, ``quantization`` are there without decoding.
+    """
+    try:
+        data = io.BytesIO(path.read_bytes())
+        plugin = next(kind for magic, kind in _PLUGINS if data.getvalue().startswith(magic))
+        return plugin(cast(IO[bytes], data))
+    except (StopIteration, *DECODE_ERRORS):
+        return None
 
 
 def _holds_ycbcr(image: JpegImageFile) -> bool:

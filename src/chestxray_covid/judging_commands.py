@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chestxray_covid.command import BATCH, DATA, DEVICE, MODEL, SPLIT_NAME, open_data, translated
+from chestxray_covid.command import (
+    BATCH,
+    DATA,
+    DEVICE,
+    MODEL,
+    REPORT,
+    SPLIT_NAME,
+    open_data,
+    translated,
+)
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
@@ -62,6 +71,7 @@ _SHARE = click.FloatRange(0, 1, min_open=True)
     help="Share of positives where the model would be used, for the predictive values.",
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
+@REPORT
 @click.option(
     "--markdown",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -81,6 +91,7 @@ def evaluate(
     versus: str | None,
     prevalence: float | None,
     output: Path | None,
+    page: Path | None,
     markdown: Path | None,
     batch_size: int,
     device: str | None,
@@ -135,6 +146,10 @@ def evaluate(
         markdown.parent.mkdir(parents=True, exist_ok=True)
         write_files(markdown.parent, {markdown.name: report.to_markdown().encode()})
     click.echo(str(report))
+    if page is not None:
+        from chestxray_covid.report import write_report
+
+        click.echo(f"\nThe page is {write_report(page, evaluation=report)}")
 
 
 def _count_seen(saved: Path, dataset: ChestXrayDataset) -> int:

@@ -144,13 +144,18 @@ def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     return scaled.sub_(preprocess.mean / preprocess.std).expand(-1, 3, -1, -1)
 
 
-def forward_features(model: torchvision.models.DenseNet, batch: Tensor) -> Tensor:
-    """Return the ``(N, 1024)`` pooled features that the classifier sees.
+def feature_maps(model: torchvision.models.DenseNet, batch: Tensor) -> Tensor:
+    """Return the ``(N, 1024, S // 32, S // 32)`` maps that are pooled for the classifier.
 
-    The steps of torchvision's ``DenseNet.forward`` up to the classifier, taken apart: its in-place
-    ReLU makes hooks unusable.
+    The steps of torchvision's ``DenseNet.forward`` taken apart: its in-place ReLU makes hooks
+    unusable.
     """
-    maps = torch.relu(model.features(batch))
+    return torch.relu(model.features(batch))
+
+
+def forward_features(model: torchvision.models.DenseNet, batch: Tensor) -> Tensor:
+    """Return the ``(N, 1024)`` pooled features that the classifier sees."""
+    maps = feature_maps(model, batch)
     return torch.nn.functional.adaptive_avg_pool2d(maps, (1, 1)).flatten(1)
 
 

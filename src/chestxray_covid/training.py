@@ -42,6 +42,7 @@ from chestxray_covid.training_state import (
     check_sides,
     epoch_batches,
     run_identity,
+    warn_if_confounded,
 )
 
 
@@ -67,6 +68,9 @@ class Trainer:
     Raises:
         ValueError: If model, classes and data do not fit.
         TrainingError: If a class has no training image.
+
+    Warns:
+        ConfoundingWarning: If the source of the training images all but gives their label.
     """
 
     def __init__(
@@ -88,6 +92,8 @@ class Trainer:
         self.history = History()
         check_model(model, train.classes)
         check_sides(train, val)
+        if not self.config.allow_confounded_sources:
+            warn_if_confounded(train, stacklevel=2)
         self._states = StateStore(self.output)
         self._at = Position()
 

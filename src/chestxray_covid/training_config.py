@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from chestxray_covid.training import Trainer
 
+_SWITCHES = ("class_weights", "channels_last", "progress", "allow_confounded_sources")
 _NUMBERS = (
     *("learning_rate", "weight_decay", "warmup_epochs", "step_factor"),
     *("label_smoothing", "ema_decay", "swap_frame", "hide_centre"),
@@ -76,6 +77,8 @@ class TrainingConfig:
         workers: Threads that decode.
         cache_dir: Folder for decoded pixels, so that later epochs need not decode; ``None``: none.
         checkpoint_every: Steps between saved states, besides one per epoch; ``None``: only those.
+        allow_confounded_sources: Do not warn where the source of the training images all but gives
+            their label, because you know.
         seed: Of data order, augmentation and nothing global.
         progress: Show progress bars.
 
@@ -113,6 +116,7 @@ class TrainingConfig:
     workers: int = 2
     cache_dir: str | os.PathLike[str] | None = None
     checkpoint_every: int | None = None
+    allow_confounded_sources: bool = False
     seed: int = 0
     progress: bool = True
 
@@ -122,7 +126,7 @@ class TrainingConfig:
         for name, kind in (("preprocess", Preprocess), ("augmentation", Augmentation)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be {kind.__name__}, got {getattr(self, name)!r}")
-        for name in ("class_weights", "channels_last", "progress"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in _NUMBERS:

@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from chestxray_covid.confounders import ConfoundingWarning, confounding_of_question
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_key
 from chestxray_covid.errors import CheckpointError, TrainingError
@@ -28,7 +30,9 @@ if TYPE_CHECKING:  # it imports torch, which nothing here needs
 
 STATE_FOLDER = "state"
 #: Options that change how fast a run goes, not what it computes.
-RUNTIME_OPTIONS = frozenset({"workers", "cache_dir", "progress", "checkpoint_every"})
+RUNTIME_OPTIONS = frozenset(
+    {"workers", "cache_dir", "progress", "checkpoint_every", "allow_confounded_sources"}
+)
 #: Domain of the random numbers, see :mod:`chestxray_covid.augment`.
 _STREAM = 1
 
@@ -171,6 +175,24 @@ def check_sides(train: ChestXrayDataset, val: ChestXrayDataset) -> None:
         raise TrainingError(
             f"No training image of {missing}: a classifier cannot learn a class that it never "
             "sees. Add a data set that has it, or ask for other classes=."
+        )
+
+
+def warn_if_confounded(train: ChestXrayDataset, *, stacklevel: int) -> None:
+    """Warn, with the table, if the source of the training images all but gives their label.
+
+    Warns:
+        ConfoundingWarning: If it does.
+    """
+    found = confounding_of_question(train)
+    if found.is_severe:
+        warnings.warn(
+            f"The source all but gives the label in the training data:\n{found}\n"
+            "A model can learn the sources instead of the disease, and no patient held out of "
+            "these sources can tell. Add sources with both labels, or say "
+            "TrainingConfig(allow_confounded_sources=True).",
+            ConfoundingWarning,
+            stacklevel=stacklevel + 1,
         )
 
 

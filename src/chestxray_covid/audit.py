@@ -1,0 +1,158 @@
+"""Lungs, or sources? The audit of a classifier and of the data that it is judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid.audit_data import (
+    AuditData,
+    MaskFunction,
+    Question,
+    find_lungs,
+    read_data,
+    run_classifier,
+    stratified_sample,
+)
+from chestxray_covid.audit_generalisation import generalisation_item
+from chestxray_covid.audit_items import (
+    confounding_item,
+    features_item,
+    heat_item,
+    without_lungs_item,
+)
+from chestxray_covid.audit_occlusion import occlusion_item
+from chestxray_covid.audit_report import AuditItem, AuditReport
+from chestxray_covid.classifier import Classifier
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.generalisation import LeftOutSource
+from chestxray_covid.heat_shares import lung_heat
+from chestxray_covid.hiding import Region
+from chestxray_covid.intervals import check_resampling
+
+
+def audit_shortcuts(
+    classifier: Classifier,
+    dataset: ChestXrayDataset,
+    train: ChestXrayDataset | None = None,
+    *,
+    positive: str | None = None,
+    negative: str | None = None,
+    masks: MaskFunction | None = None,
+    left_out: Sequence[LeftOutSource] = (),
+    heat: bool = True,
+    limit: int | None = None,
+    batch_size: int = 32,
+    workers: int = 2,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    progress: bool = False,
+) -> AuditReport:
+    """Return whether a classifier, and the data that it is judged on, tell lungs from sources.
+
+    Six questions, each with a verdict: does the source or the view give the label away; can the
+    label be predicted without lungs; does the model need the lungs and nothing else; do its
+    features know the source; does it hold inside one source and in others; does its heat lie in
+    the lungs. It takes seven passes of the model over the images, which are decoded once and held
+    in memory: 50 kB each at 224 px.
+
+    Args:
+        classifier: What is audited.
+        dataset: Images that it was not trained on, of both sides of the question.
+        train: What it was trained on, if known: its design is judged instead of the audited
+            data's, and sources that are not in it are external.
+        positive: The class in question, by default ``"covid19"``, or the last one.
+        negative: What it is told from, by default ``"normal"`` if there are such images, else
+            ``"rest"``, which is everything but the positive class.
+        masks: Returns the lungs of a sample, ``(H, W)`` bool, or ``None`` where they are not known;
+            by default the annotated ones, see :func:`lung_mask`. Where they are not known, the
+            bundled network draws them, see :func:`segment`.
+        left_out: What :func:`leave_one_source_out` returned, for the question of generalisation.
+        heat: Ask where the heat lies, too.
+        limit: Audit a random sample of about so many images, of each source and label its share.
+        batch_size: Images computed at once.
+        workers: Threads that decode.
+        n_resamples: Resamples of the bootstrap over patients.
+        seed: Seed of the sample, the folds and the bootstrap.
+        confidence: Level of the intervals, in (0, 1).
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: If a side of the question has no image, a mask is no mask, or an option is
+            impossible.
+        ImageError: If a file cannot be decoded.
+    """
+    how: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
+    check_resampling(n_resamples=n_resamples, confidence=confidence)
+    question = Question.of(classifier.classes, dataset, positive, negative)
+    if train is not None and not len(question.asked(train)):
+        raise ValueError(
+            f"train holds neither {question.positive!r} nor {question.negative!r}: it cannot be "
+            "what this classifier was trained on"
+        )
+    chosen = question.asked(dataset)
+    if limit is not None:
+        chosen = stratified_sample(chosen, limit, seed=seed)
+    preprocess = classifier.config.preprocess
+    data = read_data(chosen, question, preprocess, how=how, workers=workers, progress=progress)
+    lungs = find_lungs(data, masks, batch_size=batch_size, progress=progress)
+
+    def run(pixels: NDArray[np.uint8], name: str) -> tuple[NDArray[np.float64], Any]:
+        found, features = run_classifier(
+            classifier, pixels, name=name, batch_size=batch_size, progress=progress
+        )
+        return question.score(found), features
+
+    whole, features = run(data.pixels, "whole image")
+    designed = dataset if train is None else train
+    design = confounding_item(designed, question, how, trained=train is not None)
+    items = [
+        design,
+        without_lungs_item(data),
+        occlusion_item(data, whole, lungs, lambda pixels, name: run(pixels, name)[0]),
+        features_item(data, features, design),
+        generalisation_item(data, whole, train, left_out),
+    ]
+    if heat:
+        items.append(_heat(classifier, data, lungs, batch_size=batch_size, progress=progress))
+    return AuditReport(
+        classes=question.classes,
+        positive=question.positive,
+        negative=question.negative,
+        n_images=len(data.samples),
+        n_patients=len(set(data.groups.tolist())),
+        sources=data.dataset.sources,
+        weights_sha256=classifier.weights_sha256,
+        items=tuple(items),
+        **how,
+    )
+
+
+def _heat(
+    classifier: Classifier,
+    data: AuditData,
+    lungs: Sequence[Region | None],
+    *,
+    batch_size: int,
+    progress: bool,
+) -> AuditItem:
+    """Return whether the heat of the positive images lies in the lungs' region."""
+    chosen = np.flatnonzero(data.truth).tolist()
+    shown = data.as_dataset(classifier.config.preprocess).subset(chosen)
+    nothing = np.zeros((data.size_px, data.size_px), bool)
+    drawn = [nothing if region is None else region for region in (lungs[i] for i in chosen)]
+    regions = dict(zip(map(id, shown.samples), drawn, strict=True))
+    heat = lung_heat(
+        classifier,
+        shown,
+        data.question.positive,
+        masks=lambda sample: regions[id(sample)],
+        batch_size=batch_size,
+        progress=progress,
+        **data.how,
+    )
+    return heat_item(data, heat)

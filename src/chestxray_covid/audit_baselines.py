@@ -1,0 +1,115 @@
+"""What little is enough to predict a label: linear models on held-out patients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from chestxray_covid import metrics as m
+from chestxray_covid.audit_data import AuditData
+from chestxray_covid.audit_report import AuditFinding
+from chestxray_covid.file_facts import as_numbers, file_facts
+from chestxray_covid.hiding import centre
+from chestxray_covid.intervals import PATIENT_BOOTSTRAP, Estimate
+from chestxray_covid.subgroups import SMALL
+
+FOLDS = 5
+#: Sides of the thumbnails, in pixels. With 64 a linear model tells the two sources of the classic
+#: design apart at AUROC 0.998, with the central 90 % hidden at 0.993.
+SMALL_THUMBNAIL_PX, THUMBNAIL_PX = 8, 64
+#: Strengths of the ridge, in numbers of features, among which each fold chooses.
+_STRENGTHS = (0.01, 0.1, 1.0, 10.0)
+
+
+def held_out_scores(
+    features: NDArray[Any], labels: ArrayLike, groups: NDArray[np.int64], *, seed: int
+) -> NDArray[np.float64] | None:
+    """Return how much a ridge classifier takes each image for each label, its patient held out.
+
+    Args:
+        features: ``(N, D)``.
+        labels: ``(N,)``, of at least two values.
+        groups: ``(N,)`` patient of each image.
+        seed: Seed of the folds.
+
+    Returns:
+        ``(N, K)`` decision values, columns in sorted order of the labels; ``None`` if a label has
+        fewer patients than there are folds, or fewer than 20 images.
+    """
+    from sklearn.linear_model import RidgeClassifierCV
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    names, codes = np.unique(np.asarray(labels), return_inverse=True)
+    counts = [(np.sum(codes == k), len(set(groups[codes == k]))) for k in range(len(names))]
+    if len(names) < 2 or any(n < SMALL or patients < FOLDS for n, patients in counts):
+        return None
+    scores = np.zeros((len(codes), len(names)))
+    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    alphas = [strength * features.shape[1] for strength in _STRENGTHS]
+    for train, test in splitter.split(features, codes, groups):
+        model = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=alphas))
+        decision = model.fit(features[train], codes[train]).decision_function(features[test])
+        scores[test] = decision if decision.ndim > 1 else np.stack([-decision, decision], axis=1)
+    return scores
+
+
+def baselines(data: AuditData) -> tuple[AuditFinding, ...]:
+    """Return the AUROC that file facts, brightness, thumbnails and the frame alone reach."""
+    shown = thumbnails(data.pixels, THUMBNAIL_PX)
+    grey = data.pixels.reshape(len(data.pixels), -1)
+    small = thumbnails(data.pixels, SMALL_THUMBNAIL_PX).reshape(len(shown), -1)
+    facts = [file_facts(sample) for sample in data.samples]
+    known = [one for one in facts if one is not None]
+    complete = as_numbers(known) if len(known) == len(facts) else None
+    brightness = np.stack([grey.mean(1), grey.std(1)], axis=1)
+    return (
+        _baseline(data, "file_facts", "file facts only", complete),
+        _baseline(data, "brightness", "mean and deviation of the grey", brightness),
+        _baseline(data, "thumbnail_8", "a thumbnail of 8 × 8 pixels", small),
+        _baseline(data, "frame_70", "the frame, central 70 % hidden", _frame(shown, 0.7)),
+        _baseline(data, "frame_90", "the frame, central 90 % hidden", _frame(shown, 0.9)),
+        _baseline(data, "image", "the whole image, 64 × 64", shown.reshape(len(shown), -1)),
+    )
+
+
+def _baseline(
+    data: AuditData, name: str, what: str, features: NDArray[np.float64] | None
+) -> AuditFinding:
+    if features is None:
+        why = "Not every image is a file with a header that can be read."
+        return AuditFinding(
+            name=name, what=what, metric="auroc", estimate=undefined(data), meaning=why
+        )
+    scores = held_out_scores(features, data.truth, data.groups, seed=data.how["seed"])
+    if scores is None:
+        why = f"Each class needs {SMALL} images of {FOLDS} patients."
+        return AuditFinding(
+            name=name, what=what, metric="auroc", estimate=undefined(data), meaning=why
+        )
+    estimate = data.estimate(m.auroc, data.truth.astype(int), scores[:, 1])
+    return AuditFinding(name=name, what=what, metric="auroc", estimate=estimate)
+
+
+def undefined(data: AuditData, n: int = 0) -> Estimate:
+    """Return what stands for a number that cannot be had."""
+    return Estimate(
+        value=float("nan"), n=n, method=PATIENT_BOOTSTRAP, confidence=data.how["confidence"]
+    )
+
+
+def thumbnails(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
+    """Return ``(N, side, side)`` float64 in [0, 1] of ``(N, 1, S, S)`` uint8."""
+    size, how = (side, side), Image.Resampling.BOX
+    small = [np.asarray(Image.fromarray(one[0]).resize(size, how)) for one in pixels]
+    return np.stack(small) / 255
+
+
+def _frame(shown: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """Return the pixels around the central part, ``(N, D)``."""
+    outside: NDArray[np.float64] = shown[:, ~centre(shown.shape[1], share)]
+    return outside

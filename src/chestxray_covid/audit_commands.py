@@ -1,0 +1,144 @@
+"""The subcommand that audits a model for shortcuts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from chestxray_covid.command import (
+    BATCH,
+    DATA,
+    DEVICE,
+    MODEL,
+    REPORT,
+    SPLIT_NAME,
+    open_data,
+    translated,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from chestxray_covid.audit_data import MaskFunction
+    from chestxray_covid.datasets.base import ChestXrayDataset, Sample
+
+
+@click.command()
+@MODEL
+@DATA
+@click.option(
+    "--train",
+    "train",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder or CSV of the data that the model was trained on; may be given several times.",
+)
+@click.option(
+    "--split",
+    "side",
+    type=click.Choice(["val", "test"]),
+    help="Audit only this side of the split that the run was trained with; its training side is "
+    "then known, too.",
+)
+@click.option("--positive", help="Class in question; covid19, or the model's last, if not given.")
+@click.option("--negative", help="What it is told from; normal if there is any, else rest.")
+@click.option(
+    "--masks",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of lung masks, NAME.png or NAME_mask.png for an image NAME.*; where there is "
+    "none, the lungs are found by the bundled network.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Audit a random sample of so many images, of each source and label its share.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
+@REPORT
+@click.option("--strict", is_flag=True, help="Exit with status 1 unless the verdict is pass.")
+@BATCH
+@DEVICE
+@translated
+def audit(
+    model: str | None,
+    data: tuple[Path, ...],
+    train: tuple[Path, ...],
+    side: str | None,
+    positive: str | None,
+    negative: str | None,
+    masks: Path | None,
+    limit: int,
+    seed: int,
+    output: Path | None,
+    page: Path | None,
+    strict: bool,
+    batch_size: int,
+    device: str | None,
+) -> None:
+    """Ask whether a model, and the data that it is judged on, tell lungs from sources."""
+    from chestxray_covid.audit import audit_shortcuts
+    from chestxray_covid.classifier import Classifier
+
+    classifier = Classifier.from_pretrained(model, device=device)
+    dataset = open_data(data, classifier.classes)
+    trained = open_data(train, classifier.classes) if train else None
+    saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
+    dataset, known = _sides(dataset, saved, side)
+    report = audit_shortcuts(
+        classifier,
+        dataset,
+        trained or known,
+        positive=positive,
+        negative=negative,
+        masks=None if masks is None else _from_folder(masks),
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+        progress=True,
+    )
+    if output is not None:
+        report.save(output)
+    click.echo(str(report))
+    if page is not None:
+        from chestxray_covid.report import write_report
+
+        click.echo(f"\nThe page is {write_report(page, audit=report)}")
+    if strict and report.verdict != "pass":
+        sys.exit(1)
+
+
+def _sides(
+    dataset: ChestXrayDataset, saved: Path | None, side: str | None
+) -> tuple[ChestXrayDataset, ChestXrayDataset | None]:
+    """Return what to audit, and what of the data set a run was trained on, by its saved split."""
+    from chestxray_covid.splits import Split, saved_side
+
+    if side is not None:
+        if saved is None:
+            raise click.UsageError("--split needs --model to be the folder of a training run.")
+        split = Split.load(saved, dataset)
+        return getattr(split, side), split.train
+    if saved is None or not saved.is_file():
+        return dataset, None
+    hashes = saved_side(saved, "train")
+    seen = dataset.filter(lambda sample: sample.content_hash() in hashes)
+    return dataset, seen if len(seen) else None
+
+
+def _from_folder(folder: Path) -> MaskFunction:
+    import numpy as np
+
+    from chestxray_covid.image import load_image
+
+    def mask(sample: Sample) -> NDArray[np.bool_] | None:
+        names = (f"{sample.path.stem}.png", f"{sample.path.stem}_mask.png")
+        found = [folder / name for name in names if (folder / name).is_file()]
+        return np.asarray(load_image(found[0])) > 127 if found else None
+
+    return mask

@@ -1,0 +1,125 @@
+"""Whether an AUROC holds inside one source, and in sources that were not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid import metrics as m
+from chestxray_covid.audit_data import AuditData
+from chestxray_covid.audit_report import FAIL, AuditFinding, AuditItem
+from chestxray_covid.audit_verdicts import CHANGE_BANDS, CHANGES, judge_change, worst
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.duplicates import patient_key
+from chestxray_covid.generalisation import (
+    LeftOutSource,
+    auroc_change,
+    has_enough,
+    within_less_pooled,
+    within_sources,
+)
+from chestxray_covid.intervals import Estimate
+from chestxray_covid.subgroups import SMALL
+
+
+def generalisation_item(
+    data: AuditData,
+    scores: NDArray[np.float64],
+    train: ChestXrayDataset | None,
+    left_out: Sequence[LeftOutSource],
+) -> AuditItem:
+    """Return whether the AUROC holds inside one source and in sources that were not trained on.
+
+    Args:
+        data: The samples.
+        scores: ``(N,)`` of the classifier.
+        train: What the classifier was trained on, if known.
+        left_out: What :func:`leave_one_source_out` returned, if it was called.
+    """
+    truth = data.truth.astype(int)
+    findings = [
+        _auroc("pooled", "all sources pooled", data.estimate(m.auroc, truth, scores)),
+        *_per_source(data, scores),
+    ]
+    verdicts, reasons = [], []
+    if seen := _seen(data, train):
+        verdicts.append(FAIL)
+        reasons.append(f"{seen} of these images are of patients that were trained on.")
+    enough = [s for s in np.unique(data.sources) if has_enough(truth[data.sources == s])]
+    counted = np.isin(data.sources, enough)
+    if enough and len(np.unique(data.sources)) > 1:
+        inside = np.flatnonzero(counted)
+        inner = data.estimate(within_sources, truth, scores, data.sources, among=inside)
+        change = data.estimate(within_less_pooled, truth, scores, data.sources, counted)
+        findings.append(_auroc("within_sources", "pairs inside one source", inner, change))
+        verdicts.append(judge_change(change, both_ways=False))
+        reasons.append(
+            f"Inside one source the AUROC is {inner}, {change.value:+.3f} to the pooled."
+        )
+    external = _external(data, scores, train)
+    if external is not None:
+        findings.append(external)
+        if external.change is not None and not external.meaning:
+            verdicts.append(judge_change(external.change, both_ways=False))
+            reasons.append(f"In sources that were not trained on it is {external.estimate}.")
+    for row in left_out:
+        what = f"{row.source}, left out of the training"
+        findings.append(_auroc(f"without_{row.source}", what, row.external, row.change, row.note))
+        if not row.note:
+            verdicts.append(judge_change(row.change, both_ways=False))
+            reasons.append(f"Trained without {row.source}, it is {row.external} there.")
+    return AuditItem(
+        name="generalisation",
+        question="Does it hold where the source cannot help?",
+        verdict=worst(verdicts),
+        reason=" ".join(reasons)
+        or f"No source holds {SMALL} images of both classes, so nothing here can tell.",
+        threshold=f"loss of AUROC inside one source, or elsewhere: {CHANGE_BANDS}",
+        threshold_source=CHANGES,
+        findings=tuple(findings),
+    )
+
+
+def _auroc(
+    name: str, what: str, estimate: Estimate, change: Estimate | None = None, meaning: str = ""
+) -> AuditFinding:
+    return AuditFinding(
+        name=name, what=what, metric="auroc", estimate=estimate, change=change, meaning=meaning
+    )
+
+
+def _per_source(data: AuditData, scores: NDArray[np.float64]) -> list[AuditFinding]:
+    found = []
+    for source in np.unique(data.sources):
+        own = np.flatnonzero(data.sources == source)
+        counts = np.bincount(data.truth[own], minlength=2)
+        estimate = data.estimate(m.auroc, data.truth.astype(int), scores, among=own)
+        note = f"{counts[1]} of {data.question.positive}, {counts[0]} of {data.question.negative}"
+        few = f"; fewer than {SMALL} of a class, not judged" if 0 < counts.min() < SMALL else ""
+        only = "; one class only: no AUROC" if not counts.min() else ""
+        found.append(_auroc(f"in_{source}", f"in {source}", estimate, None, f"{note}{few}{only}."))
+    return found
+
+
+def _seen(data: AuditData, train: ChestXrayDataset | None) -> int:
+    """Return how many images are of patients in the training data."""
+    trained = {patient_key(sample) for sample in train.samples} if train is not None else set()
+    return sum(patient_key(sample) in trained for sample in data.samples)
+
+
+def _external(
+    data: AuditData, scores: NDArray[np.float64], train: ChestXrayDataset | None
+) -> AuditFinding | None:
+    if train is None:
+        return None
+    outside = ~np.isin(data.sources, train.sources)
+    if not outside.any() or outside.all():
+        return None
+    truth = data.truth.astype(int)
+    estimate = data.estimate(m.auroc, truth, scores, among=np.flatnonzero(outside))
+    change = data.estimate(auroc_change, truth, scores, outside)
+    few = not has_enough(truth[outside]) or not has_enough(truth[~outside])
+    note = f"Fewer than {SMALL} images of a class: shown, not judged." if few else ""
+    return _auroc("external", "sources that were not trained on", estimate, change, note)

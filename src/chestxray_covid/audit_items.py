@@ -1,0 +1,312 @@
+"""The questions of an audit that need no changed image, and their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid import metrics as m
+from chestxray_covid.audit_baselines import FOLDS, baselines, held_out_scores, undefined
+from chestxray_covid.audit_data import AuditData, Question
+from chestxray_covid.audit_report import FAIL, NOT_ASSESSABLE, PASS, WARN, AuditFinding, AuditItem
+from chestxray_covid.audit_verdicts import (
+    ASSOCIATION,
+    DISCRIMINATION,
+    MEDIUM_EFFECT,
+    MEDIUM_V,
+    NOTABLE,
+    STRONG,
+    capped,
+    judge_auroc,
+    worst,
+)
+from chestxray_covid.confounders import CONFOUNDED_V, Confounding, cramers_v
+from chestxray_covid.datasets.base import UNKNOWN_VIEW, ChestXrayDataset, Sample
+from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.heat_shares import LungHeat
+from chestxray_covid.intervals import bootstrap_by_group
+from chestxray_covid.subgroups import SMALL
+
+#: Pixels of the input per cell of DenseNet-121's last maps, along a side.
+STRIDE = 32
+#: With fewer cells a side, a heatmap cannot tell lungs from what is around them.
+_FEWEST_CELLS = 4
+_BANDS = f"AUROC without lungs: warn from {NOTABLE}, fail from {STRONG}, its interval above 0.5"
+
+
+# ---------------------------------------------------------------- 1. the design
+
+
+def confounding_item(
+    dataset: ChestXrayDataset, question: Question, how: Mapping[str, Any], *, trained: bool
+) -> AuditItem:
+    """Return whether source or view give the label away.
+
+    Args:
+        dataset: The training data if known, else what is audited.
+        question: Which labels count.
+        how: Options of the intervals.
+        trained: Whether it is the training data.
+    """
+    asked = question.asked(dataset)
+    labels = [side(sample, question) for sample in asked.samples]
+    groups = patient_groups(asked, find_copies=False)
+    findings, tables, verdicts, reasons = [], {}, [], []
+    for name, values in (
+        ("source", [sample.source for sample in asked.samples]),
+        ("view", [sample.view for sample in asked.samples]),
+    ):
+        known = [i for i, value in enumerate(values) if value != UNKNOWN_VIEW]
+        own, theirs = [values[i] for i in known], [labels[i] for i in known]
+        if 2 * len(known) < len(values):
+            reasons.append(f"The {name} of most images is not known.")
+            verdicts.append(NOT_ASSESSABLE)
+            continue
+        found = Confounding.of(own, theirs)
+        tables[f"{name} and label"] = found.table
+        codes = [np.unique(column, return_inverse=True)[1] for column in (own, theirs)]
+        estimate = bootstrap_by_group(cramers_v, [groups[i] for i in known], *codes, **how)
+        shared = f"{found.determined:.0%} of the images have a label that follows from it alone."
+        findings.append(
+            AuditFinding(
+                name=f"{name}_v",
+                what=f"Cramér's V of {name} and label",
+                metric="cramers_v",
+                estimate=estimate,
+                meaning=shared,
+            )
+        )
+        # One view gives nothing away. One source may: what was merged in it cannot be seen.
+        verdict = PASS if name == "view" and len(found.table) < 2 else _judge_design(found)
+        verdicts.append(verdict)
+        reasons.append(_design_reason(name, found))
+    what = "training data" if trained else "audited data (no training data were given)"
+    return AuditItem(
+        name="confounding",
+        question="Does the source, or the view, give the label away?",
+        verdict=worst(verdicts),
+        reason=f"In the {what}: {' '.join(reasons)}",
+        threshold=(
+            f"Cramér's V: warn from {MEDIUM_V}, fail from {CONFOUNDED_V}, or where every label "
+            "follows from the source"
+        ),
+        threshold_source=ASSOCIATION,
+        findings=tuple(findings),
+        tables=tables,
+    )
+
+
+def side(sample: Sample, question: Question) -> str:
+    """Return the side of the question that a sample is on."""
+    return sample.label if sample.label == question.positive else question.negative
+
+
+def _judge_design(found: Confounding) -> str:
+    if len(found.table) < 2 or found.cramers_v != found.cramers_v:
+        return NOT_ASSESSABLE
+    if found.is_severe:
+        return FAIL
+    return WARN if found.cramers_v >= MEDIUM_V else PASS
+
+
+def _design_reason(name: str, found: Confounding) -> str:
+    if len(found.table) < 2:
+        only = next(iter(found.table))
+        return f"All images are of one {name} ({only})."
+    said = {FAIL: f"the {name} all but gives the label", WARN: f"the {name} goes with the label"}
+    verdict = said.get(_judge_design(found), f"the {name} says little of the label")
+    return f"{verdict[0].upper()}{verdict[1:]} (V = {found.cramers_v:.2f})."
+
+
+# ---------------------------------------------------------------- 2. without lungs
+
+
+def without_lungs_item(data: AuditData) -> AuditItem:
+    """Return whether the label can be predicted from what holds no lungs."""
+    findings = baselines(data)
+    by_name = {found.name: found for found in findings}
+    judged = [by_name[name] for name in ("file_facts", "frame_70", "frame_90")]
+    verdicts = [judge_auroc(found.estimate) for found in judged if found.estimate.n]
+    # Opacities change the brightness, too: alone it is no proof.
+    verdicts.append(capped(judge_auroc(by_name["brightness"].estimate)) if verdicts else PASS)
+    verdict = worst(verdicts) if any(found.estimate.n for found in judged) else NOT_ASSESSABLE
+    best = max(judged, key=lambda found: np.nan_to_num(found.estimate.value, nan=-1))
+    reason = {
+        FAIL: f"AUROC {best.estimate} without a lung, from this: {best.what}.",
+        WARN: f"AUROC {best.estimate} without a lung, from this: {best.what}; from the brightness "
+        f"alone, {by_name['brightness'].estimate}.",
+        PASS: "A linear model finds no label where no lungs are.",
+        NOT_ASSESSABLE: "Too few images or patients to tell.",
+    }[verdict]
+    return AuditItem(
+        name="without_lungs",
+        question="Can the label be predicted without lungs?",
+        verdict=verdict,
+        reason=f"Linear models on held-out patients: {reason}",
+        threshold=f"{_BANDS}; the brightness, which lungs are part of, only warns",
+        threshold_source=DISCRIMINATION,
+        findings=findings,
+    )
+
+
+# ---------------------------------------------------------------- 4. what the features know
+
+
+def features_item(data: AuditData, features: NDArray[np.float32], design: AuditItem) -> AuditItem:
+    """Return how well source, view, age and sex can be read from the features inside one label.
+
+    Args:
+        data: The samples.
+        features: ``(N, D)`` penultimate features.
+        design: The answer to the first question: what goes with the label can be a shortcut.
+    """
+    findings = []
+    for label in (data.question.positive, data.question.negative):
+        inside = np.array([side(s, data.question) == label for s in data.samples])
+        findings += [
+            _knowledge(data, features, inside, label, name, values)
+            for name, values in _attributes(data.samples).items()
+            if any(values)
+        ]
+    verdicts = []
+    for found in findings:
+        name = found.name.split("_in_")[0]
+        if name in ("source", "view") and found.estimate.n:
+            known = judge_auroc(found.estimate)
+            usable = _goes_with_label(design, name)
+            strong = known if known != WARN else PASS
+            verdicts.append(strong if usable else capped(strong))
+    if not any(f.name.startswith("source_in_") and f.estimate.n for f in findings):
+        verdicts.append(NOT_ASSESSABLE)
+    verdict = worst(verdicts)
+    reason = {
+        FAIL: "The features tell what goes with the label in the data: a shortcut is there to use.",
+        WARN: "The features tell source or view, which here say little of the label.",
+        PASS: "Inside one label, the features do not tell source or view apart.",
+        NOT_ASSESSABLE: "No label has two sources with enough images to tell.",
+    }[verdict]
+    return AuditItem(
+        name="features",
+        question="Do the features know source or view?",
+        verdict=verdict,
+        reason=reason,
+        threshold=(
+            f"AUROC of a linear model inside one label: warn from {STRONG}, fail if what it tells "
+            f"goes with the label, too (V from {MEDIUM_V}); age and sex, which are anatomy, are "
+            "shown only"
+        ),
+        threshold_source=f"{DISCRIMINATION}; for V, {MEDIUM_EFFECT}",
+        findings=tuple(findings),
+    )
+
+
+def _goes_with_label(design: AuditItem, name: str) -> bool:
+    found = {finding.name: finding for finding in design.findings}.get(f"{name}_v")
+    return found is not None and found.estimate.value >= MEDIUM_V
+
+
+def _attributes(samples: Sequence[Sample]) -> dict[str, list[str | None]]:
+    """Return attribute → value of each sample, ``None`` where it is not known."""
+    ages = [_age(sample) for sample in samples]
+    known = [age for age in ages if age is not None]
+    middle = float(np.median(known)) if known else 0.0
+    return {
+        "source": [sample.source for sample in samples],
+        "view": [s.view if s.view != UNKNOWN_VIEW else None for s in samples],
+        "sex": [s.metadata.get("sex", "").strip().upper()[:1] or None for s in samples],
+        "age": [None if age is None else f"{age >= middle}" for age in ages],
+    }
+
+
+def _age(sample: Sample) -> float | None:
+    try:
+        age = float(sample.metadata.get("age", ""))
+    except ValueError:
+        return None
+    return age if 0 <= age <= 130 else None
+
+
+def _knowledge(
+    data: AuditData,
+    features: NDArray[np.float32],
+    inside: NDArray[np.bool_],
+    label: str,
+    name: str,
+    values: list[str | None],
+) -> AuditFinding:
+    what = {"age": "age above the median"}.get(name, name)
+    base: dict[str, Any] = {"name": f"{name}_in_{label}", "what": f"{what}, among {label}"}
+    texts = np.array([value or "" for value in values])
+    sizes = {v: int((inside & (texts == v)).sum()) for v in np.unique(texts[inside]) if v}
+    patients = {v: len(set(data.groups[inside & (texts == v)])) for v in sizes}
+    kept = [v for v in sizes if sizes[v] >= SMALL and patients[v] >= FOLDS]
+    among = np.flatnonzero(inside & np.isin(texts, kept))
+    scores = None
+    if len(kept) > 1:
+        scores = held_out_scores(
+            features[among], texts[among], data.groups[among], seed=data.how["seed"]
+        )
+    if scores is None:
+        why = f"Fewer than two values with {SMALL} images of {FOLDS} patients."
+        return AuditFinding(**base, metric="auroc", estimate=undefined(data), meaning=why)
+    codes = np.unique(texts[among], return_inverse=True)[1]
+    estimate = bootstrap_by_group(
+        mean_auroc, data.groups[among].tolist(), codes, scores, **data.how
+    )
+    return AuditFinding(**base, metric="auroc", estimate=estimate, meaning=", ".join(kept))
+
+
+def mean_auroc(codes: NDArray[Any], scores: NDArray[Any], *, sample_weight: Any) -> Any:
+    """Return the mean AUROC of each value against the others.
+
+    Args:
+        codes: ``(N,)`` whole numbers below K.
+        scores: ``(N, K)``.
+        sample_weight: As the functions of :mod:`metrics` take it.
+    """
+    each = [
+        m.auroc((codes == k).astype(int), scores[:, k], sample_weight=sample_weight)
+        for k in range(scores.shape[1])
+    ]
+    return np.mean(each, axis=0)
+
+
+# ---------------------------------------------------------------- 6. the heat
+
+
+def heat_item(data: AuditData, heat: LungHeat) -> AuditItem:
+    """Return whether the heat of the positive class lies in the lungs more than by chance."""
+    excess, cells = heat.excess, data.size_px // STRIDE
+    unsure = excess.value != excess.value or excess.n < SMALL or cells < _FEWEST_CELLS
+    above = excess.low > 0
+    verdict = NOT_ASSESSABLE if unsure else PASS if above else WARN
+    reason = {
+        PASS: "More of the heat lies in the lungs than their area explains.",
+        WARN: "No more of the heat lies in the lungs than their area explains.",
+        NOT_ASSESSABLE: f"It takes {SMALL} images with heat and lungs, and a heatmap of "
+        f"{_FEWEST_CELLS} × {_FEWEST_CELLS} cells or more; this one has {cells} × {cells}.",
+    }[verdict]
+    left = f"{heat.without_heat} without heat and {heat.without_lungs} without lungs were left out."
+    return AuditItem(
+        name="heat",
+        question=f"Does the heat for {data.question.positive} lie in the lungs?",
+        verdict=verdict,
+        reason=f"{reason} {left}",
+        threshold="share of the heat in the lungs less their share of the area: warn unless its "
+        "interval is above 0; never fail, because a heatmap proves nothing by itself",
+        threshold_source="the energy-based pointing game of Wang et al., Score-CAM, CVPR workshops "
+        "2020, against heat that ignores the lungs; Adebayo et al., NeurIPS 2018",
+        findings=(
+            AuditFinding(
+                name="share_in_lungs",
+                what="share of the heat in the lungs",
+                metric="share",
+                estimate=heat.share,
+                change=excess,
+                meaning=f"The lungs' share of the image's area: {heat.area}.",
+            ),
+        ),
+    )

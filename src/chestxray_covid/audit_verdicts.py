@@ -1,0 +1,82 @@
+"""Where the verdicts of an audit begin, and why there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from chestxray_covid.audit_report import FAIL, NOT_ASSESSABLE, PASS, VERDICTS, WARN
+from chestxray_covid.intervals import Estimate
+
+#: AUROC without lungs from which it is a warning and a failure: what the textbook calls acceptable
+#: and excellent discrimination.
+NOTABLE, STRONG = 0.7, 0.8
+DISCRIMINATION = "Hosmer, Lemeshow and Sturdivant, Applied logistic regression, 2013, section 5.2.4"
+#: Change of an AUROC that is a warning and a failure.
+SMALL_CHANGE, LARGE_CHANGE = 0.05, 0.1
+CHANGE_BANDS = f"warn from {SMALL_CHANGE}, fail from {LARGE_CHANGE}, its interval away from 0"
+CHANGES = "our choice: a tenth and a fifth of the way from perfect to chance"
+#: Cramér's V that is a warning: a medium effect. What fails is :attr:`Confounding.is_severe`.
+MEDIUM_V = 0.3
+MEDIUM_EFFECT = "Cohen, Statistical power analysis, 1988, section 7.2"
+ASSOCIATION = (
+    f"{MEDIUM_EFFECT}, for the warning; our choice for the failure, which the classic design with "
+    "V = 0.97 must reach"
+)
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """Return the worst verdict; ``"not_assessable"`` of none."""
+    found = set(verdicts)
+    return next((verdict for verdict in VERDICTS if verdict in found), NOT_ASSESSABLE)
+
+
+def capped(verdict: str, most: str = WARN) -> str:
+    """Return the verdict, or ``most`` where it is worse than that."""
+    return most if VERDICTS.index(verdict) < VERDICTS.index(most) else verdict
+
+
+def judge_auroc(estimate: Estimate, *, both_ways: bool = False) -> str:
+    """Return the verdict on an AUROC that ought to be at chance.
+
+    An AUROC whose interval holds 0.5 does not fail; one whose interval reaches the failing values
+    does not pass either, because there is too little to tell.
+
+    Args:
+        estimate: The AUROC.
+        both_ways: Whether far below 0.5 is as bad as far above; of a model that was trained on
+            such numbers it is not.
+    """
+    mirrored = both_ways and estimate.value < 0.5
+    value, low, high = _ends(estimate, mirrored)
+    return _graded(value, low > 0.5, high, NOTABLE, STRONG)
+
+
+def judge_change(change: Estimate, *, both_ways: bool = True) -> str:
+    """Return the verdict on a change of an AUROC that ought to be none.
+
+    Args:
+        change: Negative for a loss.
+        both_ways: Whether a gain is as bad as a loss.
+    """
+    if change.value > 0 and not both_ways:
+        return PASS
+    sign = -1.0 if change.value < 0 else 1.0
+    ends = sorted([sign * change.low, sign * change.high])
+    low, high = (sign * change.value,) * 2 if ends[0] != ends[0] else ends
+    return _graded(sign * change.value, low > 0, high, SMALL_CHANGE, LARGE_CHANGE)
+
+
+def _ends(estimate: Estimate, mirrored: bool) -> tuple[float, float, float]:
+    """Return value, low and high, all the value where all resamples agreed, as at exactly 1."""
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if low != low:
+        low = high = value
+    return (1 - value, 1 - high, 1 - low) if mirrored else (value, low, high)
+
+
+def _graded(value: float, certain: bool, high: float, notable: float, strong: float) -> str:
+    if value != value:
+        return NOT_ASSESSABLE
+    if certain and value >= notable:
+        return FAIL if value >= strong else WARN
+    return NOT_ASSESSABLE if high >= strong else PASS

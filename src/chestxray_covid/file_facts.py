@@ -1,0 +1,77 @@
+"""What a file says of itself, without a look at its pixels: size, format, depth, JPEG quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid.datasets.base import Sample
+from chestxray_covid.encoded import open_header
+
+#: Sum of the luminance table of ITU-T T.81, Annex K.1, which libjpeg scales by the quality.
+_LUMINANCE_SUM = 3688
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFacts:
+    """What a file's header says.
+
+    Attributes:
+        width_px: Width as stored.
+        height_px: Height as stored.
+        kind: Format, and mode, which says depth and colour: ``"JPEG L"``, ``"PNG I;16"``.
+        jpeg_quality: 1 to 100 as libjpeg counts, estimated; ``None`` for other formats.
+    """
+
+    width_px: int
+    height_px: int
+    kind: str
+    jpeg_quality: float | None
+
+
+def file_facts(sample: Sample) -> FileFacts | None:
+    """Return what a sample's file says; ``None`` for phantoms, DICOM and what has no header."""
+    image = open_header(sample.path) if sample.is_file else None
+    if image is None:
+        return None
+    tables = getattr(image, "quantization", None)
+    return FileFacts(
+        width_px=image.size[0],
+        height_px=image.size[1],
+        kind=f"{image.format} {image.mode}",
+        jpeg_quality=_quality(next(iter(tables.values()))) if tables else None,
+    )
+
+
+def _quality(table: Sequence[int]) -> float:
+    """Return the quality whose scaling of the standard table has this sum (libjpeg, jcparam.c).
+
+    Too high below about 25, where entries are cut off at 255.
+    """
+    scale = 100 * sum(table) / _LUMINANCE_SUM
+    quality = 5000 / scale if scale > 100 else (200 - scale) / 2
+    return float(min(max(quality, 1.0), 100.0))
+
+
+def as_numbers(facts: Sequence[FileFacts]) -> NDArray[np.float64]:
+    """Return ``(N, D)``: logarithms of width, height and aspect ratio, quality, a column per kind.
+
+    The quality of what is no JPEG is 0.
+    """
+    kinds = sorted({one.kind for one in facts})
+    return np.array(
+        [
+            [
+                math.log(one.width_px),
+                math.log(one.height_px),
+                math.log(one.width_px / one.height_px),
+                one.jpeg_quality or 0.0,
+                *(float(one.kind == kind) for kind in kinds),
+            ]
+            for one in facts
+        ]
+    )

@@ -1,0 +1,249 @@
+"""Does a classifier hold in a source that it has not seen?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from chestxray_covid import metrics as m
+from chestxray_covid.audit_data import Question
+from chestxray_covid.classifier import Classifier
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.evaluation import ProbabilisticClassifier
+from chestxray_covid.intervals import (
+    PATIENT_BOOTSTRAP,
+    Estimate,
+    bootstrap_by_group,
+    check_resampling,
+)
+from chestxray_covid.splits import divide
+from chestxray_covid.subgroups import SMALL
+
+if TYPE_CHECKING:  # they import torch
+    import torchvision
+
+    from chestxray_covid.training_config import TrainingConfig
+
+#: Returns a classifier that was trained on these samples and no others.
+Fit = Callable[[ChestXrayDataset], ProbabilisticClassifier]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOutSource:
+    """How a classifier does in a source that was left out of its training.
+
+    Attributes:
+        source: Which one.
+        n_images: Its images that were asked about.
+        internal: AUROC on held-out patients of the other sources.
+        external: AUROC in the source; ``nan`` if it has one class only.
+        change: External less internal AUROC, with the interval of the difference.
+        note: Why a number is missing or not judged, or nothing.
+    """
+
+    source: str
+    n_images: int
+    internal: Estimate
+    external: Estimate
+    change: Estimate
+    note: str = ""
+
+
+def leave_one_source_out(
+    dataset: ChestXrayDataset,
+    fit: Fit | TrainingConfig | ProbabilisticClassifier,
+    *,
+    positive: str | None = None,
+    negative: str | None = None,
+    test: float = 0.2,
+    model: Callable[[], torchvision.models.DenseNet] | None = None,
+    batch_size: int = 32,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    progress: bool = False,
+) -> tuple[LeftOutSource, ...]:
+    """Return, for each source in turn, how a classifier does there that did not train on it.
+
+    Of the other sources, ``test`` of the patients are held out of the training, too: they give the
+    internal AUROC that the external one is compared with.
+
+    Args:
+        dataset: Two or more sources.
+        fit: A function that trains on a data set and returns the classifier; or options, with
+            which ``model`` is trained; or a classifier, which is not
+            trained again but judged on the source and on all others.
+        positive: The class in question, by default ``"covid19"`` or the last.
+        negative: What it is told from, by default ``"normal"``, or ``"rest"``.
+        test: Share of the other sources' patients that judge, in (0, 0.5].
+        model: For options: returns a fresh network; by default DenseNet-121 from ImageNet weights.
+        batch_size: Images computed at once.
+        n_resamples, seed, confidence: Of the intervals, see :func:`bootstrap_by_group`; the seed
+            is also that of the split.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: If there is one source only, or an option is impossible.
+        TrainingError: If a network cannot be trained.
+        ImageError: If a file cannot be decoded.
+    """
+    if not 0 < test <= 0.5:
+        raise ValueError(f"test must be a share in (0, 0.5], got {test}")
+    if len(dataset.sources) < 2:
+        raise ValueError(f"Leaving a source out needs two or more, got {list(dataset.sources)}")
+    check_resampling(n_resamples=n_resamples, confidence=confidence)
+    # A class is a function that returns its instances, whatever these can do.
+    is_ready = hasattr(fit, "predict_proba") and not isinstance(fit, type)
+    ready = cast(ProbabilisticClassifier, fit) if is_ready else None
+    question = Question.of((ready or dataset).classes, dataset, positive, negative)
+    how = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
+    groups = np.array(patient_groups(dataset, find_copies=False))
+    sources = np.array([sample.source for sample in dataset.samples])
+    rows = []
+    for source in dataset.sources:
+        away = np.flatnonzero(sources == source)
+        # A patient who is also in the source that is left out belongs to neither side.
+        near = np.flatnonzero((sources != source) & ~np.isin(groups, groups[away]))
+        rest, judged = near, near
+        if ready is None:
+            rest, judged = divide(dataset, near, groups, test, seed)
+        inside, outside = (question.asked(dataset.subset(part)) for part in (judged, away))
+        lacking = set(question.classes) - {dataset.samples[i].label for i in rest}
+        if lacking and ready is None:
+            note = f"Without {source}, no image of {sorted(lacking)} is left to train on."
+            rows.append(_missing(source, len(outside), confidence, note))
+            continue
+        classifier = ready or _fitted(cast(Any, fit), dataset.subset(rest), model, seed)
+        both = _joined(inside, outside)
+        found = classifier.predict_proba(both, batch_size=batch_size, progress=progress)
+        rows.append(_row(source, question, both, question.score(found), len(inside), how))
+    return tuple(rows)
+
+
+def _joined(first: ChestXrayDataset, second: ChestXrayDataset) -> ChestXrayDataset:
+    """Return the samples of both parts of one data set."""
+    return ChestXrayDataset(
+        (*first.samples, *second.samples), classes=first.classes, transform=first.transform
+    )
+
+
+def _fitted(
+    fit: Fit | TrainingConfig,
+    train: ChestXrayDataset,
+    model: Callable[[], torchvision.models.DenseNet] | None,
+    seed: int,
+) -> ProbabilisticClassifier:
+    from chestxray_covid.training_config import TrainingConfig
+
+    return _trained(train, fit, model, seed) if isinstance(fit, TrainingConfig) else fit(train)
+
+
+def _trained(
+    train: ChestXrayDataset,
+    config: TrainingConfig,
+    model: Callable[[], torchvision.models.DenseNet] | None,
+    seed: int,
+) -> Classifier:
+    from chestxray_covid.models import build_densenet121
+    from chestxray_covid.training import Trainer
+
+    groups = np.array(patient_groups(train, find_copies=False))
+    rest, chooses = divide(train, np.arange(len(train)), groups, 0.15, seed)
+    # What is left when a source is gone may well be confounded: that is what is being measured.
+    known = replace(config, allow_confounded_sources=True)
+    classes = len(train.classes)
+    network = model() if model else build_densenet121(num_classes=classes, seed=config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        Trainer(network, train.subset(rest), train.subset(chooses), known, output=run).fit()
+        return Classifier.from_pretrained(run)
+
+
+def _missing(source: str, n: int, confidence: float, note: str) -> LeftOutSource:
+    none = Estimate(value=float("nan"), n=0, method=PATIENT_BOOTSTRAP, confidence=confidence)
+    return LeftOutSource(
+        source=source, n_images=n, internal=none, external=none, change=none, note=note
+    )
+
+
+def _row(
+    source: str,
+    question: Question,
+    dataset: ChestXrayDataset,
+    scores: NDArray[np.float64],
+    n_inside: int,
+    how: Mapping[str, Any],
+) -> LeftOutSource:
+    """Return the numbers of one source, whose samples follow the others'."""
+    truth = np.array([sample.label == question.positive for sample in dataset.samples], int)
+    groups = np.array(patient_groups(dataset, find_copies=False))
+    outside = np.arange(len(truth)) >= n_inside
+
+    def auroc_of(part: NDArray[np.bool_]) -> Estimate:
+        chosen = (truth[part], scores[part])
+        return bootstrap_by_group(m.auroc, groups[part].tolist(), *chosen, **how)
+
+    few = not has_enough(truth[outside]) or not has_enough(truth[~outside])
+    return LeftOutSource(
+        source=source,
+        n_images=int(outside.sum()),
+        internal=auroc_of(~outside),
+        external=auroc_of(outside),
+        change=bootstrap_by_group(auroc_change, groups.tolist(), truth, scores, outside, **how),
+        note=f"Fewer than {SMALL} images of a class: shown, not judged." if few else "",
+    )
+
+
+def auroc_change(
+    y_true: NDArray[Any], y_score: NDArray[Any], outside: NDArray[Any], *, sample_weight: Any
+) -> Any:
+    """Return the AUROC among the cases outside less that among the others."""
+    weight, is_out = np.asarray(sample_weight), np.asarray(outside, bool)
+    return m.auroc(y_true, y_score, sample_weight=weight * is_out) - m.auroc(
+        y_true, y_score, sample_weight=weight * ~is_out
+    )
+
+
+def within_sources(
+    y_true: NDArray[Any], y_score: NDArray[Any], sources: NDArray[Any], *, sample_weight: Any
+) -> Any:
+    """Return the AUROC over the pairs of a positive and a negative case of one source.
+
+    The sources' own AUROCs, weighed by the number of pairs in each, so that no difference between
+    sources can add to it. ``nan`` if no source has both.
+    """
+    weight, truth = np.asarray(sample_weight, float), np.asarray(y_true, bool)
+    total, pairs = np.zeros(weight.shape[:-1]), np.zeros(weight.shape[:-1])
+    for source in np.unique(sources):
+        own = weight * (sources == source)
+        count = (own @ truth) * (own @ ~truth)
+        found = m.auroc(truth.astype(int), y_score, sample_weight=own)
+        total += np.where(count > 0, count * np.nan_to_num(found), 0)
+        pairs += count
+    return np.divide(total, pairs, np.full(pairs.shape, np.nan), where=pairs > 0)
+
+
+def within_less_pooled(
+    y_true: NDArray[Any],
+    y_score: NDArray[Any],
+    sources: NDArray[Any],
+    counted: NDArray[Any],
+    *,
+    sample_weight: Any,
+) -> Any:
+    """Return the AUROC inside one source, of the cases that count, less that of all cases."""
+    pooled = m.auroc(y_true, y_score, sample_weight=sample_weight)
+    own = np.asarray(sample_weight) * counted
+    return within_sources(y_true, y_score, sources, sample_weight=own) - pooled
+
+
+def has_enough(truth: ArrayLike) -> bool:
+    """Return whether there are 20 cases of both classes: with one, no interval says anything."""
+    return bool(np.bincount(np.asarray(truth, int), minlength=2).min() >= SMALL)

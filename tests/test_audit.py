@@ -1,0 +1,474 @@
+"""The audit as a whole: two controls, and a defect for each of its items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from audited import PREPROCESS, SIZE, Linear, pixels_of, thumbnail
+from chestxray_covid import (
+    AuditReport,
+    ChestXrayDataset,
+    Classifier,
+    Sample,
+    SyntheticChestXray,
+    audit_shortcuts,
+    confounding,
+    plot_audit,
+    resolve,
+)
+from chestxray_covid.audit_data import (
+    Question,
+    find_lungs,
+    read_data,
+    stratified_sample,
+)
+from chestxray_covid.checkpoint import load_checkpoint
+from chestxray_covid.datasets.phantom import phantom_mask, render_phantom
+from chestxray_covid.evaluation import evaluate_probabilities
+from chestxray_covid.lungs import segment
+
+HOW: dict[str, Any] = {"n_resamples": 100, "masks": phantom_mask, "heat": False}
+
+
+@cache
+def halves(count: int, **options: Any) -> tuple[ChestXrayDataset, ChestXrayDataset]:
+    """Return phantoms to train on and others to audit, one image per patient, each drawn once."""
+    given = {"image_size_px": SIZE, "sources": ("a", "b"), "views": ("PA", "AP"), "seed": 3}
+    phantoms = SyntheticChestXray(2 * count, patients=2 * count, **{**given, **options})
+    drawn = {s.path: s.read(s, None) for s in phantoms.samples}
+    samples = [replace(s, read=lambda own, size: drawn[own.path]) for s in phantoms.samples]
+    both = ChestXrayDataset(samples, classes=phantoms.classes)
+    return both.subset(range(count)), both.subset(range(count, 2 * count))
+
+
+@pytest.fixture(scope="module")
+def in_lungs() -> tuple[Linear, ChestXrayDataset]:
+    train, test = halves(200)
+    return Linear(train), test
+
+
+@pytest.fixture(scope="module")
+def passed(in_lungs: tuple[Linear, ChestXrayDataset]) -> AuditReport:
+    model, test = in_lungs
+    return audit_shortcuts(model, test, model.trained_on, **HOW)
+
+
+# ---------------------------------------------------------------- the two controls
+
+
+def test_a_signal_in_the_lungs_alone_passes(passed: AuditReport) -> None:
+    assert {item.name: item.verdict for item in passed.items} == dict.fromkeys(
+        ("confounding", "without_lungs", "occlusion", "features", "generalisation"), "pass"
+    )
+    assert passed.verdict == "pass"
+    needs = passed.item("occlusion")
+    assert needs.finding("whole").estimate.value > 0.9
+    assert needs.finding("lungs_hidden").estimate.low < 0.5
+    assert needs.finding("lungs_hidden").estimate.high < 0.7
+    assert "little is left" in needs.finding("lungs_hidden").meaning
+    assert (passed.n_images, passed.n_patients, passed.sources) == (200, 200, ("a", "b"))
+
+
+def test_a_marker_in_the_corner_fails_with_the_network_itself() -> None:
+    train, test = halves(44, image_size_px=96, signal="none", marker="corner")
+    report = audit_shortcuts(with_new_head(train), test, train, **{**HOW, "heat": True})
+    assert report.verdict == "fail"
+    assert report.item("without_lungs").verdict == "fail"
+    assert report.item("without_lungs").finding("frame_70").estimate.low > 0.5
+    needs = report.item("occlusion")
+    assert needs.verdict == "fail"
+    assert needs.finding("corners_hidden").change is not None
+    assert needs.finding("corners_hidden").change.high < -0.1
+    assert "With the corners hidden it loses" in needs.reason
+    assert report.item("confounding").verdict == "pass"
+    heat = report.item("heat")
+    assert heat.verdict == "not_assessable", "3 × 3 cells show nothing"
+    assert heat.finding("share_in_lungs").estimate.n > 0
+
+
+def with_new_head(train: ChestXrayDataset) -> Classifier:
+    """Return the bundled network at 96 px with a last layer that was trained on phantoms."""
+    config, tensors = load_checkpoint(resolve())
+    preprocess = replace(config.preprocess, size_px=96)
+    config = replace(config, classes=train.classes, preprocess=preprocess)
+    tensors = {**tensors, "classifier.weight": np.zeros((2, 1024), np.float32)}
+    tensors["classifier.bias"] = np.zeros(2, np.float32)
+    pixels = np.stack([preprocess(train.image(i)) for i in range(len(train))])
+    features = Classifier(config, tensors)._compute(pixels)[1]
+    mean, deviation = features.mean(0), features.std(0) + 1e-6
+    head = LogisticRegression(C=0.01).fit((features - mean) / deviation, train.targets)
+    weight = (head.coef_[0] / deviation).astype(np.float32)
+    bias = np.float32(head.intercept_[0] - mean @ weight)
+    tensors["classifier.weight"] = np.stack([-weight / 2, weight / 2])
+    tensors["classifier.bias"] = np.array([-bias / 2, bias / 2], np.float32)
+    return Classifier(config, tensors)
+
+
+# ---------------------------------------------------------------- each item and its defect
+
+
+def test_what_the_model_loses_is_what_scikit_learn_says(
+    passed: AuditReport, in_lungs: tuple[Linear, ChestXrayDataset]
+) -> None:
+    model, test = in_lungs
+    pixels, truth = pixels_of(test), np.array(test.targets)
+    whole = roc_auc_score(truth, model._compute(pixels)[0][:, 1])
+    mirrored = roc_auc_score(truth, model._compute(pixels[..., ::-1])[0][:, 1])
+    found = passed.item("occlusion").finding("mirrored")
+    assert found.change is not None
+    assert found.estimate.value == pytest.approx(mirrored, abs=1e-9)
+    assert found.change.value == pytest.approx(mirrored - whole, abs=1e-9)
+    # The change is of the same images: its interval is narrower than one of two samples would be.
+    spread = found.estimate.high - found.estimate.low
+    assert found.change.high - found.change.low < 1.2 * spread
+    assert passed.item("occlusion").finding("whole").estimate.value == pytest.approx(whole)
+
+
+def weighted(dataset: ChestXrayDataset, keep: Callable[[int, Sample], bool]) -> ChestXrayDataset:
+    """Return the samples that are kept, by their number among those of their source and label."""
+    counts: dict[tuple[str, str], int] = {}
+    chosen = []
+    for i, sample in enumerate(dataset.samples):
+        cell = (sample.source, sample.label)
+        counts[cell] = counts.get(cell, -1) + 1
+        if keep(counts[cell], sample):
+            chosen.append(i)
+    return dataset.subset(chosen)
+
+
+def mostly_by_source(number: int, sample: Sample) -> bool:
+    """Three in four images of a source are of one label."""
+    return (sample.label == "normal") == (sample.source == "a") or number % 3 == 0
+
+
+def test_sources_that_give_the_label_fail_the_design_the_features_and_elsewhere() -> None:
+    both = halves(300, site_effect=True, signal="none")
+    train, test = (weighted(part, mostly_by_source) for part in both)
+    report = audit_shortcuts(Linear(train), test, train, **HOW)
+    design = report.item("confounding")
+    assert design.verdict == "warn"
+    assert design.finding("source_v").estimate.value == pytest.approx(confounding(train).cramers_v)
+    assert design.tables["source and label"] == confounding(train).table
+    assert "training data" in design.reason
+    knows = report.item("features")
+    assert knows.verdict == "fail"
+    assert knows.finding("source_in_normal").estimate.value > 0.95
+    holds = report.item("generalisation")
+    assert holds.verdict == "fail"
+    change = holds.finding("within_sources").change
+    assert change is not None
+    assert change.high < -0.1
+    assert report.item("without_lungs").verdict in ("warn", "fail")
+    alone = {"a": "normal", "b": "covid19"}
+    pure = test.filter(lambda s: alone[s.source] == s.label)
+    pure_report = audit_shortcuts(Linear(train), pure, **HOW)
+    assert pure_report.item("confounding").verdict == "fail"
+    assert "no training data were given" in pure_report.item("confounding").reason
+    assert pure_report.item("generalisation").verdict == "not_assessable"
+    assert pure_report.item("features").verdict == "not_assessable"
+    assert math.isnan(pure_report.item("features").finding("source_in_normal").estimate.value)
+
+
+def test_features_that_know_a_source_that_says_nothing_only_warn() -> None:
+    train, test = halves(120, site_effect=True)
+    report = audit_shortcuts(Linear(train), test, train, **HOW)
+    assert report.item("confounding").verdict == "pass"
+    assert report.item("features").verdict == "warn"
+    assert report.item("features").finding("source_in_covid19").meaning == "a, b"
+
+
+def test_a_view_that_goes_with_the_label_is_seen() -> None:
+    train, test = halves(200)
+    by_view = test.filter(lambda s: (s.label == "normal") == (s.view == "PA"))
+    report = audit_shortcuts(Linear(train), by_view, **HOW)
+    assert report.item("confounding").verdict == "fail"
+    assert report.item("confounding").finding("view_v").estimate.value == pytest.approx(1)
+    assert "the view all but gives the label" in report.item("confounding").reason.lower()
+    unknown = ChestXrayDataset(
+        (replace(s, view="unknown") for s in test.samples), classes=test.classes
+    )
+    item = audit_shortcuts(Linear(train), unknown, **HOW).item("confounding")
+    assert item.verdict == "not_assessable"
+    assert "The view of most images is not known." in item.reason
+
+
+def columns(start: float, end: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Return features that see only the mean of some columns, in shares of the width."""
+
+    def features(pixels: np.ndarray) -> np.ndarray:
+        low, high = round(start * SIZE), round(end * SIZE)
+        return pixels[:, 0, :, low:high].mean((1, 2))[:, None] / 255
+
+    return features
+
+
+def marked(count: int, where: tuple[slice, slice]) -> ChestXrayDataset:
+    """Return phantoms of nothing, of which those with COVID-19 are brighter somewhere."""
+    phantoms = SyntheticChestXray(count, image_size_px=SIZE, patients=count, signal="none")
+
+    def read(sample: Sample, size: tuple[int, int] | None) -> Image.Image:
+        pixels = np.array(render_phantom(sample))
+        pixels[where] = pixels[where] // 2 + (120 if sample.label == "covid19" else 0)
+        return Image.fromarray(pixels)
+
+    samples = [replace(s, read=read) for s in phantoms.samples]
+    return ChestXrayDataset(samples, classes=phantoms.classes)
+
+
+@pytest.mark.parametrize(
+    ("seen", "where", "name", "said"),
+    [
+        ((0, 0.06), (slice(None), slice(0, 4)), "borders_hidden", "borders hidden it loses"),
+        ((0.4, 0.6), (slice(0, 5), slice(26, 38)), "lungs_hidden", "still tells the classes apart"),
+    ],
+)
+def test_a_model_that_reads_elsewhere_fails_what_it_needs(
+    seen: tuple[float, float], where: tuple[slice, slice], name: str, said: str
+) -> None:
+    dataset = marked(120, where)
+    model = Linear(dataset.subset(range(40)), columns(*seen), strength=1e4)
+    report = audit_shortcuts(model, dataset.subset(range(40, 120)), **HOW)
+    needs = report.item("occlusion")
+    assert needs.verdict == "fail"
+    assert said in needs.finding(name).meaning
+    assert said in needs.reason
+
+
+def test_an_order_that_turns_round_without_lungs_is_no_pass() -> None:
+    """Lungs darker, frame brighter: hidden lungs leave a model that counts the frame against."""
+
+    class Against(Linear):
+        def _compute(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            found, features = super()._compute(pixels)
+            top = pixels[:, 0, :5, 26:38].mean((1, 2)) / 255
+            mixed = np.clip(found[:, 1] * 0.9 + 0.05 - 0.1 * top, 0, 1)
+            return np.stack([1 - mixed, mixed], 1), features
+
+    train, test = halves(200)
+    bright = ChestXrayDataset(
+        [replace(s, read=_brighter_top(s.read)) for s in test.samples], classes=test.classes
+    )
+    model = Against(train, lambda p: thumbnail(p)[:, 16:], strength=0.5)
+    found = audit_shortcuts(model, bright, **HOW).item("occlusion").finding("lungs_hidden")
+    assert found.estimate.high < 0.5
+    assert "the order turns round" in found.meaning
+
+
+def _brighter_top(read: Callable[..., Image.Image]) -> Callable[..., Image.Image]:
+    def changed(sample: Sample, size: tuple[int, int] | None) -> Image.Image:
+        pixels = np.array(read(sample, size))
+        pixels[:5, 26:38] = 255 if sample.label == "covid19" else 0
+        return Image.fromarray(pixels)
+
+    return changed
+
+
+def test_patients_that_were_trained_on_and_sources_that_were_not_are_seen(
+    in_lungs: tuple[Linear, ChestXrayDataset],
+) -> None:
+    model, test = in_lungs
+    known = audit_shortcuts(model, test, test.subset(range(30)), **HOW).item("generalisation")
+    assert known.verdict == "fail"
+    assert known.reason.startswith("30 of these images are of patients that were trained on.")
+    only_a = model.trained_on.filter(lambda s: s.source == "a")
+    noisy = ChestXrayDataset(
+        [replace(s, read=_noise) if s.source == "b" else s for s in test.samples],
+        classes=test.classes,
+    )
+    elsewhere = audit_shortcuts(Linear(only_a), noisy, only_a, **HOW).item("generalisation")
+    assert elsewhere.verdict == "fail"
+    external = elsewhere.finding("external")
+    assert external.change is not None
+    assert external.change.high < -0.2
+    assert external.estimate.low < 0.5 < external.estimate.high
+
+
+def _noise(sample: Sample, size: tuple[int, int] | None) -> Image.Image:
+    rng = np.random.default_rng(int(sample.metadata["index"]))
+    return Image.fromarray(rng.integers(0, 256, (SIZE, SIZE)).astype(np.uint8))
+
+
+def test_files_that_give_the_label_by_their_header_fail(tmp_path: Path) -> None:
+    train, test = halves(60, signal="none")
+    samples = []
+    for i, s in enumerate(test.samples):
+        path = tmp_path / f"{i}.jpg"
+        s.read(s, None).save(path, quality=95 if s.label == "covid19" else 85)
+        samples.append(replace(s, path=path, read=Sample.__dataclass_fields__["read"].default))
+    report = audit_shortcuts(
+        Linear(train), ChestXrayDataset(samples, classes=test.classes), **{**HOW, "masks": None}
+    )
+    item = report.item("without_lungs")
+    assert item.verdict == "fail"
+    assert item.finding("file_facts").estimate.value == 1
+    assert "file facts only" in item.reason
+
+
+# ---------------------------------------------------------------- what cannot be told
+
+
+def test_too_few_images_are_not_assessable_and_never_a_pass(
+    in_lungs: tuple[Linear, ChestXrayDataset],
+) -> None:
+    model, test = in_lungs
+    report = audit_shortcuts(model, test.subset(range(20)), **HOW)
+    assert report.verdict == "not_assessable"
+    for name in ("without_lungs", "occlusion", "features", "generalisation"):
+        assert report.item(name).verdict == "not_assessable", name
+    one = test.filter(lambda s: s.source == "a")
+    assert audit_shortcuts(model, one, **HOW).item("confounding").verdict == "not_assessable"
+
+
+def test_without_lungs_found_and_without_skill_there_is_nothing_to_lose(
+    in_lungs: tuple[Linear, ChestXrayDataset],
+) -> None:
+    model, test = in_lungs
+    nowhere = {**HOW, "masks": lambda s: np.zeros((SIZE, SIZE), bool)}
+    item = audit_shortcuts(model, test.subset(range(80)), **nowhere).item("occlusion")
+    assert item.verdict == "not_assessable"
+    assert item.finding("lungs_hidden").meaning == "Lungs were found in 0 of 80 images only."
+    assert math.isnan(item.finding("only_lungs").estimate.value)
+    train, without = halves(60, signal="none")
+    chance = Linear(train)
+    item = audit_shortcuts(chance, without, **HOW).item("occlusion")
+    assert item.verdict == "not_assessable"
+    assert "does not tell the classes apart" in item.reason
+
+
+# ---------------------------------------------------------------- what is looked at
+
+
+def test_the_question_is_covid_against_normal_with_the_score_of_the_evaluation() -> None:
+    labels = ("normal", "pneumonia", "covid19")
+    dataset = SyntheticChestXray(30, classes=labels, image_size_px=32)
+    question = Question.of(labels, dataset)
+    assert (question.positive, question.negative) == ("covid19", "normal")
+    assert {s.label for s in question.asked(dataset).samples} == {"normal", "covid19"}
+    p = np.random.default_rng(0).dirichlet((1, 1, 1), 30)
+    p[0] = (0, 1, 0)
+    report = evaluate_probabilities(
+        [s.label for s in dataset.samples],
+        p,
+        classes=labels,
+        patients=range(30),
+        sources=["a"] * 30,
+        views=["PA"] * 30,
+        n_resamples=10,
+    )
+    asked = [s.label != "pneumonia" for s in dataset.samples]
+    truth = [s.label == "covid19" for s in dataset.samples]
+    expected = report.overall.per_class["covid19"]["auroc_vs_normal"].value
+    found = roc_auc_score(np.array(truth)[asked], question.score(p)[asked])
+    assert found == pytest.approx(expected)
+    rest = Question.of(labels, dataset, negative="rest")
+    assert len(rest.asked(dataset)) == 30
+    assert rest.score(p) == pytest.approx(p[:, 2])
+    assert Question.of(labels, dataset.filter(lambda s: s.label != "normal")).negative == "rest"
+    assert Question.of(("a", "b"), _named("a", "b")).positive == "b"
+
+
+def _named(*labels: str) -> ChestXrayDataset:
+    samples = SyntheticChestXray(len(labels) * 2, image_size_px=32).samples
+    named = [replace(s, label=labels[i % len(labels)]) for i, s in enumerate(samples)]
+    return ChestXrayDataset(named, classes=labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"positive": "flu"}, "positive must be one of"),
+        ({"negative": "flu"}, "positive must be one of"),
+        ({"positive": "normal", "negative": "normal"}, "positive must be one of"),
+        ({"limit": 0}, "limit must be positive"),
+        ({"n_resamples": 0}, "n_resamples must be at least 1"),
+        ({"masks": lambda s: np.zeros((4, 4))}, r"masks must return \(H, W\) bool"),
+        ({"train": _named("flu", "cold")}, "train holds neither 'covid19' nor 'normal'"),
+    ],
+)
+def test_impossible_arguments_are_refused(
+    in_lungs: tuple[Linear, ChestXrayDataset], options: dict[str, Any], reason: str
+) -> None:
+    model, test = in_lungs
+    with pytest.raises(ValueError, match=reason):
+        audit_shortcuts(model, test.subset(range(8)), **{**HOW, **options})
+
+
+def test_an_audit_needs_images_of_both_sides(in_lungs: tuple[Linear, ChestXrayDataset]) -> None:
+    model, test = in_lungs
+    normal = test.filter(lambda s: s.label == "normal")
+    with pytest.raises(ValueError, match="needs images of both, got the labels"):
+        audit_shortcuts(model, normal, **HOW)
+
+
+def test_a_limit_takes_of_each_source_and_label_its_share() -> None:
+    dataset = weighted(SyntheticChestXray(300, sources=("a", "b")), mostly_by_source)
+    sample = stratified_sample(dataset, 60, seed=1)
+    assert abs(len(sample) - 60) <= 3
+    for source in "ab":
+        for label in dataset.classes:
+            full, taken = (
+                sum((s.source, s.label) == (source, label) for s in part.samples)
+                for part in (dataset, sample)
+            )
+            assert abs(taken - 60 * full / len(dataset)) <= 1
+    again = stratified_sample(dataset, 60, seed=1)
+    assert [s.path for s in sample.samples] == [s.path for s in again.samples]
+    assert [s.path for s in sample.samples] != [
+        s.path for s in stratified_sample(dataset, 60, seed=2).samples
+    ]
+    assert stratified_sample(dataset, 10_000) is dataset
+
+
+def test_masks_are_the_users_then_the_annotated_ones_then_the_networks(tmp_path: Path) -> None:
+    dataset = SyntheticChestXray(4, image_size_px=SIZE)
+    drawn = np.zeros((SIZE, SIZE), bool)
+    drawn[20:40, 20:40] = True
+    Image.fromarray(drawn).save(tmp_path / "mask.png")
+    first, *others = dataset.samples
+    metadata = {**first.metadata, "lung_mask": str(tmp_path / "mask.png")}
+    annotated = ChestXrayDataset(
+        [replace(first, metadata=metadata), *others], classes=dataset.classes
+    )
+    data = read_data(
+        annotated,
+        Question.of(dataset.classes, dataset),
+        PREPROCESS,
+        how={"n_resamples": 10, "seed": 0, "confidence": 0.95},
+        workers=1,
+        progress=False,
+    )
+    found = find_lungs(data, None, batch_size=3, progress=False)
+    assert found[0] is not None
+    assert found[0][20:40, 20:40].all()
+    assert found[0].sum() < 27 * 27
+    for i in range(1, 4):
+        network = segment(Image.fromarray(data.pixels[i, 0]))
+        assert found[i] is not None
+        assert found[i][network].all()
+    own = find_lungs(data, lambda s: ~drawn, batch_size=3, progress=False)
+    assert all(region is not None and region.mean() > 0.9 for region in own)
+    with pytest.raises(ValueError, match="the pixels are of 64 px, not 224"):
+        data.as_dataset(replace(PREPROCESS, size_px=224))
+
+
+def test_the_page_shows_every_verdict_and_every_number(passed: AuditReport) -> None:
+    figure = plot_audit(passed)
+    head, body = (axes for part in figure.subfigs for axes in part.axes)
+    text = " ".join(t.get_text() for t in head.texts) + head.get_title(loc="left")
+    assert "Shortcut audit: pass" in text
+    assert all(item.question in text for item in passed.items)
+    labels = [t.get_text() for t in body.get_yticklabels()]
+    defined = [f.what for i in passed.items for f in i.findings if not math.isnan(f.estimate.value)]
+    assert labels == defined
+    figure.canvas.draw()

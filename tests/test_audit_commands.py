@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from chestxray_covid import AuditReport, SyntheticChestXray, open_dataset, split_by_patient
+from chestxray_covid.cli import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("phantoms") / "data"
+    return SyntheticChestXray(24, image_size_px=64, sources=("a", "b")).save(place)
+
+
+@pytest.fixture(scope="module")
+def run_folder(
+    data: Path, checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return a run folder: a checkpoint with the split that it was trained with."""
+    folder = shutil.copytree(checkpoint_folder, tmp_path_factory.mktemp("runs") / "run")
+    dataset = open_dataset(data / "manifest.csv")
+    split_by_patient(dataset, val=0.25, test=0.25, find_copies=False).save(folder / "split.json")
+    return folder
+
+
+def audit(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["audit", *map(str, arguments)])
+
+
+def test_an_audit_is_printed_and_written_and_does_not_fail_the_command(
+    data: Path, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    manifest, output = data / "manifest.csv", tmp_path / "new" / "audit.json"
+    common = ("--model", checkpoint_folder, "--data", manifest, "--train", manifest)
+    done = audit(*common, "--output", output, "--limit", 8, "--seed", 1)
+    assert done.exit_code == 0, done.output
+    report = AuditReport.load(output)
+    assert str(report) in done.output
+    assert (report.verdict, report.seed) == ("fail", 1)  # it was audited on its training data
+    assert 4 <= report.n_images <= 12
+    assert f"{report.n_images} of these images are of patients that were trained on" in str(report)
+    strict = audit(*common, "--limit", 8, "--strict")
+    assert strict.exit_code == 1
+    assert "Shortcut audit: FAIL" in strict.output
+
+
+def test_a_run_knows_what_it_was_trained_on(data: Path, run_folder: Path, tmp_path: Path) -> None:
+    manifest, output = data / "manifest.csv", tmp_path / "audit.json"
+    common = ("--model", run_folder, "--data", manifest, "--output", output)
+    assert audit(*common, "--split", "test").exit_code == 0
+    held_out = AuditReport.load(output)
+    assert held_out.n_images < 12
+    assert held_out.item("confounding").reason.startswith("In the training data")
+    assert "trained on" not in held_out.item("generalisation").reason
+    assert audit(*common).exit_code == 0
+    everything = AuditReport.load(output)
+    assert everything.n_images == 24
+    assert "were trained on" in everything.item("generalisation").reason
+
+
+def test_a_folder_of_masks_is_used(data: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
+    masks, output = tmp_path / "masks", tmp_path / "audit.json"
+    masks.mkdir()
+    drawn = np.zeros((64, 64), bool)
+    drawn[:4] = True  # three parts of a hundred at 64 px: where no phantom has its lungs
+    for i, path in enumerate(sorted(data.rglob("*.png"))):
+        name = path.stem if i % 2 else f"{path.stem}_mask"
+        Image.fromarray(drawn).save(masks / f"{name}.png")
+    manifest = data / "manifest.csv"
+    done = audit(
+        *("--model", checkpoint_folder, "--data", manifest, "--output", output, "--masks", masks)
+    )
+    assert done.exit_code == 0, done.output
+    heat = AuditReport.load(output).item("heat").finding("share_in_lungs")
+    assert "area: 0.1" in heat.meaning or "area: 0.0" in heat.meaning
+
+
+def test_a_split_needs_a_run_and_a_question_its_classes(
+    data: Path, checkpoint_folder: Path
+) -> None:
+    manifest = data / "manifest.csv"
+    done = audit("--data", manifest, "--split", "test")
+    assert done.exit_code == 2
+    assert "--split needs --model to be the folder of a training run." in done.output
+    wrong = audit("--model", checkpoint_folder, "--data", manifest, "--positive", "flu")
+    assert wrong.exit_code == 1
+    assert "positive must be one of" in wrong.output

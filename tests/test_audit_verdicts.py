@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from chestxray_covid.audit_verdicts import capped, judge_auroc, judge_change, worst
+from chestxray_covid.intervals import Estimate
+
+
+def number(value: float, low: float = math.nan, high: float = math.nan) -> Estimate:
+    return Estimate(value=value, low=low, high=high, n=100, method="made up")
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "verdict", "both_ways"),
+    [
+        (0.52, 0.45, 0.60, "pass", "pass"),
+        (0.72, 0.60, 0.79, "warn", "warn"),
+        (0.85, 0.80, 0.90, "fail", "fail"),
+        (0.80, 0.70, 0.90, "fail", "fail"),
+        (0.75, 0.48, 0.95, "not_assessable", "not_assessable"),  # chance is not excluded
+        (0.75, 0.48, 0.79, "pass", "pass"),
+        (0.60, 0.40, 0.81, "not_assessable", "not_assessable"),  # failure is not excluded
+        (1.00, math.nan, math.nan, "fail", "fail"),
+        (0.00, math.nan, math.nan, "pass", "fail"),
+        (0.10, 0.05, 0.20, "pass", "fail"),
+        (0.28, 0.21, 0.40, "pass", "warn"),
+        (0.40, 0.15, 0.65, "pass", "not_assessable"),
+        (math.nan, math.nan, math.nan, "not_assessable", "not_assessable"),
+    ],
+)
+def test_an_auroc_without_lungs_is_judged_with_its_interval(
+    value: float, low: float, high: float, verdict: str, both_ways: str
+) -> None:
+    assert judge_auroc(number(value, low, high)) == verdict
+    assert judge_auroc(number(value, low, high), both_ways=True) == both_ways
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "verdict"),
+    [
+        (-0.01, -0.03, 0.02, "pass"),
+        (-0.06, -0.09, -0.01, "warn"),
+        (-0.20, -0.30, -0.10, "fail"),
+        (-0.08, -0.20, 0.05, "not_assessable"),
+        (-0.08, -0.09, 0.01, "pass"),
+        (0.00, math.nan, math.nan, "pass"),
+        (-0.50, math.nan, math.nan, "fail"),
+        (math.nan, math.nan, math.nan, "not_assessable"),
+    ],
+)
+def test_a_change_is_judged_with_its_interval_and_a_gain_like_a_loss_where_asked(
+    value: float, low: float, high: float, verdict: str
+) -> None:
+    assert judge_change(number(value, low, high)) == verdict
+    assert judge_change(number(-value, -high, -low)) == verdict
+    assert judge_change(number(value, low, high), both_ways=False) == verdict
+    if value < 0:
+        assert judge_change(number(-value, -high, -low), both_ways=False) == "pass"
+
+
+def test_the_worst_verdict_counts_and_a_cap_lowers_only_what_is_worse() -> None:
+    assert worst(["pass", "warn", "not_assessable"]) == "warn"
+    assert worst(iter(())) == "not_assessable"
+    assert [capped(v) for v in ("fail", "warn", "not_assessable", "pass")] == [
+        *("warn", "warn", "not_assessable", "pass")
+    ]

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from audited import Linear, pixels_of
+from chestxray_covid import (
+    ChestXrayDataset,
+    Preprocess,
+    SyntheticChestXray,
+    TrainingConfig,
+    build_densenet121,
+    leave_one_source_out,
+)
+from chestxray_covid.generalisation import auroc_change, within_less_pooled, within_sources
+
+FEW: dict[str, Any] = {"n_resamples": 50}
+
+
+@cache
+def phantoms(count: int = 240) -> ChestXrayDataset:
+    """Return three sources that look alike, drawn once; one image per patient."""
+    dataset = SyntheticChestXray(count, image_size_px=64, sources=("a", "b", "c"), patients=count)
+    drawn = {s.path: s.read(s, None) for s in dataset.samples}
+    samples = [replace(s, read=lambda own, size: drawn[own.path]) for s in dataset.samples]
+    return ChestXrayDataset(samples, classes=dataset.classes)
+
+
+def test_each_source_is_judged_by_a_classifier_that_saw_neither_it_nor_the_held_out() -> None:
+    dataset, trained = phantoms(), []
+
+    def fit(train: ChestXrayDataset) -> Linear:
+        trained.append(Linear(train))
+        return trained[-1]
+
+    rows = leave_one_source_out(dataset, fit, test=0.25, **FEW)
+    assert [row.source for row in rows] == ["a", "b", "c"]
+    for row, model in zip(rows, trained, strict=True):
+        train = model.trained_on
+        assert row.source not in train.sources
+        own = dataset.filter(lambda s, name=row.source: s.source == name)
+        scores = model._compute(pixels_of(own))[0][:, 1]
+        assert row.external.value == pytest.approx(roc_auc_score(own.targets, scores))
+        assert row.n_images == row.external.n == len(own) == 80
+        seen = {s.path for s in train.samples}
+        held = dataset.filter(
+            lambda s, name=row.source, seen=seen: s.source != name and s.path not in seen
+        )
+        scores = model._compute(pixels_of(held))[0][:, 1]
+        assert row.internal.value == pytest.approx(roc_auc_score(held.targets, scores))
+        assert len(held) == pytest.approx(40, abs=2)
+        assert row.change.value == pytest.approx(row.external.value - row.internal.value)
+        assert row.change.low < 0 < row.change.high
+    assert trained[0].model is not trained[1].model
+
+
+def test_a_ready_classifier_is_judged_and_not_trained_again() -> None:
+    dataset = phantoms()
+    model = Linear(dataset.subset(range(100)))
+    rows = leave_one_source_out(model=None, dataset=dataset, fit=model, **FEW)
+    scores = model._compute(pixels_of(dataset))[0][:, 1]
+    truth, sources = np.array(dataset.targets), np.array([s.source for s in dataset.samples])
+    for row in rows:
+        own = sources == row.source
+        assert row.external.value == pytest.approx(roc_auc_score(truth[own], scores[own]))
+        assert row.internal.value == pytest.approx(roc_auc_score(truth[~own], scores[~own]))
+        assert not row.note
+
+
+def test_a_source_of_one_class_has_no_auroc_and_says_so() -> None:
+    dataset = phantoms().filter(lambda s: s.source != "a" or s.label == "normal")
+    rows = leave_one_source_out(dataset, Linear, **FEW)
+    assert math.isnan(rows[0].external.value)
+    assert math.isnan(rows[0].change.value)
+    assert rows[0].internal.value > 0.5
+    assert "Fewer than 20 images of a class" in rows[0].note
+
+
+def test_where_nothing_of_a_class_is_left_nothing_is_trained() -> None:
+    dataset = phantoms().filter(lambda s: (s.source == "a") == (s.label == "normal"))
+    rows = leave_one_source_out(dataset, Linear, **FEW)
+    assert rows[0].note == "Without a, no image of ['normal'] is left to train on."
+    assert math.isnan(rows[0].internal.value)
+
+
+def test_options_train_the_network_without_the_source() -> None:
+    dataset = phantoms(48).filter(lambda s: s.source != "c")
+    config = TrainingConfig(
+        preprocess=Preprocess(size_px=32),
+        epochs=1,
+        samples_per_epoch=8,
+        batch_size=8,
+        device="cpu",
+        progress=False,
+    )
+
+    def network() -> torch.nn.Module:
+        with torch.random.fork_rng():
+            return build_densenet121(pretrained=False)
+
+    rows = leave_one_source_out(dataset, config, test=0.4, model=network, **FEW)
+    assert [row.source for row in rows] == ["a", "b"]
+    assert all(0 <= row.external.value <= 1 for row in rows)
+    assert all("Fewer than 20" in row.note for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"test": 0}, r"test must be a share in \(0, 0.5\]"),
+        ({"n_resamples": 0}, "n_resamples must be at least 1"),
+        ({"positive": "flu"}, "positive must be one of"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        leave_one_source_out(phantoms(), Linear, **{**FEW, **options})
+
+
+def test_one_source_cannot_be_left_out() -> None:
+    with pytest.raises(ValueError, match="needs two or more, got"):
+        leave_one_source_out(phantoms().filter(lambda s: s.source == "a"), Linear)
+
+
+def test_pairs_inside_one_source_are_counted_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    truth, sources = rng.integers(0, 2, 60), rng.integers(0, 3, 60)
+    scores = np.round(rng.random(60) + 0.5 * sources + 0.2 * truth, 1)
+    weights = rng.integers(0, 3, (4, 60)).astype(float)
+    counted = sources < 2
+
+    def by_hand(weight: np.ndarray, among: np.ndarray) -> float:
+        won = pairs = 0.0
+        for i in np.flatnonzero(truth & among):
+            for j in np.flatnonzero(~truth.astype(bool) & among & (sources == sources[i])):
+                pairs += weight[i] * weight[j]
+                won += (
+                    weight[i] * weight[j] * ((scores[i] > scores[j]) + (scores[i] == scores[j]) / 2)
+                )
+        return won / pairs
+
+    every = np.ones(60, bool)
+    expected = [by_hand(weight, every) for weight in weights]
+    assert within_sources(truth, scores, sources, sample_weight=weights) == pytest.approx(expected)
+    pooled = [roc_auc_score(truth, scores, sample_weight=weight) for weight in weights]
+    expected = [by_hand(w, counted) - p for w, p in zip(weights, pooled, strict=True)]
+    found = within_less_pooled(truth, scores, sources, counted, sample_weight=weights)
+    assert found == pytest.approx(expected)
+    outside = sources == 2
+    expected = [
+        roc_auc_score(truth[outside], scores[outside], sample_weight=w[outside])
+        - roc_auc_score(truth[~outside], scores[~outside], sample_weight=w[~outside])
+        for w in weights
+    ]
+    found = auroc_change(truth, scores, outside, sample_weight=weights)
+    assert found == pytest.approx(expected)
+    alone = np.where(truth, 0, 1)
+    assert np.isnan(within_sources(truth, scores, alone, sample_weight=weights)).all()
