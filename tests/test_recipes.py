@@ -24,7 +24,10 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 @pytest.fixture(scope="module")
 def recipes() -> Iterator[dict[str, Any]]:
     """Import the recipes as they import each other: as scripts of one folder."""
-    names = ("collection", "frame", "train_default", "judge_default", "publish_default")
+    names = (
+        *("collection", "frame", "train_default", "judge_default", "publish_default"),
+        "audit_default",
+    )
     sys.path.insert(0, str(RECIPES))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -154,3 +157,12 @@ def test_the_recipe_leads_from_data_to_a_calibrated_checkpoint(
     assert np.mean(called) >= 0.9
     history = json.loads((results / "history.json").read_text())
     assert [len(stage["epochs"]) for stage in history["stages"]] == [1, 1]
+
+
+def test_the_audit_judges_the_design_of_training_on_test_patients(
+    recipes: dict[str, Any], data: Path, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    report = recipes["audit_default"].audit(data, tmp_path, checkpoint_folder, limit=30)
+    assert report.item("confounding").reason.startswith("In the training data")
+    assert "trained on" not in report.item("generalisation").reason
+    assert (report.positive, report.negative) == ("covid19", "normal")
