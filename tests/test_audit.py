@@ -82,7 +82,9 @@ def test_a_signal_in_the_lungs_alone_passes(passed: AuditReport) -> None:
 
 def test_a_marker_in_the_corner_fails_with_the_network_itself() -> None:
     train, test = halves(44, image_size_px=96, signal="none", marker="corner")
-    report = audit_shortcuts(with_new_head(train), test, train, **{**HOW, "heat": True})
+    network = with_new_head(train)
+    report = audit_shortcuts(network, test, train, **{**HOW, "heat": True})
+    assert report.weights_sha256 == network.weights_sha256
     assert report.verdict == "fail"
     assert report.item("without_lungs").verdict == "fail"
     assert report.item("without_lungs").finding("frame_70").estimate.low > 0.5

@@ -518,3 +518,12 @@ def test_a_relative_is_trained_and_read_again(
     before = weights.stat().st_mtime_ns
     assert np.array_equal(relatives.predict_without(held_out, "nih"), first)
     assert weights.stat().st_mtime_ns == before
+
+
+def test_the_audit_judges_the_design_of_training_on_test_patients(
+    recipes: dict[str, Any], data: Path, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    report = recipes["audit_default"].audit(data, tmp_path, checkpoint_folder, limit=30)
+    assert report.item("confounding").reason.startswith("In the training data")
+    assert "trained on" not in report.item("generalisation").reason
+    assert (report.positive, report.negative) == ("covid19", "normal")

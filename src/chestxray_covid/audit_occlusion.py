@@ -79,7 +79,8 @@ def occlusion_item(
         verdict=verdict,
         reason=reason
         or {
-            PASS: "Without the lungs it is near chance, and it does without the rest.",
+            PASS: "With the lungs hidden its AUROC is "
+            f"{by_name['lungs_hidden'].estimate}; hiding the rest costs little.",
             NOT_ASSESSABLE: f"Too few images or patients to tell ({', '.join(open_)}); lungs were "
             f"found in {len(found)} of {len(whole)} images.",
         }[verdict],
