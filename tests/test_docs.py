@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -178,6 +179,28 @@ def test_readme_baseline_page_and_figure_are_those_of_the_committed_results(
     with Image.open(generate.RESULTS / "history.png") as image:
         source = image.text[generate.SOURCE_KEY]
     assert source == generate.digest(generate.RESULTS / "history.json")
+
+
+def test_the_pages_about_audits_are_those_of_the_committed_results(generate: ModuleType) -> None:
+    audits = importlib.import_module("generate_audits")
+    for name in audits.MODELS:
+        page = (DOCS / f"audit_{name}.md").read_text(encoding="utf-8")
+        assert audits.audit_page(name) == page
+        with Image.open(audits.RESULTS / name / "audit.png") as image:
+            source = image.text[generate.SOURCE_KEY]
+        assert source == generate.digest(audits.RESULTS / name / "audit.json")
+    assert audits.why_page() == (DOCS / "why_99.md").read_text(encoding="utf-8")
+    with Image.open(audits.RESULTS / "baseline" / "roc.png") as image:
+        source = image.text[generate.SOURCE_KEY]
+    assert source == generate.digest(audits.RESULTS / "baseline" / "evaluation.json")
+
+
+def test_the_classic_design_fails_and_the_page_says_so(generate: ModuleType) -> None:
+    audits = importlib.import_module("generate_audits")
+    report = audits.load("baseline")
+    for name in ("confounding", "without_lungs", "occlusion"):
+        assert report.item(name).verdict == "fail"
+        assert report.item(name).reason in flowing(audits.why_page())
 
 
 # ---------------------------------------------------------------- what is written by hand
