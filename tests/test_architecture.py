@@ -32,7 +32,7 @@ ROWS = (
     ),
     ("dicom", "encoded", "intervals", "calibration", "tensors"),
     ("gate", "image"),
-    ("gate_fit", "prediction"),
+    ("gate_fit", "prediction", "graph"),
     ("checkpoint", "datasets.archives", "datasets.transfer", "datasets.base"),
     ("datasets.download", "datasets.loading", "datasets.phantom"),
     ("datasets.cohen", "datasets.kermany", "datasets.duplicates", "datasets.synthetic"),
@@ -43,6 +43,7 @@ ROWS = (
     ("publish",),
     # Here begins torch: layer 4 of the design.
     ("augment", "models", "lung_network"),
+    ("engine_torch", "engine_openvino", "engine_onnx"),
     ("engines", "training_config", "lungs"),
     ("training_network", "training_state"),
     ("training",),
@@ -59,7 +60,7 @@ TORCH = {"torch", "torchvision", "accelerate"}
 #: Modules that need torch as soon as they are imported; the others import it late or never.
 TORCH_AT_IMPORT = {
     *("augment", "models", "training", "training_config", "training_network"),
-    "lung_network",
+    *("lung_network", "engine_torch"),
 }
 
 #: Distribution → the name that is imported, where they differ.

@@ -1,0 +1,106 @@
+"""The network in ONNX, built from its steps without torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from chestxray_covid._version import __version__
+from chestxray_covid.errors import require_extra
+from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, Step
+
+#: Opset 17 came with ONNX 1.12 in 2022; every runtime of today reads it.
+OPSET, _IR_VERSION = 17, 8
+
+
+def onnx_model(network: Network, *, batch: int | None = None) -> Any:
+    """Return the network as an ``onnx.ModelProto``: ``pixels`` to ``logits`` and ``features``.
+
+    Args:
+        network: From :func:`graph.fold`.
+        batch: Images per call; ``None`` leaves it open.
+
+    Raises:
+        MissingExtraError: If onnx is not installed.
+    """
+    onnx = require_extra("onnx", "onnx")
+    helper = require_extra("onnx.helper", "onnx")
+    builder = _Builder(onnx, helper)
+    count: int | str = "N" if batch is None else batch
+    side, kind = network.size_px, onnx.TensorProto
+    builder.node("Cast", [PIXELS], f"{PIXELS}.float", to=kind.FLOAT)
+    for step in network.steps:
+        builder.add(step)
+    graph = helper.make_graph(
+        builder.nodes,
+        "densenet121",
+        [helper.make_tensor_value_info(PIXELS, kind.UINT8, [count, 1, side, side])],
+        [
+            helper.make_tensor_value_info(name, kind.FLOAT, [count, width])
+            for name, width in ((LOGITS, network.num_classes), (FEATURES, 1024))
+        ],
+        builder.constants,
+    )
+    return helper.make_model(
+        graph,
+        producer_name="chestxray-covid",
+        producer_version=__version__,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=_IR_VERSION,
+    )
+
+
+class _Builder:
+    """Collects nodes and constants; the result of a step is named like it."""
+
+    def __init__(self, onnx: Any, helper: Any) -> None:
+        self._to_tensor = onnx.numpy_helper.from_array
+        self._make_node = helper.make_node
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def add(self, step: Step) -> None:
+        inputs = [f"{PIXELS}.float" if name == PIXELS else name for name in step.inputs]
+        made = f"{step.name}.linear" if step.relu else step.name
+        if step.op == "concat":
+            self.node("Concat", inputs, made, axis=1)
+        elif step.op == "max_pool":
+            window = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+            self.node("MaxPool", inputs, made, **window)
+        elif step.op == "average_pool":
+            self.node("AveragePool", inputs, made, kernel_shape=[2, 2], strides=[2, 2])
+        elif step.op == "global_average":
+            self.node("ReduceMean", inputs, made, axes=[2, 3], keepdims=0)
+        elif step.op == "affine":
+            self.node("Mul", [*inputs, self._constant(step, "weight")], f"{made}.scaled")
+            self.node("Add", [f"{made}.scaled", self._constant(step, "bias")], made)
+        else:
+            self._weighted(step, inputs, made)
+        if step.relu:
+            self.node("Relu", [made], step.name)
+
+    def node(self, op: str, inputs: list[str], made: str, **attributes: Any) -> None:
+        self.nodes.append(self._make_node(op, inputs, [made], name=made, **attributes))
+
+    def _weighted(self, step: Step, inputs: list[str], made: str) -> None:
+        bias = [] if step.bias is None else [self._constant(step, "bias")]
+        operands = [*inputs, self._constant(step, "weight"), *bias]
+        if step.op == "linear":
+            self.node("Gemm", operands, made, transB=1)
+            return
+        edge = step.padding
+        if step.fill:  # the operation itself pads with 0 alone
+            pads = np.array([0, 0, edge, edge] * 2, np.int64)
+            padding = [self._array(f"{made}.pads", pads)]
+            padding.append(self._array(f"{made}.fill", np.array(step.fill, np.float32)))
+            self.node("Pad", [*inputs, *padding], f"{made}.padded", mode="constant")
+            operands[0], edge = f"{made}.padded", 0
+        self.node("Conv", operands, made, strides=[step.stride] * 2, pads=[edge] * 4)
+
+    def _constant(self, step: Step, part: str) -> str:
+        return self._array(f"{step.name}.{part}", getattr(step, part))
+
+    def _array(self, name: str, values: Any) -> str:
+        self.constants.append(self._to_tensor(values, name))
+        return name
