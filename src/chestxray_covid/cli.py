@@ -292,7 +292,7 @@ def info(model: str | None) -> None:
 
     import torch
 
-    from chestxray_covid.models import native_bfloat16
+    from chestxray_covid.engine_torch import native_bfloat16
 
     click.echo(f"chestxray-covid {__version__}, Python {platform.python_version()}")
     for name in ("torch", "torchvision", "numpy", "pillow", "huggingface-hub", "pydicom"):
