@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from chestxray_covid._version import __version__
-from chestxray_covid.command import BATCH, DATA, DEVICE, MODEL, NOT_A_DEVICE, translated
+from chestxray_covid.command import (
+    BATCH,
+    DATA,
+    DEVICE,
+    ENGINE,
+    MODEL,
+    NOT_A_DEVICE,
+    PRECISION,
+    translated,
+)
 from chestxray_covid.hub_commands import models, push
 
 if TYPE_CHECKING:
@@ -199,6 +208,8 @@ def train(
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
 @BATCH
 @DEVICE
+@ENGINE
+@PRECISION
 @translated
 def evaluate(
     model: str | None,
@@ -207,13 +218,17 @@ def evaluate(
     output: Path | None,
     batch_size: int,
     device: str | None,
+    engine: str,
+    precision: str,
 ) -> None:
     """Judge a model on data sets, with intervals by patient, per source and per view."""
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.evaluation import evaluate as judge
     from chestxray_covid.splits import Split
 
-    classifier = Classifier.from_pretrained(model, device=device)
+    classifier = Classifier.from_pretrained(
+        model, device=device, engine=engine, precision=precision
+    )
     dataset = _open(data, classifier.classes)
     saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
     if side is not None and saved is None:
@@ -243,16 +258,24 @@ def evaluate(
     help="Write CSV, or JSON lines where the name ends in .jsonl, instead of a table.",
 )
 @BATCH
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Threads that decode; as many as there are cores if not given.",
+)
 @DEVICE
+@ENGINE
+@PRECISION
 @translated
 def predict(
     paths: tuple[Path, ...],
     model: str | None,
     output: Path | None,
     batch_size: int,
-    workers: int,
+    workers: int | None,
     device: str | None,
+    engine: str,
+    precision: str,
 ) -> None:
     """Judge radiographs: files, and folders with all image files below them.
 
@@ -263,7 +286,9 @@ def predict(
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.prediction import FailedPrediction
 
-    classifier = Classifier.from_pretrained(model, device=device)
+    classifier = Classifier.from_pretrained(
+        model, device=device, engine=engine, precision=precision
+    )
     results = classifier.predict_stream(paths, batch_size, "return", workers=workers)
     failed: list[FailedPrediction] = []
     judged = 0
@@ -295,7 +320,16 @@ def info(model: str | None) -> None:
     from chestxray_covid.engine_torch import native_bfloat16
 
     click.echo(f"chestxray-covid {__version__}, Python {platform.python_version()}")
-    for name in ("torch", "torchvision", "numpy", "pillow", "huggingface-hub", "pydicom"):
+    for name in (
+        "torch",
+        "torchvision",
+        "numpy",
+        "pillow",
+        "huggingface-hub",
+        "openvino",
+        "onnxruntime",
+        "pydicom",
+    ):
         try:
             click.echo(f"  {name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
