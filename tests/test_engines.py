@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,15 @@ from numpy.typing import NDArray
 
 from chestxray_covid import engine_openvino, engines
 from chestxray_covid.checkpoint import ModelConfig
-from chestxray_covid.engines import ENGINES, Engine, keeps_probabilities, open_engine, softmax
+from chestxray_covid.cli import main
+from chestxray_covid.engines import (
+    ENGINES,
+    PRECISIONS,
+    Engine,
+    keeps_probabilities,
+    open_engine,
+    softmax,
+)
 from chestxray_covid.errors import CheckpointError, MissingExtraError
 from chestxray_covid.hub import bundled_models
 from chestxray_covid.image import Preprocess
@@ -203,6 +212,15 @@ def test_the_bundled_models_were_compared_on_five_hundred_radiographs() -> None:
         rows = judged[config.weights_sha256]
         assert {row["images"] for row in rows.values()} == {500}
         assert keeps_probabilities(**rows["openvino-bfloat16"])
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_the_command_line_offers_every_engine_and_precision(command: str) -> None:
+    offered = {p.name: p.type for p in main.commands[command].params}
+    for name, known in (("engine", ENGINES), ("precision", PRECISIONS)):
+        kind = offered[name]
+        assert isinstance(kind, click.Choice)
+        assert tuple(kind.choices) == known
 
 
 # ---------------------------------------------------------------- what is refused
