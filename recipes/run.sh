@@ -16,5 +16,6 @@ python recipes/list_tried.py --data "$data" --run "$run" \
   --checkpoint "$weights/densenet121-v1"
 python recipes/audit_default.py --data "$data" --run "$run" \
   --checkpoint "$weights/densenet121-v1"
+python recipes/judge_engines.py --data "$data"
 python recipes/write_card.py
 python docs/generate.py

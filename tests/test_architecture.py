@@ -31,9 +31,9 @@ ROWS = (
         "datasets.storage",
         "datasets.web",
     ),
-    ("dicom", "encoded", "intervals", "calibration", "tensors"),
+    ("dicom", "encoded", "intervals", "calibration", "tensors", "compiled"),
     ("gate", "image", "curves", "operating_points", "comparison", "judged_images"),
-    ("gate_fit", "prediction", "heatmap", "subgroups"),
+    ("gate_fit", "prediction", "heatmap", "subgroups", "graph"),
     ("reporting",),
     ("checklists",),
     ("checkpoint", "datasets.archives", "datasets.transfer", "datasets.base"),
@@ -48,8 +48,11 @@ ROWS = (
     ("card",),
     ("publish",),
     # Here begins torch: layer 4 of the design.
-    ("augment", "models", "lung_network"),
-    ("engines", "training_config", "lungs"),
+    (
+        *("augment", "models", "lung_network"),
+        *("engine_torch", "engine_openvino", "engine_onnx"),
+    ),
+    ("engines", "training_config", "lungs", "inputs"),
     ("training_network", "training_state"),
     ("training",),
     ("classifier",),
@@ -71,7 +74,7 @@ TORCH = {"torch", "torchvision", "accelerate"}
 #: Modules that need torch as soon as they are imported; the others import it late or never.
 TORCH_AT_IMPORT = {
     *("augment", "models", "training", "training_config", "training_network"),
-    "lung_network",
+    *("lung_network", "engine_torch"),
 }
 
 #: Distribution → the name that is imported, where they differ.

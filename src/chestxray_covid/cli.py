@@ -18,8 +18,10 @@ from chestxray_covid.command import (
     BATCH,
     DATA,
     DEVICE,
+    ENGINE,
     MODEL,
     NOT_A_DEVICE,
+    PRECISION,
     SPLIT_NAME,
     open_data,
     translated,
@@ -214,16 +216,24 @@ def train(
     help="Write CSV, or JSON lines where the name ends in .jsonl, instead of a table.",
 )
 @BATCH
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Threads that decode; as many as there are cores if not given.",
+)
 @DEVICE
+@ENGINE
+@PRECISION
 @translated
 def predict(
     paths: tuple[Path, ...],
     model: str | None,
     output: Path | None,
     batch_size: int,
-    workers: int,
+    workers: int | None,
     device: str | None,
+    engine: str,
+    precision: str,
 ) -> None:
     """Judge radiographs: files, and folders with all image files below them.
 
@@ -234,7 +244,9 @@ def predict(
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.prediction import FailedPrediction
 
-    classifier = Classifier.from_pretrained(model, device=device)
+    classifier = Classifier.from_pretrained(
+        model, device=device, engine=engine, precision=precision
+    )
     results = classifier.predict_stream(paths, batch_size, "return", workers=workers)
     failed: list[FailedPrediction] = []
     judged = 0
@@ -263,10 +275,19 @@ def info(model: str | None) -> None:
 
     import torch
 
-    from chestxray_covid.models import native_bfloat16
+    from chestxray_covid.engine_torch import native_bfloat16
 
     click.echo(f"chestxray-covid {__version__}, Python {platform.python_version()}")
-    for name in ("torch", "torchvision", "numpy", "pillow", "huggingface-hub", "pydicom"):
+    for name in (
+        "torch",
+        "torchvision",
+        "numpy",
+        "pillow",
+        "huggingface-hub",
+        "openvino",
+        "onnxruntime",
+        "pydicom",
+    ):
         try:
             click.echo(f"  {name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

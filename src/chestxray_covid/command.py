@@ -42,6 +42,20 @@ REPORT = click.option(
     help="Folder for a page with figures, index.html, and the JSON beside it.",
 )
 DEVICE = click.option("--device", default=None, help="Torch device, for example cpu or cuda.")
+ENGINE = click.option(
+    "--engine",
+    type=click.Choice(["auto", "openvino", "onnx", "torch"]),
+    default="auto",
+    show_default=True,
+    help="Runtime; auto takes the fastest that is installed.",
+)
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="What it computes in; auto takes the fastest that keeps the model's probabilities.",
+)
 BATCH = click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 
 

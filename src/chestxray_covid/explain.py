@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid.classifier import Classifier, _check_positive, _expand, _is_single, _name
+from chestxray_covid.classifier import Classifier, _check_positive
 from chestxray_covid.datasets.loading import in_batches, map_ahead
 from chestxray_covid.engines import softmax
 from chestxray_covid.heatmap import Heatmap
 from chestxray_covid.image import load_image
+from chestxray_covid.inputs import expand, is_single, name_of, read
 
 
 class _Loaded(NamedTuple):
@@ -59,7 +60,7 @@ def grad_cam(
     """
     items, targets = explained(classifier, images, target)
     found = list(grad_cam_stream(classifier, items, targets, batch_size, device))
-    return found[0] if _is_single(images) else found
+    return found[0] if is_single(images) else found
 
 
 def grad_cam_stream(
@@ -139,7 +140,7 @@ def occlusion_sensitivity(
         lost = _log_odds(row[np.newaxis], k) - np.concatenate(left)
         grid = np.maximum(lost, 0).reshape(steps, steps).astype(np.float32)
         found.append(_heatmap(classifier, one, grid, k, row, "occlusion"))
-    return found[0] if _is_single(images) else found
+    return found[0] if is_single(images) else found
 
 
 def _hidden(pixels: NDArray[np.uint8], steps: int, window: float) -> Iterator[NDArray[np.uint8]]:
@@ -171,7 +172,7 @@ def explained(
     classifier: Classifier, images: Any, target: str | Sequence[str] | None
 ) -> tuple[list[Any], list[str | None]]:
     """Return the single images, and the class to explain for each, ``None`` for the predicted."""
-    items = list(_expand(images))
+    items = list(expand(images))
     if target is None or isinstance(target, str):
         targets: list[str | None] = [target] * len(items)
     else:
@@ -193,9 +194,9 @@ def _load_ahead(
         if hasattr(item, "read"):  # cannot be relied on to be read twice
             item = load_image(item)
         # The very pixels of the prediction: a large JPEG may be decoded smaller for those.
-        pixels = classifier._read(item)[0]
+        pixels = read(item, classifier.config.preprocess)[0]
         whole = item.dataset.image(item.position) if hasattr(item, "position") else item
-        return _Loaded(_name(pair[0]), load_image(whole), pixels, target)
+        return _Loaded(name_of(pair[0]), load_image(whole), pixels, target)
 
     pairs = zip(items, targets, strict=True)
     return map_ahead(load, pairs, ahead=2 * batch_size)

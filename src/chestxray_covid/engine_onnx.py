@@ -1,0 +1,182 @@
+"""The network in ONNX, built from its steps without torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid._version import __version__
+from chestxray_covid.compiled import keep_compiled, load_compiled
+from chestxray_covid.datasets.loading import cores
+from chestxray_covid.errors import require_extra
+from chestxray_covid.graph import (
+    FEATURE_COUNT,
+    FEATURES,
+    LOGITS,
+    PIXELS,
+    Network,
+    Step,
+    digest,
+    fold,
+)
+from chestxray_covid.image import Preprocess
+
+#: Opset 17 came with ONNX 1.12 in 2022; every runtime of today reads it.
+OPSET, _IR_VERSION = 17, 8
+
+
+def onnx_model(network: Network, *, batch: int | None = None) -> Any:
+    """Return the network as an ``onnx.ModelProto``: ``pixels`` to ``logits`` and ``features``.
+
+    Args:
+        network: From :func:`graph.fold`.
+        batch: Images per call; ``None`` leaves it open.
+
+    Raises:
+        MissingExtraError: If onnx is not installed.
+    """
+    onnx = require_extra("onnx", "onnx")
+    helper = require_extra("onnx.helper", "onnx")
+    builder = _Builder(onnx, helper)
+    count: int | str = "N" if batch is None else batch
+    side, kind = network.size_px, onnx.TensorProto
+    builder.node("Cast", [PIXELS], f"{PIXELS}.float", to=kind.FLOAT)
+    for step in network.steps:
+        builder.add(step)
+    graph = helper.make_graph(
+        builder.nodes,
+        "densenet121",
+        [helper.make_tensor_value_info(PIXELS, kind.UINT8, [count, 1, side, side])],
+        [
+            helper.make_tensor_value_info(name, kind.FLOAT, [count, width])
+            for name, width in ((LOGITS, network.num_classes), (FEATURES, FEATURE_COUNT))
+        ],
+        builder.constants,
+    )
+    return helper.make_model(
+        graph,
+        producer_name="chestxray-covid",
+        producer_version=__version__,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=_IR_VERSION,
+    )
+
+
+class _Builder:
+    """Collects nodes and constants; the result of a step is named like it."""
+
+    def __init__(self, onnx: Any, helper: Any) -> None:
+        self._to_tensor = onnx.numpy_helper.from_array
+        self._make_node = helper.make_node
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def add(self, step: Step) -> None:
+        inputs = [f"{PIXELS}.float" if name == PIXELS else name for name in step.inputs]
+        made = f"{step.name}.linear" if step.relu else step.name
+        if step.op == "concat":
+            self.node("Concat", inputs, made, axis=1)
+        elif step.op == "max_pool":
+            window = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+            self.node("MaxPool", inputs, made, **window)
+        elif step.op == "average_pool":
+            self.node("AveragePool", inputs, made, kernel_shape=[2, 2], strides=[2, 2])
+        elif step.op == "global_average":
+            self.node("ReduceMean", inputs, made, axes=[2, 3], keepdims=0)
+        elif step.op == "affine":
+            self.node("Mul", [*inputs, self._constant(step, "weight")], f"{made}.scaled")
+            self.node("Add", [f"{made}.scaled", self._constant(step, "bias")], made)
+        else:
+            self._weighted(step, inputs, made)
+        if step.relu:
+            self.node("Relu", [made], step.name)
+
+    def node(self, op: str, inputs: list[str], made: str, **attributes: Any) -> None:
+        self.nodes.append(self._make_node(op, inputs, [made], name=made, **attributes))
+
+    def _weighted(self, step: Step, inputs: list[str], made: str) -> None:
+        bias = [] if step.bias is None else [self._constant(step, "bias")]
+        operands = [*inputs, self._constant(step, "weight"), *bias]
+        if step.op == "linear":
+            self.node("Gemm", operands, made, transB=1)
+            return
+        edge = step.padding
+        if step.fill:  # the operation itself pads with 0 alone
+            pads = np.array([0, 0, edge, edge] * 2, np.int64)
+            padding = [self._array(f"{made}.pads", pads)]
+            padding.append(self._array(f"{made}.fill", np.array(step.fill, np.float32)))
+            self.node("Pad", [*inputs, *padding], f"{made}.padded", mode="constant")
+            operands[0], edge = f"{made}.padded", 0
+        self.node("Conv", operands, made, strides=[step.stride] * 2, pads=[edge] * 4)
+
+    def _constant(self, step: Step, part: str) -> str:
+        return self._array(f"{step.name}.{part}", getattr(step, part))
+
+    def _array(self, name: str, values: Any) -> str:
+        self.constants.append(self._to_tensor(values, name))
+        return name
+
+
+class OnnxEngine:
+    """The network in ONNX Runtime on the CPU, in float32; an :class:`engines.Engine`.
+
+    Images are computed one by one, each by all cores, which is as fast as in batches.
+
+    Args:
+        tensors: Weights of a checkpoint.
+        preprocess: Its preprocessing.
+
+    Raises:
+        MissingExtraError: If onnxruntime is not installed, or onnx where the model must be built.
+    """
+
+    name = "onnx"
+    precision = "float32"
+    calls = 1
+
+    def __init__(self, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> None:
+        self._runtime = require_extra("onnxruntime", "onnx")
+        self._classes = len(tensors["classifier.bias"])
+        self._session = self._open(_optimised(self._runtime, tensors, preprocess))
+
+    def __call__(
+        self, pixels: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return ``(N, K)`` logits and ``(N, 1024)`` features of ``(N, 1, S, S)`` pixels."""
+        logits = np.empty((len(pixels), self._classes), np.float32)
+        features = np.empty((len(pixels), FEATURE_COUNT), np.float32)
+        for row in range(len(pixels)):
+            found = self._session.run([LOGITS, FEATURES], {PIXELS: pixels[row : row + 1]})
+            logits[row], features[row] = found[0][0], found[1][0]
+        return logits, features
+
+    def _open(self, model: bytes) -> Any:
+        options = self._runtime.SessionOptions()
+        options.intra_op_num_threads = cores()
+        return self._runtime.InferenceSession(model, options, ["CPUExecutionProvider"])
+
+
+def _optimised(runtime: Any, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> bytes:
+    """Return the model after what ONNX Runtime makes of it, from the cache if it is there.
+
+    Without the last level of its optimisation, which depends on the processor.
+    """
+    made_with = [__version__, runtime.__version__]
+    key = ("onnx", digest(tensors, preprocess), preprocess.size_px, made_with)
+    kept = load_compiled(*key)
+    if kept is not None:
+        return kept
+    model = onnx_model(fold(tensors, preprocess), batch=1).SerializeToString()
+    with tempfile.TemporaryDirectory() as folder:
+        options = runtime.SessionOptions()
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(Path(folder, "model.onnx"))
+        runtime.InferenceSession(model, options, ["CPUExecutionProvider"])
+        made = Path(options.optimized_model_filepath).read_bytes()
+    keep_compiled(made, *key)
+    return made
