@@ -2,9 +2,10 @@
 
     CHESTXRAY_COVID_DATA=../shared/data python benchmarks/predict.py
 
-needs ``pip install "chestxray-covid[bench]"`` and a quiet machine, and takes some 15 minutes;
-``--quick`` takes 16 files and one round, to see that everything runs. All compute a DenseNet-121 at
-224 px, the peers in float32 and with their documented transforms, each in a process of its own.
+needs ``pip install "chestxray-covid[bench]"`` and a quiet machine, and takes some 40 minutes on two
+cores; ``--quick`` takes 16 files and one round, to see that everything runs. All compute a
+DenseNet-121 at 224 px, the peers in float32 and with their documented transforms, each in a process
+of its own.
 Every round runs all of them once, so that a machine that slows down slows all; the figure is the
 median over the rounds. Peers that load in worker processes are given one per core; the memory of
 these workers is not counted. Times begin after the model is loaded and has seen 16 files.
