@@ -12,7 +12,9 @@ from chestxray_covid.command import (
     BATCH,
     DATA,
     DEVICE,
+    ENGINE,
     MODEL,
+    PRECISION,
     REPORT,
     SPLIT_NAME,
     open_data,
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="Exit with status 1 unless the verdict is pass.")
 @BATCH
 @DEVICE
+@ENGINE
+@PRECISION
 @translated
 def audit(
     model: str | None,
@@ -80,12 +84,16 @@ def audit(
     strict: bool,
     batch_size: int,
     device: str | None,
+    engine: str,
+    precision: str,
 ) -> None:
     """Ask whether a model, and the data that it is judged on, tell lungs from sources."""
     from chestxray_covid.audit import audit_shortcuts
     from chestxray_covid.classifier import Classifier
 
-    classifier = Classifier.from_pretrained(model, device=device)
+    classifier = Classifier.from_pretrained(
+        model, device=device, engine=engine, precision=precision
+    )
     dataset = open_data(data, classifier.classes)
     trained = open_data(train, classifier.classes) if train else None
     saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None

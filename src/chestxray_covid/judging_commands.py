@@ -12,7 +12,9 @@ from chestxray_covid.command import (
     BATCH,
     DATA,
     DEVICE,
+    ENGINE,
     MODEL,
+    PRECISION,
     REPORT,
     SPLIT_NAME,
     open_data,
@@ -79,6 +81,8 @@ _SHARE = click.FloatRange(0, 1, min_open=True)
 )
 @BATCH
 @DEVICE
+@ENGINE
+@PRECISION
 @translated
 def evaluate(
     model: str | None,
@@ -95,6 +99,8 @@ def evaluate(
     markdown: Path | None,
     batch_size: int,
     device: str | None,
+    engine: str,
+    precision: str,
 ) -> None:
     """Judge a model on data sets, with intervals by patient, overall and per subgroup."""
     from chestxray_covid.classifier import Classifier
@@ -103,7 +109,9 @@ def evaluate(
     from chestxray_covid.files import write_files
     from chestxray_covid.splits import Split
 
-    classifier = Classifier.from_pretrained(model, device=device)
+    classifier = Classifier.from_pretrained(
+        model, device=device, engine=engine, precision=precision
+    )
     rules = [
         *({"threshold": threshold} for threshold in thresholds),
         *({"sensitivity": target} for target in sensitivities),
