@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from chestxray_covid import (
@@ -22,6 +23,9 @@ LICENCES = {
     "hannover": "CC BY 3.0",
     "nih": "NIH Clinical Center, no restriction on use",
 }
+
+#: What :func:`aetiology` tells apart.
+AETIOLOGIES = ("normal", "bacterial", "viral")
 
 
 def licence(sample: Sample) -> str:
@@ -63,6 +67,17 @@ def open_sources(data: Path) -> ChestXrayDataset:
             FolderDataset(data / "nih-subset", source="nih", classes=("normal", "pneumonia")),
         ]
     )
+
+
+def aetiology(dataset: ChestXrayDataset) -> ChestXrayDataset:
+    """Return the radiographs that are known to be normal, of bacterial or of viral pneumonia.
+
+    Kermany's files say which; NIH gives normal ones, of adults.
+    """
+    kinds = {"bacterial pneumonia": "bacterial", "viral pneumonia": "viral"}
+    named = (replace(s, label=kinds.get(s.finding, s.label)) for s in dataset.samples)
+    known = (s for s in named if s.source in ("kermany", "nih") and s.label in AETIOLOGIES)
+    return ChestXrayDataset(known, classes=AETIOLOGIES)
 
 
 def once(dataset: ChestXrayDataset) -> ChestXrayDataset:
