@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.errors import DatasetError as DatasetError
     from chestxray_covid.errors import DatasetNotFoundError as DatasetNotFoundError
     from chestxray_covid.errors import DownloadError as DownloadError
+    from chestxray_covid.errors import ExportError as ExportError
     from chestxray_covid.errors import ImageError as ImageError
     from chestxray_covid.errors import ImageNotFoundError as ImageNotFoundError
     from chestxray_covid.errors import IntegrityError as IntegrityError
@@ -56,6 +57,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.evaluation import cross_validate as cross_validate
     from chestxray_covid.evaluation import evaluate as evaluate
     from chestxray_covid.evaluation_report import EvaluationReport as EvaluationReport
+    from chestxray_covid.export import export_model as export_model
     from chestxray_covid.gate import Flag as Flag
     from chestxray_covid.gate import Gate as Gate
     from chestxray_covid.gate_fit import fit_gate as fit_gate
@@ -105,6 +107,7 @@ _MODULES = {
         "DatasetError",
         "DatasetNotFoundError",
         "DownloadError",
+        "ExportError",
         "ImageError",
         "ImageNotFoundError",
         "IntegrityError",
@@ -117,6 +120,7 @@ _MODULES = {
     ),
     "evaluation": ("cross_validate", "evaluate"),
     "evaluation_report": ("EvaluationReport",),
+    "export": ("export_model",),
     "gate": ("Flag", "Gate"),
     "gate_fit": ("fit_gate",),
     "hub": ("bundled_models", "resolve"),

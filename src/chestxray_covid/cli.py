@@ -13,6 +13,7 @@ import click
 
 from chestxray_covid._version import __version__
 from chestxray_covid.command import BATCH, DATA, DEVICE, MODEL, NOT_A_DEVICE, translated
+from chestxray_covid.export_commands import export
 from chestxray_covid.hub_commands import models, push
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def main() -> None:
 
 main.add_command(models)
 main.add_command(push)
+main.add_command(export)
 
 
 @main.command()

@@ -26,7 +26,9 @@ def openvino_model(network: Network, *, batch: int | None = None) -> Any:
     pixels = ops.parameter(shape, np.uint8, name=PIXELS)
     made: dict[str, Any] = {PIXELS: ops.convert(pixels, np.float32)}
     for step in network.steps:
-        made[step.name] = _node(ops, step, [made[name] for name in step.inputs])
+        made[step.name] = _rounded(
+            ops, step, _node(ops, step, [made[name] for name in step.inputs])
+        )
     results = []
     for name in (LOGITS, FEATURES):
         made[name].output(0).get_tensor().set_names({name})
@@ -48,6 +50,8 @@ def _node(ops: Any, step: Step, inputs: list[Any]) -> Any:
     if step.op == "global_average":
         return ops.reduce_mean(inputs[0], np.array([2, 3]), keep_dims=False, name=step.name)
     weight = ops.constant(step.weight, name=f"{step.name}.weight")
+    if step.scale is not None:
+        weight = ops.multiply(ops.convert(weight, np.float32), ops.constant(step.scale))
     if step.op == "affine":
         made = ops.multiply(inputs[0], weight)
     elif step.op == "linear":
@@ -55,11 +59,19 @@ def _node(ops: Any, step: Step, inputs: list[Any]) -> Any:
     else:
         made = _convolution(ops, step, inputs[0], weight)
     if step.bias is not None:
-        shape = (-1, 1, 1) if step.op == "convolution" else step.bias.shape
+        shape = (1, -1, 1, 1) if step.op == "convolution" else step.bias.shape
         made = ops.add(made, ops.constant(step.bias.reshape(shape)))
     made = ops.relu(made) if step.relu else made
     made.set_friendly_name(step.name)
     return made
+
+
+def _rounded(ops: Any, step: Step, made: Any) -> Any:
+    """Return the result, rounded to 256 levels if the step has a range."""
+    if step.range is None:
+        return made
+    ends = [ops.constant(np.float32(end)) for end in step.range] * 2
+    return ops.fake_quantize(made, *ends, levels=256)
 
 
 def _convolution(ops: Any, step: Step, value: Any, weight: Any) -> Any:
@@ -69,4 +81,5 @@ def _convolution(ops: Any, step: Step, value: Any, weight: Any) -> Any:
         value = ops.pad(value, edges, edges, "constant", np.float32(step.fill))
         pads = [0, 0]
     stride = [step.stride, step.stride]
-    return ops.convolution(value, weight, stride, pads, pads, [1, 1])
+    name = f"{step.name}.sum"
+    return ops.convolution(value, weight, stride, pads, pads, [1, 1], name=name)
