@@ -30,7 +30,7 @@ ROWS = (
         "datasets.storage",
         "datasets.web",
     ),
-    ("dicom", "encoded", "intervals", "calibration", "tensors"),
+    ("dicom", "encoded", "intervals", "calibration", "tensors", "compiled"),
     ("gate", "image"),
     ("gate_fit", "prediction", "graph"),
     (
@@ -49,13 +49,15 @@ ROWS = (
     ("card",),
     ("publish",),
     # Here begins torch: layer 4 of the design.
-    ("augment", "models", "lung_network"),
-    ("engine_torch", "engine_openvino", "engine_onnx"),
+    (
+        *("augment", "models", "lung_network"),
+        *("engine_torch", "engine_openvino", "engine_onnx"),
+    ),
     ("engines", "training_config", "lungs", "inputs", "int8_worker"),
     ("training_network", "training_state"),
     ("training",),
     ("classifier",),
-    ("evaluation", "prediction_table", "export"),
+    ("evaluation", "prediction_table", "export", "quantization"),
     ("command",),
     ("hub_commands", "export_commands"),
     ("cli",),

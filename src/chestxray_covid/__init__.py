@@ -71,6 +71,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.models import set_trainable as set_trainable
     from chestxray_covid.prediction import FailedPrediction as FailedPrediction
     from chestxray_covid.prediction import Prediction as Prediction
+    from chestxray_covid.quantization import QuantizationReport as QuantizationReport
+    from chestxray_covid.quantization import quantize as quantize
     from chestxray_covid.splits import Split as Split
     from chestxray_covid.splits import split_by_patient as split_by_patient
     from chestxray_covid.training import Trainer as Trainer
@@ -129,6 +131,7 @@ _MODULES = {
     "models": ("build_densenet121", "set_trainable"),
     "prediction": ("FailedPrediction", "Prediction"),
     "confounders": ("Confounding", "confounding"),
+    "quantization": ("QuantizationReport", "quantize"),
     "splits": ("Split", "split_by_patient"),
     "training": ("Trainer",),
     "training_config": ("Callback", "EpochRecord", "History", "TrainingConfig"),

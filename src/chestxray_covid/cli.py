@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from chestxray_covid._version import __version__
-from chestxray_covid.command import BATCH, DATA, DEVICE, MODEL, NOT_A_DEVICE, translated
-from chestxray_covid.export_commands import export
+from chestxray_covid.command import (
+    BATCH,
+    DATA,
+    DEVICE,
+    ENGINE,
+    MODEL,
+    NOT_A_DEVICE,
+    PRECISION,
+    translated,
+)
+from chestxray_covid.export_commands import export, quantize
 from chestxray_covid.hub_commands import models, push
 
 if TYPE_CHECKING:
@@ -30,9 +39,8 @@ def main() -> None:
     """COVID-19 classification of chest radiographs with DenseNet-121."""
 
 
-main.add_command(models)
-main.add_command(push)
-main.add_command(export)
+for subcommand in (models, push, export, quantize):
+    main.add_command(subcommand)
 
 
 @main.command()
@@ -155,6 +163,7 @@ def train(
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.confounders import confounding
     from chestxray_covid.evaluation import evaluate
+    from chestxray_covid.files import write_files
     from chestxray_covid.image import Preprocess
     from chestxray_covid.models import build_densenet121
     from chestxray_covid.training import Trainer
@@ -178,7 +187,8 @@ def train(
     )
     split = _split(dataset, output, seed=seed, progress=not quiet)
     found = confounding(dataset)
-    _write_json(output / "confounding.json", found.to_dict())
+    text = json.dumps(found.to_dict(), indent=1)
+    write_files(output, {"confounding.json": text.encode()})
     click.echo(f"\n{found}\n")
     history = Trainer(model, split.train, split.val, config, output=output).fit(resume=resume)
     best = history.best
@@ -201,6 +211,8 @@ def train(
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
 @BATCH
 @DEVICE
+@ENGINE
+@PRECISION
 @translated
 def evaluate(
     model: str | None,
@@ -209,13 +221,17 @@ def evaluate(
     output: Path | None,
     batch_size: int,
     device: str | None,
+    engine: str,
+    precision: str,
 ) -> None:
     """Judge a model on data sets, with intervals by patient, per source and per view."""
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.evaluation import evaluate as judge
     from chestxray_covid.splits import Split
 
-    classifier = Classifier.from_pretrained(model, device=device)
+    classifier = Classifier.from_pretrained(
+        model, device=device, engine=engine, precision=precision
+    )
     dataset = _open(data, classifier.classes)
     saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
     if side is not None and saved is None:
@@ -245,16 +261,24 @@ def evaluate(
     help="Write CSV, or JSON lines where the name ends in .jsonl, instead of a table.",
 )
 @BATCH
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Threads that decode; as many as there are cores if not given.",
+)
 @DEVICE
+@ENGINE
+@PRECISION
 @translated
 def predict(
     paths: tuple[Path, ...],
     model: str | None,
     output: Path | None,
     batch_size: int,
-    workers: int,
+    workers: int | None,
     device: str | None,
+    engine: str,
+    precision: str,
 ) -> None:
     """Judge radiographs: files, and folders with all image files below them.
 
@@ -265,7 +289,9 @@ def predict(
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.prediction import FailedPrediction
 
-    classifier = Classifier.from_pretrained(model, device=device)
+    classifier = Classifier.from_pretrained(
+        model, device=device, engine=engine, precision=precision
+    )
     results = classifier.predict_stream(paths, batch_size, "return", workers=workers)
     failed: list[FailedPrediction] = []
     judged = 0
@@ -294,10 +320,19 @@ def info(model: str | None) -> None:
 
     import torch
 
-    from chestxray_covid.models import native_bfloat16
+    from chestxray_covid.engine_torch import native_bfloat16
 
     click.echo(f"chestxray-covid {__version__}, Python {platform.python_version()}")
-    for name in ("torch", "torchvision", "numpy", "pillow", "huggingface-hub", "pydicom"):
+    for name in (
+        "torch",
+        "torchvision",
+        "numpy",
+        "pillow",
+        "huggingface-hub",
+        "openvino",
+        "onnxruntime",
+        "pydicom",
+    ):
         try:
             click.echo(f"  {name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
@@ -349,12 +384,6 @@ def _count_seen(saved: Path, dataset: ChestXrayDataset) -> int:
 
     trained = saved_side(saved, "train")
     return sum(s.content_hash() in trained for s in dataset.samples)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    from chestxray_covid.files import write_files
-
-    write_files(path.parent, {path.name: json.dumps(data, indent=1).encode()})
 
 
 def _taking(
