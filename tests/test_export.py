@@ -26,6 +26,7 @@ from chestxray_covid import (
     SyntheticChestXray,
     export,
     export_model,
+    resolve,
 )
 from chestxray_covid.checkpoint import save_checkpoint
 from chestxray_covid.cli import main
@@ -211,3 +212,16 @@ def test_the_command_line_exports_and_shows_the_card(
     assert done.exit_code == 0, done.output
     assert "# model.onnx" in done.output
     assert json.loads((tmp_path / "out" / "card.json").read_text())["parity"]["images"] == 4
+
+
+def test_the_page_says_what_int8_moves_in_the_bundled_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    docs = EXAMPLE.parents[1] / "docs"
+    monkeypatch.syspath_prepend(str(docs))
+    import generate_export
+
+    page = (docs / "export.md").read_text(encoding="utf-8")
+    assert generate_export.page() == page
+    report = json.loads((resolve() / "int8.json").read_text())
+    assert f"| {report['max_difference']:.4f} |" in page

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -166,3 +170,15 @@ def test_an_attachment_that_holds_anything_else_is_refused(name: str, values: An
 def test_a_damaged_attachment_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"int8\.safetensors is no safetensors file"):
         Int8.from_bytes(b"damaged")
+
+
+def test_openvino_tells_its_makers_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from chestxray_covid.engine_openvino import import_openvino\n"
+        "import_openvino().Core()\n"
+        "assert 'openvino_telemetry' not in sys.modules\n"
+    )
+    home = {**os.environ, "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=home, check=True)
+    assert not list(tmp_path.iterdir()), "where openvino_telemetry keeps who and what it counts"

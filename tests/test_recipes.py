@@ -25,6 +25,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 def recipes() -> Iterator[dict[str, Any]]:
     """Import the recipes as they import each other: as scripts of one folder."""
     names = ("collection", "frame", "train_default", "judge_default", "publish_default")
+    names += ("quantise_default",)
     sys.path.insert(0, str(RECIPES))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -154,3 +155,17 @@ def test_the_recipe_leads_from_data_to_a_calibrated_checkpoint(
     assert np.mean(called) >= 0.9
     history = json.loads((results / "history.json").read_text())
     assert [len(stage["epochs"]) for stage in history["stages"]] == [1, 1]
+
+
+def test_images_that_give_ranges_and_those_that_judge_them_have_no_patient_in_common(
+    recipes: dict[str, Any], data: Path
+) -> None:
+    dataset = recipes["collection"].open_sources(data)
+    parts = recipes["quantise_default"].draw(dataset, (3, 2))
+    patients = [[(s.source, s.patient_id) for s in part.samples] for part in parts]
+    assert len({*patients[0], *patients[1]}) == len(patients[0]) + len(patients[1])
+    for found, count in zip(patients, (3, 2), strict=True):
+        of_each = [
+            sum(s == source for s, _ in found) for source in {s.source for s in dataset.samples}
+        ]
+        assert max(of_each) == count

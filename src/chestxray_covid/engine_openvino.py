@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import queue
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +41,27 @@ _MANY = 8
 _MAX_STREAMS = 16
 
 
+def import_openvino() -> Any:
+    """Return the package ``openvino``, imported so that it tells nobody.
+
+    OpenVINO reports every import to its makers, unless the user has run ``opt_in_out --opt_out``,
+    and leaves an identifier in the home folder. It does neither if the package that does it cannot
+    be imported, which OpenVINO does not insist on. Where it was imported before, that is the
+    importer's affair.
+
+    Raises:
+        MissingExtraError: If OpenVINO is not installed.
+    """
+    reporter = "openvino_telemetry"
+    if "openvino" in sys.modules or reporter in sys.modules:
+        return require_extra("openvino", "openvino")
+    sys.modules[reporter] = cast(ModuleType, None)  # importing it fails
+    try:
+        return require_extra("openvino", "openvino")
+    finally:
+        del sys.modules[reporter]
+
+
 def openvino_model(network: Network, *, batch: int | None = None) -> Any:
     """Return the network as an ``openvino.Model``: ``pixels`` to ``logits`` and ``features``.
 
@@ -49,7 +72,7 @@ def openvino_model(network: Network, *, batch: int | None = None) -> Any:
     Raises:
         MissingExtraError: If OpenVINO is not installed.
     """
-    ov = require_extra("openvino", "openvino")
+    ov = import_openvino()
     ops = require_extra("openvino.opset13", "openvino")
     shape = [-1 if batch is None else batch, 1, network.size_px, network.size_px]
     pixels = ops.parameter(shape, np.uint8, name=PIXELS)
@@ -221,7 +244,7 @@ def native_precision() -> str:
 
 
 def _core() -> Any:
-    return require_extra("openvino", "openvino").Core()
+    return import_openvino().Core()
 
 
 def _compiled(
@@ -235,7 +258,7 @@ def _compiled(
 
     A copy that was imported cannot be exported.
     """
-    version = require_extra("openvino", "openvino").get_version()
+    version = import_openvino().get_version()
     processor = core.get_property("CPU", "FULL_DEVICE_NAME")
     abilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     made_with = [__version__, version, processor, *abilities]

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from chestxray_covid.engine_openvino import import_openvino
 from chestxray_covid.errors import ExportError, MissingExtraError, require_extra
 from chestxray_covid.graph import PIXELS
 from chestxray_covid.int8 import INT8_NAME, Int8
@@ -36,7 +37,7 @@ def statistics_of(model: Any, pixels: NDArray[np.uint8]) -> Int8:
         ExportError: If NNCF fails.
         MissingExtraError: If NNCF or OpenVINO is not installed.
     """
-    openvino = require_extra("openvino", "int8")
+    openvino = import_openvino()
     if importlib.util.find_spec("nncf") is None:
         raise MissingExtraError(
             'nncf is not installed. Install it with: pip install "chestxray-covid[int8]"'
@@ -63,9 +64,9 @@ def statistics_of(model: Any, pixels: NDArray[np.uint8]) -> Int8:
 def main(folder: Path) -> None:
     """Write the statistics of the model in a folder beside it."""
     pixels = np.load(folder / _PIXELS, allow_pickle=False)
-    model = require_extra("openvino", "int8").Core().read_model(folder / _MODEL)
-    # NNCF sends nothing without this package, which it does not insist on. Its variable NNCF_CI
-    # would keep it from sending, too, but not from leaving an identifier in the home folder.
+    model = import_openvino().Core().read_model(folder / _MODEL)
+    # As there. NNCF's variable NNCF_CI would keep it from sending, too, but not from leaving an
+    # identifier in the home folder.
     sys.modules["openvino_telemetry"] = cast(ModuleType, None)
     nncf = require_extra("nncf", "int8")
     found = nncf.quantize(
