@@ -28,7 +28,9 @@ def test_what_is_kept_is_found_again_and_under_its_key_only(folder: Path) -> Non
     assert [path.suffix for path in folder.iterdir()] == [".compiled"]
 
 
-@pytest.mark.parametrize("damage", [b"", DATA[:100], b"\0" * 40, DATA])
+@pytest.mark.parametrize(
+    "damage", [b"", DATA[:100], b"\0" * 40, DATA], ids=["empty", "short", "zeros", "bare"]
+)
 def test_a_damaged_file_counts_as_none(folder: Path, damage: bytes) -> None:
     keep_compiled(DATA, *KEY)
     file = next(folder.iterdir())

@@ -53,6 +53,11 @@ class Classifier:
         int8: Statistics for ``precision="int8"``.
         classes, device, engine, precision: See :meth:`from_pretrained`.
 
+    Attributes:
+        config: Config of the checkpoint.
+        gate: As given.
+        engine: What computes; its ``name`` and ``precision`` say what was chosen.
+
     Raises:
         CheckpointError: If the weights are not those that the config describes.
     """
@@ -249,11 +254,11 @@ class Classifier:
         _check_positive("batch_size", batch_size)
         items = list(expand(images))
         if len(items) == 1:  # without the machinery
-            return self._compute([read(items[0], self.config.preprocess)])[0]
+            return self._compute(read(items[0], self.config.preprocess)[0][np.newaxis])[0]
         rows = pipeline(
             items,
-            lambda item: read(item, self.config.preprocess),
-            lambda batch: self._compute(batch)[0],
+            lambda item: read(item, self.config.preprocess)[0],
+            lambda batch: self._compute(np.stack(batch))[0],
             batch_size=batch_size,
             workers=workers,
             calls=self.engine.calls,
@@ -346,8 +351,8 @@ class Classifier:
             return name_of(image), error
 
     def _judge(self, batch: Sequence[_Decoded]) -> list[Prediction | FailedPrediction]:
-        good = [found for _, found in batch if not isinstance(found, ChestXrayError)]
-        rows = iter(zip(*self._compute(good), strict=True) if good else ())
+        good = [found[0] for _, found in batch if not isinstance(found, ChestXrayError)]
+        rows = iter(zip(*self._compute(np.stack(good)), strict=True) if good else ())
         results: list[Prediction | FailedPrediction] = []
         for name, found in batch:
             if isinstance(found, ChestXrayError):
@@ -370,10 +375,10 @@ class Classifier:
         )
 
     def _compute(
-        self, batch: Sequence[ReadImage]
+        self, pixels: NDArray[np.uint8]
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """Return ``(N, K)`` probabilities and ``(N, 1024)`` features."""
-        logits, features = self.engine(np.stack([pixels for pixels, _ in batch]))
+        logits, features = self.engine(pixels)
         return softmax(logits), features
 
     def __getstate__(self) -> dict[str, Any]:
