@@ -80,9 +80,8 @@ class Classifier:
         self.gate = gate
         self._tensors = tensors
         self._origin: Path | None = None
-        self._open = partial(
-            open_engine, engine=engine, device=device, precision=precision, int8=int8
-        )
+        opened = partial(open_engine, int8=int8)
+        self._open = partial(opened, engine=engine, device=device, precision=precision)
         self.engine = self._open(config, tensors)
 
     @classmethod
