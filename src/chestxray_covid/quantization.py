@@ -123,7 +123,7 @@ def quantize(
         checkpoint: ``None`` for the bundled model, or whatever :func:`resolve` takes.
         calibration: Radiographs like those of later use, some 200 of all sources: a folder, a data
             set, or a list of images. Labels are not needed. Phantoms do not serve: with them
-            probabilities moved twice as far.
+            probabilities moved about twice as far.
         evaluation: Labelled radiographs, other than those.
         output: Folder of the new checkpoint, made if missing.
         positive: The class in question; ``"covid19"`` or the last class if not given.
