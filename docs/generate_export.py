@@ -37,7 +37,7 @@ def int8_block(report: Mapping[str, Any]) -> str:
         [
             f"It was calibrated on {report['calibration_images']} radiographs and compared on "
             f"{report['evaluation_images']},",
-            "of other patients. Most of both were among those that it was trained on, so that the "
+            "of other patients. Many of both were among those that it was trained on, so that the "
             "AUROC",
             "says nothing about the model, and its change all about int8:",
             "",
