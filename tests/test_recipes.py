@@ -540,6 +540,20 @@ def test_the_audit_judges_the_design_of_training_on_test_patients(
     assert (report.positive, report.negative) == ("covid19", "normal")
 
 
+def test_images_that_give_ranges_and_those_that_judge_them_have_no_patient_in_common(
+    recipes: dict[str, Any], data: Path
+) -> None:
+    dataset = recipes["collection"].open_sources(data)
+    parts = recipes["quantise_default"].draw(dataset, (3, 2))
+    patients = [[(s.source, s.patient_id) for s in part.samples] for part in parts]
+    assert len({*patients[0], *patients[1]}) == len(patients[0]) + len(patients[1])
+    for found, count in zip(patients, (3, 2), strict=True):
+        of_each = [
+            sum(s == source for s, _ in found) for source in {s.source for s in dataset.samples}
+        ]
+        assert max(of_each) == count
+
+
 def test_engines_are_compared_on_radiographs_of_every_source(
     recipes: dict[str, Any], data: Path, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
