@@ -42,16 +42,19 @@ ROWS = (
     ("card",),
     ("publish",),
     # Here begins torch: layer 4 of the design.
-    ("augment", "models", "lung_network"),
+    ("augment", "models", "lung_network", "training_memory"),
     ("engine_torch", "engine_openvino", "engine_onnx"),
     ("engines", "training_config", "lungs"),
     ("training_network", "training_state"),
     ("training",),
     ("classifier",),
-    ("evaluation", "prediction_table"),
+    ("evaluation", "prediction_table", "places"),
+    ("shards",),
+    ("batch",),
     ("command",),
-    ("hub_commands",),
+    ("hub_commands", "batch_commands"),
     ("cli",),
+    ("__main__",),
     ("",),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
@@ -60,7 +63,7 @@ TORCH = {"torch", "torchvision", "accelerate"}
 #: Modules that need torch as soon as they are imported; the others import it late or never.
 TORCH_AT_IMPORT = {
     *("augment", "models", "training", "training_config", "training_network"),
-    *("lung_network", "engine_torch"),
+    *("lung_network", "engine_torch", "training_memory"),
 }
 
 #: Distribution → the name that is imported, where they differ.

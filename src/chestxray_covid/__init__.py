@@ -15,6 +15,9 @@ from chestxray_covid._version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.augment import Augmentation as Augmentation
+    from chestxray_covid.batch import PredictedFiles as PredictedFiles
+    from chestxray_covid.batch import predict_files as predict_files
+    from chestxray_covid.batch import ray_predict as ray_predict
     from chestxray_covid.calibration import fit_temperature as fit_temperature
     from chestxray_covid.checkpoint import ModelConfig as ModelConfig
     from chestxray_covid.classifier import Classifier as Classifier
@@ -80,6 +83,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
 #: Module → the public names that it defines.
 _MODULES = {
     "augment": ("Augmentation",),
+    "batch": ("PredictedFiles", "predict_files", "ray_predict"),
     "calibration": ("fit_temperature",),
     "checkpoint": ("ModelConfig",),
     "classifier": ("Classifier",),

@@ -39,12 +39,14 @@ class TrainingConfig:
         preprocess: From image to pixels; travels with the checkpoint.
         augmentation: How training images are varied.
         epochs: Number of passes, at least 1.
-        batch_size: Images per process and step.
+        batch_size: Images per process and step, or ``"auto"`` for the largest power of two that
+            fits: into the GPU's memory, or into half of the machine's.
         accumulate: Batches per optimizer step.
         samples_per_epoch: Images drawn per epoch; ``None`` draws as many as there are.
-        optimizer: ``"adamw"`` (Loshchilov & Hutter 2019) or ``"adam"``.
+        optimizer: ``"adamw"`` (Loshchilov & Hutter 2019), ``"adam"``, or ``"sgd"`` with a momentum
+            of 0.9.
         learning_rate: Largest learning rate.
-        weight_decay: Decoupled for ``adamw``, added to the gradient for ``adam``.
+        weight_decay: Decoupled for ``adamw``, else added to the gradient.
         schedule: ``"cosine"`` falls to 0 over the run, ``"step"`` multiplies by ``step_factor``
             every ``step_epochs``.
         warmup_epochs: Epochs over which the rate rises linearly from 0; may be a fraction, and is
@@ -70,6 +72,8 @@ class TrainingConfig:
         precision: ``"bfloat16"`` (autocast), ``"float32"``, or ``"auto"``: bfloat16 where the
             processor or GPU computes it natively.
         device: ``"auto"`` takes a GPU where there is one, or ``"cpu"``.
+        gradient_checkpointing: Compute dense layers a second time for the gradient instead of
+            keeping what is between their convolutions: less memory, more time, the same weights.
         channels_last: Keep images and weights in channels-last order, which is faster.
         workers: Threads that decode.
         cache_dir: Folder for decoded pixels, so that later epochs need not decode; ``None``: none.
@@ -85,10 +89,10 @@ class TrainingConfig:
     preprocess: Preprocess = field(default_factory=Preprocess)
     augmentation: Augmentation = field(default_factory=Augmentation)
     epochs: int = 15
-    batch_size: int = 16
+    batch_size: int | Literal["auto"] = 16
     accumulate: int = 1
     samples_per_epoch: int | None = None
-    optimizer: Literal["adamw", "adam"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = 5e-4
     weight_decay: float = 0.05
     schedule: Literal["cosine", "step"] = "cosine"
@@ -106,6 +110,7 @@ class TrainingConfig:
     patience: int | None = 8
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
+    gradient_checkpointing: bool = False
     channels_last: bool = True
     workers: int = 2
     cache_dir: str | os.PathLike[str] | None = None
@@ -119,14 +124,16 @@ class TrainingConfig:
         for name, kind in (("preprocess", Preprocess), ("augmentation", Augmentation)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be {kind.__name__}, got {getattr(self, name)!r}")
-        for name in ("class_weights", "channels_last", "progress"):
+        for name in ("class_weights", "gradient_checkpointing", "channels_last", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in _NUMBERS:
             if type(getattr(self, name)) not in (int, float):
                 raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "accumulate", "step_epochs", "workers"):
+        for name in ("epochs", "accumulate", "step_epochs", "workers"):
             _check_count(name, getattr(self, name))
+        if self.batch_size != "auto":
+            _check_count("batch_size", self.batch_size)
         for name in ("samples_per_epoch", "patience", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))

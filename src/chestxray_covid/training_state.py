@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_key
+from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder
 from chestxray_covid.errors import CheckpointError, TrainingError
 from chestxray_covid.files import read_json, sync_folder, write_files
 from chestxray_covid.tensors import read_tensors
@@ -28,7 +29,9 @@ if TYPE_CHECKING:  # it imports torch, which nothing here needs
 
 STATE_FOLDER = "state"
 #: Options that change how fast a run goes, not what it computes.
-RUNTIME_OPTIONS = frozenset({"workers", "cache_dir", "progress", "checkpoint_every"})
+RUNTIME_OPTIONS = frozenset(
+    {"workers", "cache_dir", "progress", "checkpoint_every", "gradient_checkpointing"}
+)
 #: Domain of the random numbers, see :mod:`chestxray_covid.augment`.
 _STREAM = 1
 
@@ -106,13 +109,42 @@ def repetitions(order: NDArray[np.int64], size: int) -> list[int]:
     return draws
 
 
-def epoch_batches(
-    dataset: ChestXrayDataset, config: TrainingConfig, *, epoch: int, process: int, processes: int
-) -> list[list[tuple[int, int]]]:
-    """Return one process's batches of an epoch, as pairs of position and draw.
+class Batch(NamedTuple):
+    """One process's part of the images that all processes compute together.
 
-    All processes get equally many batches, for which the first images may come once more; a last
-    batch of one image is left out, since batch norm has no statistics of it.
+    Attributes:
+        images: Position and draw of each.
+        counted: The first so many count; those after them only fill the last batch of an epoch.
+        together: Positions of all that count, in all processes.
+    """
+
+    images: list[tuple[int, int]]
+    counted: int
+    together: list[int]
+
+
+def epoch_batches(
+    dataset: ChestXrayDataset,
+    config: TrainingConfig,
+    *,
+    batch_size: int,
+    epoch: int,
+    process: int,
+    processes: int,
+) -> list[Batch]:
+    """Return one process's batches of an epoch.
+
+    The images of all processes together depend on ``batch_size * processes`` alone. Where they are
+    too few for the last batch, the epoch's first ones fill it up, without counting; a last batch of
+    one image is left out, since batch norm has no statistics of it.
+
+    Args:
+        dataset: The training data.
+        config: Options of the run.
+        batch_size: Images per process.
+        epoch: Epoch, from 0.
+        process: Which one, from 0.
+        processes: How many there are.
     """
     order = epoch_order(
         dataset,
@@ -123,15 +155,29 @@ def epoch_batches(
         max_repeats=config.max_repeats,
     )
     pairs = list(zip(order.tolist(), repetitions(order, len(dataset)), strict=True))
-    together = config.batch_size * processes
-    if processes > 1:
-        whole = -(-len(pairs) // together) * together
-        pairs = [pairs[i % len(pairs)] for i in range(whole)]
-    batches = [pairs[i : i + together] for i in range(0, len(pairs), together)]
-    if len(batches) > 1 and len(batches[-1]) == 1 < config.batch_size:
-        batches.pop()
-    share = config.batch_size * process
-    return [b[share : share + config.batch_size] for b in batches]
+    together = batch_size * processes
+    chunks = [pairs[i : i + together] for i in range(0, len(pairs), together)]
+    if len(chunks) > 1 and len(chunks[-1]) == 1 < together:
+        chunks.pop()
+    batches = []
+    for chunk in chunks:
+        own = chunk[batch_size * process : batch_size * (process + 1)]
+        missing = batch_size - len(own) if processes > 1 else 0
+        filling = [pairs[i % len(pairs)] for i in range(missing)]
+        batches.append(Batch([*own, *filling], len(own), [position for position, _ in chunk]))
+    return batches
+
+
+def pixel_loader(dataset: ChestXrayDataset, config: TrainingConfig, *, progress: bool) -> Loader:
+    """Return what reads the pixels of a data set, from the run's cache if it has one.
+
+    Raises:
+        As :func:`cached_decoder`.
+    """
+    pre = config.preprocess
+    if config.cache_dir is None:
+        return decoder(dataset, pre)
+    return cached_decoder(dataset, pre, config.cache_dir, workers=config.workers, progress=progress)
 
 
 @dataclass
@@ -179,7 +225,7 @@ def run_identity(
     train: ChestXrayDataset,
     val: ChestXrayDataset,
     trains: Sequence[str],
-    processes: int,
+    batch: int,
 ) -> dict[str, Any]:
     """Return what must be equal for a run to be continued, as JSON-able data.
 
@@ -188,7 +234,7 @@ def run_identity(
         train: Its training data.
         val: Its validation data.
         trains: Names of the parameters that train.
-        processes: Number of processes.
+        batch: Images per batch, in all processes together, however many these are.
     """
     options = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_OPTIONS}
     rows = [
@@ -196,9 +242,9 @@ def run_identity(
     ]
     return {
         **options,
+        "batch_size": batch,
         "data": _digest((train.classes, rows)),
         "trainable": _digest(tuple(trains)),
-        "processes": processes,
     }
 
 

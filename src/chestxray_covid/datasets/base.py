@@ -39,7 +39,7 @@ UNKNOWN_VIEW = "unknown"
 #: Columns of the interchange CSV that every data set writes and :class:`ManifestDataset` reads.
 MANIFEST_COLUMNS = ("path", "label", "finding", "patient_id", "source", "view")
 #: Metadata that says who a patient or an image is across collections; goes into the CSV too.
-IDENTITY_COLUMNS = ("origin", "image_id", "numbered_by")
+IDENTITY_COLUMNS = ("origin", "image_id", "numbered_by", "content_hash")
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".dcm"}
@@ -51,7 +51,7 @@ def read_file(sample: Sample, min_size: tuple[int, int] | None = None) -> Image.
     return load_image(sample.path, min_size=min_size)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """One radiograph with its label and where it comes from.
 
@@ -64,6 +64,7 @@ class Sample:
         view: Projection, ``"PA"``, ``"AP"``, ``"AP Supine"``, ``"L"``, …, or ``"unknown"``.
         metadata: Everything else the source says, as text. ``origin`` and ``image_id``, where
             present, identify the image in the collection that it was taken over from;
+            ``content_hash`` its content, so that copies are known without reading them;
             ``numbered_by`` is the collection that ``patient_id`` is a number of, if not ``source``.
         read: How the pixels come about; ``read_file`` unless the sample is a phantom.
     """
