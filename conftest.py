@@ -6,7 +6,9 @@ below ``data/``, and a small checkpoint in ``runs/first``.
 
 from __future__ import annotations
 
+import os
 import runpy
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,10 @@ from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser
 
 ROOT = Path(__file__).parent
+
+# Compiled models go where they vanish, also those of processes that tests start.
+_COMPILED = tempfile.TemporaryDirectory()
+os.environ["CHESTXRAY_COVID_CACHE"] = _COMPILED.name
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser()],

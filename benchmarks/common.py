@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from chestxray_covid.models import native_bfloat16
+from chestxray_covid.engine_torch import native_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
 

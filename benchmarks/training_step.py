@@ -28,7 +28,8 @@ from chestxray_covid import (
     build_densenet121,
     split_by_patient,
 )
-from chestxray_covid.models import native_bfloat16, normalise, set_training_mode
+from chestxray_covid.engine_torch import native_bfloat16
+from chestxray_covid.models import normalise, set_training_mode
 
 PAIRS = 5
 STEPS = 8

@@ -321,9 +321,11 @@ def main() -> None:
     readme.write_text(text, encoding="utf-8")
     (DOCS / "baseline.md").write_text(baseline_page(results), encoding="utf-8")
     draw_history(RESULTS)
+    import generate_engines
     import generate_model
 
     generate_model.write_pages()
+    generate_engines.write_pages()
 
 
 if __name__ == "__main__":

@@ -10,5 +10,6 @@ python recipes/fit_gate.py --checkpoint "$weights/densenet121-v1" --split "$run/
   --data "$data" --results docs/results/default/gate.json --limit 300 --count 80
 python recipes/judge_default.py --data "$data" --run "$run" \
   --checkpoint "$weights/densenet121-v1"
+python recipes/judge_engines.py --data "$data"
 python recipes/write_card.py
 python docs/generate.py

@@ -23,10 +23,10 @@ from tqdm import trange
 
 from chestxray_covid import ChestXrayDataset, CohenCovidDataset, Preprocess, lung_mask
 from chestxray_covid.datasets.base import LABELS
+from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.intervals import bootstrap_by_group
 from chestxray_covid.lung_network import LungNetwork
 from chestxray_covid.lungs import SIZE_PX, draw_masks, load_network, save_network
-from chestxray_covid.models import native_bfloat16
 from chestxray_covid.splits import split_by_patient
 
 STEPS, BATCH, RATE = 1600, 8, 3e-3

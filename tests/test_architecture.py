@@ -30,7 +30,7 @@ ROWS = (
         "datasets.storage",
         "datasets.web",
     ),
-    ("dicom", "encoded", "intervals", "calibration", "tensors"),
+    ("dicom", "encoded", "intervals", "calibration", "tensors", "compiled"),
     ("gate", "image"),
     ("gate_fit", "prediction", "graph"),
     ("checkpoint", "datasets.archives", "datasets.transfer", "datasets.base"),
@@ -42,9 +42,11 @@ ROWS = (
     ("card",),
     ("publish",),
     # Here begins torch: layer 4 of the design.
-    ("augment", "models", "lung_network", "training_memory"),
-    ("engine_torch", "engine_openvino", "engine_onnx"),
-    ("engines", "training_config", "lungs"),
+    (
+        *("augment", "models", "lung_network", "training_memory"),
+        *("engine_torch", "engine_openvino", "engine_onnx"),
+    ),
+    ("engines", "training_config", "lungs", "inputs"),
     ("training_network", "training_state"),
     ("training",),
     ("classifier",),

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
-from chestxray_covid.classifier import Classifier, image_files
+from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.folder import FolderDataset
+from chestxray_covid.datasets.loading import image_files
 from chestxray_covid.errors import (
     CheckpointError,
     CheckpointNotFoundError,

@@ -9,9 +9,10 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,14 @@ from PIL import Image
 
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.folder import FolderDataset
-from chestxray_covid.datasets.loading import cached_decoder, decoder, in_batches, map_ahead
+from chestxray_covid.datasets.loading import (
+    cached_decoder,
+    cores,
+    decoder,
+    in_batches,
+    map_ahead,
+    pipeline,
+)
 from chestxray_covid.errors import DatasetError, ImageError
 from chestxray_covid.image import Preprocess
 from sources import draw, write_folder, write_image
@@ -166,6 +174,101 @@ def test_batches_hold_every_item_once(count: int, lengths: list[int]) -> None:
     batches = list(in_batches(iter(range(count)), 4))
     assert [len(batch) for batch in batches] == lengths
     assert [item for batch in batches for item in batch] == list(range(count))
+
+
+# ---------------------------------------------------------------- decoding beside computing
+
+
+def squares(batch: Sequence[int]) -> list[int]:
+    return [item**2 for item in batch]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_pipeline_keeps_the_order(batch_size: int, calls: int) -> None:
+    rng = random.Random(calls)
+
+    def slow(batch: Sequence[int]) -> list[int]:
+        time.sleep(rng.random() / 500)
+        return squares(batch)
+
+    found = pipeline(range(50), abs, slow, batch_size=batch_size, calls=calls)
+    assert list(found) == [i**2 for i in range(50)]
+    assert not decoding_threads()
+
+
+def test_a_pipeline_decodes_while_it_computes() -> None:
+    """Both wait for each other: one after the other, they would wait for ever."""
+    met = threading.Barrier(2, timeout=60)
+
+    def decode(item: int) -> int:
+        if item == 2:  # of the second batch
+            met.wait()
+        return item
+
+    def compute(batch: Sequence[int]) -> list[int]:
+        if 0 in batch:
+            met.wait()
+        return list(batch)
+
+    assert list(pipeline(range(4), decode, compute, batch_size=2, workers=1)) == [0, 1, 2, 3]
+
+
+def test_a_pipeline_computes_several_batches_at_once() -> None:
+    together = threading.Barrier(3, timeout=60)
+
+    def compute(batch: Sequence[int]) -> list[int]:
+        together.wait()
+        return list(batch)
+
+    found = pipeline(range(6), abs, compute, batch_size=1, workers=2, calls=3)
+    assert list(found) == list(range(6))
+
+
+@pytest.mark.parametrize(("batch_size", "calls"), [(1, 1), (4, 1), (4, 3)])
+def test_a_pipeline_waits_for_whoever_takes_its_results(batch_size: int, calls: int) -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for i in range(400):
+            taken.append(i)
+            yield i
+
+    found = pipeline(items(), abs, squares, batch_size=batch_size, workers=2, calls=calls)
+    assert taken == []
+    most = 2 * max(batch_size, 2) + (calls + 2) * batch_size
+    for yielded, _ in enumerate(found, start=1):
+        assert len(taken) <= yielded + most
+    assert len(taken) == 400
+
+
+def test_a_pipeline_that_is_left_ends_its_threads() -> None:
+    found = pipeline(iter(int, 1), abs, squares, batch_size=2, workers=2, calls=2)
+    assert next(found) == 0
+    found.close()
+    assert not decoding_threads()
+
+
+@pytest.mark.parametrize("fails", ["decode", "compute"])
+def test_an_error_inside_a_pipeline_comes_out_and_ends_its_threads(fails: str) -> None:
+    def refuse(_: Any) -> Any:
+        raise ValueError("impossible")
+
+    steps = {"decode": abs, "compute": squares, fails: refuse}
+    found = pipeline(range(9), steps["decode"], steps["compute"], batch_size=2)
+    with pytest.raises(ValueError, match="impossible"):
+        list(found)
+    assert not decoding_threads()
+
+
+def test_the_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    if hasattr(os, "sched_getaffinity"):
+        assert cores() == len(os.sched_getaffinity(0))
+        monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert cores() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores() == 1
 
 
 # Without a cache

@@ -14,6 +14,7 @@ from torchvision.models import DenseNet
 from torchvision.transforms import v2
 
 from chestxray_covid.checkpoint import ModelConfig, save_checkpoint
+from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -27,7 +28,6 @@ from chestxray_covid.models import (
     forward_features,
     from_tensors,
     load_tensors,
-    native_bfloat16,
     normalise,
     set_trainable,
     set_training_mode,

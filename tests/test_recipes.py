@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 import sources
-from chestxray_covid import Augmentation, Classifier, Preprocess
+from chestxray_covid import Augmentation, Classifier, ModelConfig, Preprocess
 from chestxray_covid.tensors import read_tensors
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -24,7 +25,10 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 @pytest.fixture(scope="module")
 def recipes() -> Iterator[dict[str, Any]]:
     """Import the recipes as they import each other: as scripts of one folder."""
-    names = ("collection", "frame", "train_default", "judge_default", "publish_default")
+    names = (
+        *("collection", "frame", "train_default", "judge_default", "publish_default"),
+        "judge_engines",
+    )
     sys.path.insert(0, str(RECIPES))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -154,3 +158,41 @@ def test_the_recipe_leads_from_data_to_a_calibrated_checkpoint(
     assert np.mean(called) >= 0.9
     history = json.loads((results / "history.json").read_text())
     assert [len(stage["epochs"]) for stage in history["stages"]] == [1, 1]
+
+
+def test_engines_are_compared_on_radiographs_of_every_source(
+    recipes: dict[str, Any], data: Path, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "engines.json"
+    output.write_text('{"others": {}}')
+    arguments = ["--data", str(data), "--checkpoint", str(checkpoint_folder)]
+    recipes["judge_engines"].main([*arguments, "--count", "16", "--output", str(output)])
+    found = json.loads(output.read_text())
+    assert found.pop("others") == {}
+    digest = json.loads((checkpoint_folder / "config.json").read_text())["weights_sha256"]
+    rows = found[digest]
+    assert {"openvino-float32", "openvino-bfloat16", "onnx-float32", "torch-bfloat16"} <= set(rows)
+    for name, row in rows.items():
+        assert row["images"] == 16
+        assert 0 <= row["p99"] <= row["largest"] < (1e-5 if name.endswith("32") else 0.05)
+    assert rows["openvino-bfloat16"]["largest"] > rows["openvino-float32"]["largest"]
+
+
+def test_a_comparison_of_engines_counts_differences_and_the_change_of_the_auroc(
+    recipes: dict[str, Any],
+) -> None:
+    config = ModelConfig(classes=("normal", "pneumonia", "covid19"))
+    rng = np.random.default_rng(0)
+    exact = rng.dirichlet((1, 1, 1), 200)
+    found = np.roll(exact, 1, axis=0)
+    labels = rng.choice(config.classes, 200)
+    row = recipes["judge_engines"].compare(config, found, exact, labels)
+    differences = [max(abs(a - b)) for a, b in zip(found, exact, strict=True)]
+    assert row["largest"] == max(differences)
+    assert row["p99"] == pytest.approx(np.percentile(differences, 99))
+    chosen = labels != "pneumonia"
+    areas = [
+        roc_auc_score(labels[chosen] == "covid19", p[chosen, 2] / (p[chosen, 0] + p[chosen, 2]))
+        for p in (found, exact)
+    ]
+    assert row["auroc_change"] == pytest.approx(areas[0] - areas[1])

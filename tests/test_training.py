@@ -32,8 +32,9 @@ from chestxray_covid import (
     build_densenet121,
     split_by_patient,
 )
+from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
-from chestxray_covid.models import native_bfloat16, to_tensors
+from chestxray_covid.models import to_tensors
 from chestxray_covid.training_network import TrainingNetwork
 
 QUICK = TrainingConfig(

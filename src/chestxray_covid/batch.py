@@ -48,7 +48,7 @@ def predict_files(
     classifier: Classifier | None = None,
     shard_size: int = 1000,
     batch_size: int = 16,
-    workers: int = 2,
+    workers: int | None = None,
     progress: bool = False,
 ) -> PredictedFiles:
     """Judge files and write a table; called again after it was stopped, it does the rest.
@@ -69,7 +69,7 @@ def predict_files(
         classifier: The bundled model if not given.
         shard_size: Files per shard.
         batch_size: Images computed at once.
-        workers: Threads that decode.
+        workers: Threads that decode; as many as there are cores if not given.
         progress: Show a progress bar.
 
     Raises:
@@ -102,7 +102,7 @@ def ray_predict(
     *,
     classifier: Classifier | None = None,
     actors: int | None = None,
-    num_cpus: float = 1,
+    num_cpus: float | None = None,
     num_gpus: float = 0,
     shard_size: int = 1000,
     batch_size: int = 16,
@@ -120,7 +120,9 @@ def ray_predict(
         output: Ends in ``.parquet``: a folder that every machine reaches, or an address.
         classifier: The bundled model if not given.
         actors: Largest number of workers; what the cluster has room for if not given.
-        num_cpus: Cores per worker.
+        num_cpus: Cores per worker; if not given all of a machine, the smallest of the cluster.
+            The runtime of a model takes the cores that it finds, so workers that share a machine
+            are for engines that keep to ``OMP_NUM_THREADS``, such as torch.
         num_gpus: GPUs per worker; the classifier's device says whether they are used.
         shard_size: Files per shard.
         batch_size: Images computed at once.
@@ -151,6 +153,10 @@ def ray_predict(
     missing = [shard._asdict() for shard in shards if shard.name not in finished]
     count = sum(len(shard.files) for shard in shards)
     if missing:
+        if not ray.is_initialized():
+            ray.init(**({} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}))
+        if num_cpus is None:
+            num_cpus = min(n["Resources"].get("CPU", 1) for n in ray.nodes() if n["Alive"])
         model = ray.put(clf)  # held until all is done: a worker that is replaced needs it again
         judged = data.from_items(missing, override_num_blocks=len(missing)).map(
             _Judge,
@@ -210,7 +216,7 @@ class _Judge:
         classifier: The model, or Ray's reference to it.
         table: Where the rows go.
         batch_size: Images computed at once.
-        workers: Threads that decode.
+        workers: Threads that decode, see :func:`predict_files`.
         root: What relative paths are relative to.
     """
 
@@ -220,7 +226,7 @@ class _Judge:
         table: ShardedTable,
         *,
         batch_size: int,
-        workers: int,
+        workers: int | None,
         root: str = "",
     ) -> None:
         own = isinstance(classifier, Classifier)

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chestxray_covid.command import BATCH, DEVICE, MODEL, NOT_A_DEVICE, translated
+from chestxray_covid.command import (
+    BATCH,
+    DEVICE,
+    ENGINE,
+    MODEL,
+    NOT_A_DEVICE,
+    PRECISION,
+    translated,
+)
 
 if TYPE_CHECKING:
     from chestxray_covid.batch import PredictedFiles
@@ -23,7 +31,11 @@ if TYPE_CHECKING:
     "where it ends in .parquet. Run again after it was stopped, it does the rest.",
 )
 @BATCH
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Threads that decode; as many as there are cores if not given.",
+)
 @click.option(
     "--shard-size",
     type=click.IntRange(1),
@@ -32,8 +44,10 @@ if TYPE_CHECKING:
     help="Files that are finished, or done again, together.",
 )
 @DEVICE
+@ENGINE
+@PRECISION
 @click.option("--ray", "on_ray", is_flag=True, help="On a Ray cluster: RAY_ADDRESS, or this one.")
-@click.option("--num-cpus", type=float, default=1, show_default=True, help="Ray: per worker.")
+@click.option("--num-cpus", type=float, help="Ray: per worker; all of a machine if not given.")
 @click.option("--num-gpus", type=float, default=0, show_default=True, help="Ray: per worker.")
 @translated
 def predict(
@@ -41,11 +55,13 @@ def predict(
     model: str | None,
     output: str | None,
     batch_size: int,
-    workers: int,
+    workers: int | None,
     shard_size: int,
     device: str | None,
+    engine: str,
+    precision: str,
     on_ray: bool,
-    num_cpus: float,
+    num_cpus: float | None,
     num_gpus: float,
 ) -> None:
     """Judge radiographs: files, folders with all image files below them, CSVs with a column path.
@@ -56,7 +72,9 @@ def predict(
 
     if on_ray and output is None:
         raise click.UsageError("--ray needs --output, a folder whose name ends in .parquet.")
-    classifier = Classifier.from_pretrained(model, device=device)
+    classifier = Classifier.from_pretrained(
+        model, device=device, engine=engine, precision=precision
+    )
     options: dict[str, Any] = {
         "classifier": classifier,
         "batch_size": batch_size,
@@ -80,7 +98,7 @@ def predict(
 
 
 def _show(
-    classifier: Any, paths: tuple[str, ...], *, batch_size: int, workers: int
+    classifier: Any, paths: tuple[str, ...], *, batch_size: int, workers: int | None
 ) -> dict[str, str]:
     """Print a table, and return path → reason of the files that failed."""
     from chestxray_covid.errors import DatasetNotFoundError
@@ -108,11 +126,9 @@ def _on_ray(paths: tuple[str, ...], output: str, **options: Any) -> PredictedFil
     from chestxray_covid.batch import ray_predict
     from chestxray_covid.errors import require_extra
 
-    # Ray reports its use to its makers unless told not to, and asks for a dashboard.
+    # Ray reports its use to its makers unless told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray = require_extra("ray", "ray")
-    ray.init(**({} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}))
     try:
         return ray_predict(paths, output, **options)
     finally:
-        ray.shutdown()
+        require_extra("ray", "ray").shutdown()

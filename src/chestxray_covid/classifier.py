@@ -5,34 +5,36 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeAlias, overload
+from typing import Any, Literal, Self, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
-from chestxray_covid.checkpoint import ModelConfig, load_attachment, load_checkpoint
+from chestxray_covid.checkpoint import (
+    ModelConfig,
+    load_attachment,
+    load_checkpoint,
+    restrict_classes,
+)
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.datasets.loading import image_files, in_batches, map_ahead
+from chestxray_covid.datasets.loading import pipeline
 from chestxray_covid.engines import open_engine, softmax
 from chestxray_covid.errors import (
     ChestXrayError,
     ImageError,
     MissingExtraError,
 )
-from chestxray_covid.files import is_folder
 from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
 from chestxray_covid.hub import resolve
-from chestxray_covid.pixels import ImageFacts
+from chestxray_covid.inputs import ReadImage, expand, is_single, name_of, read
 from chestxray_covid.prediction import FailedPrediction, Prediction
-from chestxray_covid.publish import export, push
 
-#: Pixels of an image, and what it was before.
-_Read: TypeAlias = tuple[NDArray[np.uint8], ImageFacts]
+#: Name of an image, and its pixels or why there are none.
+_Decoded: TypeAlias = tuple[str, ReadImage | ChestXrayError]
 
 
 class Classifier:
@@ -47,7 +49,12 @@ class Classifier:
         tensors: Weights of the checkpoint.
         gate: Says what is odd about an image; without it, predictions tell only what needs no
             statistics: blank, low resolution, colour.
-        classes, device, engine: See :meth:`from_pretrained`.
+        classes, device, engine, precision: See :meth:`from_pretrained`.
+
+    Attributes:
+        config: Config of the checkpoint.
+        gate: As given.
+        engine: What computes; its ``name`` and ``precision`` say what was chosen.
 
     Raises:
         CheckpointError: If the weights are not those that the config describes.
@@ -62,14 +69,16 @@ class Classifier:
         classes: Sequence[str] | None = None,
         device: str | None = None,
         engine: str = "auto",
+        precision: str = "auto",
     ) -> None:
         if classes is not None:
-            config, tensors = _restrict(config, tensors, classes)
+            config, tensors = restrict_classes(config, tensors, classes)
         self.config = config
         self.gate = gate
         self._tensors = tensors
         self._origin: Path | None = None
-        self._engine = open_engine(config, tensors, engine=engine, device=device)
+        self._open = partial(open_engine, engine=engine, device=device, precision=precision)
+        self.engine = self._open(config, tensors)
 
     @classmethod
     def from_pretrained(
@@ -85,6 +94,7 @@ class Classifier:
         classes: Sequence[str] | None = None,
         device: str | None = None,
         engine: str = "auto",
+        precision: str = "auto",
     ) -> Self:
         """Return the classifier of a checkpoint, whose integrity is verified first.
 
@@ -96,13 +106,17 @@ class Classifier:
             classes: Restrict the model to these of its classes, at least two, in this order;
                 their probabilities are renormalised to sum to 1.
             device: Torch device such as ``"cpu"`` (if not given), ``"cuda"`` or ``"mps"``.
-            engine: ``"auto"`` or ``"torch"``.
+            engine: ``"openvino"``, ``"onnx"``, ``"torch"``, or ``"auto"`` for the fastest of them
+                that is installed.
+            precision: What it computes in: ``"float32"``, ``"bfloat16"``, on CUDA ``"float16"``,
+                or ``"auto"`` for the fastest that is known to keep this model's probabilities.
 
         Raises:
             CheckpointNotFoundError: If there is no such checkpoint.
             CheckpointError: If it is damaged or of another kind.
             DownloadError: If it cannot be fetched; errors of the Hub as :func:`resolve` says.
-            ValueError: If ``classes``, ``device`` or ``engine`` do not fit.
+            ValueError: If ``classes``, ``device``, ``engine`` or ``precision`` do not fit.
+            MissingExtraError: If the engine that was asked for is not installed.
         """
         folder = resolve(
             name_or_path,
@@ -116,7 +130,15 @@ class Classifier:
         config, tensors = load_checkpoint(folder)
         attached = load_attachment(folder, config, GATE_NAME)
         gate = None if attached is None else Gate.from_bytes(attached)
-        made = cls(config, tensors, gate=gate, classes=classes, device=device, engine=engine)
+        made = cls(
+            config,
+            tensors,
+            gate=gate,
+            classes=classes,
+            device=device,
+            engine=engine,
+            precision=precision,
+        )
         made._origin = folder
         return made
 
@@ -144,6 +166,8 @@ class Classifier:
             OSError: If the folder cannot be written.
             ReportError: As :meth:`push_to_hub`.
         """
+        from chestxray_covid.publish import export
+
         target = Path(folder)
         export(target, self.config, self._tensors, self._origin, own=self._attachments())
         return self.push_to_hub(repo_id or target.name, **options) if push_to_hub else None
@@ -160,6 +184,8 @@ class Classifier:
             ReportError: If the checkpoint has no evaluation and audit beside it.
             DownloadError: If the Hub cannot be reached or says no.
         """
+        from chestxray_covid.publish import export, push
+
         with tempfile.TemporaryDirectory() as folder:
             place, own = Path(folder), self._attachments()
             export(place, self.config, self._tensors, self._origin, own=own, card=False)
@@ -193,11 +219,18 @@ class Classifier:
             TypeError: If something is no image.
             ValueError: If ``batch_size`` is not positive.
         """
-        found = list(self.predict_stream([images], batch_size))
-        return found[0] if _is_single(images) else found
+        if not is_single(images):
+            return list(self.predict_stream([images], batch_size))
+        _check_positive("batch_size", batch_size)
+        return self._judge([(name_of(images), read(images, self.config.preprocess))])[0]
 
     def predict_proba(
-        self, images: Any, *, batch_size: int = 16, workers: int = 2, progress: bool = False
+        self,
+        images: Any,
+        *,
+        batch_size: int = 16,
+        workers: int | None = None,
+        progress: bool = False,
     ) -> NDArray[np.float64]:
         """Return ``(N, K)`` probabilities, rows summing to 1, columns in the order of ``classes``.
 
@@ -207,18 +240,25 @@ class Classifier:
             images: One image; or a list, a folder, a data set or a batch of them. A data set's
                 own transform is applied first.
             batch_size: Images computed at once.
-            workers: Threads that decode.
+            workers: Threads that decode; as many as there are cores if not given.
             progress: Show a progress bar.
         """
+        from tqdm import tqdm
+
         _check_positive("batch_size", batch_size)
-        items = list(_expand(images))
-        images_read = map_ahead(self._read, items, workers=workers, ahead=4 * batch_size)
-        rows = []
-        with tqdm(desc="predict", total=len(items), unit="img", disable=not progress) as bar:
-            for batch in in_batches(images_read, batch_size):
-                rows.append(self._compute(np.stack([pixels for pixels, _ in batch]))[0])
-                bar.update(len(batch))
-        return np.concatenate(rows) if rows else np.zeros((0, len(self.classes)))
+        items = list(expand(images))
+        if len(items) == 1:  # without the machinery
+            return self._compute(read(items[0], self.config.preprocess)[0][np.newaxis])[0]
+        rows = pipeline(
+            items,
+            lambda item: read(item, self.config.preprocess)[0],
+            lambda batch: self._compute(np.stack(batch))[0],
+            batch_size=batch_size,
+            workers=workers,
+            calls=self.engine.calls,
+        )
+        found = list(tqdm(rows, "predict", len(items), unit="img", disable=not progress))
+        return np.stack(found) if found else np.zeros((0, len(self.classes)))
 
     def __call__(self, images: Any, *, top_k: int = 5, batch_size: int = 16) -> Any:
         """Return labels and scores in the shape of the Hugging Face image-classification pipeline.
@@ -238,7 +278,7 @@ class Classifier:
             [{"label": self.classes[k], "score": float(row[k])} for k in order[:top_k]]
             for row, order in zip(found, np.argsort(-found, kind="stable"), strict=True)
         ]
-        return shaped[0] if _is_single(images) else shaped
+        return shaped[0] if is_single(images) else shaped
 
     @overload
     def predict_stream(
@@ -247,7 +287,7 @@ class Classifier:
         batch_size: int = ...,
         on_error: Literal["raise"] = ...,
         *,
-        workers: int = ...,
+        workers: int | None = ...,
     ) -> Iterator[Prediction]: ...
     @overload
     def predict_stream(
@@ -256,7 +296,7 @@ class Classifier:
         batch_size: int = ...,
         on_error: Literal["return"] = ...,
         *,
-        workers: int = ...,
+        workers: int | None = ...,
     ) -> Iterator[Prediction | FailedPrediction]: ...
     def predict_stream(
         self,
@@ -264,7 +304,7 @@ class Classifier:
         batch_size: int = 16,
         on_error: Literal["raise", "return"] = "raise",
         *,
-        workers: int = 2,
+        workers: int | None = None,
     ) -> Iterator[Prediction | FailedPrediction]:
         """Yield a prediction per image, in order, in constant memory.
 
@@ -275,7 +315,7 @@ class Classifier:
             batch_size: Images computed at once.
             on_error: ``"raise"`` at an image that cannot be decoded, or ``"return"`` a
                 :class:`FailedPrediction` in its place and go on.
-            workers: Threads that decode.
+            workers: Threads that decode; as many as there are cores if not given.
 
         Raises:
             ImageError: If an image cannot be decoded and ``on_error="raise"``.
@@ -285,42 +325,37 @@ class Classifier:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error must be 'raise' or 'return', got {on_error!r}")
         _check_positive("batch_size", batch_size)
-        return self._stream(images, batch_size, on_error == "raise", workers)
-
-    def _stream(
-        self, images: Any, batch_size: int, raising: bool, workers: int
-    ) -> Iterator[Prediction | FailedPrediction]:
-        def decode(image: Any) -> tuple[str, _Read | ChestXrayError]:
-            try:
-                return _name(image), self._read(image)
-            except (ImageError, MissingExtraError) as error:
-                if raising:
-                    raise
-                return _name(image), error
-
         whole = isinstance(images, (str, os.PathLike, ChestXrayDataset))
-        items = chain.from_iterable(map(_expand, [images] if whole else images))
-        decoded = map_ahead(decode, items, workers=workers, ahead=4 * batch_size)
-        for batch in in_batches(decoded, batch_size):
-            good = [read[0] for _, read in batch if not isinstance(read, ChestXrayError)]
-            rows = iter(zip(*self._compute(np.stack(good)), strict=True) if good else ())
-            for name, read in batch:
-                if isinstance(read, ChestXrayError):
-                    yield FailedPrediction(source=name, error=read)
-                else:
-                    shares, features = next(rows)
-                    gate = self.gate
-                    flags = gate.check(features, *read) if gate else check_image(*read)
-                    yield self._prediction(name, shares, flags)
+        parts = iter([images] if whole else images)
+        items = chain.from_iterable(map(expand, parts))
+        found = pipeline(
+            items,
+            self._decode,
+            self._judge,
+            batch_size=batch_size,
+            workers=workers,
+            calls=self.engine.calls,
+        )
+        return found if on_error == "return" else _raising(found)
 
-    def _read(self, image: Any) -> _Read:
-        if not isinstance(image, _Item):
-            return self.config.preprocess.read(image)
-        sample = image.dataset.samples[image.position]
-        if sample.is_file and image.dataset.transform is None:
-            return self.config.preprocess.read(sample.path)
-        size = self.config.preprocess.decode_size()
-        return self.config.preprocess.read(image.dataset.image(image.position, size))
+    def _decode(self, image: Any) -> _Decoded:
+        try:
+            return name_of(image), read(image, self.config.preprocess)
+        except (ImageError, MissingExtraError) as error:
+            return name_of(image), error
+
+    def _judge(self, batch: Sequence[_Decoded]) -> list[Prediction | FailedPrediction]:
+        good = [found[0] for _, found in batch if not isinstance(found, ChestXrayError)]
+        rows = iter(zip(*self._compute(np.stack(good)), strict=True) if good else ())
+        results: list[Prediction | FailedPrediction] = []
+        for name, found in batch:
+            if isinstance(found, ChestXrayError):
+                results.append(FailedPrediction(source=name, error=found))
+                continue
+            shares, features = next(rows)
+            flags = self.gate.check(features, *found) if self.gate else check_image(*found)
+            results.append(self._prediction(name, shares, flags))
+        return results
 
     def _prediction(
         self, source: str, row: NDArray[np.float64], flags: tuple[Flag, ...]
@@ -337,64 +372,24 @@ class Classifier:
         self, pixels: NDArray[np.uint8]
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """Return ``(N, K)`` probabilities and ``(N, 1024)`` features."""
-        logits, features = self._engine(pixels)
+        logits, features = self.engine(pixels)
         return softmax(logits), features
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "engine"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.engine = self._open(self.config, self._tensors)
+
+
+def _raising(results: Iterable[Prediction | FailedPrediction]) -> Iterator[Prediction]:
+    for result in results:
+        if isinstance(result, FailedPrediction):
+            raise result.error
+        yield result
 
 
 def _check_positive(name: str, value: int) -> None:
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
-
-
-def _restrict(
-    config: ModelConfig, tensors: Mapping[str, NDArray[Any]], classes: Sequence[str]
-) -> tuple[ModelConfig, dict[str, NDArray[Any]]]:
-    """Return the checkpoint with these classes only; softmax over them is the renormalisation."""
-    chosen = tuple(classes)
-    strange = [c for c in chosen if c not in config.classes]
-    if isinstance(classes, str) or strange or len(set(chosen)) != len(chosen) or len(chosen) < 2:
-        raise ValueError(
-            f"classes must be at least two different ones of {config.classes}, got {classes!r}"
-        )
-    rows = [config.classes.index(c) for c in chosen]
-    head = {k: tensors[k][rows] for k in ("classifier.weight", "classifier.bias")}
-    return replace(config, classes=chosen), {**tensors, **head}
-
-
-class _Item(NamedTuple):
-    """An image of a data set, decoded when its turn comes."""
-
-    dataset: ChestXrayDataset
-    position: int
-
-
-def _is_single(images: Any) -> bool:
-    if isinstance(images, (str, os.PathLike)):
-        return not is_folder(images)
-    if hasattr(images, "read"):  # an open file, which is also an iterator of its lines
-        return True
-    several = isinstance(images, (list, tuple, ChestXrayDataset, Iterator))
-    return not several and getattr(images, "ndim", None) != 4
-
-
-def _expand(images: Any) -> Iterable[Any]:
-    """Return the single images of whatever holds images."""
-    if _is_single(images):
-        return [images]
-    if isinstance(images, ChestXrayDataset):
-        return (_Item(images, position) for position in range(len(images)))
-    if isinstance(images, (str, os.PathLike)):
-        return image_files(Path(images))
-    return chain.from_iterable(map(_expand, images))
-
-
-def _name(image: Any) -> str:
-    if isinstance(image, _Item):
-        return str(image.dataset.samples[image.position].path)
-    if isinstance(image, (str, os.PathLike)):
-        return os.fsdecode(image)
-    if isinstance(image, Image.Image):
-        return "<PIL image>"
-    if hasattr(image, "read"):
-        return "<stream>"
-    return "<bytes>" if isinstance(image, (bytes, bytearray, memoryview)) else "<array>"

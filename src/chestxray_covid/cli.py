@@ -14,8 +14,10 @@ from chestxray_covid.command import (
     BATCH,
     DATA,
     DEVICE,
+    ENGINE,
     MODEL,
     NOT_A_DEVICE,
+    PRECISION,
     is_first_process,
     translated,
 )
@@ -217,6 +219,8 @@ def train(
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
 @BATCH
 @DEVICE
+@ENGINE
+@PRECISION
 @translated
 def evaluate(
     model: str | None,
@@ -225,13 +229,17 @@ def evaluate(
     output: Path | None,
     batch_size: int,
     device: str | None,
+    engine: str,
+    precision: str,
 ) -> None:
     """Judge a model on data sets, with intervals by patient, per source and per view."""
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.evaluation import evaluate as judge
     from chestxray_covid.splits import Split
 
-    classifier = Classifier.from_pretrained(model, device=device)
+    classifier = Classifier.from_pretrained(
+        model, device=device, engine=engine, precision=precision
+    )
     dataset = _open(data, classifier.classes)
     saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
     if side is not None and saved is None:
@@ -262,10 +270,19 @@ def info(model: str | None) -> None:
 
     import torch
 
-    from chestxray_covid.models import native_bfloat16
+    from chestxray_covid.engine_torch import native_bfloat16
 
     click.echo(f"chestxray-covid {__version__}, Python {platform.python_version()}")
-    for name in ("torch", "torchvision", "numpy", "pillow", "huggingface-hub", "pydicom"):
+    for name in (
+        "torch",
+        "torchvision",
+        "numpy",
+        "pillow",
+        "huggingface-hub",
+        "openvino",
+        "onnxruntime",
+        "pydicom",
+    ):
         try:
             click.echo(f"  {name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

@@ -34,6 +34,20 @@ MODEL = click.option(
     "user/name; the bundled default if not given.",
 )
 DEVICE = click.option("--device", default=None, help="Torch device, for example cpu or cuda.")
+ENGINE = click.option(
+    "--engine",
+    type=click.Choice(["auto", "openvino", "onnx", "torch"]),
+    default="auto",
+    show_default=True,
+    help="Runtime; auto takes the fastest that is installed.",
+)
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="What it computes in; auto takes the fastest that keeps the model's probabilities.",
+)
 BATCH = click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 
 

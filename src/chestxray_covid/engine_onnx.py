@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chestxray_covid._version import __version__
+from chestxray_covid.compiled import keep_compiled, load_compiled
+from chestxray_covid.datasets.loading import cores
 from chestxray_covid.errors import require_extra
-from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, Step
+from chestxray_covid.graph import (
+    FEATURE_COUNT,
+    FEATURES,
+    LOGITS,
+    PIXELS,
+    Network,
+    Step,
+    digest,
+    fold,
+)
+from chestxray_covid.image import Preprocess
 
 #: Opset 17 came with ONNX 1.12 in 2022; every runtime of today reads it.
 OPSET, _IR_VERSION = 17, 8
@@ -38,7 +54,7 @@ def onnx_model(network: Network, *, batch: int | None = None) -> Any:
         [helper.make_tensor_value_info(PIXELS, kind.UINT8, [count, 1, side, side])],
         [
             helper.make_tensor_value_info(name, kind.FLOAT, [count, width])
-            for name, width in ((LOGITS, network.num_classes), (FEATURES, 1024))
+            for name, width in ((LOGITS, network.num_classes), (FEATURES, FEATURE_COUNT))
         ],
         builder.constants,
     )
@@ -104,3 +120,63 @@ class _Builder:
     def _array(self, name: str, values: Any) -> str:
         self.constants.append(self._to_tensor(values, name))
         return name
+
+
+class OnnxEngine:
+    """The network in ONNX Runtime on the CPU, in float32; an :class:`engines.Engine`.
+
+    Images are computed one by one, each by all cores, which is as fast as in batches.
+
+    Args:
+        tensors: Weights of a checkpoint.
+        preprocess: Its preprocessing.
+
+    Raises:
+        MissingExtraError: If onnxruntime is not installed, or onnx where the model must be built.
+    """
+
+    name = "onnx"
+    precision = "float32"
+    calls = 1
+
+    def __init__(self, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> None:
+        self._runtime = require_extra("onnxruntime", "onnx")
+        self._classes = len(tensors["classifier.bias"])
+        self._session = self._open(_optimised(self._runtime, tensors, preprocess))
+
+    def __call__(
+        self, pixels: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return ``(N, K)`` logits and ``(N, 1024)`` features of ``(N, 1, S, S)`` pixels."""
+        logits = np.empty((len(pixels), self._classes), np.float32)
+        features = np.empty((len(pixels), FEATURE_COUNT), np.float32)
+        for row in range(len(pixels)):
+            found = self._session.run([LOGITS, FEATURES], {PIXELS: pixels[row : row + 1]})
+            logits[row], features[row] = found[0][0], found[1][0]
+        return logits, features
+
+    def _open(self, model: bytes) -> Any:
+        options = self._runtime.SessionOptions()
+        options.intra_op_num_threads = cores()
+        return self._runtime.InferenceSession(model, options, ["CPUExecutionProvider"])
+
+
+def _optimised(runtime: Any, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> bytes:
+    """Return the model after what ONNX Runtime makes of it, from the cache if it is there.
+
+    Without the last level of its optimisation, which depends on the processor.
+    """
+    made_with = [__version__, runtime.__version__]
+    key = ("onnx", digest(tensors, preprocess), preprocess.size_px, made_with)
+    kept = load_compiled(*key)
+    if kept is not None:
+        return kept
+    model = onnx_model(fold(tensors, preprocess), batch=1).SerializeToString()
+    with tempfile.TemporaryDirectory() as folder:
+        options = runtime.SessionOptions()
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(Path(folder, "model.onnx"))
+        runtime.InferenceSession(model, options, ["CPUExecutionProvider"])
+        made = Path(options.optimized_model_filepath).read_bytes()
+    keep_compiled(made, *key)
+    return made

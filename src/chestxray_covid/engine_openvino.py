@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import io
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from chestxray_covid._version import __version__
+from chestxray_covid.compiled import keep_compiled, load_compiled
+from chestxray_covid.datasets.loading import cores
 from chestxray_covid.errors import require_extra
-from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, Step
+from chestxray_covid.graph import (
+    FEATURE_COUNT,
+    FEATURES,
+    LOGITS,
+    PIXELS,
+    Network,
+    Step,
+    digest,
+    fold,
+)
+from chestxray_covid.image import Preprocess
+
+#: Our names of precisions → OpenVINO's.
+_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+#: From so many images in one call on a second copy of the model pays, which takes 0.3 s to make.
+_MANY = 8
+#: Each stream has its own activations, some 20 MB.
+_MAX_STREAMS = 16
 
 
 def openvino_model(network: Network, *, batch: int | None = None) -> Any:
@@ -70,3 +96,136 @@ def _convolution(ops: Any, step: Step, value: Any, weight: Any) -> Any:
         pads = [0, 0]
     stride = [step.stride, step.stride]
     return ops.convolution(value, weight, stride, pads, pads, [1, 1])
+
+
+class OpenVinoEngine:
+    """The network in OpenVINO on the CPU; an :class:`engines.Engine`.
+
+    Every image is a request of its own, so that an answer does not depend on the batch that it is
+    asked in. A few images are computed one after the other, each by all cores; for many there is a
+    second copy of the compiled model, in which every stream of images has cores for itself.
+
+    Args:
+        tensors: Weights of a checkpoint.
+        preprocess: Its preprocessing.
+        precision: ``"float32"`` or ``"bfloat16"``.
+
+    Raises:
+        MissingExtraError: If OpenVINO is not installed.
+    """
+
+    name = "openvino"
+    calls = 2
+
+    def __init__(
+        self, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess, *, precision: str
+    ) -> None:
+        self.precision = precision
+        self._classes = len(tensors["classifier.bias"])
+        self._core = _core()
+        one = self._options(streams=1)
+        compiled, self._model = _compiled(self._core, tensors, preprocess, precision, one)
+        self._one = _Lanes(compiled, requests=1, lanes=cores())
+        self._many: _Lanes | None = None
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, pixels: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return ``(N, K)`` logits and ``(N, 1024)`` features of ``(N, 1, S, S)`` pixels."""
+        pixels = np.ascontiguousarray(pixels)
+        logits = np.empty((len(pixels), self._classes), np.float32)
+        features = np.empty((len(pixels), FEATURE_COUNT), np.float32)
+        with self._lanes(len(pixels)).take() as requests:
+            ahead = len(requests)
+            for row in range(len(pixels) + ahead):
+                request = requests[row % ahead]
+                if row - ahead >= 0:
+                    request.wait()
+                    logits[row - ahead] = request.get_output_tensor(0).data[0]
+                    features[row - ahead] = request.get_output_tensor(1).data[0]
+                if row < len(pixels):
+                    request.start_async({0: pixels[row : row + 1]})
+        return logits, features
+
+    def _lanes(self, count: int) -> _Lanes:
+        """Return the copy of the model for so many images."""
+        streams = min(cores(), _MAX_STREAMS)
+        if streams == 1 or (self._many is None and count < _MANY):
+            return self._one
+        with self._lock:
+            if self._many is None:
+                options = self._options(streams=streams)
+                copy = self._core.import_model(self._model, "CPU", options)
+                self._model = b""
+                # Twice as many as are computed, so that no stream ever waits for Python.
+                self._many = _Lanes(copy, requests=streams, lanes=self.calls)
+        return self._many
+
+    def _options(self, *, streams: int) -> dict[str, Any]:
+        return {
+            "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
+            "NUM_STREAMS": streams,
+            "ENABLE_CPU_PINNING": False,  # the cores are shared with threads that decode
+        }
+
+
+class _Lanes:
+    """Requests of a compiled model; every call has a lane of them for itself."""
+
+    def __init__(self, compiled: Any, *, requests: int, lanes: int) -> None:
+        self._free: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        for _ in range(lanes):
+            self._free.put([compiled.create_infer_request() for _ in range(requests)])
+
+    @contextmanager
+    def take(self) -> Iterator[list[Any]]:
+        requests = self._free.get()
+        try:
+            yield requests
+        finally:
+            self._free.put(requests)
+
+
+def native_precision() -> str:
+    """Return the fastest precision that OpenVINO computes in on this processor.
+
+    Raises:
+        MissingExtraError: If OpenVINO is not installed.
+    """
+    hint = _core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
+    return {hint: name for name, hint in _HINTS.items()}.get(hint, "float32")
+
+
+def _core() -> Any:
+    return require_extra("openvino", "openvino").Core()
+
+
+def _compiled(
+    core: Any,
+    tensors: Mapping[str, NDArray[Any]],
+    preprocess: Preprocess,
+    precision: str,
+    options: dict[str, Any],
+) -> tuple[Any, bytes]:
+    """Return the compiled model, from the cache if it is there, and what it can be made of again.
+
+    A copy that was imported cannot be exported.
+    """
+    version = require_extra("openvino", "openvino").get_version()
+    processor = core.get_property("CPU", "FULL_DEVICE_NAME")
+    abilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    made_with = [__version__, version, processor, *abilities]
+    key = ("openvino", digest(tensors, preprocess), preprocess.size_px, precision, made_with)
+    kept = load_compiled(*key)
+    if kept is not None:
+        try:
+            return core.import_model(kept, "CPU", options), kept
+        except (RuntimeError, ValueError):
+            pass  # of a build that calls itself the same, but is another
+    model = openvino_model(fold(tensors, preprocess, precision=precision), batch=1)
+    compiled = core.compile_model(model, "CPU", options)
+    stream = io.BytesIO()
+    compiled.export_model(stream)
+    keep_compiled(stream.getvalue(), *key)
+    return compiled, stream.getvalue()

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, Step
+from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, Step, fold
+from chestxray_covid.image import Preprocess
+
+#: Most images at once on a CPU: more do not fit its caches.
+_CPU_BATCH = 8
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FoldedNetwork(nn.Module):
@@ -33,8 +44,7 @@ class FoldedNetwork(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(N, K)`` logits and ``(N, 1024)`` features."""
-        batch = pixels.to(self._dtype).contiguous(memory_format=torch.channels_last)
-        made = {PIXELS: batch}
+        made = {PIXELS: pixels.to(self._dtype)}
         for step in self._steps:
             made[step.name] = self._compute(step, [made[name] for name in step.inputs])
             for name in step.inputs:
@@ -68,6 +78,8 @@ class FoldedNetwork(nn.Module):
             if step.fill:  # the convolution itself pads with 0 alone
                 value, padding = functional.pad(value, [padding] * 4, value=step.fill), 0
             value = functional.conv2d(value, weight, bias, step.stride, padding)
+            # One channel is first and last at once: that of grey would come out channels-first.
+            value = value.contiguous(memory_format=torch.channels_last)
         return value.relu_() if step.relu else value
 
 
@@ -81,3 +93,80 @@ def _prepared(step: Step, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _key(step: Step, part: str) -> str:
     return f"{step.name.replace('.', '_')}_{part}"
+
+
+class TorchEngine:
+    """The network in torch: inference mode, channels-last; an :class:`engines.Engine`.
+
+    Args:
+        tensors: Weights of a checkpoint.
+        preprocess: Its preprocessing.
+        device: A torch device, for example ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+
+    Raises:
+        ValueError: If the device is not there.
+    """
+
+    name = "torch"
+    calls = 1
+
+    def __init__(
+        self,
+        tensors: Mapping[str, NDArray[Any]],
+        preprocess: Preprocess,
+        *,
+        device: str,
+        precision: str,
+    ) -> None:
+        self.precision = precision
+        with _device_errors(device):
+            self._device: torch.device = torch.device(device)
+            folded = fold(tensors, preprocess, precision=precision)
+            network = FoldedNetwork(folded, _DTYPES[precision])
+            self._network = network.to(self._device).eval()
+
+    def __call__(
+        self, pixels: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return ``(N, K)`` logits and ``(N, 1024)`` features of ``(N, 1, S, S)`` pixels."""
+        batch = torch.from_numpy(pixels)
+        size = _CPU_BATCH if self._device.type == "cpu" else max(1, len(batch))
+        starts = range(0, max(1, len(batch)), size)
+        with torch.inference_mode():
+            parts = [self._network(batch[k : k + size].to(self._device)) for k in starts]
+        logits, features = (torch.cat(found).cpu().numpy() for found in zip(*parts, strict=True))
+        return logits, features
+
+
+def native_precision(device: str) -> str:
+    """Return the fastest precision that torch computes in natively on a device.
+
+    Raises:
+        ValueError: If there is no such kind of device.
+    """
+    with _device_errors(device):
+        kind = torch.device(device)
+    if kind.type == "cuda":
+        return "float16"
+    return "bfloat16" if native_bfloat16(kind) else "float32"
+
+
+@contextmanager
+def _device_errors(device: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {device!r} cannot be used: {error}. Use 'cpu', or a device that "
+            "torch finds on this machine."
+        ) from error
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16 natively, so that autocast pays."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chestxray_covid import engine_openvino
 from chestxray_covid.checkpoint import ModelConfig
-from chestxray_covid.errors import CheckpointError
+from chestxray_covid.engine_onnx import OnnxEngine
+from chestxray_covid.errors import CheckpointError, MissingExtraError
+from chestxray_covid.files import read_json
 from chestxray_covid.tensors import check_tensors
 
-if TYPE_CHECKING:
-    import torch
-
-ENGINES = ("auto", "torch")
+ENGINES = ("auto", "openvino", "onnx", "torch")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+#: What each engine computes in; in the order of their speed on a CPU, see ``docs/engines.md``.
+_ENGINE_PRECISIONS = {
+    "openvino": ("float32", "bfloat16"),
+    "onnx": ("float32",),
+    "torch": ("float32", "bfloat16", "float16"),
+}
+#: Weights' SHA-256 → engines and precisions whose probabilities were compared with float32 torch.
+#: Written by ``recipes/judge_engines.py``.
+_JUDGED = Path(str(importlib.resources.files("chestxray_covid"))) / "weights" / "engines.json"
+#: Largest difference of a probability on real radiographs, at the 99th percentile and at most, and
+#: largest change of the AUROC, with which ``"auto"`` takes a lower precision.
+MAX_DIFFERENCE_P99, MAX_DIFFERENCE, MAX_AUROC_CHANGE = 0.01, 0.03, 0.002
 
 
 class Engine(Protocol):
-    """Computes a checkpoint's network; may be called from several threads."""
+    """Computes a checkpoint's network; may be called from several threads.
+
+    Attributes:
+        name: One of :data:`ENGINES`.
+        precision: One of :data:`PRECISIONS`.
+        calls: How many calls at a time keep it busy.
+    """
+
+    name: str
+    precision: str
+    calls: int
 
     def __call__(
         self, pixels: NDArray[np.uint8]
@@ -35,23 +60,90 @@ def open_engine(
     *,
     engine: str = "auto",
     device: str | None = None,
+    precision: str = "auto",
 ) -> Engine:
     """Return the runtime of a checkpoint.
 
     Args:
         config: Its config.
         tensors: Its weights.
-        engine: ``"torch"``, or ``"auto"`` for the best that is installed.
+        engine: ``"openvino"`` or ``"onnx"`` (extras, CPU only), ``"torch"``, or ``"auto"``: on a
+            CPU the first of these that is installed, elsewhere torch.
         device: Torch device such as ``"cpu"``, ``"cuda"`` or ``"mps"``; the CPU if not given.
+        precision: What it computes in: ``"float32"``, ``"bfloat16"``, on CUDA ``"float16"``; or
+            ``"auto"``: the fastest that the processor has, if these weights were found to keep
+            their probabilities with it (:data:`MAX_DIFFERENCE_P99`), else float32.
 
     Raises:
-        ValueError: If the engine is unknown or the device is not there.
+        ValueError: If engine or precision is unknown, they do not go together, or the device is
+            not there.
         CheckpointError: If the weights are not those that the config describes.
+        MissingExtraError: If the engine that was asked for is not installed.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     check_tensors(tensors, len(config.classes), Path("tensors"))
-    return TorchEngine(config, tensors, device=device or "cpu")
+    names = [name for name in _candidates(engine, device) if _computes_in(name, precision)]
+    if not names:
+        raise ValueError(
+            f"engine {engine!r} does not compute in {precision} on device {device or 'cpu'!r}. "
+            'openvino and onnx use the CPU alone, onnx in float32; leave it to engine="auto".'
+        )
+    for name in names[:-1]:
+        with suppress(MissingExtraError):
+            return _open(name, config, tensors, device or "cpu", precision)
+    return _open(names[-1], config, tensors, device or "cpu", precision)
+
+
+def _candidates(engine: str, device: str | None) -> tuple[str, ...]:
+    """Return the engines that may be meant, the fastest first."""
+    on_cpu = device in (None, "cpu")
+    possible = tuple(_ENGINE_PRECISIONS) if on_cpu else ("torch",)
+    return possible if engine == "auto" else tuple(name for name in possible if name == engine)
+
+
+def _computes_in(name: str, precision: str) -> bool:
+    return precision == "auto" or precision in _ENGINE_PRECISIONS[name]
+
+
+def _open(
+    name: str,
+    config: ModelConfig,
+    tensors: Mapping[str, NDArray[Any]],
+    device: str,
+    precision: str,
+) -> Engine:
+    if name == "onnx":
+        return OnnxEngine(tensors, config.preprocess)
+    if name == "openvino":
+        if precision == "auto":
+            precision = _trusted(config, name, engine_openvino.native_precision())
+        return engine_openvino.OpenVinoEngine(tensors, config.preprocess, precision=precision)
+    from chestxray_covid import engine_torch
+
+    if precision == "auto":
+        precision = _trusted(config, name, engine_torch.native_precision(device))
+    return engine_torch.TorchEngine(tensors, config.preprocess, device=device, precision=precision)
+
+
+def _trusted(config: ModelConfig, name: str, precision: str) -> str:
+    """Return the precision if these weights keep their probabilities with it, else float32."""
+    judged = read_json(_JUDGED).get(config.weights_sha256, {}).get(f"{name}-{precision}")
+    return precision if judged is not None and keeps_probabilities(**judged) else "float32"
+
+
+def keeps_probabilities(*, p99: float, largest: float, auroc_change: float, **_: Any) -> bool:
+    """Return whether an engine's probabilities are as good as those of float32 torch.
+
+    Args:
+        p99: 99th percentile over images of the largest difference of a probability.
+        largest: The largest of these differences.
+        auroc_change: Change of the AUROC, COVID-19 against normal.
+    """
+    close = p99 <= MAX_DIFFERENCE_P99 and largest <= MAX_DIFFERENCE
+    return close and abs(auroc_change) <= MAX_AUROC_CHANGE
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -68,40 +160,3 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
         )
     powers = np.exp(exact - exact.max(1, keepdims=True))
     return np.asarray(powers / powers.sum(1, keepdims=True))
-
-
-class TorchEngine:
-    """The network in torch: inference mode, channels-last, float32."""
-
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, NDArray[Any]], *, device: str
-    ) -> None:
-        import torch
-
-        from chestxray_covid.models import from_tensors
-
-        self._preprocess = config.preprocess
-        try:
-            self._device: torch.device = torch.device(device)
-            model = from_tensors(tensors).to(self._device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"device {device!r} cannot be used: {error}. Use 'cpu', or a device that "
-                "torch finds on this machine."
-            ) from error
-        self._model = model.to(memory_format=torch.channels_last)
-
-    def __call__(
-        self, pixels: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return ``(N, K)`` logits and ``(N, 1024)`` features of ``(N, 1, S, S)`` pixels."""
-        import torch
-
-        from chestxray_covid.models import forward_features, normalise
-
-        with torch.inference_mode():
-            batch = normalise(torch.from_numpy(pixels).to(self._device), self._preprocess)
-            batch = batch.contiguous(memory_format=torch.channels_last)
-            features = forward_features(self._model, batch)
-            logits = self._model.classifier(features)
-        return logits.cpu().numpy(), features.cpu().numpy()

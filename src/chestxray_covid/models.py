@@ -201,12 +201,3 @@ def check_model(model: nn.Module, classes: Sequence[str]) -> None:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("All parameters are frozen: nothing would train.")
-
-
-def native_bfloat16(device: torch.device) -> bool:
-    """Return whether a device computes in bfloat16 natively, so that autocast pays."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return False

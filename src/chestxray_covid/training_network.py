@@ -19,10 +19,10 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from chestxray_covid.augment import hide_centres, swap_frames
+from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.models import (
     load_tensors,
-    native_bfloat16,
     normalise,
     set_training_mode,
     to_array,

@@ -11,6 +11,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,12 +23,20 @@ from chestxray_covid.datasets.base import IMAGE_SUFFIXES, ChestXrayDataset
 from chestxray_covid.image import Preprocess
 
 Item = TypeVar("Item")
+Decoded = TypeVar("Decoded")
 Result = TypeVar("Result")
 #: From the position of a sample to its ``(1, S, S)`` uint8 pixels.
 Loader = Callable[[int], NDArray[np.uint8]]
 
 #: Raised when decoding or resizing changes, so that no cache of the older kind is taken.
 _CACHE_VERSION = 1
+
+
+def cores() -> int:
+    """Return how many cores this process may run on, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
 
 
 def map_ahead(
@@ -58,6 +67,41 @@ def map_ahead(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def pipeline(
+    items: Iterable[Item],
+    decode: Callable[[Item], Decoded],
+    compute: Callable[[Sequence[Decoded]], Iterable[Result]],
+    *,
+    batch_size: int,
+    workers: int | None = None,
+    calls: int = 1,
+) -> Generator[Result, None, None]:
+    """Yield what ``compute`` makes of batches of decoded items, in order.
+
+    Some threads decode while others compute; both are ahead by a bounded number of items, whoever
+    is slower: the source of the items, the decoding, the computing, or the caller.
+
+    Args:
+        items: Read from the caller's thread, as they are needed.
+        decode: From an item to what a batch is made of.
+        compute: From a batch to a result per item.
+        batch_size: Items per batch.
+        workers: Threads that decode; as many as there are cores if not given.
+        calls: Threads that compute.
+
+    Raises:
+        Exception: Whatever the functions and the source of the items raise.
+    """
+    threads = cores() if workers is None else workers
+    ahead = 2 * max(batch_size, threads)
+    with closing(map_ahead(decode, items, workers=threads, ahead=ahead)) as decoded:
+        batches = in_batches(decoded, batch_size)
+        # One batch more than are computed, so that the next begins when one ends.
+        with closing(map_ahead(compute, batches, workers=calls, ahead=calls + 1)) as computed:
+            for batch in computed:
+                yield from batch
 
 
 def decoder(dataset: ChestXrayDataset, preprocess: Preprocess) -> Loader:

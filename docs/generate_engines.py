@@ -1,0 +1,114 @@
+"""Write what the documentation says of speed and precision of the engines, from measured results.
+
+Called by ``generate.py``; reads what ``recipes/judge_engines.py`` leaves beside the bundled
+weights, and ``benchmarks/results/predict.json``, where ``benchmarks/predict.py`` was run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from generate import DOCS, SOURCE_KEY, digest, table, with_block, wrapped
+
+from chestxray_covid import bundled_models
+
+JUDGED = DOCS.parent / "src" / "chestxray_covid" / "weights" / "engines.json"
+SPEED = DOCS.parent / "benchmarks" / "results" / "predict.json"
+FIGURE = DOCS / "speed.png"
+KINDS = {"originals": "untouched originals", "reduced": "reduced files"}
+
+
+def write_pages() -> None:
+    """Write both blocks of ``docs/engines.md``, and the figure if speed was measured."""
+    page = DOCS / "engines.md"
+    speed = json.loads(SPEED.read_text(encoding="utf-8")) if SPEED.is_file() else None
+    judged = json.loads(JUDGED.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    for name, block in (("engines", precision_block(judged)), ("speed", speed_block(speed))):
+        marks = {"start": f"<!-- {name}:start -->", "end": f"<!-- {name}:end -->"}
+        text = with_block(text, block, **marks)
+    page.write_text(text, encoding="utf-8")
+    if speed is not None:
+        draw(speed, SPEED, FIGURE)
+
+
+def precision_block(judged: Mapping[str, Any]) -> str:
+    """Return by how much the bundled default's probabilities differ from float32 torch."""
+    rows = judged[next(iter(bundled_models().values())).weights_sha256]
+    cells = (
+        [
+            name.replace("-", ", "),
+            f"{row['p99']:.5f}",
+            f"{row['largest']:.5f}",
+            f"{row['auroc_change']:+.5f}",
+        ]
+        for name, row in sorted(rows.items(), key=lambda item: item[1]["p99"])
+    )
+    head = ["engine", "difference, 99th percentile", "largest", "change of AUROC"]
+    return "\n" + table(head, cells) + "\n"
+
+
+def speed_block(result: Mapping[str, Any] | None) -> str:
+    """Return files per second and memory of all, and the ratios; or that nobody measured yet."""
+    if result is None:
+        return "\nNot measured yet: `python benchmarks/predict.py`.\n"
+    summary, machine = result["summary"], result["machine"]
+    names = list(summary["originals"]["files_per_s"])
+    names.sort(key=lambda name: -summary["originals"]["files_per_s"][name])
+    cells = (
+        [
+            name,
+            *(f"{summary[kind]['files_per_s'][name]:.1f}" for kind in KINDS),
+            f"{summary['originals']['peak_mib'][name]:.0f}",
+        ]
+        for name in names
+    )
+    head = ["", *(f"files/s, {KINDS[kind]}" for kind in KINDS), "peak memory, MiB"]
+    counts = " and ".join(f"{result['files'][kind]} {KINDS[kind]}" for kind in KINDS)
+    intro = wrapped(
+        f"From files to probabilities, DenseNet-121 at {result['size_px']} px, {counts}, on "
+        f"{result['cores']} cores ({machine['processor']}): the median of "
+        f"{len(result['rounds']['originals'][names[0]])} rounds of `{result['command']}`."
+    )
+    ratios = wrapped(" ".join(_ratios(kind, summary[kind]) for kind in KINDS))
+    times = result["latency_ms"]
+    single = wrapped(
+        "A single image takes "
+        + ", ".join(f"{value:.1f} ms ({name})" for name, value in times.items())
+        + "."
+    )
+    figure = "![Files per second of all engines and peers](speed.png)"
+    return "\n" + "\n\n".join([intro, table(head, cells), figure, ratios, single]) + "\n"
+
+
+def _ratios(kind: str, found: Mapping[str, Any]) -> str:
+    return (
+        f"On {KINDS[kind]}, {found['fastest_engine']} is "
+        f"{found['times_the_fastest_peer']:.1f} times as fast as the fastest peer, and reaches "
+        f"{found['share_of_the_bare_engine']:.2f} of the bare engine, which gets its pixels from "
+        f"memory; its peak memory is {found['peak_over_smallest_peer']:.2f} of the smallest "
+        "peer's."
+    )
+
+
+def draw(result: Mapping[str, Any], source: Path, target: Path) -> None:
+    """Draw files per second of all, for both sets of files."""
+    from matplotlib.figure import Figure
+
+    panel = Figure(figsize=(8, 4), layout="constrained")
+    for axes, kind in zip(panel.subplots(1, 2, sharey=True), KINDS, strict=True):
+        rates = result["summary"][kind]["files_per_s"]
+        ranked = sorted(result["summary"]["originals"]["files_per_s"].items(), key=lambda x: x[1])
+        names = [name for name, _ in ranked]
+        bars = axes.barh(names, [rates[name] for name in names], color="C0")
+        axes.bar_label(bars, fmt="%.0f", padding=2)
+        axes.set(xlabel="files per second", title=KINDS[kind])
+        axes.spines[["top", "right"]].set_visible(False)
+    panel.savefig(target, dpi=120, metadata={SOURCE_KEY: digest(source)})
+
+
+if __name__ == "__main__":
+    write_pages()

@@ -1,0 +1,72 @@
+"""Compiled models kept on disk, so that a second start need not compile again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from chestxray_covid.files import write_files
+
+#: Names the folder of compiled models, instead of the user's cache folder.
+CACHE_VARIABLE = "CHESTXRAY_COVID_CACHE"
+#: Most files that are kept, the latest: one has some 30 MB.
+MAX_FILES = 8
+_DIGEST_BYTES = 32
+
+
+def cache_folder() -> Path:
+    """Return where compiled models are kept: ``CHESTXRAY_COVID_CACHE``, or the user's cache folder.
+
+    That is ``$XDG_CACHE_HOME`` or ``~/.cache`` (XDG Base Directory Specification 0.8), on macOS
+    ``~/Library/Caches``, on Windows ``%LOCALAPPDATA%``, and in it ``chestxray_covid``.
+
+    Raises:
+        RuntimeError: If the user has no home folder.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "chestxray_covid"
+
+
+def load_compiled(*key: object) -> bytes | None:
+    """Return what was kept under a key; ``None`` if nothing was, or it cannot be read.
+
+    A damaged file counts as none: every file begins with the SHA-256 of what follows.
+    """
+    try:
+        with (cache_folder() / _name(key)).open("rb") as file:
+            digest, data = file.read(_DIGEST_BYTES), file.read()
+    except (OSError, RuntimeError):
+        return None
+    return data if hashlib.sha256(data).digest() == digest else None
+
+
+def keep_compiled(data: bytes, *key: object) -> None:
+    """Keep a compiled model for the next start, complete or not at all; it is never an error.
+
+    Where the folder cannot be written, the next start compiles again. Of all models the latest
+    :data:`MAX_FILES` stay.
+    """
+    try:
+        folder = cache_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_files(folder, {_name(key): hashlib.sha256(data).digest() + data})
+        kept = sorted(folder.glob("*.compiled"), key=lambda path: path.stat().st_mtime)
+        for path in kept[:-MAX_FILES]:
+            path.unlink(missing_ok=True)
+    except (OSError, RuntimeError):
+        return
+
+
+def _name(key: tuple[object, ...]) -> str:
+    return f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.compiled"

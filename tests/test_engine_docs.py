@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "engines.md"
+
+
+@pytest.fixture
+def generate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import generate_engines
+
+    return generate_engines  # type: ignore[no-any-return]
+
+
+def measured() -> dict[str, Any]:
+    """Return the result of a run that never took place."""
+    rates = {"MONAI": 10.0, "OpenVINO, bfloat16": 80.04, "bare engine": 100.0}
+    found = {
+        "files_per_s": rates,
+        "peak_mib": {name: 7 * rate for name, rate in rates.items()},
+        "fastest_engine": "OpenVINO, bfloat16",
+        "times_the_fastest_peer": 8.004,
+        "share_of_the_bare_engine": 0.8004,
+        "peak_over_smallest_peer": 0.35,
+    }
+    return {
+        "command": "python benchmarks/predict.py",
+        "size_px": 224,
+        "cores": 2,
+        "files": {"originals": 147, "reduced": 400},
+        "summary": {"originals": found, "reduced": found},
+        "latency_ms": {"engine": 8.123},
+        "rounds": {"originals": {name: [{}] * 5 for name in rates}},
+        "machine": {"processor": "a processor"},
+    }
+
+
+def test_the_page_holds_what_was_measured(generate: ModuleType) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    judged = json.loads(generate.JUDGED.read_text(encoding="utf-8"))
+    assert generate.precision_block(judged) in page, "run python docs/generate.py"
+    speed = json.loads(generate.SPEED.read_text()) if generate.SPEED.is_file() else None
+    assert generate.speed_block(speed) in page, "run python docs/generate.py"
+    if speed is not None:
+        digest = hashlib.sha256(generate.SPEED.read_bytes()).hexdigest()
+        with Image.open(generate.FIGURE) as figure:
+            assert digest in figure.info["Source"]
+
+
+def test_speed_is_told_with_machine_rounds_and_ratios(generate: ModuleType) -> None:
+    block = " ".join(generate.speed_block(measured()).split())
+    assert "147 untouched originals and 400 reduced files, on 2 cores (a processor)" in block
+    assert "the median of 5 rounds" in block
+    assert "OpenVINO, bfloat16 is 8.0 times as fast as the fastest peer" in block
+    assert "reaches 0.80 of the bare engine" in block
+    assert "8.1 ms (engine)" in block
+    rows = [line for line in generate.speed_block(measured()).splitlines() if "| 560" in line]
+    assert rows == ["| OpenVINO, bfloat16 | 80.0 | 80.0 | 560 |"]
+
+
+def test_what_nobody_measured_has_no_numbers(generate: ModuleType) -> None:
+    assert "Not measured yet" in generate.speed_block(None)
+
+
+def test_the_figure_names_the_result_that_it_shows(generate: ModuleType, tmp_path: Path) -> None:
+    source, target = tmp_path / "predict.json", tmp_path / "speed.png"
+    source.write_text(json.dumps(measured()))
+    generate.draw(measured(), source, target)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    with Image.open(target) as figure:
+        assert figure.info["Source"] == f"predict.json sha256 {digest}"
