@@ -24,8 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, write
-
 COUNTS = (1_000, 10_000, 100_000)
 ROWS = (10_000, 100_000, 1_000_000)
 NAME = "growth"
@@ -126,6 +124,8 @@ def main() -> None:
         found = tables()
     else:
         found = predictions(options.data, [int(n) for n in options.counts.split(",")])
+    from common import RESULTS, write  # it imports torch, which is none of the memory measured
+
     place = RESULTS / f"{NAME}.json"
     before = json.loads(place.read_text()) if place.is_file() else {}
     kept = {k: v for k, v in before.items() if k not in ("machine", "date")}

@@ -322,10 +322,12 @@ def main() -> None:
     (DOCS / "baseline.md").write_text(baseline_page(results), encoding="utf-8")
     draw_history(RESULTS)
     import generate_engines
+    import generate_growth
     import generate_model
 
     generate_model.write_pages()
     generate_engines.write_pages()
+    generate_growth.write_pages()
 
 
 if __name__ == "__main__":

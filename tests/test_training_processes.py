@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 WORKER = str(Path(__file__).with_name("training_worker.py"))
 LOCAL = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", *LOCAL, "--nproc-per-node"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
+#: On CPUs as well: it starts as many processes, and the run's own device says where they compute.
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
 
 
 def launched(*command: object) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import gc
-import itertools
 import os
 import re
 import sys
@@ -163,16 +162,17 @@ class ManifestDataset(ChestXrayDataset):
         samples: list[Sample] = []
         dropped: Counter[str] = Counter()
         promised: set[str] = set()
-        folder, name = os.fspath(table.parent), table.stem
+        folder, name = os.path.join(table.parent, ""), table.stem  # noqa: PTH118 - ends in "/"
         with _nothing_collected():
             for row in _rows(table, required=("path", "label", "patient_id")):
                 promised.add(row["label"])
-                file = os.path.join(folder, row["path"])  # noqa: PTH118 - fast, and small
+                given = row["path"]
+                file = given if os.path.isabs(given) else folder + given  # noqa: PTH117 - fast
                 if row["label"] not in classes:
                     dropped[f"label outside the classes ({row['label'] or 'empty'})"] += 1
                 elif not row["patient_id"]:
                     dropped["no patient_id"] += 1
-                elif not row["path"] or not _is_file(file):
+                elif not given or not _is_file(file):
                     dropped["image file missing"] += 1
                 else:
                     samples.append(_listed(file, row, name))
@@ -360,8 +360,10 @@ def _rows(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]]:
                     f"Expected a CSV with a header that names {list(required)}."
                 )
             for row in filter(None, reader):
-                cells = itertools.chain(row, itertools.repeat(""))
-                yield {k: v for k, v in zip(names, cells, strict=False) if k}
+                row += [""] * (len(names) - len(row))
+                known = dict(zip(names, row, strict=False))
+                known.pop("", None)
+                yield known
     except (csv.Error, OSError) as error:
         raise DatasetError(f"{table} cannot be read as CSV: {error}.") from error
     if not row:
