@@ -44,8 +44,8 @@ def cost_block(result: Mapping[str, Any]) -> str:
     cells = ([str(n), f"{each / n:.1f}", f"{each:.0f}"] for n in CORES)
     intro = wrapped(
         f"{largest['count']:,} files took {largest['seconds']:.0f} s on {machine['cores']} cores "
-        f"({machine['processor']}): {rate:.1f} files per second, {each:.0f} core-hours per million. "
-        "Files need nothing of each other, so the time below supposes that more cores do "
+        f"({machine['processor']}): {rate:.1f} files per second, {each:.0f} core-hours per "
+        "million. Files need nothing of each other, so the time below supposes that more cores do "
         "proportionally more, and that the storage keeps up."
     )
     head = ["cores", "hours for a million", "core-hours"]
