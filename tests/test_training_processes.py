@@ -33,7 +33,7 @@ def launched(*command: object) -> subprocess.CompletedProcess[str]:
         [*map(str, command)],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         env=environment,
         check=False,
     )
@@ -43,10 +43,9 @@ def test_a_run_outlives_a_killed_process_and_goes_on_in_four_as_in_one(
     tmp_path: Path, checkpoint_folder: Path
 ) -> None:
     run = tmp_path / "run"
-    start = time.monotonic()
     done = launched(*TORCHRUN, 2, WORKER, checkpoint_folder, run, tmp_path, 8, 1, 2)
     assert "SIGKILL" in done.stderr, done.stderr
-    assert time.monotonic() - start < 60 + 60, "a minute, and one to start"
+    assert time.time() - (tmp_path / "killed").stat().st_mtime < 60
     step, tensors, values = StateStore(run).load()
     assert step == 1
     assert all(np.isfinite(tensor).all() for tensor in tensors.values())

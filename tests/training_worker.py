@@ -40,11 +40,12 @@ def noting(sample: Sample, size: Any, *, read: Any, seen: list[str]) -> Any:
 
 
 class KillAfter(Callback):
-    def __init__(self, rank: str, step: int) -> None:
-        self.rank, self.step = rank, step
+    def __init__(self, rank: str, step: int, notes: Path) -> None:
+        self.rank, self.step, self.notes = rank, step, notes
 
     def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
         if step == self.step and os.environ.get("RANK") == self.rank:
+            (self.notes / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -91,7 +92,7 @@ def main() -> None:
         if (changes or writes) and str(arguments[0]).startswith(str(run)):
             written.append(f"{event} {arguments[0]}")
 
-    kill = [KillAfter(sys.argv[5], int(sys.argv[6]))] if len(sys.argv) > 5 else []
+    kill = [KillAfter(sys.argv[5], int(sys.argv[6]), notes)] if len(sys.argv) > 5 else []
     started = (run / "state").exists()
     sys.addaudithook(watch)
     history = trainer(checkpoint, run, int(sys.argv[4]), seen, *kill).fit(resume=started)

@@ -134,7 +134,8 @@ class Trainer:
     def _prepare(self, resume: bool) -> None:
         config = self.config
         try:
-            self.output.mkdir(parents=True, exist_ok=True)
+            if self._accelerator.is_main_process:
+                self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainingError(
                 f"{self.output} cannot become a run directory: {error}. Choose another."

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,7 @@ class ManifestDataset(ChestXrayDataset):
         samples: list[Sample] = []
         dropped: Counter[str] = Counter()
         promised: set[str] = set()
+        more: list[str] = []  # columns that go to the metadata, the same in all rows
         folder, name = os.path.join(table.parent, ""), table.stem  # noqa: PTH118 - ends in "/"
         with _nothing_collected():
             for row in _rows(table, required=("path", "label", "patient_id")):
@@ -172,10 +173,11 @@ class ManifestDataset(ChestXrayDataset):
                     dropped[f"label outside the classes ({row['label'] or 'empty'})"] += 1
                 elif not row["patient_id"]:
                     dropped["no patient_id"] += 1
-                elif not given or not _is_file(file):
+                elif not given or not os.path.isfile(file):  # noqa: PTH113 - keeps no copy
                     dropped["image file missing"] += 1
                 else:
-                    samples.append(_listed(file, row, name))
+                    more = more or [k for k in row if k not in _KNOWN]
+                    samples.append(_listed(file, row, name, more))
         super().__init__(
             samples,
             classes=classes,
@@ -224,7 +226,7 @@ class HannoverCovidDataset(ChestXrayDataset):
                 dropped["finding outside the classes (covid19)"] += 1
             elif not row["patient_id"]:
                 dropped["no patient_id"] += 1
-            elif not _is_file(path):
+            elif not os.path.isfile(path):  # noqa: PTH113
                 dropped["image file missing"] += 1
             else:
                 samples.append(
@@ -317,13 +319,6 @@ def _pattern(expression: str | None) -> re.Pattern[str] | None:
         ) from error
 
 
-def _is_file(path: str | os.PathLike[str]) -> bool:
-    try:
-        return os.path.isfile(path)  # noqa: PTH113 - a Path would keep a second copy of its name
-    except OSError:  # the name is too long, or its folder closed to us
-        return False
-
-
 def _patient(path: Path, root: Path, pattern: re.Pattern[str] | None) -> str | None:
     if pattern is None:
         return path.relative_to(root).as_posix()
@@ -370,7 +365,7 @@ def _rows(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]]:
         raise DatasetError(f"{table} has a header and no rows.")
 
 
-def _listed(file: str, row: dict[str, str], name: str) -> Sample:
+def _listed(file: str, row: dict[str, str], name: str, more: Iterable[str]) -> Sample:
     """Return a row's sample; text that many rows share is kept once."""
     return Sample(
         path=Path(file),
@@ -379,5 +374,5 @@ def _listed(file: str, row: dict[str, str], name: str) -> Sample:
         patient_id=row["patient_id"],
         source=sys.intern(row.get("source") or name),
         view=sys.intern(row.get("view") or UNKNOWN_VIEW),
-        metadata={k: v for k, v in row.items() if k not in _KNOWN},
+        metadata={k: row[k] for k in more},
     )
