@@ -35,7 +35,8 @@ def gradient_checkpointing(model: torchvision.models.DenseNet) -> Iterator[None]
     """Let dense layers be computed a second time for the gradient, while this is entered.
 
     torchvision's ``memory_efficient`` does it, but its batch norms then see each batch twice. A
-    momentum of ``1 - sqrt(1 - m)`` gives the same statistics in two updates as ``m`` in one.
+    momentum of ``1 - sqrt(1 - m)`` gives the same statistics in two updates as ``m`` in one. Only
+    ``num_batches_tracked``, which nothing reads, counts both.
 
     Args:
         model: Changed in place, and changed back.
