@@ -323,11 +323,13 @@ def main() -> None:
     draw_history(RESULTS)
     import generate_audits
     import generate_engines
+    import generate_export
     import generate_model
 
     generate_model.write_pages()
     generate_audits.write_pages()
     generate_engines.write_pages()
+    generate_export.write_page()
 
 
 if __name__ == "__main__":

@@ -172,16 +172,23 @@ def judge_inside(classifier: Classifier, split: Split) -> dict[str, Any]:
 # ---------------------------------------------------------------- shorter relatives
 
 
-def train_relative(
-    train: ChestXrayDataset, groups: Sequence[int], start: Path | bool, folder: Path, config: Any
-) -> Classifier:
-    """Train a network on these patients and return it; a finished one is read."""
-    rest, held = divide(train, np.arange(len(train)), np.asarray(groups), 0.1, 0)
+def train_network(
+    train: ChestXrayDataset, val: ChestXrayDataset, start: Path | None, folder: Path, config: Any
+) -> None:
+    """Train from a checkpoint, or from random weights; a finished run is left as it is."""
     model = build_densenet121(
         str(start) if start else False, num_classes=len(train.classes), seed=0
     )
-    trainer = Trainer(model, train.subset(rest), train.subset(held), config, output=folder)
+    trainer = Trainer(model, train, val, config, output=folder)
     trainer.fit(resume=(folder / "history.json").exists())
+
+
+def train_relative(
+    train: ChestXrayDataset, groups: Sequence[int], start: Path | None, folder: Path, config: Any
+) -> Classifier:
+    """Train a network on these patients, a tenth of them for validation, and return it."""
+    rest, held = divide(train, np.arange(len(train)), np.asarray(groups), 0.1, 0)
+    train_network(train.subset(rest), train.subset(held), start, folder, config)
     return Classifier.from_pretrained(folder)
 
 
@@ -207,7 +214,7 @@ class Relatives:
         classifier = train_relative(
             self.dataset.subset(chosen),
             self.groups[chosen].tolist(),
-            self.base or False,
+            self.base,
             self.folder / name,
             replace(SHORT, cache_dir=self.cache),
         )
@@ -223,11 +230,7 @@ class Relatives:
             for side in ("train", "val")
         )
         self.base = self.folder / "base"
-        model = build_densenet121(False, num_classes=len(train.classes), seed=0)
-        config = replace(BASE, cache_dir=self.cache)
-        Trainer(model, train, val, config, output=self.base).fit(
-            resume=(self.base / "history.json").exists()
-        )
+        train_network(train, val, None, self.base, replace(BASE, cache_dir=self.cache))
 
     def held_out_nih(self) -> np.ndarray:
         """Return NIH's patients of validation and test, whom the base never sees, nor any relative

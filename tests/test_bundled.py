@@ -16,6 +16,7 @@ from chestxray_covid.card import model_card
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.gate import GATE_NAME
 from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
+from chestxray_covid.int8 import INT8_NAME
 
 ROOT = Path(__file__).parents[1]
 FOLDER = BUNDLED / DEFAULT_MODEL
@@ -53,7 +54,7 @@ def test_the_weights_are_small_halved_and_gated() -> None:
     config, tensors = load_checkpoint(FOLDER)
     assert (FOLDER / "model.safetensors").stat().st_size < 15_000_000
     assert {t.dtype.name for t in tensors.values()} == {"float16", "int64"}
-    assert set(config.attachments) == {GATE_NAME}
+    assert set(config.attachments) == {GATE_NAME, INT8_NAME, "int8.json"}
     assert config.provenance["license"] == "cc-by-nc-sa-4.0"
     assert not any("ND" in name.split("-") for name in config.provenance["train_licences"])
 

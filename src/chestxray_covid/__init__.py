@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.errors import DatasetError as DatasetError
     from chestxray_covid.errors import DatasetNotFoundError as DatasetNotFoundError
     from chestxray_covid.errors import DownloadError as DownloadError
+    from chestxray_covid.errors import ExportError as ExportError
     from chestxray_covid.errors import ImageError as ImageError
     from chestxray_covid.errors import ImageNotFoundError as ImageNotFoundError
     from chestxray_covid.errors import IntegrityError as IntegrityError
@@ -69,6 +70,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.evaluation_report import EvaluationReport as EvaluationReport
     from chestxray_covid.explain import grad_cam as grad_cam
     from chestxray_covid.explain import occlusion_sensitivity as occlusion_sensitivity
+    from chestxray_covid.export import export_model as export_model
     from chestxray_covid.gate import Flag as Flag
     from chestxray_covid.gate import Gate as Gate
     from chestxray_covid.gate_fit import fit_gate as fit_gate
@@ -97,6 +99,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.plots import plot_samples as plot_samples
     from chestxray_covid.prediction import FailedPrediction as FailedPrediction
     from chestxray_covid.prediction import Prediction as Prediction
+    from chestxray_covid.quantization import QuantizationReport as QuantizationReport
+    from chestxray_covid.quantization import quantize as quantize
     from chestxray_covid.report import write_report as write_report
     from chestxray_covid.splits import Split as Split
     from chestxray_covid.splits import split_by_patient as split_by_patient
@@ -141,6 +145,7 @@ _MODULES = {
         "DatasetError",
         "DatasetNotFoundError",
         "DownloadError",
+        "ExportError",
         "ImageError",
         "ImageNotFoundError",
         "IntegrityError",
@@ -154,6 +159,7 @@ _MODULES = {
     "evaluation": ("cross_validate", "evaluate"),
     "evaluation_report": ("EvaluationReport",),
     "explain": ("grad_cam", "occlusion_sensitivity"),
+    "export": ("export_model",),
     "gate": ("Flag", "Gate"),
     "gate_fit": ("fit_gate",),
     "heatmap": ("Heatmap",),
@@ -177,6 +183,7 @@ _MODULES = {
     ),
     "prediction": ("FailedPrediction", "Prediction"),
     "report": ("write_report",),
+    "quantization": ("QuantizationReport", "quantize"),
     "splits": ("Split", "split_by_patient"),
     "subgroups": ("Subgroup",),
     "training": ("Trainer",),

@@ -353,25 +353,6 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[s
     return config, contents
 
 
-def restrict_classes(
-    config: ModelConfig, tensors: Mapping[str, NDArray[Any]], classes: Sequence[str]
-) -> tuple[ModelConfig, dict[str, NDArray[Any]]]:
-    """Return the checkpoint with these classes only; softmax over them is the renormalisation.
-
-    Raises:
-        ValueError: If they are not at least two different ones of the checkpoint's.
-    """
-    chosen = tuple(classes)
-    strange = [c for c in chosen if c not in config.classes]
-    if isinstance(classes, str) or strange or len(set(chosen)) != len(chosen) or len(chosen) < 2:
-        raise ValueError(
-            f"classes must be at least two different ones of {config.classes}, got {classes!r}"
-        )
-    rows = [config.classes.index(c) for c in chosen]
-    head = {k: tensors[k][rows] for k in ("classifier.weight", "classifier.bias")}
-    return replace(config, classes=chosen, weights_sha256=""), {**tensors, **head}
-
-
 def load_attachment(folder: str | os.PathLike[str], config: ModelConfig, name: str) -> bytes | None:
     """Return the content of a file that belongs to a checkpoint, verified; ``None`` if none does.
 

@@ -18,16 +18,16 @@ from chestxray_covid.checkpoint import (
     ModelConfig,
     load_attachment,
     load_checkpoint,
-    restrict_classes,
     weights_digest,
 )
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import pipeline
-from chestxray_covid.engines import open_engine, softmax
+from chestxray_covid.engines import open_engine, restrict_classes, softmax
 from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError
 from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
 from chestxray_covid.hub import resolve
-from chestxray_covid.inputs import ReadImage, expand, is_single, name_of, read
+from chestxray_covid.inputs import ReadImage, check_positive, expand, is_single, name_of, read
+from chestxray_covid.int8 import INT8_NAME, Int8
 from chestxray_covid.prediction import FailedPrediction, Prediction
 
 #: Name of an image, and its pixels or why there are none.
@@ -46,6 +46,7 @@ class Classifier:
         tensors: Weights of the checkpoint.
         gate: Says what is odd about an image; without it, predictions tell only what needs no
             statistics: blank, low resolution, colour.
+        int8: Statistics for ``precision="int8"``.
         classes, device, engine, precision: See :meth:`from_pretrained`.
 
     Attributes:
@@ -63,6 +64,7 @@ class Classifier:
         tensors: Mapping[str, NDArray[Any]],
         *,
         gate: Gate | None = None,
+        int8: Int8 | None = None,
         classes: Sequence[str] | None = None,
         device: str | None = None,
         engine: str = "auto",
@@ -74,7 +76,8 @@ class Classifier:
         self.gate = gate
         self._tensors, self._file_sha256 = tensors, ""
         self._origin: Path | None = None
-        self._open = partial(open_engine, engine=engine, device=device, precision=precision)
+        opened = partial(open_engine, int8=int8)
+        self._open = partial(opened, engine=engine, device=device, precision=precision)
         self.engine = self._open(config, tensors)
 
     @classmethod
@@ -106,7 +109,8 @@ class Classifier:
             engine: ``"openvino"``, ``"onnx"``, ``"torch"``, or ``"auto"`` for the fastest of them
                 that is installed.
             precision: What it computes in: ``"float32"``, ``"bfloat16"``, on CUDA ``"float16"``,
-                or ``"auto"`` for the fastest that is known to keep this model's probabilities.
+                with OpenVINO ``"int8"`` if :func:`quantize` made the checkpoint, or ``"auto"`` for
+                the fastest of the others that is known to keep this model's probabilities.
 
         Raises:
             CheckpointNotFoundError: If there is no such checkpoint.
@@ -125,12 +129,12 @@ class Classifier:
             local_files_only=local_files_only,
         )
         config, tensors = load_checkpoint(folder)
-        attached = load_attachment(folder, config, GATE_NAME)
-        gate = None if attached is None else Gate.from_bytes(attached)
+        gate, int8 = (load_attachment(folder, config, name) for name in (GATE_NAME, INT8_NAME))
         made = cls(
             config,
             tensors,
-            gate=gate,
+            gate=None if gate is None else Gate.from_bytes(gate),
+            int8=None if int8 is None else Int8.from_bytes(int8),
             classes=classes,
             device=device,
             engine=engine,
@@ -223,7 +227,7 @@ class Classifier:
         """
         if not is_single(images):
             return list(self.predict_stream([images], batch_size))
-        _check_positive("batch_size", batch_size)
+        check_positive("batch_size", batch_size)
         return self._judge([(name_of(images), read(images, self.config.preprocess))])[0]
 
     def predict_proba(
@@ -247,7 +251,7 @@ class Classifier:
         """
         from tqdm import tqdm
 
-        _check_positive("batch_size", batch_size)
+        check_positive("batch_size", batch_size)
         items = list(expand(images))
         if len(items) == 1:  # without the machinery
             return self._compute(read(items[0], self.config.preprocess)[0][np.newaxis])[0]
@@ -274,7 +278,7 @@ class Classifier:
             For one image a list of ``{"label": str, "score": float}`` by falling score, for
             several a list of such lists. Errors are those of :meth:`predict`.
         """
-        _check_positive("top_k", top_k)
+        check_positive("top_k", top_k)
         found = self.predict_proba(images, batch_size=batch_size)
         shaped = [
             [{"label": self.classes[k], "score": float(row[k])} for k in order[:top_k]]
@@ -326,7 +330,7 @@ class Classifier:
         """
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error must be 'raise' or 'return', got {on_error!r}")
-        _check_positive("batch_size", batch_size)
+        check_positive("batch_size", batch_size)
         whole = isinstance(images, (str, os.PathLike, ChestXrayDataset))
         parts = iter([images] if whole else images)
         items = chain.from_iterable(map(expand, parts))
@@ -390,8 +394,3 @@ def _raising(results: Iterable[Prediction | FailedPrediction]) -> Iterator[Predi
         if isinstance(result, FailedPrediction):
             raise result.error
         yield result
-
-
-def _check_positive(name: str, value: int) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")

@@ -26,6 +26,7 @@ from chestxray_covid.command import (
     open_data,
     translated,
 )
+from chestxray_covid.export_commands import export, quantize
 from chestxray_covid.hub_commands import models, push
 from chestxray_covid.judging_commands import evaluate
 
@@ -41,10 +42,8 @@ def main() -> None:
     """COVID-19 classification of chest radiographs with DenseNet-121."""
 
 
-main.add_command(audit)
-main.add_command(evaluate)
-main.add_command(models)
-main.add_command(push)
+for subcommand in (audit, evaluate, models, push, export, quantize):
+    main.add_command(subcommand)
 
 
 @main.command()

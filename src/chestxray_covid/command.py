@@ -51,7 +51,7 @@ ENGINE = click.option(
 )
 PRECISION = click.option(
     "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
     default="auto",
     show_default=True,
     help="What it computes in; auto takes the fastest that keeps the model's probabilities.",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import queue
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +29,37 @@ from chestxray_covid.graph import (
     fold,
 )
 from chestxray_covid.image import Preprocess
+from chestxray_covid.int8 import Int8
 
 #: Our names of precisions → OpenVINO's.
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
+#: What is not in int8 stays in float32: it is little, and changing between the two costs more.
+_INT8_HINT = "f32"
 #: From so many images in one call on a second copy of the model pays, which takes 0.3 s to make.
 _MANY = 8
 #: Each stream has its own activations, some 20 MB.
 _MAX_STREAMS = 16
+
+
+def import_openvino() -> Any:
+    """Return the package ``openvino``, imported so that it tells nobody.
+
+    OpenVINO reports every import to its makers, unless the user has run ``opt_in_out --opt_out``,
+    and leaves an identifier in the home folder. It does neither if the package that does it cannot
+    be imported, which OpenVINO does not insist on. Where it was imported before, that is the
+    importer's affair.
+
+    Raises:
+        MissingExtraError: If OpenVINO is not installed.
+    """
+    reporter = "openvino_telemetry"
+    if "openvino" in sys.modules or reporter in sys.modules:
+        return require_extra("openvino", "openvino")
+    sys.modules[reporter] = cast(ModuleType, None)  # importing it fails
+    try:
+        return require_extra("openvino", "openvino")
+    finally:
+        del sys.modules[reporter]
 
 
 def openvino_model(network: Network, *, batch: int | None = None) -> Any:
@@ -46,13 +72,15 @@ def openvino_model(network: Network, *, batch: int | None = None) -> Any:
     Raises:
         MissingExtraError: If OpenVINO is not installed.
     """
-    ov = require_extra("openvino", "openvino")
+    ov = import_openvino()
     ops = require_extra("openvino.opset13", "openvino")
     shape = [-1 if batch is None else batch, 1, network.size_px, network.size_px]
     pixels = ops.parameter(shape, np.uint8, name=PIXELS)
     made: dict[str, Any] = {PIXELS: ops.convert(pixels, np.float32)}
     for step in network.steps:
-        made[step.name] = _node(ops, step, [made[name] for name in step.inputs])
+        made[step.name] = _rounded(
+            ops, step, _node(ops, step, [made[name] for name in step.inputs])
+        )
     results = []
     for name in (LOGITS, FEATURES):
         made[name].output(0).get_tensor().set_names({name})
@@ -74,6 +102,8 @@ def _node(ops: Any, step: Step, inputs: list[Any]) -> Any:
     if step.op == "global_average":
         return ops.reduce_mean(inputs[0], np.array([2, 3]), keep_dims=False, name=step.name)
     weight = ops.constant(step.weight, name=f"{step.name}.weight")
+    if step.scale is not None:
+        weight = ops.multiply(ops.convert(weight, np.float32), ops.constant(step.scale))
     if step.op == "affine":
         made = ops.multiply(inputs[0], weight)
     elif step.op == "linear":
@@ -81,11 +111,19 @@ def _node(ops: Any, step: Step, inputs: list[Any]) -> Any:
     else:
         made = _convolution(ops, step, inputs[0], weight)
     if step.bias is not None:
-        shape = (-1, 1, 1) if step.op == "convolution" else step.bias.shape
+        shape = (1, -1, 1, 1) if step.op == "convolution" else step.bias.shape
         made = ops.add(made, ops.constant(step.bias.reshape(shape)))
     made = ops.relu(made) if step.relu else made
     made.set_friendly_name(step.name)
     return made
+
+
+def _rounded(ops: Any, step: Step, made: Any) -> Any:
+    """Return the result, rounded to 256 levels if the step has a range."""
+    if step.range is None:
+        return made
+    ends = [ops.constant(np.float32(end)) for end in step.range] * 2
+    return ops.fake_quantize(made, *ends, levels=256)
 
 
 def _convolution(ops: Any, step: Step, value: Any, weight: Any) -> Any:
@@ -95,7 +133,8 @@ def _convolution(ops: Any, step: Step, value: Any, weight: Any) -> Any:
         value = ops.pad(value, edges, edges, "constant", np.float32(step.fill))
         pads = [0, 0]
     stride = [step.stride, step.stride]
-    return ops.convolution(value, weight, stride, pads, pads, [1, 1])
+    name = f"{step.name}.sum"
+    return ops.convolution(value, weight, stride, pads, pads, [1, 1], name=name)
 
 
 class OpenVinoEngine:
@@ -108,23 +147,30 @@ class OpenVinoEngine:
     Args:
         tensors: Weights of a checkpoint.
         preprocess: Its preprocessing.
-        precision: ``"float32"`` or ``"bfloat16"``.
+        precision: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+        int8: For ``"int8"``, its statistics.
 
     Raises:
         MissingExtraError: If OpenVINO is not installed.
+        CheckpointError: If the statistics are those of another network.
     """
 
     name = "openvino"
     calls = 2
 
     def __init__(
-        self, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess, *, precision: str
+        self,
+        tensors: Mapping[str, NDArray[Any]],
+        preprocess: Preprocess,
+        *,
+        precision: str,
+        int8: Int8 | None = None,
     ) -> None:
         self.precision = precision
         self._classes = len(tensors["classifier.bias"])
         self._core = _core()
         one = self._options(streams=1)
-        compiled, self._model = _compiled(self._core, tensors, preprocess, precision, one)
+        compiled, self._model = _compiled(self._core, tensors, preprocess, int8 or precision, one)
         self._one = _Lanes(compiled, requests=1, lanes=cores())
         self._many: _Lanes | None = None
         self._lock = threading.Lock()
@@ -164,7 +210,7 @@ class OpenVinoEngine:
 
     def _options(self, *, streams: int) -> dict[str, Any]:
         return {
-            "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
+            "INFERENCE_PRECISION_HINT": _HINTS.get(self.precision, _INT8_HINT),
             "NUM_STREAMS": streams,
             "ENABLE_CPU_PINNING": False,  # the cores are shared with threads that decode
         }
@@ -198,32 +244,37 @@ def native_precision() -> str:
 
 
 def _core() -> Any:
-    return require_extra("openvino", "openvino").Core()
+    return import_openvino().Core()
 
 
 def _compiled(
     core: Any,
     tensors: Mapping[str, NDArray[Any]],
     preprocess: Preprocess,
-    precision: str,
+    precision: str | Int8,
     options: dict[str, Any],
 ) -> tuple[Any, bytes]:
     """Return the compiled model, from the cache if it is there, and what it can be made of again.
 
     A copy that was imported cannot be exported.
     """
-    version = require_extra("openvino", "openvino").get_version()
+    version = import_openvino().get_version()
     processor = core.get_property("CPU", "FULL_DEVICE_NAME")
     abilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     made_with = [__version__, version, processor, *abilities]
-    key = ("openvino", digest(tensors, preprocess), preprocess.size_px, precision, made_with)
+    kind = precision.digest if isinstance(precision, Int8) else precision
+    key = ("openvino", digest(tensors, preprocess), preprocess.size_px, kind, made_with)
     kept = load_compiled(*key)
     if kept is not None:
         try:
             return core.import_model(kept, "CPU", options), kept
         except (RuntimeError, ValueError):
             pass  # of a build that calls itself the same, but is another
-    model = openvino_model(fold(tensors, preprocess, precision=precision), batch=1)
+    if isinstance(precision, Int8):
+        network = precision.apply(fold(tensors, preprocess))
+    else:
+        network = fold(tensors, preprocess, precision=precision)
+    model = openvino_model(network, batch=1)
     compiled = core.compile_model(model, "CPU", options)
     stream = io.BytesIO()
     compiled.export_model(stream)

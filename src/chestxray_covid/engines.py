@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +17,14 @@ from chestxray_covid.checkpoint import ModelConfig
 from chestxray_covid.engine_onnx import OnnxEngine
 from chestxray_covid.errors import CheckpointError, MissingExtraError
 from chestxray_covid.files import read_json
+from chestxray_covid.int8 import INT8_NAME, Int8
 from chestxray_covid.tensors import check_tensors
 
 ENGINES = ("auto", "openvino", "onnx", "torch")
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
 #: What each engine computes in; in the order of their speed on a CPU, see ``docs/engines.md``.
 _ENGINE_PRECISIONS = {
-    "openvino": ("float32", "bfloat16"),
+    "openvino": ("float32", "bfloat16", "int8"),
     "onnx": ("float32",),
     "torch": ("float32", "bfloat16", "float16"),
 }
@@ -61,6 +63,7 @@ def open_engine(
     engine: str = "auto",
     device: str | None = None,
     precision: str = "auto",
+    int8: Int8 | None = None,
 ) -> Engine:
     """Return the runtime of a checkpoint.
 
@@ -72,12 +75,15 @@ def open_engine(
         device: Torch device such as ``"cpu"``, ``"cuda"`` or ``"mps"``; the CPU if not given.
         precision: What it computes in: ``"float32"``, ``"bfloat16"``, on CUDA ``"float16"``; or
             ``"auto"``: the fastest that the processor has, if these weights were found to keep
-            their probabilities with it (:data:`MAX_DIFFERENCE_P99`), else float32.
+            their probabilities with it (:data:`MAX_DIFFERENCE_P99`), else float32. ``"int8"`` is
+            OpenVINO's alone, and never taken unasked.
+        int8: What has to be known for ``precision="int8"``, see :func:`quantization.quantize`.
 
     Raises:
         ValueError: If engine or precision is unknown, they do not go together, or the device is
             not there.
-        CheckpointError: If the weights are not those that the config describes.
+        CheckpointError: If the weights are not those that the config describes, or ``"int8"`` is
+            wanted of a checkpoint that was not quantised.
         MissingExtraError: If the engine that was asked for is not installed.
     """
     if engine not in ENGINES:
@@ -91,10 +97,23 @@ def open_engine(
             f"engine {engine!r} does not compute in {precision} on device {device or 'cpu'!r}. "
             'openvino and onnx use the CPU alone, onnx in float32; leave it to engine="auto".'
         )
+    if precision == "int8":
+        return _open_int8(config, tensors, int8)
     for name in names[:-1]:
         with suppress(MissingExtraError):
             return _open(name, config, tensors, device or "cpu", precision)
     return _open(names[-1], config, tensors, device or "cpu", precision)
+
+
+def _open_int8(
+    config: ModelConfig, tensors: Mapping[str, NDArray[Any]], int8: Int8 | None
+) -> Engine:
+    if int8 is None:
+        raise CheckpointError(
+            f"The checkpoint has no {INT8_NAME}, so it cannot be computed in int8. Quantise it "
+            "with chestxray-covid quantize, or take another precision."
+        )
+    return engine_openvino.OpenVinoEngine(tensors, config.preprocess, precision="int8", int8=int8)
 
 
 def _candidates(engine: str, device: str | None) -> tuple[str, ...]:
@@ -144,6 +163,25 @@ def keeps_probabilities(*, p99: float, largest: float, auroc_change: float, **_:
     """
     close = p99 <= MAX_DIFFERENCE_P99 and largest <= MAX_DIFFERENCE
     return close and abs(auroc_change) <= MAX_AUROC_CHANGE
+
+
+def restrict_classes(
+    config: ModelConfig, tensors: Mapping[str, NDArray[Any]], classes: Sequence[str]
+) -> tuple[ModelConfig, dict[str, NDArray[Any]]]:
+    """Return the checkpoint with these classes only; softmax over them is the renormalisation.
+
+    Raises:
+        ValueError: If they are not at least two different ones of the checkpoint's.
+    """
+    chosen = tuple(classes)
+    strange = [c for c in chosen if c not in config.classes]
+    if isinstance(classes, str) or strange or len(set(chosen)) != len(chosen) or len(chosen) < 2:
+        raise ValueError(
+            f"classes must be at least two different ones of {config.classes}, got {classes!r}"
+        )
+    rows = [config.classes.index(c) for c in chosen]
+    head = {k: tensors[k][rows] for k in ("classifier.weight", "classifier.bias")}
+    return replace(config, classes=chosen, weights_sha256=""), {**tensors, **head}
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ missing package) is a :class:`ChestXrayError` and also the builtin that a caller
     │   ├── CheckpointNotFoundError (FileNotFoundError)
     │   └── ConfigError
     ├── WeightsUnavailableError (OSError)
+    ├── ExportError (ValueError)
     ├── ReportError (ValueError)
     ├── TrainingError (ValueError)
     ├── TrainingInterrupted
@@ -81,6 +82,10 @@ class ConfigError(CheckpointError):
 
 class WeightsUnavailableError(ChestXrayError, OSError):
     """Pretrained weights are neither cached nor to be fetched."""
+
+
+class ExportError(ChestXrayError, ValueError):
+    """An exported or quantised model does not answer as the original does; nothing was written."""
 
 
 class ReportError(ChestXrayError, ValueError):

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid.classifier import Classifier, _check_positive
+from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.loading import in_batches, map_ahead
 from chestxray_covid.engines import softmax
 from chestxray_covid.heatmap import Heatmap
 from chestxray_covid.image import load_image
-from chestxray_covid.inputs import expand, is_single, name_of, read
+from chestxray_covid.inputs import check_positive, expand, is_single, name_of, read
 
 
 class _Loaded(NamedTuple):
@@ -75,7 +75,7 @@ def grad_cam_stream(
 
     from chestxray_covid.models import feature_maps, from_tensors, normalise
 
-    _check_positive("batch_size", batch_size)
+    check_positive("batch_size", batch_size)
     try:
         model = from_tensors(classifier._tensors).to(torch.device(device))
         model = model.to(memory_format=torch.channels_last)  # half again as fast on a CPU
@@ -129,7 +129,7 @@ def occlusion_sensitivity(
         raise ValueError(
             f"steps must be in 2 to 32 and window inside (0, 1), got {steps} and {window}"
         )
-    _check_positive("batch_size", batch_size)
+    check_positive("batch_size", batch_size)
     items, targets = explained(classifier, images, target)
     found = []
     for one in _load_ahead(classifier, items, targets, batch_size=1):

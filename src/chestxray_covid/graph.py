@@ -47,23 +47,27 @@ class Step:
         name: Names its result; where the step has weights, the name of their layer in a checkpoint.
         op: What it does.
         inputs: Names of what it takes: earlier steps, or ``"pixels"``.
-        weight: float32, shaped as :data:`Op` says.
+        weight: float32, or int8 with ``scale``, shaped as :data:`Op` says.
         bias: float32, one number per output channel, ``(O,)``, or ``(C, 1, 1)`` of ``affine``.
         stride: Of a convolution.
         padding: Of a convolution, on all four sides.
         fill: What a convolution pads with.
         relu: Whether a ReLU follows.
+        scale: ``(O, 1, 1, 1)``, times which the weight counts, if that is int8, see :mod:`int8`.
+        range: Lowest and highest value of the result, which is rounded to 256 levels in between.
     """
 
     name: str
     op: Op
     inputs: tuple[str, ...]
-    weight: NDArray[np.float32] | None = None
+    weight: NDArray[Any] | None = None
     bias: NDArray[np.float32] | None = None
     stride: int = 1
     padding: int = 0
     fill: float = 0.0
     relu: bool = False
+    scale: NDArray[np.float32] | None = None
+    range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -77,3 +77,13 @@ def read(image: Any, preprocess: Preprocess) -> ReadImage:
     if sample.is_file and image.dataset.transform is None:
         return preprocess.read(sample.path)
     return preprocess.read(image.dataset.image(image.position, preprocess.decode_size()))
+
+
+def check_positive(name: str, value: int) -> None:
+    """Refuse an argument that counts nothing.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")

@@ -1,0 +1,255 @@
+"""Take a model elsewhere: one file from grey pixels on, and a card of what it expects and gives."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid._version import __version__
+from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
+from chestxray_covid.datasets.synthetic import SyntheticChestXray
+from chestxray_covid.engine_onnx import onnx_model
+from chestxray_covid.engine_openvino import import_openvino, openvino_model
+from chestxray_covid.engines import softmax
+from chestxray_covid.errors import ExportError, require_extra
+from chestxray_covid.export_card import card_text
+from chestxray_covid.files import write_files
+from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, fold
+from chestxray_covid.hub import resolve
+from chestxray_covid.inputs import expand, read
+
+CARD_NAME, TEXT_NAME = "card.json", "README.md"
+#: Largest difference to torchvision's float32 network that is rounding and nothing else: of a
+#: probability, and of logits and features in parts of the largest of them. Seen are a tenth of it.
+MAX_PROBABILITY_DIFFERENCE, MAX_RELATIVE_DIFFERENCE = 1e-4, 1e-4
+#: Images that are compared at once, and phantoms where the caller has no images.
+_BATCH, _PHANTOMS = 8, 8
+
+#: ``(N, K)`` logits and ``(N, 1024)`` features.
+_Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
+_Run = Callable[[NDArray[np.uint8]], _Outputs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far an exported file is from the network that it was made of.
+
+    Attributes:
+        images: Images that both were given.
+        probability: Largest difference of a probability.
+        logits: Largest difference of a logit, in parts of the largest logit.
+        features: Likewise of a feature.
+    """
+
+    images: int
+    probability: float
+    logits: float
+    features: float
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the differences are those of another order of adding up."""
+        relative = max(self.logits, self.features)
+        near = self.probability <= MAX_PROBABILITY_DIFFERENCE
+        return near and relative <= MAX_RELATIVE_DIFFERENCE
+
+
+def export_model(
+    checkpoint: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str],
+    *,
+    format: str = "onnx",
+    images: Any = None,
+) -> Path:
+    """Write a model as one file for another runtime, with a card, and return the folder.
+
+    The file takes ``pixels``, ``(N, 1, S, S)`` uint8 grey with any N, and gives ``logits``,
+    ``(N, K)``, and ``features``, ``(N, 1024)``, float32. Normalisation and the calibration
+    temperature are in it. It is read back, run, and compared with torchvision's network before
+    anything is written: all of it or nothing.
+
+    ``card.json`` says what the file expects and gives, ``README.md`` says it in words.
+
+    Args:
+        checkpoint: ``None`` for the bundled model, or whatever :func:`resolve` takes.
+        output: Folder, made if missing; files of the same names are replaced.
+        format: ``"onnx"``: ``model.onnx``, opset 17. ``"openvino"``: ``model.xml`` and
+            ``model.bin``. ``"torch"``: ``model.pt2`` for ``torch.export.load``: the graph as JSON
+            and the weights as bytes, where TorchScript and ``torch.save`` hold pickles.
+        images: Radiographs to compare on: a folder, a data set, or a list of images, see
+            :func:`load_image`; phantoms if not given.
+
+    Raises:
+        ExportError: If the file does not answer as the checkpoint does, or cannot be made.
+        CheckpointError: If the checkpoint is missing or damaged.
+        ImageError: If an image cannot be decoded.
+        MissingExtraError: If a package for the format is not installed.
+        ValueError: If the format is unknown, or there are no images.
+        OSError: If the folder cannot be written; older files are intact.
+    """
+    if format not in _FORMATS:
+        raise ValueError(f"format must be one of {tuple(_FORMATS)}, got {format!r}")
+    config, tensors = load_checkpoint(resolve(checkpoint))
+    pixels = _pixels(images, config)
+    with tempfile.TemporaryDirectory() as folder:
+        name, run = _FORMATS[format](fold(tensors, config.preprocess), Path(folder))
+        expected = _in_batches(_reference(config, tensors), pixels)
+        parity = _compare(_in_batches(run, pixels), expected)
+        if not parity.is_rounding:
+            raise ExportError(
+                f"{name} does not answer as the checkpoint does: over {parity.images} images a "
+                f"probability differs by up to {parity.probability:.2g} (allowed "
+                f"{MAX_PROBABILITY_DIFFERENCE:g}), logits by {parity.logits:.2g} and features by "
+                f"{parity.features:.2g} of the largest (allowed {MAX_RELATIVE_DIFFERENCE:g}). "
+                "Nothing was written. Try another format, or report it with your versions."
+            )
+        contents = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    card = _card(format, name, contents, config, parity)
+    contents[TEXT_NAME] = card_text(card).encode()
+    contents[CARD_NAME] = json.dumps(card, indent=2, allow_nan=False).encode()
+    target = Path(output)
+    target.mkdir(parents=True, exist_ok=True)
+    write_files(target, contents)
+    return target
+
+
+def _card(
+    format: str, name: str, contents: dict[str, bytes], config: ModelConfig, parity: Parity
+) -> dict[str, Any]:
+    side = config.preprocess.size_px
+    return {
+        "format": format,
+        "file": name,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+        "input": {"name": PIXELS, "dtype": "uint8", "shape": ["N", 1, side, side]},
+        "preprocess": {**config.preprocess.to_dict(), "interpolation": "bilinear, antialiased"},
+        "outputs": {
+            LOGITS: {"dtype": "float32", "shape": ["N", len(config.classes)]},
+            FEATURES: {"dtype": "float32", "shape": ["N", 1024]},
+        },
+        "classes": list(config.classes),
+        "threshold": config.threshold,
+        "threshold_origin": config.threshold_origin,
+        "temperature": config.provenance.get("temperature"),
+        "weights_sha256": config.weights_sha256,
+        "license": config.provenance.get("license"),
+        "parity": asdict(parity),
+        "chestxray_covid_version": __version__,
+    }
+
+
+def _pixels(images: Any, config: ModelConfig) -> NDArray[np.uint8]:
+    if images is None:
+        images = SyntheticChestXray(_PHANTOMS)
+    found = [read(image, config.preprocess)[0] for image in expand(images)]
+    if not found:
+        raise ValueError("images has none; leave it out to compare on phantoms")
+    return np.stack(found)
+
+
+def _in_batches(run: _Run, pixels: NDArray[np.uint8]) -> _Outputs:
+    parts = [run(pixels[k : k + _BATCH]) for k in range(0, len(pixels), _BATCH)]
+    logits, features = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return logits, features
+
+
+def _compare(found: _Outputs, expected: _Outputs) -> Parity:
+    def apart(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+        largest = float(np.abs(other).max()) or 1.0
+        return float(np.abs(one - other).max()) / largest
+
+    return Parity(
+        images=len(expected[0]),
+        probability=float(np.abs(softmax(found[0]) - softmax(expected[0])).max()),
+        logits=apart(found[0], expected[0]),
+        features=apart(found[1], expected[1]),
+    )
+
+
+def _reference(config: ModelConfig, tensors: Any) -> _Run:
+    """Return torchvision's own network, which nothing was folded into."""
+    import torch
+
+    from chestxray_covid.models import forward_features, from_tensors, normalise
+
+    model = from_tensors(tensors)
+
+    def run(pixels: NDArray[np.uint8]) -> _Outputs:
+        with torch.inference_mode():
+            batch = normalise(torch.from_numpy(pixels), config.preprocess)
+            features = forward_features(model, batch)
+            return model.classifier(features).numpy(), features.numpy()
+
+    return run
+
+
+# ------------------------------------------------ formats: write the file, read it back, run it
+
+
+def _to_onnx(network: Network, folder: Path) -> tuple[str, _Run]:
+    checker = require_extra("onnx.checker", "onnx")
+    runtime = require_extra("onnxruntime", "onnx")
+    model = onnx_model(network)
+    checker.check_model(model, full_check=True)
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(pixels: NDArray[np.uint8]) -> _Outputs:
+        logits, features = session.run([LOGITS, FEATURES], {PIXELS: pixels})
+        return logits, features
+
+    return path.name, run
+
+
+def _to_openvino(network: Network, folder: Path) -> tuple[str, _Run]:
+    openvino = import_openvino()
+    path = folder / "model.xml"
+    openvino.save_model(openvino_model(network), path, compress_to_fp16=False)
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(path, "CPU", exact)
+
+    def run(pixels: NDArray[np.uint8]) -> _Outputs:
+        found = compiled({PIXELS: pixels})
+        return found[LOGITS], found[FEATURES]
+
+    return path.name, run
+
+
+def _to_torch(network: Network, folder: Path) -> tuple[str, _Run]:
+    import torch
+
+    from chestxray_covid.engine_torch import FoldedNetwork
+
+    # In the file weights lie in their plain order; the graph itself says channels-last.
+    module = FoldedNetwork(network).eval().to(memory_format=torch.contiguous_format)
+    example = torch.zeros(2, 1, network.size_px, network.size_px, dtype=torch.uint8)
+    shapes = {PIXELS: {0: torch.export.Dim("N")}}
+    program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    program.example_inputs = None  # the one thing that would be pickled
+    path = folder / "model.pt2"
+    torch.export.save(program, path)
+    loaded = torch.export.load(path).module()
+
+    def run(pixels: NDArray[np.uint8]) -> _Outputs:
+        with torch.inference_mode():
+            logits, features = loaded(torch.from_numpy(pixels))
+        return logits.numpy(), features.numpy()
+
+    return path.name, run
+
+
+_FORMATS: dict[str, Callable[[Network, Path], tuple[str, _Run]]] = {
+    "onnx": _to_onnx,
+    "openvino": _to_openvino,
+    "torch": _to_torch,
+}

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from chestxray_covid import (
+    Classifier,
+    ExportError,
+    ModelConfig,
+    Preprocess,
+    SyntheticChestXray,
+    export,
+    export_model,
+    resolve,
+)
+from chestxray_covid.checkpoint import save_checkpoint
+from chestxray_covid.cli import main
+from conftest import random_tensors
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "embed_onnx.py"
+CLASSES = ("normal", "pneumonia", "covid19")
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return SyntheticChestXray(4, image_size_px=150).save(tmp_path_factory.mktemp("p") / "phantoms")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint that says all that a card can say."""
+    folder = tmp_path_factory.mktemp("model")
+    config = ModelConfig(
+        classes=CLASSES,
+        preprocess=Preprocess(size_px=64, mean=0.4, std=0.3),
+        threshold=0.25,
+        threshold_origin="sensitivity 0.9",
+        provenance={"temperature": 1.5, "license": "cc-by-4.0"},
+    )
+    save_checkpoint(folder, config, random_tensors(3, seed=5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(
+    checkpoint: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exported")
+    return {
+        format: export_model(checkpoint, root / format, format=format, images=phantoms)
+        for format in ("onnx", "openvino", "torch")
+    }
+
+
+def logits_of(format: str, folder: Path, pixels: np.ndarray) -> np.ndarray:
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(folder / "model.onnx")
+        return np.asarray(session.run(["logits"], {"pixels": pixels})[0])
+    if format == "openvino":
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}
+        model = openvino.Core().compile_model(folder / "model.xml", "CPU", exact)
+        return np.asarray(model({"pixels": pixels})["logits"])
+    with torch.inference_mode():
+        logits, _ = torch.export.load(folder / "model.pt2").module()(torch.from_numpy(pixels))
+    return logits.numpy()
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino", "torch"])
+def test_an_exported_file_answers_pixels_as_the_classifier_does(
+    format: str, exported: dict[str, Path], checkpoint: Path, phantoms: Path
+) -> None:
+    classifier = Classifier.from_pretrained(checkpoint, engine="torch")
+    paths = sorted(phantoms.rglob("*.png"))
+    pixels = np.stack([classifier.config.preprocess(path) for path in paths])
+    for count in (1, 3):
+        logits = logits_of(format, exported[format], pixels[:count])
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        expected = classifier.predict_proba(paths[:count])
+        np.testing.assert_allclose(powers / powers.sum(1, keepdims=True), expected, atol=1e-4)
+
+
+def test_the_card_says_what_the_file_expects_and_gives(
+    exported: dict[str, Path], checkpoint: Path
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    for format, folder in exported.items():
+        card = json.loads((folder / "card.json").read_text())
+        assert card["input"] == {"name": "pixels", "dtype": "uint8", "shape": ["N", 1, 64, 64]}
+        assert card["outputs"]["logits"] == {"dtype": "float32", "shape": ["N", 3]}
+        assert card["classes"] == list(CLASSES)
+        assert (card["threshold"], card["temperature"], card["license"]) == (0.25, 1.5, "cc-by-4.0")
+        assert card["weights_sha256"] == config["weights_sha256"]
+        assert card["preprocess"].items() >= config["preprocess"].items()
+        assert card["parity"]["images"] == 4
+        assert 0 < card["parity"]["logits"] < 1e-5
+        for name, digest in card["sha256"].items():
+            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+        assert {path.name for path in folder.iterdir()} == {
+            *card["sha256"],
+            "card.json",
+            "README.md",
+        }
+        text = (folder / "README.md").read_text()
+        said = ("64×64", "normal, pneumonia, covid19", "0.25 (sensitivity 0.9)", "1.5 is folded in")
+        for words in (*said, "cc-by-4.0", "not a medical device", f"# {card['file']}"):
+            assert words in text
+        assert card["format"] == format
+
+
+def test_the_snippet_of_the_card_runs(
+    exported: dict[str, Path], phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = Preprocess(size_px=64)(next(phantoms.rglob("*.png")))[np.newaxis]
+    for folder in exported.values():
+        monkeypatch.chdir(folder)
+        text = Path("README.md").read_text()
+        names: dict[str, Any] = {"pixels": pixels, "torch": torch}
+        exec(text.partition("```python\n")[2].partition("```")[0], names)
+        assert names["logits"].shape == (1, 3)
+
+
+def test_the_torch_file_holds_no_pickle(exported: dict[str, Path]) -> None:
+    with zipfile.ZipFile(exported["torch"] / "model.pt2") as archive:
+        contents = [archive.read(name) for name in archive.namelist()]
+    assert len(contents) > 100
+    # A pickle begins with its protocol; what torch.save writes is a zip archive.
+    assert not [data[:9] for data in contents if data[:1] == b"\x80" and data[-1:] == b"."]
+    assert not [data[:9] for data in contents if data[:2] == b"PK"]
+
+
+def test_the_onnx_file_passes_its_checker_and_needs_no_other_domain(
+    exported: dict[str, Path],
+) -> None:
+    model = onnx.load(exported["onnx"] / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert {imported.domain for imported in model.opset_import} == {""}
+
+
+def test_a_file_that_answers_otherwise_is_refused_and_nothing_is_left(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold = export.fold
+
+    def folded_wrong(tensors: Any, preprocess: Preprocess) -> Any:
+        return fold(tensors, replace(preprocess, mean=preprocess.mean + 0.01))
+
+    monkeypatch.setattr(export, "fold", folded_wrong)
+    with pytest.raises(
+        ExportError, match=r"model\.onnx does not answer as the checkpoint does: ove"
+    ):
+        export_model(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_arguments_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="format must be one of"):
+        export_model(checkpoint, tmp_path / "out", format="tflite")
+    with pytest.raises(ValueError, match="images has none"):
+        export_model(checkpoint, tmp_path / "out", images=[])
+
+
+def test_the_example_embeds_the_file_where_this_library_is_not(
+    exported: dict[str, Path], checkpoint: Path, phantoms: Path
+) -> None:
+    paths = sorted(phantoms.rglob("*.png"))
+    forbidden = ("chestxray_covid", "torch", "onnx", "pandas", "sklearn")
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules.update(dict.fromkeys({forbidden!r}))\n"  # None: importing them fails
+        f"sys.argv[0] = {str(EXAMPLE)!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, exported["onnx"], *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["source"] for row in rows] == list(map(str, paths))
+    expected = Classifier.from_pretrained(checkpoint, engine="torch").predict_proba(paths)
+    found = [[row["probabilities"][name] for name in CLASSES] for row in rows]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_example_refuses_what_it_would_decode_wrongly(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
+    command = [sys.executable, EXAMPLE, exported["onnx"], tmp_path / "deep.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "mode I;16: make 8-bit grey" in done.stderr
+
+
+def test_the_command_line_exports_and_shows_the_card(
+    checkpoint: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    arguments = ["export", "--model", checkpoint, "--output", tmp_path / "out", phantoms]
+    done = CliRunner().invoke(main, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    assert "# model.onnx" in done.output
+    assert json.loads((tmp_path / "out" / "card.json").read_text())["parity"]["images"] == 4
+
+
+def test_the_page_says_what_int8_moves_in_the_bundled_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    docs = EXAMPLE.parents[1] / "docs"
+    monkeypatch.syspath_prepend(str(docs))
+    import generate_export
+
+    page = (docs / "export.md").read_text(encoding="utf-8")
+    assert generate_export.page() == page
+    report = json.loads((resolve() / "int8.json").read_text())
+    assert f"| {report['max_difference']:.4f} |" in page

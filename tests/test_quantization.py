@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from chestxray_covid import (
+    Classifier,
+    ExportError,
+    FolderDataset,
+    MissingExtraError,
+    ModelConfig,
+    Preprocess,
+    QuantizationReport,
+    int8_worker,
+    quantization,
+    quantize,
+)
+from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
+from chestxray_covid.cli import main
+from chestxray_covid.int8 import Int8
+from chestxray_covid.quantization import compare
+from conftest import random_tensors
+
+CLASSES = ("normal", "covid19")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a data set of two kinds of image that any network tells apart."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for label, low, high in (("normal", 0, 90), ("covid19", 0, 256)):
+        (root / label).mkdir()
+        for number in range(6):
+            noise = rng.integers(low, high, (64, 64)).astype(np.uint8)
+            Image.fromarray(noise).save(root / label / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model whose last layer looks at what differs between the two kinds."""
+    folder = tmp_path_factory.mktemp("model")
+    config = ModelConfig(classes=CLASSES, preprocess=Preprocess(size_px=64))
+    tensors = random_tensors(2)
+    classifier = Classifier(config, tensors, engine="openvino", precision="float32")
+    means = [
+        classifier.engine(np.stack([config.preprocess(p) for p in (images / c).iterdir()]))[1].mean(
+            0
+        )
+        for c in CLASSES
+    ]
+    direction = (means[1] - means[0]) / np.square(means[1] - means[0]).sum()
+    tensors["classifier.weight"] = np.stack([-2 * direction, 2 * direction]).astype(np.float32)
+    shift = 2 * float(direction @ (means[0] + means[1]) / 2)
+    tensors["classifier.bias"] = np.array([shift, -shift], np.float32)
+    save_checkpoint(folder, config, tensors, {"note.json": b"{}"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a home folder of the tests' own, in which telemetry would leave its traces."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def quantised(
+    checkpoint: Path, images: Path, home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, QuantizationReport]:
+    folder = tmp_path_factory.mktemp("quantised") / "model"
+    arguments = ["quantize", "--model", checkpoint, "--data", images, "--output", folder]
+    arguments += ["--calibration", images]
+    done = CliRunner().invoke(main, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    assert "12 images, ranges from 12: a probability moves by" in done.output
+    return folder, json.loads((folder / "int8.json").read_text())
+
+
+def test_a_quantised_checkpoint_predicts_in_int8_and_nearly_the_same(
+    quantised: Any, checkpoint: Path, images: Path
+) -> None:
+    folder, report = quantised
+    before = Classifier.from_pretrained(checkpoint, engine="openvino", precision="float32")
+    after = Classifier.from_pretrained(folder, precision="int8")
+    assert after.engine.precision == "int8"
+    moved = np.abs(before.predict_proba(images) - after.predict_proba(images)).max(1)
+    assert 0 < moved.max() < 0.05
+    assert report["max_difference"] == pytest.approx(moved.max(), abs=1e-6)
+    assert report["mean_difference"] == pytest.approx(moved.mean(), abs=1e-6)
+    assert report["calibration_images"] == report["evaluation_images"] == 12
+    assert report["auroc"][0]["before"] == report["auroc"][0]["after"] == 1
+
+
+def test_weights_and_other_attachments_are_those_of_the_original(
+    quantised: Any, checkpoint: Path
+) -> None:
+    config, tensors = load_checkpoint(quantised[0])
+    original, expected = load_checkpoint(checkpoint)
+    assert config.weights_sha256 == original.weights_sha256
+    assert tensors.keys() == expected.keys()
+    assert set(config.attachments) == {"note.json", "int8.safetensors", "int8.json"}
+
+
+def test_what_is_kept_are_ranges_and_biases_and_no_image(quantised: Any) -> None:
+    data = (quantised[0] / "int8.safetensors").read_bytes()
+    found = Int8.from_bytes(data)
+    assert len(data) < 100_000
+    assert len(found.ranges) > 119, "every convolution's input but the first"
+    assert "features.denseblock4.denselayer16.norm1" in found.ranges
+    assert all(name.endswith(".conv1") for name in found.biases)
+    assert "features.conv0" not in found.biases
+
+
+def test_a_model_that_is_restricted_to_some_classes_keeps_its_int8(
+    quantised: Any, images: Path
+) -> None:
+    turned = Classifier.from_pretrained(quantised[0], precision="int8", classes=CLASSES[::-1])
+    straight = Classifier.from_pretrained(quantised[0], precision="int8")
+    found = turned.predict_proba(images)[:, ::-1]
+    np.testing.assert_allclose(found, straight.predict_proba(images), atol=1e-6)
+
+
+def test_no_telemetry_leaves_a_trace(quantised: Any, home: Path) -> None:
+    assert not (home / "intel").exists(), "where openvino_telemetry keeps who and what it counts"
+
+
+def test_a_model_that_answers_otherwise_is_refused_and_nothing_is_written(
+    checkpoint: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blind = Int8(ranges={"features.norm5": (0.0, 1e-30)}, biases={})
+    monkeypatch.setattr(quantization, "statistics_of", lambda model, pixels: blind)
+    with pytest.raises(ExportError, match=r"AUROC moves by more than 0\.005.*\n.*0\.5000 after"):
+        quantize(checkpoint, images, evaluation=FolderDataset(images), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_arguments_are_named_before_anything_is_computed(
+    checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    dataset, out = FolderDataset(images), tmp_path / "out"
+    with pytest.raises(ValueError, match="calibration has no images; some 200"):
+        quantize(checkpoint, [], evaluation=dataset, output=out)
+    with pytest.raises(ValueError, match="positive and all labels must be among"):
+        quantize(checkpoint, images, evaluation=dataset, output=out, positive="flu")
+    one = dataset.filter(lambda sample: sample.label == "normal")
+    with pytest.raises(ValueError, match="must have images of covid19 and of another class"):
+        quantize(checkpoint, images, evaluation=one, output=out)
+
+
+def test_nncf_that_is_missing_or_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from chestxray_covid.engine_openvino import openvino_model
+    from chestxray_covid.graph import fold
+
+    model = openvino_model(fold(random_tensors(2), Preprocess(size_px=64)), batch=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(int8_worker, "_PIXELS", "elsewhere.npy")
+        with pytest.raises(ExportError, match=r"last words: FileNotFoundError.*pixels\.npy"):
+            int8_worker.statistics_of(model, np.zeros((1, 1, 64, 64), np.uint8))
+    monkeypatch.setattr(int8_worker.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install \"chestxray-covid\[int8\]\""):
+        int8_worker.statistics_of(model, np.zeros((1, 1, 64, 64), np.uint8))
+
+
+# ---------------------------------------------------------------- what moved
+
+
+def moved(noise: float) -> tuple[list[str], np.ndarray, np.ndarray, list[int]]:
+    rng = np.random.default_rng(2)
+    labels = ["normal", "pneumonia", "covid19"] * 40
+    logits = rng.normal(0, 1, (120, 3)) + 1.5 * np.eye(3)[[0, 1, 2] * 40]
+    before, after = (
+        np.exp(x) / np.exp(x).sum(1, keepdims=True)
+        for x in (logits, logits + rng.normal(0, noise, logits.shape))
+    )
+    return labels, before, after, [i // 2 for i in range(120)]
+
+
+def judged(noise: float, **options: Any) -> QuantizationReport:
+    labels, before, after, patients = moved(noise)
+    return compare(
+        labels,
+        before,
+        after,
+        classes=("normal", "pneumonia", "covid19"),
+        patients=patients,
+        positive="covid19",
+        calibration_images=5,
+        **options,
+    )
+
+
+def test_the_report_counts_what_moved() -> None:
+    labels, before, after, _ = moved(0.5)
+    report, apart = judged(0.5), np.abs(before - after).max(1)
+    assert (report.max_difference, report.mean_difference) == (apart.max(), apart.mean())
+    assert report.p99_difference == pytest.approx(np.percentile(apart, 99))
+    assert report.flipped_labels == np.sum(before.argmax(1) != after.argmax(1)) > 0
+    truth = np.array([label == "covid19" for label in labels])
+    among = np.array([label != "pneumonia" for label in labels])
+    for row, p in ((0, before), (1, after)):
+        score = p[:, 2] / (p[:, 2] + p[:, 0])
+        expected = (roc_auc_score(truth, p[:, 2]), roc_auc_score(truth[among], score[among]))
+        found = [(a.before, a.after)[row] for a in report.auroc]
+        assert found == pytest.approx(expected)
+    for one in report.auroc:
+        assert one.change.value == pytest.approx(one.after - one.before)
+        assert one.change.low < one.change.value < one.change.high
+    assert not report.is_accepted
+    assert f"{report.flipped_labels} labels are others" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["auroc"][1]["question"].endswith("normal")
+
+
+def test_the_interval_of_a_change_is_paired() -> None:
+    change = judged(0.02).auroc[0].change
+    assert change.high - change.low < 0.02, "that of either AUROC alone is ten times as wide"
+    assert judged(0.02).is_accepted
+
+
+def test_an_undefined_auroc_is_none_that_was_kept() -> None:
+    labels, before, after, patients = moved(0.0)
+    report = compare(
+        ["covid19"] * len(labels),
+        before,
+        after,
+        classes=("normal", "pneumonia", "covid19"),
+        patients=patients,
+        positive="covid19",
+        calibration_images=5,
+    )
+    assert not report.is_accepted
+    assert "no interval" in str(report)
