@@ -158,3 +158,20 @@ def test_reliability_refuses_what_is_no_probability() -> None:
         curves.reliability([0, 1], [0.5, 1.5], [0, 1], **HOW)
     with pytest.raises(ValueError, match="n_bins must be at least 1, got 0"):
         curves.reliability([0, 1], [0.5, 0.6], [0, 1], n_bins=0, **HOW)
+
+
+def test_patients_may_be_anything_that_has_a_hash() -> None:
+    truth, score, patients = case()
+    pairs = [("clinic", int(p)) for p in patients]
+    found, expected = (curves.reliability(truth, score, p, **HOW) for p in (pairs, patients))
+    assert found.observed == expected.observed
+    assert found.ece == expected.ece
+
+
+def test_reliability_refuses_other_lengths_and_what_is_no_number() -> None:
+    with pytest.raises(ValueError, match="same length, got y_true 2, y_score 1"):
+        curves.reliability([0, 1], [0.5], [0, 1], **HOW)
+    with pytest.raises(ValueError, match="same length, got y_true 2, patients 1"):
+        curves.reliability([0, 1], [0.5, 0.6], [0], **HOW)
+    with pytest.raises(ValueError, match="y_score must be finite, got nan"):
+        curves.reliability([0, 1], [0.5, np.nan], [0, 1], **HOW)

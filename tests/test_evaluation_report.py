@@ -15,6 +15,7 @@ from chestxray_covid.comparison import compare_scores
 from chestxray_covid.errors import ReportError
 from chestxray_covid.evaluation import evaluate_probabilities
 from chestxray_covid.evaluation_report import EvaluationReport
+from chestxray_covid.intervals import proportion
 
 CLASSES = ("normal", "pneumonia", "covid19")
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -177,6 +178,17 @@ def test_a_threshold_of_another_model_is_refused(report: EvaluationReport) -> No
         own.operating_point(sensitivity=0.9, chosen_on=other)
 
 
+def test_a_threshold_of_other_classes_is_refused(report: EvaluationReport) -> None:
+    # p(covid19) of a network restricted to two classes is another score.
+    with pytest.raises(ValueError, match="chosen_on is the report of another model"):
+        report.operating_point(sensitivity=0.9, chosen_on=replace(judged(), classes=CLASSES[::2]))
+
+
+def test_the_same_images_are_the_same_whatever_report_holds_them(report: EvaluationReport) -> None:
+    found = report.operating_point(sensitivity=0.9, chosen_on=judged())
+    assert (found.chosen_on, found.caution) == ("the same images", op.OPTIMISTIC)
+
+
 def test_a_given_threshold_is_not_chosen_anywhere(report: EvaluationReport) -> None:
     found = report.operating_point(threshold=0.5, versus="normal")
     assert (found.chosen_on, found.caution, found.rule) == ("given", "", "threshold as given")
@@ -272,6 +284,12 @@ def test_the_committed_reports_are_read() -> None:
         ("excluded", [1], "This is no evaluation report"),
         ("by_sex", None, "This is no evaluation report"),
         ("by_age", {"0-17": 5}, "This is no evaluation report"),
+        ("positive", "flu", "positive 'flu' is none of"),
+        ("n_images", "<b>", "n_images cannot be '<b>'"),
+        ("confounded", "no", "confounded cannot be 'no'"),
+        ("seed", None, "seed cannot be None"),
+        ("confidence", 95, "confidence must be inside"),
+        ("n_resamples", 10**9, "n_resamples cannot be more than 1000000"),
         ("format_version", True, "format True, this version reads 1 and 2"),
     ],
 )
@@ -280,3 +298,32 @@ def test_damage_to_what_is_new_is_refused(
 ) -> None:
     with pytest.raises(ReportError, match=match):
         EvaluationReport.from_dict({**report.to_dict(), field: value})
+
+
+NUMBERS = dict.fromkeys(("sensitivity", "specificity", "auroc"), proportion([1, 0]).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "match"),
+    [
+        ("per_class", {}, "all has no confusion matrix of its 0 classes"),
+        ("per_class", {name: {} for name in CLASSES}, r"all does not have .* of every class"),
+        ("per_class", dict.fromkeys("abc", NUMBERS), r"overall all has the classes \['a', "),
+        ("confusion", [[1, 2], [3, 4]], "all has no confusion matrix of its 3 classes"),
+        ("n_images", "<b>", "A subgroup cannot have the n_images '<b>'"),
+    ],
+)
+def test_subgroups_that_do_not_fit_the_classes_are_refused(
+    report: EvaluationReport, part: str, value: Any, match: str
+) -> None:
+    data = report.to_dict()
+    data["overall"] = {**data["overall"], part: value}
+    with pytest.raises(ReportError, match=match):
+        EvaluationReport.from_dict(data)
+
+
+def test_predictions_of_unknown_labels_are_refused(report: EvaluationReport) -> None:
+    data = report.to_dict()
+    data["predictions"]["label"][0] = "flu"
+    with pytest.raises(ReportError, match=r"predictions have the labels \{'flu'\}"):
+        EvaluationReport.from_dict(data)

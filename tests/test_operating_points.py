@@ -154,3 +154,20 @@ def test_the_text_says_where_the_threshold_and_the_prevalence_come_from() -> Non
     assert "at a prevalence of 0.02 (named)" in text
     assert text.endswith(op.OPTIMISTIC)
     assert "(of these data)" in str(point(named=False))
+
+
+def test_patients_may_be_anything_that_has_a_hash() -> None:
+    truth, score, patients = case()
+    pairs = [("clinic", int(p)) for p in patients]
+    for prevalence in (None, 0.02):
+        options = {"threshold": 0.5, "prevalence": prevalence, **HOW}
+        assert op.decide(truth, score, pairs, **options) == op.decide(
+            truth, score, patients, **options
+        )
+
+
+def test_scores_that_are_no_numbers_are_no_decisions() -> None:
+    with pytest.raises(ValueError, match="y_score must be finite, got nan"):
+        op.decide([0, 1], [0.5, math.nan], [0, 1], threshold=0.5)
+    with pytest.raises(ValueError, match="same length, got y_true 2, patients 1"):
+        op.decide([0, 1], [0.5, 0.6], [0], threshold=0.5)

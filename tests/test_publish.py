@@ -194,6 +194,22 @@ def test_the_card_is_in_the_format_of_the_hub_and_escapes_what_comes_from_data(r
     assert 'timm.create_model("hf-hub:user/model"' in body
 
 
+def test_the_card_counts_the_images_of_each_side_and_claims_nothing_of_training(
+    run: Path,
+) -> None:
+    text = model_card(run, "user/model")
+    table = EvaluationReport.load(run / "evaluation.json").predictions
+    assert table is not None
+    own = int((table["label"] == "covid19").sum())
+    others, patients = len(table) - own, table["patient_group"].nunique()
+    assert own < 20
+    assert others < 20
+    assert f"| all | {own}\\* | {others}\\* | {patients} |" in text
+    assert "a star marks fewer than 20 images" in text
+    # Nothing in a report says what the weights were trained on.
+    assert "not trained on" not in text
+
+
 def test_the_card_says_what_the_threshold_decides_per_source(copied: Path) -> None:
     report = EvaluationReport.load(copied / "evaluation.json")
     table = report.predictions

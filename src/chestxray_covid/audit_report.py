@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.errors import ReportError
-from chestxray_covid.files import write_files
+from chestxray_covid.files import plain_json, write_files
 from chestxray_covid.intervals import Estimate
 
 FAIL, WARN, NOT_ASSESSABLE, PASS = "fail", "warn", "not_assessable", "pass"
@@ -147,7 +147,7 @@ class AuditReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able data; undefined numbers are ``None``."""
-        return {"format_version": _FORMAT, "verdict": self.verdict, **_plain(asdict(self))}
+        return {"format_version": _FORMAT, "verdict": self.verdict, **plain_json(asdict(self))}
 
     def to_json(self) -> str:
         """Return the report as strict JSON."""
@@ -202,15 +202,6 @@ class AuditReport:
 
     def __str__(self) -> str:
         return "\n".join(_text(self))
-
-
-def _plain(value: Any) -> Any:
-    """Return dicts, lists, text, numbers, and ``None`` for ``nan``."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return None if value != value else value
 
 
 _KINDS: Mapping[str, type | tuple[type, ...]] = {

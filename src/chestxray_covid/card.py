@@ -18,9 +18,9 @@ from chestxray_covid.audit_report import AuditReport
 from chestxray_covid.checkpoint import ModelConfig, load_config
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.intervals import Estimate, proportion
-from chestxray_covid.reporting import CAUTION, markdown_text
+from chestxray_covid.reporting import CAUTION, counted, markdown_text
 from chestxray_covid.results import Results, read_results
-from chestxray_covid.subgroups import Subgroup
+from chestxray_covid.subgroups import SMALL, Subgroup
 
 _METRICS = ("sensitivity", "specificity", "auroc")
 _QUESTION = ("normal", "covid19")
@@ -211,18 +211,22 @@ def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[st
         yield "This model has not been evaluated."
         return
     yield (
-        f"{report.n_images} images of {report.n_patients} patients that were not trained on; "
+        f"{report.n_images} images of {report.n_patients} patients; "
         f"{markdown_text(report.positive)} against the other classes, with intervals at "
-        f"{100 * report.confidence:g}%, by patient. A dash is a number that is not defined there.\n"
+        f"{100 * report.confidence:g}%, by patient. A dash is a number that is not defined there, "
+        f"a star marks fewer than {SMALL} images: what rests on them says next to nothing.\n"
     )
     if report.confounded:
         yield f"**{CAUTION}**\n"
-    yield f"| Tested on | Images | Patients | {' | '.join(_METRICS)} |"
-    yield f"| --- | --- | --- |{' --- |' * len(_METRICS)}"
+    positive = markdown_text(report.positive)
+    yield f"| Tested on | {positive} | Others | Patients | {' | '.join(_METRICS)} |"
+    yield f"| --- | --- | --- | --- |{' --- |' * len(_METRICS)}"
     for part in report.subgroups:
         numbers = [_number(part.per_class[report.positive].get(metric)) for metric in _METRICS]
         where = "all" if part.group == "overall" else f"{part.group}: {part.name}"
-        cells = [markdown_text(where), str(part.n_images), str(part.n_patients), *numbers]
+        own = part.counts[report.positive]
+        counts = [markdown_text(counted(n)) for n in (own, part.n_images - own)]
+        cells = [markdown_text(where), *counts, str(part.n_patients), *numbers]
         yield f"| {' | '.join(cells)} |"
     yield ""
     for metric, estimate in report.overall.metrics.items():

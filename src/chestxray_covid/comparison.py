@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from chestxray_covid import metrics as m
-from chestxray_covid.intervals import Estimate, Groups, bootstrap_by_group, check_resampling
+from chestxray_covid.intervals import (
+    Estimate,
+    Groups,
+    bootstrap_by_group,
+    check_resampling,
+    group_codes,
+)
 from chestxray_covid.metrics import Floats, Value
 
 DELONG = "delong"
@@ -43,7 +49,8 @@ class Comparison:
         n_images: Images.
         n_patients: Patients.
         first: Metric → the first model's number; ``auroc``, ``average_precision``, ``brier`` (of
-            the score), ``sensitivity`` and ``specificity``.
+            the score), ``sensitivity`` and ``specificity`` (of the class of the highest
+            probability, whatever threshold the model has).
         second: The same of the second model.
         differences: Metric → first minus second, resampled by patient, both models on the same
             resample. No difference is shown where the interval holds 0.
@@ -104,8 +111,7 @@ def delong_test(
     truth = m.check_labels(y_true, "y_true", 2).astype(bool)
     scores = np.stack([np.asarray(first, np.float64), np.asarray(second, np.float64)])
     m.check_lengths(y_true=truth, first=scores[0], second=scores[1], patients=patients)
-    known: dict[Hashable, int] = {}
-    codes = np.array([known.setdefault(p, len(known)) for p in patients])
+    codes = group_codes(patients)
     for name, rows in (("positive", truth), ("negative", ~truth)):
         if len(np.unique(codes[rows])) < 2:
             raise ValueError(f"DeLong's test needs two patients with a {name} image")
@@ -120,7 +126,7 @@ def delong_test(
         low=difference - half,
         high=difference + half,
         n=len(truth),
-        method=DELONG if len(known) == len(truth) else DELONG_BY_PATIENT,
+        method=DELONG if codes.max() + 1 == len(truth) else DELONG_BY_PATIENT,
         confidence=confidence,
     )
     p_value = math.erfc(abs(z) / math.sqrt(2)) if z == z else math.nan
@@ -201,7 +207,7 @@ def compare_scores(
     return Comparison(
         title=title,
         n_images=len(truth),
-        n_patients=len(set(patients)),
+        n_patients=int(group_codes(patients).max()) + 1,
         **found,
         delong=delong_test(truth, *scores, patients, confidence=confidence),
     )

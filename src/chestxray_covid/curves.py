@@ -19,6 +19,7 @@ from chestxray_covid.intervals import (
     Groups,
     band_by_group,
     bootstrap_by_group,
+    group_codes,
     proportion,
 )
 from chestxray_covid.metrics import Floats, Labels, Weights
@@ -246,8 +247,9 @@ def reliability(
     def squared(truth: Floats, p: Floats, *, sample_weight: Weights) -> m.Value:
         return m.mean_among((p - truth) ** 2, sample_weight=sample_weight)
 
-    truth, p = m.check_labels(y_true, "y_true", 2), np.asarray(y_prob, dtype=np.float64)
-    bins, owners = m.bin_of(p, n_bins), np.asarray(patients)
+    truth, p = m.scored(y_true, y_prob)
+    bins, owners = m.bin_of(p, n_bins), group_codes(patients)
+    m.check_lengths(y_true=truth, patients=owners)
     used = np.unique(bins)
     edges = np.linspace(0, 1, n_bins + 1)
     return Reliability(

@@ -18,7 +18,7 @@ from chestxray_covid.confounders import Confounding
 from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.evaluation_report import EvaluationReport
-from chestxray_covid.intervals import check_resampling
+from chestxray_covid.intervals import check_resampling, group_codes
 from chestxray_covid.judged_images import IDENTITY, UNKNOWN
 from chestxray_covid.splits import divide, folds_by_patient
 from chestxray_covid.subgroups import GROUPS, age_band, judge, parts_of, sex_of
@@ -194,8 +194,7 @@ def evaluate_probabilities(
             f"probabilities must have a row per image and {len(names)} columns for "
             f"{list(names)}, got shape {p.shape} for {lengths}"
         )
-    known: dict[Hashable, int] = {}
-    columns["patient_group"] = [known.setdefault(g, len(known)) for g in columns["patient_group"]]
+    columns["patient_group"] = group_codes(columns["patient_group"]).tolist()
     table = pd.DataFrame({name: [str(text) for text in columns[name]] for name in IDENTITY})
     table[[f"p_{name}" for name in names]] = p
     how: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
@@ -305,7 +304,7 @@ def cross_validate(
         probabilities,
         classes=dataset.classes,
         **_provenance(dataset, groups),
-        ids=[str(s.path) for s in dataset.samples],
+        ids=[s.path.name for s in dataset.samples],
         positive=positive,
         seed=seed,
     )

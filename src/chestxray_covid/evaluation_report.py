@@ -17,13 +17,15 @@ from chestxray_covid.checklists import report_markdown
 from chestxray_covid.comparison import Comparison, compare_scores
 from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.errors import ReportError
-from chestxray_covid.files import write_files
+from chestxray_covid.files import plain_json, write_files
+from chestxray_covid.intervals import check_resampling
 from chestxray_covid.judged_images import (
     Question,
     aligned,
     ask,
     probabilities_of,
     read_predictions,
+    same_images,
     share_patients,
 )
 from chestxray_covid.operating_points import (
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 _FORMAT = 2
 _GROUPS = ("by_source", "by_view", "by_sex", "by_age")
 _ADDED = ("by_sex", "by_age", "operating_points", "model", "excluded", "chestxray_covid_version")
+#: More in a file would be computed for hours.
+_MAX_RESAMPLES = 1_000_000
 _COLUMNS = ("group", "subgroup", "class", "metric", "value", "low", "high", "n", "method")
 
 
@@ -59,8 +63,9 @@ class EvaluationReport:
         positive: The class in question, usually ``"covid19"``.
         n_images: Number of images.
         n_patients: Number of patients; one counts once, also with images in two collections.
-        confounded: Whether every source holds one class only, so that these numbers cannot tell
-            disease from source.
+        confounded: Whether the source all but gives the label (Cramér's V of 0.8 or more, or one
+            class per source), or the positive class against normal, so that these numbers cannot
+            tell disease from source.
         confidence: Level of all intervals.
         n_resamples: Resamples of the bootstrap.
         seed: Seed of the bootstrap.
@@ -115,7 +120,7 @@ class EvaluationReport:
         bare = replace(self, operating_points=(), predictions=None)
         table = None if self.predictions is None else self.predictions.to_dict(orient="list")
         changes = {"operating_points": points, "predictions": table}
-        return {"format_version": _FORMAT, **_plain(asdict(bare)), **changes}
+        return {"format_version": _FORMAT, **plain_json(asdict(bare)), **changes}
 
     def to_json(self) -> str:
         """Return the report as strict JSON."""
@@ -135,7 +140,6 @@ class EvaluationReport:
             known = _ADDED if version == 1 else ()
             own = {f.name: data[f.name] for f in fields(cls) if f.name not in known}
             own["classes"] = check_classes(data["classes"])
-            own["model"] = dict(data.get("model", {}))
             own["overall"] = Subgroup.from_dict(data["overall"])
             for group in own.keys() & set(_GROUPS):
                 own[group] = {name: Subgroup.from_dict(part) for name, part in data[group].items()}
@@ -147,7 +151,9 @@ class EvaluationReport:
             table = data["predictions"]
             if table is not None:
                 own["predictions"] = read_predictions(table, own["classes"], version=version)
-            return cls(**own)
+            report = cls(**own)
+            _check(report)
+            return report
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ReportError(
                 f"This is no evaluation report: {error!r}. Evaluate the model again."
@@ -275,9 +281,9 @@ class EvaluationReport:
         Raises:
             ReportError: If the predictions were left out.
             ValueError: If an argument is impossible, the target cannot be had, or ``chosen_on``
-                is of a model with other weights.
+                is of a model with other weights or classes.
         """
-        if chosen_on is not None and not _same_model(self.model, chosen_on.model):
+        if chosen_on is not None and not _same_model(self, chosen_on):
             raise ValueError("chosen_on is the report of another model: evaluate this one there")
         q = self._ask(None, versus)
         basis = q if chosen_on is None else chosen_on._ask(self.positive, versus)
@@ -291,6 +297,8 @@ class EvaluationReport:
         where, caution = (SAME, OPTIMISTIC) if chosen_on is None else (OTHER, "")
         if threshold is not None:
             where, caution = GIVEN, ""
+        elif chosen_on and same_images(self._predictions(), chosen_on._predictions()):
+            where, caution = SAME, OPTIMISTIC
         elif chosen_on and share_patients(self._predictions(), chosen_on._predictions()):
             caution = SHARED
         numbers = decide(
@@ -366,16 +374,26 @@ class EvaluationReport:
         return truth, probabilities_of(table, self.classes), table["patient_group"].to_numpy()
 
 
-def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether nothing says that two models differ."""
-    weights = [model.get("weights_sha256") for model in (one, other)]
-    return None in weights or weights[0] == weights[1]
+def _same_model(one: EvaluationReport, other: EvaluationReport) -> bool:
+    """Return whether nothing says that the models of two reports differ.
+
+    A part of the classes is another model: p(covid19) means something else among two than three.
+    """
+    known = {report.weights_sha256 for report in (one, other)} - {""}
+    return len(known) < 2 and one.classes == other.classes
 
 
-def _plain(value: Any) -> Any:
-    """Return dicts, lists, text, numbers, and ``None`` for ``nan``."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return None if value != value else value
+def _check(report: EvaluationReport) -> None:
+    """Raise unless what a file says fits together, so that nothing stumbles over it later."""
+    kinds = {"n_images": int, "n_patients": int, "confounded": bool, "n_resamples": int}
+    for name, kind in {**kinds, "seed": int, "chestxray_covid_version": str}.items():
+        if type(getattr(report, name)) is not kind:
+            raise ValueError(f"{name} cannot be {getattr(report, name)!r}")
+    check_resampling(n_resamples=report.n_resamples, confidence=report.confidence)
+    if report.n_resamples > _MAX_RESAMPLES:
+        raise ValueError(f"n_resamples cannot be more than {_MAX_RESAMPLES}")
+    if report.positive not in report.classes:
+        raise ValueError(f"positive {report.positive!r} is none of {list(report.classes)}")
+    for part in report.subgroups:
+        if tuple(part.per_class) != report.classes:
+            raise ValueError(f"{part.group} {part.name} has the classes {list(part.per_class)}")

@@ -60,6 +60,15 @@ def parse_json(data: bytes) -> Any:
     return content
 
 
+def plain_json(value: Any) -> Any:
+    """Return dicts, lists, text, numbers, and ``None`` for ``nan``, which strict JSON has not."""
+    if isinstance(value, dict):
+        return {key: plain_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain_json(item) for item in value]
+    return None if value != value else value
+
+
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):

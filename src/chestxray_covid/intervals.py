@@ -150,7 +150,7 @@ def proportion(
     options: dict[str, Any] = {"n_resamples": n_resamples, "confidence": confidence}
     check_resampling(**options)
     n = np.size(hits)
-    codes = np.arange(n) if groups is None else _codes(groups)
+    codes = np.arange(n) if groups is None else group_codes(groups)
     if n == len(codes) == 0:
         return Estimate(value=math.nan, n=0, method=WILSON, confidence=confidence)
     found = check_labels(hits, "hits", 2)
@@ -194,7 +194,7 @@ def bootstrap_by_group(
             one value per resample.
     """
     check_resampling(n_resamples=n_resamples, confidence=confidence)
-    codes = _codes(groups)
+    codes = group_codes(groups)
     check_lengths(groups=codes, **{f"array {i}": array for i, array in enumerate(arrays, 1)})
     n, value, low, high, skipped = len(codes), math.nan, math.nan, math.nan, 0
     if n:
@@ -238,7 +238,7 @@ def band_by_group(
         ValueError: If lengths differ or an option is impossible.
     """
     check_resampling(n_resamples=n_resamples, confidence=confidence)
-    codes = _codes(groups)
+    codes = group_codes(groups)
     check_lengths(groups=codes, **{f"array {i}": array for i, array in enumerate(arrays, 1)})
     blocks = _resamples(codes, n_resamples, seed)
     drawn = np.concatenate([curve(*arrays, sample_weight=weights) for weights in blocks])
@@ -284,7 +284,7 @@ def check_resampling(*, n_resamples: int, confidence: float) -> None:
         raise ValueError(f"confidence must be inside (0, 1), for example 0.95, got {confidence}")
 
 
-def _codes(groups: Iterable[Hashable]) -> Labels:
-    """Return the groups as numbers from 0, in order of appearance."""
+def group_codes(groups: Iterable[Hashable]) -> Labels:
+    """Return the groups as ``(N,)`` int64 numbers from 0, in order of appearance."""
     known: dict[Hashable, int] = {}
     return np.array([known.setdefault(g, len(known)) for g in groups], dtype=np.int64)

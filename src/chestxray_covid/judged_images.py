@@ -19,6 +19,8 @@ UNKNOWN = "unknown"
 #: Columns before the probabilities; version 1 of the reports had the first five.
 IDENTITY = ("id", "label", "patient_id", "source", "view", "patient_group", "sex", "age_band")
 _IDENTITY_1 = IDENTITY[:5]
+#: By which an image is recognised in another report.
+_IMAGE = ["source", "patient_id", "id", "label"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,8 +95,7 @@ def aligned(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: If an image is not in both, once and with the same label.
     """
-    keys = ["source", "patient_id", "id", "label"]
-    one, two = own.set_index(keys), other.set_index(keys)
+    one, two = own.set_index(_IMAGE), other.set_index(_IMAGE)
     if not (one.index.is_unique and two.index.is_unique and set(one.index) == set(two.index)):
         shared = len(one.index.intersection(two.index))
         raise ValueError(
@@ -102,6 +103,11 @@ def aligned(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
             f"{len(one)} and {len(two)} images, of which {shared} are the same"
         )
     return two.loc[one.index].reset_index()
+
+
+def same_images(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    """Return whether two tables are of the same images."""
+    return set(one.set_index(_IMAGE).index) == set(other.set_index(_IMAGE).index)
 
 
 def share_patients(one: pd.DataFrame, other: pd.DataFrame) -> bool:
@@ -126,6 +132,8 @@ def read_predictions(
     if list(table.columns) != expected:
         raise ValueError(f"predictions have the columns {list(table.columns)}, expected {expected}")
     m.check_probabilities(table[scores])
+    if strange := set(table["label"]) - set(classes):
+        raise ValueError(f"predictions have the labels {strange}, expected {list(classes)}")
     if version == 1:
         patients = table.groupby(["source", "patient_id"], sort=False).ngroup().astype(str)
         table = table.assign(patient_group=patients, sex=UNKNOWN, age_band=UNKNOWN)

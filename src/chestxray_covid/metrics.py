@@ -172,7 +172,7 @@ def calibration_error(
     :func:`expected_calibration_error` for the probability of one event, ``y_prob`` ``(N,)`` in
     [0, 1], for example of COVID-19.
     """
-    truth, p = _scored(y_true, y_prob)
+    truth, p = scored(y_true, y_prob)
     weight = _weights(sample_weight, len(truth))
     bins = bin_of(p, n_bins)
     by_bin = weight @ (np.eye(n_bins)[bins] * (truth - p)[:, None])  # (..., B)
@@ -249,7 +249,7 @@ def _score_at_rate(
     y_true: ArrayLike, y_score: ArrayLike, label: int, name: str, rate: float
 ) -> float:
     """Return the score of the case of a class with which its share reaches a rate."""
-    truth, score = _scored(y_true, y_score)
+    truth, score = scored(y_true, y_score)
     if not 0 < rate <= 1:
         raise ValueError(f"{name} must be a fraction in (0, 1], got {rate}")
     cases = np.sort(score[truth == label])
@@ -267,7 +267,7 @@ def by_score(
 
     The counts are weights, ``(U,)`` or ``(R, U)``.
     """
-    truth, score = _scored(y_true, y_score)
+    truth, score = scored(y_true, y_score)
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))
     weight = _weights(sample_weight, len(truth))[..., order]
@@ -355,7 +355,12 @@ def _label_pair(y_true: ArrayLike, y_pred: ArrayLike, n_classes: int) -> tuple[L
     return truth, predicted
 
 
-def _scored(y_true: ArrayLike, y_score: ArrayLike) -> tuple[Labels, Floats]:
+def scored(y_true: ArrayLike, y_score: ArrayLike) -> tuple[Labels, Floats]:
+    """Return ``(N,)`` binary labels and finite scores of the same length.
+
+    Raises:
+        ValueError: If they are anything else.
+    """
     truth, score = check_labels(y_true, "y_true", 2), _numbers(y_score, "y_score", 1)
     check_lengths(y_true=truth, y_score=score)
     return truth, score

@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from chestxray_covid import metrics as m
-from chestxray_covid.intervals import Estimate, Groups, bootstrap_by_group, proportion
+from chestxray_covid.intervals import (
+    Estimate,
+    Groups,
+    bootstrap_by_group,
+    group_codes,
+    proportion,
+)
 from chestxray_covid.metrics import Floats, Value, Weights
 
 #: Ends of the intervals of sensitivity and specificity put together, where resamples agree.
@@ -150,9 +156,10 @@ def decide(
     """
     if prevalence is not None and not 0 < prevalence < 1:
         raise ValueError(f"prevalence must be inside (0, 1), for example 0.02, got {prevalence}")
-    truth = m.check_labels(y_true, "y_true", 2).astype(bool)
-    called = np.asarray(y_score, dtype=np.float64) >= threshold
-    owners = np.asarray(patients)
+    labels, scores = m.scored(y_true, y_score)
+    owners = group_codes(patients)
+    m.check_lengths(y_true=labels, patients=owners)
+    truth, called = labels.astype(bool), scores >= threshold
     (tn, fp), (fn, tp) = m.confusion_matrix(truth, called, 2).tolist()
     found: dict[str, Any] = {
         "sensitivity": proportion(called[truth], owners[truth], **how),

@@ -52,13 +52,14 @@ def _row(report: EvaluationReport, part: Subgroup) -> dict[str, str]:
         "group": part.group,
         "subgroup": part.name,
         "patients": f"{part.n_patients}",
-        "positive": _counted(own),
-        "other": _counted(part.n_images - own),
+        "positive": counted(own),
+        "other": counted(part.n_images - own),
         **{name: _short(found[name]) for name in shown},
     }
 
 
-def _counted(count: int) -> str:
+def counted(count: int) -> str:
+    """Return a number of images, with a star if what rests on it says next to nothing."""
     return f"{count}{'*' if count < SMALL else ''}"
 
 
@@ -113,7 +114,7 @@ def _markdown_points(report: EvaluationReport) -> Iterator[str]:
     )
     for caution in dict.fromkeys(point.caution for point in report.operating_points):
         if caution:
-            yield f"\n{caution}"
+            yield f"\n{markdown_text(caution)}"
 
 
 def _markdown_probabilities(report: EvaluationReport) -> Iterator[str]:
@@ -123,7 +124,7 @@ def _markdown_probabilities(report: EvaluationReport) -> Iterator[str]:
     bins = zip(edges, diagram.predicted, diagram.observed, strict=True)
     yield from markdown_table(
         ("Probability", "Mean", "Came true", "Images"),
-        [(f"{a:.2f}–{b:.2f}", f"{p:.3f}", _short(e), _counted(e.n)) for (a, b), p, e in bins],
+        [(f"{a:.2f}–{b:.2f}", f"{p:.3f}", _short(e), counted(e.n)) for (a, b), p, e in bins],
     )
     yield f"\nExpected calibration error {diagram.ece}, Brier score {diagram.brier}."
     yield "\n## Wrong decisions if the least sure are left to others\n"

@@ -23,6 +23,8 @@ _BANDS = (0, 18, 40, 60, 80)
 #: No age of a person; some collections write 999 for what they do not know.
 _MAX_AGE = 120
 _SEXES = {"f": "female", "female": "female", "m": "male", "male": "male"}
+#: Numbers that every class has and that texts show.
+_SHOWN = {"sensitivity", "specificity", "auroc"}
 #: Group → column of the predictions that says it.
 GROUPS = {"source": "source", "view": "view", "sex": "sex", "age": "age_band"}
 
@@ -71,6 +73,13 @@ class Subgroup:
         parts = {"": data["metrics"], **data["per_class"]}
         read = {k: {n: Estimate.from_dict(e) for n, e in part.items()} for k, part in parts.items()}
         own["metrics"] = read.pop("")
+        for key, kind in {"group": str, "name": str, "n_images": int, "n_patients": int}.items():
+            if type(own[key]) is not kind:
+                raise ValueError(f"A subgroup cannot have the {key} {own[key]!r}")
+        if {len(own["confusion"]), *map(len, own["confusion"])} != {len(read)}:
+            raise ValueError(f"{own['name']} has no confusion matrix of its {len(read)} classes")
+        if not all(found.keys() >= _SHOWN for found in read.values()):
+            raise ValueError(f"{own['name']} does not have {sorted(_SHOWN)} of every class")
         return cls(**{**own, "per_class": read})
 
 
