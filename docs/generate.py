@@ -324,12 +324,14 @@ def main() -> None:
     import generate_audits
     import generate_engines
     import generate_export
+    import generate_growth
     import generate_model
 
     generate_model.write_pages()
     generate_audits.write_pages()
     generate_engines.write_pages()
     generate_export.write_page()
+    generate_growth.write_pages()
 
 
 if __name__ == "__main__":

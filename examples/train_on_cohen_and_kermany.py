@@ -13,6 +13,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate import PartialState
+
 from chestxray_covid import (
     Classifier,
     CohenCovidDataset,
@@ -50,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     trainer = Trainer(model, split.train, split.val, config, output=options.output)
     history = trainer.fit(resume=options.resume)
+    if not PartialState().is_main_process:  # the others have done their part
+        return
     print(history.to_frame().round(4).to_string(index=False))
 
     report = evaluate(Classifier.from_pretrained(options.output), split.test)

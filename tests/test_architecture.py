@@ -56,14 +56,16 @@ ROWS = (
     ("publish",),
     # Here begins torch: layer 4 of the design.
     (
-        *("augment", "models", "lung_network"),
+        *("augment", "models", "lung_network", "training_memory"),
         *("engine_torch", "engine_openvino", "engine_onnx"),
     ),
     ("engines", "training_config", "lungs", "inputs", "int8_worker"),
-    ("training_network", "training_state"),
+    ("training_network", "training_order", "training_state"),
     ("training",),
     ("classifier",),
-    ("evaluation", "prediction_table", "explain", "export", "quantization"),
+    ("evaluation", "prediction_table", "places", "explain", "export", "quantization"),
+    ("shards",),
+    ("batch",),
     ("heat_shares", "audit_data"),
     ("generalisation", "audit_baselines"),
     ("audit_items", "audit_occlusion", "audit_generalisation"),
@@ -71,8 +73,12 @@ ROWS = (
     ("plots", "page"),
     ("report",),
     ("command",),
-    ("hub_commands", "judging_commands", "audit_commands", "export_commands"),
+    (
+        *("hub_commands", "judging_commands", "audit_commands", "export_commands"),
+        "batch_commands",
+    ),
     ("cli",),
+    ("__main__",),
     ("",),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
@@ -81,7 +87,7 @@ TORCH = {"torch", "torchvision", "accelerate"}
 #: Modules that need torch as soon as they are imported; the others import it late or never.
 TORCH_AT_IMPORT = {
     *("augment", "models", "training", "training_config", "training_network"),
-    *("lung_network", "engine_torch"),
+    *("lung_network", "engine_torch", "training_memory"),
 }
 
 #: Distribution → the name that is imported, where they differ.

@@ -203,6 +203,26 @@ def test_the_classic_design_fails_and_the_page_says_so(generate: ModuleType) -> 
         assert report.item(name).reason in flowing(audits.why_page())
 
 
+def test_what_is_said_of_growth_is_what_was_measured(generate: ModuleType) -> None:
+    import generate_growth
+
+    result = json.loads(generate_growth.RESULT.read_text(encoding="utf-8"))
+    page = (DOCS / "batch.md").read_text(encoding="utf-8")
+    blocks = {
+        "cost": generate_growth.cost_block(result),
+        "growth": generate_growth.growth_block(result),
+    }
+    for name, block in blocks.items():
+        marks = {"start": f"<!-- {name}:start -->", "end": f"<!-- {name}:end -->"}
+        assert generate.with_block(page, block, **marks) == page
+    with Image.open(generate_growth.FIGURE) as image:
+        assert image.text[generate.SOURCE_KEY] == generate.digest(generate_growth.RESULT)
+    largest = {"count": 3600, "seconds": 36.0}  # 100 files per second on two cores
+    cost = generate_growth.cost_block({**result, "predict": [largest]})
+    cores = result["machine"]["cores"]
+    assert f"{1e6 / 100 * cores / 3600:.0f} core-hours per million" in cost
+
+
 # ---------------------------------------------------------------- what is written by hand
 
 

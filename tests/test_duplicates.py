@@ -295,3 +295,11 @@ def _components(count: int, pairs: list[tuple[int, int]]) -> list[int]:
         for a, b in pairs:
             component[a] = component[b] = min(component[a], component[b])
     return component
+
+
+def test_an_equal_hash_in_the_metadata_joins_patients_without_reading(tmp_path: Path) -> None:
+    hashes = ["a", "b", "a", "", ""]
+    samples = [
+        sample(f"{i}.png", str(i), metadata={"content_hash": h}) for i, h in enumerate(hashes)
+    ]
+    assert patient_groups(dataset_of(samples), find_copies=False) == [0, 1, 0, 2, 3]

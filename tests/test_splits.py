@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats.contingency import association
 
+from chestxray_covid import splits
 from chestxray_covid.confounders import confounding, confounding_of_question, cramers_v
 from chestxray_covid.datasets.base import LABELS, ChestXrayDataset, Sample, concatenate
 from chestxray_covid.datasets.cohen import CohenCovidDataset
@@ -644,3 +645,30 @@ def test_a_third_class_does_not_hide_that_the_question_is_confounded() -> None:
     assert confounding_of_question(pure).is_severe
     assert not confounding_of_question(shared).is_severe
     assert "pneumonia" in confounding_of_question(shared).table["a"]
+
+
+def test_many_samples_are_split_as_evenly_without_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    entries = [
+        entry
+        for source, patients, images in (("a", 300, 1), ("b", 200, 3), ("c", 60, 2))
+        for entry in balanced(patients, images, source)
+    ]
+    entries += [("pneumonia", "d", f"p{rng.integers(80)}") for _ in range(400)]
+    dataset = listed(*(entries[i] for i in rng.permutation(len(entries))))
+    searched = split_by_patient(dataset, find_copies=False)
+    monkeypatch.setattr(splits, "_MANY", 1000)
+    drawn = split_by_patient(dataset, find_copies=False)
+    assert_sound(drawn)
+    assert drawn.indices != searched.indices
+    assert drawn.indices == split_by_patient(dataset, find_copies=False).indices
+    assert drawn.indices != split_by_patient(dataset, find_copies=False, seed=1).indices
+    whole = Counter((s.label, s.source) for s in dataset.samples)
+    for side, wanted in (("val", 0.15), ("test", 0.15)):
+        own = Counter((s.label, s.source) for s in getattr(drawn, side).samples)
+        for stratum, count in whole.items():
+            # A patient more or less, of at most a dozen images, in each kind of patient.
+            assert abs(own[stratum] - wanted * count) < 12, (side, stratum)
+        assert abs(sum(own.values()) / len(dataset) - wanted) < 0.02

@@ -40,6 +40,7 @@ def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
             for n in ("epochs", "batch_size", "accumulate", "workers")
             for v in (0, 1.5, True)
         ],
+        ("batch_size", "most"),
         ("step_epochs", 0),
         ("samples_per_epoch", 0),
         ("patience", 0),
@@ -72,6 +73,7 @@ def test_an_impossible_option_is_refused_by_name(field: str, value: object) -> N
         ("augmentation", None),
         ("channels_last", "no"),
         ("allow_confounded_sources", 1),
+        ("gradient_checkpointing", 1),
         ("progress", 1),
         ("learning_rate", np.float32(1e-3)),
         ("ema_decay", True),

@@ -17,15 +17,8 @@ import pytest
 from chestxray_covid import Augmentation, TrainingConfig
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.errors import TrainingError
-from chestxray_covid.training_state import (
-    SignalWatch,
-    StateStore,
-    check_identity,
-    epoch_batches,
-    epoch_order,
-    repetitions,
-    run_identity,
-)
+from chestxray_covid.training_order import Batch, epoch_batches, epoch_order, repetitions
+from chestxray_covid.training_state import SignalWatch, StateStore, check_identity, run_identity
 
 TENSORS = {"model.a": np.arange(6, dtype=np.float32), "optimizer.0.step": np.array(3.0, np.float32)}
 
@@ -117,38 +110,42 @@ def test_every_draw_of_an_image_has_a_number_of_its_own() -> None:
     assert repetitions(np.array([2, 0, 2, 2, 1]), 5) == [2, 0, 7, 12, 1]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_processes_share_an_epoch_in_batches_of_equal_number(processes: int) -> None:
-    config = TrainingConfig(batch_size=8, balance="none")
-    shares = [
-        epoch_batches(UNEVEN, config, epoch=1, process=p, processes=processes)
-        for p in range(processes)
-    ]
-    assert len({len(batches) for batches in shares}) == 1
-    drawn = Counter(pair for batches in shares for batch in batches for pair in batch)
-    assert set(drawn) == {(i, i) for i in range(100)}
-    assert sum(drawn.values()) == (
-        100 if processes == 1 else -(-100 // (8 * processes)) * 8 * processes
-    )
+def batches_of(dataset: ChestXrayDataset, size: int, processes: int = 1) -> list[list[Batch]]:
+    """Return the batches of each process."""
+    config = TrainingConfig(balance="none")
+    options = {"batch_size": size, "epoch": 1, "processes": processes}
+    return [epoch_batches(dataset, config, process=p, **options) for p in range(processes)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_the_batches_that_one_would_have(processes: int) -> None:
+    (alone,) = batches_of(UNEVEN, 24)
+    shares = batches_of(UNEVEN, 24 // processes, processes)
+    assert [len(batch.images) for batch in alone] == [24, 24, 24, 24, 4]
+    for number, batch in enumerate(alone):
+        own = [share[number] for share in shares]
+        counted = [pair for part in own for pair in part.images[: part.counted]]
+        assert counted == batch.images
+        assert all(part.together == [i for i, _ in batch.images] for part in own)
+        if processes > 1:
+            assert {len(part.images) for part in own} == {24 // processes}
 
 
 def test_few_images_still_fill_the_batches_of_many_processes() -> None:
     few = listed({("a", "normal"): 4, ("a", "covid19"): 3})
-    config = TrainingConfig(batch_size=4, balance="none")
-    for process in range(8):
-        batches = epoch_batches(few, config, epoch=0, process=process, processes=8)
-        assert [len(b) for b in batches] == [4]
+    shares = [batch for (batch,) in batches_of(few, 4, processes=8)]
+    assert [len(batch.images) for batch in shares] == [4] * 8
+    assert [batch.counted for batch in shares] == [4, 3, 0, 0, 0, 0, 0, 0]
 
 
 def test_batches_of_one_image_are_all_kept() -> None:
-    config = TrainingConfig(batch_size=1, balance="none")
-    assert len(epoch_batches(UNEVEN, config, epoch=0, process=0, processes=1)) == 100
+    assert len(batches_of(UNEVEN, 1)[0]) == 100
 
 
-def test_a_last_batch_of_one_image_is_left_out() -> None:
-    config = TrainingConfig(batch_size=9, balance="none")
-    sizes = [len(b) for b in epoch_batches(UNEVEN, config, epoch=0, process=0, processes=1)]
-    assert sizes == [9] * 11
+@pytest.mark.parametrize(("size", "processes"), [(9, 1), (3, 3)])
+def test_a_last_batch_of_one_image_is_left_out(size: int, processes: int) -> None:
+    for batches in batches_of(UNEVEN, size, processes):
+        assert [len(batch.images) for batch in batches] == [size] * 11
 
 
 def test_a_state_comes_back_bit_for_bit_and_older_ones_go(tmp_path: Path) -> None:

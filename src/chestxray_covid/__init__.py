@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.audit_report import AuditItem as AuditItem
     from chestxray_covid.audit_report import AuditReport as AuditReport
     from chestxray_covid.augment import Augmentation as Augmentation
+    from chestxray_covid.batch import PredictedFiles as PredictedFiles
+    from chestxray_covid.batch import predict_files as predict_files
+    from chestxray_covid.batch import ray_predict as ray_predict
     from chestxray_covid.calibration import fit_temperature as fit_temperature
     from chestxray_covid.checkpoint import ModelConfig as ModelConfig
     from chestxray_covid.classifier import Classifier as Classifier
@@ -117,6 +120,7 @@ _MODULES = {
     "audit_figure": ("plot_audit",),
     "audit_report": ("AuditFinding", "AuditItem", "AuditReport"),
     "augment": ("Augmentation",),
+    "batch": ("PredictedFiles", "predict_files", "ray_predict"),
     "calibration": ("fit_temperature",),
     "checkpoint": ("ModelConfig",),
     "classifier": ("Classifier",),

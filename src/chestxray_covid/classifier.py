@@ -140,7 +140,8 @@ class Classifier:
             engine=engine,
             precision=precision,
         )
-        made._origin, made._file_sha256 = folder, made.config.weights_sha256
+        made._origin = folder
+        made._file_sha256 = config.weights_sha256 if classes is None else ""
         return made
 
     def save_pretrained(

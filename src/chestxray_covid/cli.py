@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,15 +11,12 @@ import click
 
 from chestxray_covid._version import __version__
 from chestxray_covid.audit_commands import audit
+from chestxray_covid.batch_commands import predict
 from chestxray_covid.command import (
-    BATCH,
     DATA,
-    DEVICE,
-    ENGINE,
-    MODEL,
     NOT_A_DEVICE,
-    PRECISION,
     SPLIT_NAME,
+    is_first_process,
     open_data,
     translated,
 )
@@ -32,7 +26,6 @@ from chestxray_covid.judging_commands import evaluate
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
-    from chestxray_covid.prediction import FailedPrediction, Prediction
     from chestxray_covid.splits import Split
 
 
@@ -42,7 +35,7 @@ def main() -> None:
     """COVID-19 classification of chest radiographs with DenseNet-121."""
 
 
-for subcommand in (audit, evaluate, models, push, export, quantize):
+for subcommand in (audit, evaluate, predict, models, push, export, quantize):
     main.add_command(subcommand)
 
 
@@ -120,7 +113,7 @@ def download(
     help="Labels to learn, separated by commas; also known: pneumonia.",
 )
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's number.")
-@click.option("--batch-size", type=click.IntRange(1), help="Instead of the recipe's.")
+@click.option("--batch-size", help="Instead of the recipe's; auto for the largest that fits.")
 @click.option("--learning-rate", type=float, help="Instead of the recipe's.")
 @click.option("--size", type=click.IntRange(32), help="Side of the input in pixels.")
 @click.option("--limit", type=click.IntRange(1), help="Images per class, for a trial run.")
@@ -132,6 +125,7 @@ def download(
 @click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @translated
 def train(
@@ -143,7 +137,7 @@ def train(
     trainable: str,
     classes: str,
     epochs: int | None,
-    batch_size: int | None,
+    batch_size: str | None,
     learning_rate: float | None,
     size: int | None,
     limit: int | None,
@@ -151,6 +145,7 @@ def train(
     device: Literal["auto", "cpu"],
     seed: int,
     resume: bool,
+    gradient_checkpointing: bool,
     quiet: bool,
 ) -> None:
     """Train on data sets, split by patient, and judge the model on patients it never saw."""
@@ -159,6 +154,7 @@ def train(
     if (output / "config.json").exists() and not resume:
         raise click.UsageError(f"{output} already holds a run: use --resume or another folder.")
     labels = _labels(classes)
+    first = is_first_process()
     dataset = open_data(data, labels)
     if limit is not None:
         dataset = dataset.limit(limit, seed=seed)
@@ -178,90 +174,41 @@ def train(
     make = TrainingConfig.baseline if recipe == "baseline" else TrainingConfig
     wanted: dict[str, Any] = {
         "epochs": epochs,
-        "batch_size": batch_size,
+        "batch_size": _batch_size(batch_size),
         "learning_rate": learning_rate,
         "preprocess": None if size is None else Preprocess(size_px=size),
         "cache_dir": None if cache is None else str(cache),
     }
     given = {name: value for name, value in wanted.items() if value is not None}
-    # The command says itself how far the source gives the label away.
-    given |= {"allow_confounded_sources": True, "progress": not quiet}
-    config = make(**given, device=device, seed=seed)
+    config = make(
+        **given,
+        # The command says itself how far the source gives the label away.
+        allow_confounded_sources=True,
+        gradient_checkpointing=gradient_checkpointing,
+        device=device,
+        seed=seed,
+        progress=first and not quiet,
+    )
     model = build_densenet121(
         checkpoint if checkpoint is not None else not no_pretrained,
         trainable=trainable,
         num_classes=len(labels),
         seed=seed,
     )
-    split = _split(dataset, output, seed=seed, progress=not quiet)
+    split = _split(dataset, output, seed=seed, progress=config.progress, save=first)
     found = confounding(dataset)
-    _write_json(output / "confounding.json", found.to_dict())
+    if first:
+        _write_json(output / "confounding.json", found.to_dict())
     click.echo(f"\n{found}\n")
     history = Trainer(model, split.train, split.val, config, output=output).fit(resume=resume)
+    if not first:
+        return
     best = history.best
     click.echo(f"\nBest epoch: {best.epoch} of {len(history)}, val loss {best.val_loss:.4f}")
     classifier = Classifier.from_pretrained(output)
     report = judge(classifier, split.test, progress=not quiet)
     report.save(output / "evaluation.json")
     click.echo(f"\n{report}\n\nEverything is in {output}. {NOT_A_DEVICE}")
-
-
-@main.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@MODEL
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write CSV, or JSON lines where the name ends in .jsonl, instead of a table.",
-)
-@BATCH
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    help="Threads that decode; as many as there are cores if not given.",
-)
-@DEVICE
-@ENGINE
-@PRECISION
-@translated
-def predict(
-    paths: tuple[Path, ...],
-    model: str | None,
-    output: Path | None,
-    batch_size: int,
-    workers: int | None,
-    device: str | None,
-    engine: str,
-    precision: str,
-) -> None:
-    """Judge radiographs: files, and folders with all image files below them.
-
-    Exits with status 1 if a file could not be judged, and names it.
-    """
-    from tqdm import tqdm
-
-    from chestxray_covid.classifier import Classifier
-    from chestxray_covid.prediction import FailedPrediction
-
-    classifier = Classifier.from_pretrained(
-        model, device=device, engine=engine, precision=precision
-    )
-    results = classifier.predict_stream(paths, batch_size, "return", workers=workers)
-    failed: list[FailedPrediction] = []
-    judged = 0
-    with _taking(output, classifier.classes) as write:
-        for result in tqdm(results, "predict", unit="img", disable=output is None):
-            write(result)
-            judged += 1
-            if isinstance(result, FailedPrediction):
-                failed.append(result)
-        if not judged:
-            raise click.ClickException(f"No image file in {', '.join(map(str, paths))}.")
-    for failure in failed:
-        click.echo(f"failed: {failure}", err=True)
-    click.echo(NOT_A_DEVICE, err=True)
-    if failed:
-        sys.exit(1)
 
 
 @main.command()
@@ -303,6 +250,15 @@ def info(model: str | None) -> None:
     click.echo(NOT_A_DEVICE)
 
 
+def _batch_size(given: str | None) -> int | str | None:
+    if given in (None, "auto"):
+        return given
+    try:
+        return int(str(given))
+    except ValueError:
+        raise click.UsageError(f"--batch-size must be a number or auto, got {given!r}.") from None
+
+
 def _labels(classes: str) -> tuple[str, ...]:
     labels = tuple(name.strip() for name in classes.split(",") if name.strip())
     if len(labels) < 2:
@@ -310,16 +266,19 @@ def _labels(classes: str) -> tuple[str, ...]:
     return labels
 
 
-def _split(dataset: ChestXrayDataset, output: Path, *, seed: int, progress: bool) -> Split:
-    """Return the run's split: the saved one if there is one, else a new one, saved."""
+def _split(
+    dataset: ChestXrayDataset, output: Path, *, seed: int, progress: bool, save: bool
+) -> Split:
+    """Return the run's split: the saved one if there is one, else a new one, saved if asked."""
     from chestxray_covid.splits import Split, split_by_patient
 
     saved = output / SPLIT_NAME
     if saved.is_file():
         return Split.load(saved, dataset)
     split = split_by_patient(dataset, seed=seed, progress=progress)
-    output.mkdir(parents=True, exist_ok=True)
-    split.save(saved)
+    if save:
+        output.mkdir(parents=True, exist_ok=True)
+        split.save(saved)
     return split
 
 
@@ -327,14 +286,3 @@ def _write_json(path: Path, data: Any) -> None:
     from chestxray_covid.files import write_files
 
     write_files(path.parent, {path.name: json.dumps(data, indent=1).encode()})
-
-
-def _taking(
-    output: Path | None, classes: tuple[str, ...]
-) -> AbstractContextManager[Callable[[Prediction | FailedPrediction], None]]:
-    from chestxray_covid.prediction_table import heading, line, prediction_writer
-
-    if output is None:
-        click.echo(heading(classes))
-        return nullcontext(lambda result: click.echo(line(result)))
-    return prediction_writer(output, classes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +60,18 @@ PRECISION = click.option(
     help="What it computes in; auto takes the fastest that keeps the model's probabilities.",
 )
 BATCH = click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+
+
+def is_first_process() -> bool:
+    """Return whether this is the process that writes and speaks; others are silent from here on.
+
+    torchrun and ``accelerate launch`` number the processes of a run in ``RANK``.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        silent = contextlib.redirect_stdout(io.StringIO())
+        click.get_current_context().with_resource(silent)
+    return first
 
 
 def translated(command: Command) -> Command:

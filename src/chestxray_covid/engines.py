@@ -170,6 +170,9 @@ def restrict_classes(
 ) -> tuple[ModelConfig, dict[str, NDArray[Any]]]:
     """Return the checkpoint with these classes only; softmax over them is the renormalisation.
 
+    The config still names the whole checkpoint's weights: what is known of those, such as the
+    precision that keeps their probabilities, holds for some of their classes, too.
+
     Raises:
         ValueError: If they are not at least two different ones of the checkpoint's.
     """
@@ -181,7 +184,7 @@ def restrict_classes(
         )
     rows = [config.classes.index(c) for c in chosen]
     head = {k: tensors[k][rows] for k in ("classifier.weight", "classifier.bias")}
-    return replace(config, classes=chosen, weights_sha256=""), {**tensors, **head}
+    return replace(config, classes=chosen), {**tensors, **head}
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

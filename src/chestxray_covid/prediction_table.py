@@ -1,60 +1,67 @@
-"""Predictions as a table on a screen, or as a file: CSV or JSON lines, complete or not there."""
+"""Predictions as rows: of a CSV, of JSON lines, of Parquet, or on a screen."""
 
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+from chestxray_covid.errors import require_extra
 from chestxray_covid.prediction import FailedPrediction, Prediction
 
-_FLAGS = ("abstained", "flags")
+Row: TypeAlias = Prediction | FailedPrediction
+
+_LAST = ("score", "is_positive", "abstained", "flags", "error")
 
 
-@contextmanager
-def prediction_writer(
-    path: str | os.PathLike[str], classes: Sequence[str]
-) -> Iterator[Callable[[Prediction | FailedPrediction], None]]:
-    """Yield a function that takes predictions one by one and writes them to a file.
+@dataclass(frozen=True)
+class TableFormat:
+    """How predictions become a file, and which of its rows are failures.
 
-    The file appears when the block ends without an error. CSV has the columns ``path``, ``label``,
-    ``p_<class>`` for each class, ``score``, ``is_positive``, ``abstained``, ``flags`` (names, a
-    space between) and ``error``, of which a failed image has the first and the last; JSON lines
-    hold :meth:`Prediction.to_dict`. A file name that is not UTF-8 is written byte for byte in CSV,
-    and with its bytes as surrogate escapes in JSON.
-
-    Args:
-        path: Ends in ``.jsonl`` for JSON lines, anything else is CSV. Its folder is made.
-        classes: Labels in the order of the columns.
-
-    Raises:
-        OSError: If it cannot be written; nothing is left behind.
+    Attributes:
+        suffix: Of the file's name.
+        head: From classes to what the file begins with.
+        encode: From predictions and classes to their rows; rows behind a head are a file.
+        failures: From rows to path and reason of those that failed.
     """
-    output = Path(path)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            if output.suffix.lower() == ".jsonl":
 
-                def write(result: Prediction | FailedPrediction) -> None:
-                    file.write(result.to_json() + "\n")
-
-                yield write
-            else:
-                table = csv.writer(file)
-                names = (f"p_{name}" for name in classes)
-                table.writerow(["path", "label", *names, "score", "is_positive", *_FLAGS, "error"])
-                yield lambda result: table.writerow(_cells(result, classes))
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    suffix: str
+    head: Callable[[Sequence[str]], bytes]
+    encode: Callable[[Sequence[Row], Sequence[str]], bytes]
+    failures: Callable[[bytes], list[tuple[str, str]]]
 
 
-def _cells(result: Prediction | FailedPrediction, classes: Sequence[str]) -> list[Any]:
+def format_of(name: str) -> TableFormat:
+    r"""Return the format that the end of a file's name asks for.
+
+    ``.jsonl`` means JSON lines of :meth:`Prediction.to_dict`, ``.parquet`` Parquet, and anything
+    else CSV. CSV and Parquet have the columns ``path``, ``label``, ``p_<class>`` for each class,
+    ``score``, ``is_positive``, ``abstained``, ``flags`` (names, a space between) and ``error``, of
+    which a failed image has the first and the last. A file name that is not UTF-8 is written byte
+    for byte in CSV, with its bytes as surrogate escapes in JSON, and as ``\xff`` in Parquet.
+    """
+    formats = {".jsonl": JSON_LINES, ".parquet": PARQUET}
+    return next((f for end, f in formats.items() if name.lower().endswith(end)), CSV)
+
+
+def _csv_head(classes: Sequence[str]) -> bytes:
+    return _csv_bytes([["path", "label", *(f"p_{name}" for name in classes), *_LAST]])
+
+
+def _csv_rows(results: Sequence[Row], classes: Sequence[str]) -> bytes:
+    return _csv_bytes([_cells(result, classes) for result in results])
+
+
+def _csv_bytes(rows: Sequence[Sequence[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _cells(result: Row, classes: Sequence[str]) -> list[Any]:
     if isinstance(result, FailedPrediction):
         return [result.source, "", *("" for _ in classes), *[""] * 4, str(result.error)]
     shares = [f"{result.probabilities[name]:.6f}" for name in classes]
@@ -64,12 +71,68 @@ def _cells(result: Prediction | FailedPrediction, classes: Sequence[str]) -> lis
     return [result.source, *answer, result.abstained, flags, ""]
 
 
+def _csv_failures(data: bytes) -> list[tuple[str, str]]:
+    text = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")
+    return [(row[0], row[-1]) for row in csv.reader(text) if row[-1]]
+
+
+def _json_failures(data: bytes) -> list[tuple[str, str]]:
+    rows = (json.loads(line) for line in data.splitlines())
+    return [(row["source"], row["error"]) for row in rows if "error" in row]
+
+
+def _parquet(results: Sequence[Row], classes: Sequence[str]) -> bytes:
+    pa = require_extra("pyarrow", "parquet")
+    text, number, truth = pa.string(), pa.float64(), pa.bool_()
+    kinds = {"path": text, "label": text, **{f"p_{name}": number for name in classes}}
+    kinds |= dict(zip(_LAST, (number, truth, truth, text, text), strict=True))
+    table = pa.Table.from_pylist([_record(r) for r in results], schema=pa.schema(kinds.items()))
+    file = io.BytesIO()
+    require_extra("pyarrow.parquet", "parquet").write_table(table, file)
+    return file.getvalue()
+
+
+def _record(result: Row) -> dict[str, Any]:
+    path = _readable(result.source)
+    if isinstance(result, FailedPrediction):
+        return {"path": path, "error": _readable(str(result.error))}
+    return {
+        "path": path,
+        "label": result.label,
+        **{f"p_{name}": share for name, share in result.probabilities.items()},
+        "score": result.score,
+        "is_positive": result.is_positive,
+        "abstained": result.abstained,
+        "flags": " ".join(flag.name for flag in result.flags),
+    }
+
+
+def _readable(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _parquet_failures(data: bytes) -> list[tuple[str, str]]:
+    parquet = require_extra("pyarrow.parquet", "parquet")
+    table = parquet.read_table(io.BytesIO(data), columns=["path", "error"])
+    pairs = zip(table["path"].to_pylist(), table["error"].to_pylist(), strict=True)
+    return [(path, error) for path, error in pairs if error is not None]
+
+
+def _json_rows(results: Sequence[Row], classes: Sequence[str]) -> bytes:
+    return "".join(f"{result.to_json()}\n" for result in results).encode()
+
+
+CSV = TableFormat(".csv", _csv_head, _csv_rows, _csv_failures)
+JSON_LINES = TableFormat(".jsonl", lambda classes: b"", _json_rows, _json_failures)
+PARQUET = TableFormat(".parquet", lambda classes: b"", _parquet, _parquet_failures)
+
+
 def heading(classes: Sequence[str]) -> str:
     """Return the first line of a table of predictions on a screen."""
     return f"{'label':<12}{''.join(f'{name:>12}' for name in classes)}  path"
 
 
-def line(result: Prediction | FailedPrediction) -> str:
+def line(result: Row) -> str:
     """Return a row of the table; a name that a terminal must not see raw is escaped."""
     name = result.source if result.source.isprintable() else ascii(result.source)
     if isinstance(result, FailedPrediction):

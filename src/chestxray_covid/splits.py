@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SIDES = ("train", "val", "test")
 _FORMAT = 1
+#: Samples from which scikit-learn's search, of some 70 s per million, gives way to a plain draw.
+_MANY = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +198,8 @@ def split_by_patient(
 
     Samples are grouped by :func:`patient_groups`, and the groups assigned at random, stratified
     by label and source (scikit-learn's ``StratifiedGroupKFold``), so a side's size is as near to
-    the wanted one as ``1 / round(1 / fraction)`` and whole patients allow.
+    the wanted one as ``1 / round(1 / fraction)`` and whole patients allow. Of more than 50,000
+    samples, every so-manieth of the groups that hold alike is taken instead.
 
     Args:
         dataset: What to divide.
@@ -324,10 +327,40 @@ def divide(
         folds = min(folds, len(np.unique(own[left])), *Counter(strata).values())
         if folds < 2:
             return indices[~held], indices[held]
+        if len(indices) > _MANY:
+            held[left] = _every_so_many(strata, own[left], fraction, seed)
+            return indices[~held], indices[held]
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         _, chosen = next(splitter.split(strata, strata, own[left]))
         held[np.flatnonzero(left)[chosen]] = True
     return indices[~held], indices[held]
+
+
+def _every_so_many(
+    strata: Sequence[str], groups: NDArray[np.int64], fraction: float, seed: int
+) -> NDArray[np.bool_]:
+    """Return which positions are held out: every so-manieth group of those that hold alike.
+
+    Groups are ordered by how many samples they have of each stratum, those with equal numbers at
+    random, and one is taken each time that another ``1 / fraction`` of them have passed.
+
+    Args:
+        strata: Label and source of each position.
+        groups: ``(N,)`` group of each position.
+        fraction: To hold out, in (0, 0.5].
+        seed: Of the order.
+    """
+    _, kinds = np.unique(np.asarray(strata), return_inverse=True)
+    _, numbers = np.unique(groups, return_inverse=True)
+    counts = np.zeros((numbers.max() + 1, kinds.max() + 1), np.int32)
+    np.add.at(counts, (numbers, kinds), 1)
+    rng = np.random.default_rng(seed)
+    order = np.lexsort([rng.random(len(counts)), *counts.T])
+    passed = np.floor(rng.random() + fraction * np.arange(len(order) + 1))
+    taken = np.zeros(len(order), bool)
+    taken[order] = np.diff(passed) > 0
+    chosen: NDArray[np.bool_] = taken[numbers]
+    return chosen
 
 
 def _divide_rare(

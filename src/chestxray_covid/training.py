@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from tqdm import tqdm
 
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder, map_ahead
+from chestxray_covid.datasets.loading import Loader, map_ahead
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
 from chestxray_covid.files import read_json
 from chestxray_covid.models import check_model, load_tensors, to_tensors
@@ -33,16 +31,20 @@ from chestxray_covid.training_config import (
     TrainingConfig,
     validation_numbers,
 )
-from chestxray_covid.training_network import TrainingNetwork
+from chestxray_covid.training_network import TrainingNetwork, open_accelerator
+from chestxray_covid.training_order import (
+    Batch,
+    check_sides,
+    epoch_batches,
+    pixel_loader,
+    warn_if_confounded,
+)
 from chestxray_covid.training_state import (
     Position,
     SignalWatch,
     StateStore,
     check_identity,
-    check_sides,
-    epoch_batches,
     run_identity,
-    warn_if_confounded,
 )
 
 
@@ -96,6 +98,8 @@ class Trainer:
             warn_if_confounded(train, stacklevel=2)
         self._states = StateStore(self.output)
         self._at = Position()
+        size = self.config.batch_size
+        self._batch_size = size if size != "auto" else 0  # until it is found
 
     def fit(self, *, resume: bool = False) -> History:
         """Train, and return the history; the run directory then holds the best weights.
@@ -111,11 +115,12 @@ class Trainer:
             TrainingInterrupted: If SIGINT or SIGTERM arrived; the state was saved.
             ImageError: If a file cannot be decoded.
         """
-        self._place()
+        self._accelerator = open_accelerator(self.config)
+        self.device: torch.device = self._accelerator.device
         if resume and (self.output / "history.json").exists() and not self._states.steps():
             return self._read_finished()
         self._prepare(resume)
-        with SignalWatch() as self._signals:
+        with SignalWatch() as self._signals, self._network.checkpointed():
             for callback in self.callbacks:
                 callback.on_train_begin(self)
             while self._at.epoch < self.config.epochs and not self._has_stalled():
@@ -125,21 +130,10 @@ class Trainer:
         self._finish()
         return self.history
 
-    def _place(self) -> None:
-        try:
-            # The precision is the config's alone: autocast is entered where the network is called.
-            self._accelerator = Accelerator(cpu=self.config.device == "cpu", mixed_precision="no")
-        except ValueError as error:
-            raise TrainingError(
-                f"Accelerate is set up differently in this process already: {error} "
-                "It can be set up once per process; start another for this run."
-            ) from error
-        self.device: torch.device = self._accelerator.device
-
     def _read_finished(self) -> History:
         """Take over a finished run, if it is one of these options and data."""
         config, tensors = load_checkpoint(self.output)
-        check_identity(self._identity(), config.provenance.get("identity", {}), self.output)
+        self._take_over(config.provenance.get("identity", {}))
         self.history = History.from_dict(read_json(self.output / "history.json"))
         load_tensors(self.model, tensors)
         self.model.eval()
@@ -147,39 +141,28 @@ class Trainer:
 
     def _prepare(self, resume: bool) -> None:
         config = self.config
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(
-                f"{self.output} cannot become a run directory: {error}. Choose another."
-            ) from error
-        started = (self.output / "config.json").exists() or bool(self._states.steps())
-        if started and not resume:
-            raise TrainingError(
-                f"{self.output} already holds a run. Continue it with resume=True (command line: "
-                "--resume), or choose another folder."
-            )
+        self._states.claim(resume=resume, make=self._accelerator.is_main_process)
         self._load_train = self._loader(self.train)
         self._load_val = self._loader(self.val)
         self._network = TrainingNetwork(self.model, config, self._accelerator, self.train.targets)
         if resume:
             self._restore()
+        elif config.batch_size == "auto":
+            self._batch_size = self._network.largest_batch(
+                config.samples_per_epoch or len(self.train)
+            )
 
     def _loader(self, dataset: ChestXrayDataset) -> Loader:
-        c = self.config
-        if c.cache_dir is None:
-            return decoder(dataset, c.preprocess)
-        show = c.progress and self._accelerator.is_main_process
         with self._accelerator.main_process_first():
-            return cached_decoder(
-                dataset, c.preprocess, c.cache_dir, workers=c.workers, progress=show
-            )
+            show = self.config.progress and self._accelerator.is_main_process
+            return pixel_loader(dataset, self.config, progress=show)
 
     def _train_epoch(self) -> None:
         at, config = self._at, self.config
         batches = epoch_batches(
             self.train,
             config,
+            batch_size=self._batch_size,
             epoch=at.epoch,
             process=self._accelerator.process_index,
             processes=self._accelerator.num_processes,
@@ -189,12 +172,15 @@ class Trainer:
         todo = batches[at.batch :]
         pixels = map_ahead(
             self._load_train,
-            (index for batch in todo for index, _ in batch),
+            (index for batch in todo for index, _ in batch.images),
             workers=config.workers,
-            ahead=4 * config.batch_size,
+            ahead=4 * self._batch_size,
         )
         self._network.train()
-        bar = self._bar(f"epoch {at.epoch + 1}/{config.epochs}", sum(map(len, batches)), at.seen)
+        images, done = (
+            sum(len(b.together) for b in some) for some in (batches, batches[: at.batch])
+        )
+        bar = self._bar(f"epoch {at.epoch + 1}/{config.epochs}", images, done)
         with contextlib.closing(pixels), bar:
             while at.batch < len(batches):
                 group = batches[at.batch : at.batch + config.accumulate]
@@ -202,43 +188,51 @@ class Trainer:
                 self._step(group, pixels)
                 at.batch += len(group)
                 at.step += 1
-                bar.update(sum(map(len, group)) * self._accelerator.num_processes)
-                bar.set_postfix(loss=f"{at.loss_sum / at.seen:.4f}", refresh=False)
+                loss = at.loss_sum / max(1, at.seen)  # a process may have had none that counts
+                bar.update(sum(len(batch.together) for batch in group))
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 for callback in self.callbacks:
-                    callback.on_step_end(self, at.step, at.loss_sum / at.seen)
+                    callback.on_step_end(self, at.step, loss)
                 self._save_or_stop(last=at.batch == len(batches))
 
-    def _step(
-        self, group: list[list[tuple[int, int]]], pixels: Iterator[NDArray[np.uint8]]
-    ) -> None:
+    def _step(self, group: list[Batch], pixels: Iterator[NDArray[np.uint8]]) -> None:
         """Take one optimizer step over a group of accumulated batches."""
-        at = self._at
+        at, network = self._at, self._network
         start = time.perf_counter()
         for number, batch in enumerate(group, 1):
             waiting = time.perf_counter()
-            images = torch.from_numpy(np.stack([next(pixels) for _ in batch])).to(self.device)
+            images = torch.from_numpy(np.stack([next(pixels) for _ in batch.images]))
+            images = images.to(self.device)
             at.data_seconds += time.perf_counter() - waiting
-            targets = torch.tensor([self.train.targets[i] for i, _ in batch], device=self.device)
-            varied, hidden = self._network.vary(images, at.epoch, [draw for _, draw in batch])
-            loss = self._network.backward(
-                varied, targets, hidden=hidden, batches=len(group), last=number == len(group)
+            labels = [self.train.targets[i] for i, _ in batch.images]
+            targets = torch.tensor(labels, device=self.device)
+            varied, hidden = network.vary(images, at.epoch, [draw for _, draw in batch.images])
+            # Processes take the mean of their gradients, which shall be the mean over all images.
+            weight = network.weight_of([self.train.targets[i] for i in batch.together])
+            loss = network.backward(
+                varied,
+                targets,
+                hidden=hidden,
+                counted=batch.counted,
+                share=self._accelerator.num_processes / weight / len(group),
+                last=number == len(group),
             )
             self._count(loss, batch)
-        self._network.step(self._rate)
+        network.step(self._rate)
         at.seconds += time.perf_counter() - start
 
-    def _count(self, loss: float, batch: list[tuple[int, int]]) -> None:
+    def _count(self, loss: float, batch: Batch) -> None:
         at = self._at
         if not math.isfinite(loss):
-            names = [str(self.train.samples[i].path) for i, _ in batch]
+            names = [str(self.train.samples[i].path) for i, _ in batch.images]
             raise TrainingError(
                 f"The loss is {loss} in epoch {at.epoch + 1}, batch {at.batch + 1}. Lower "
                 f"learning_rate ({self._rate:.3g}), use precision='float32', or look at the "
                 f"images of the batch: {', '.join(names)}. The weights of the best epoch so "
                 f"far, if one is finished, are in {self.output}."
             )
-        at.loss_sum += loss * len(batch)
-        at.seen += len(batch)
+        at.loss_sum += loss
+        at.seen += batch.counted
 
     def _save_or_stop(self, *, last: bool) -> None:
         """Save when a state is due; stop after that if a signal arrived in any process.
@@ -265,8 +259,7 @@ class Trainer:
         loss, probabilities = self._validate()
         seconds = at.seconds + time.perf_counter() - start
         numbers = validation_numbers(np.array(self.val.targets), probabilities)
-        sums = torch.tensor([at.loss_sum, at.seen], device=self.device)
-        loss_sum, seen = self._accelerator.reduce(sums, "sum").tolist()
+        loss_sum, seen = self._network.sums([self._at.loss_sum, self._at.seen])
         auroc = numbers["val_auroc"]
         by_auroc = self.config.monitor == "val_auroc" and auroc is not None
         score = auroc if by_auroc and auroc is not None else -loss
@@ -299,35 +292,28 @@ class Trainer:
 
     def _validate(self) -> tuple[float, NDArray[np.float64]]:
         """Return the mean cross-entropy and the ``(N, K)`` probabilities of the validation data."""
-        accelerator, size = self._accelerator, self.config.batch_size
-        net = self._network.best.eval()
+        accelerator = self._accelerator
+
+        def may_stop() -> None:
+            if self._signals.received and accelerator.num_processes == 1:
+                raise TrainingInterrupted(self._signals.received, self.output)
+
+        self._network.unite()
         own = range(accelerator.process_index, len(self.val), accelerator.num_processes)
-        pixels = map_ahead(self._load_val, own, workers=self.config.workers, ahead=4 * size)
-        logits: list[Tensor] = []
-        with (
-            contextlib.closing(pixels),
-            torch.inference_mode(),
-            self._bar("validate", len(own)) as bar,
-        ):
-            while batch := [p for _, p in zip(range(size), pixels, strict=False)]:
-                images = torch.from_numpy(np.stack(batch)).to(self.device)
-                logits.append(self._network.forward(net, images))
-                bar.update(len(batch))
-                if self._signals.received and accelerator.num_processes == 1:
-                    raise TrainingInterrupted(self._signals.received, self.output)
-        # Processes hold rows in turn; the shortest one's missing last row is padding.
-        none = torch.zeros((0, len(self.val.classes)), device=self.device)
-        padded = accelerator.pad_across_processes(torch.cat([none, *logits]))
-        shares = accelerator.gather(padded).cpu().double().chunk(accelerator.num_processes)
-        table = torch.stack(shares, 1).flatten(0, 1)[: len(self.val)]
-        loss = float(F.cross_entropy(table, torch.tensor(self.val.targets)))
+        ahead = 4 * self._batch_size
+        pixels = map_ahead(self._load_val, own, workers=self.config.workers, ahead=ahead)
+        with contextlib.closing(pixels), self._bar("validate", len(own)) as bar:
+            logits = self._network.predict(
+                pixels, batch_size=self._batch_size, total=len(self.val), bar=bar, check=may_stop
+            )
+        loss = float(F.cross_entropy(logits, torch.tensor(self.val.targets)))
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The validation loss is {loss} after epoch {self._at.epoch + 1}: the weights have "
                 f"diverged. Lower learning_rate. The best weights so far, if an epoch was good, "
                 f"are in {self.output}."
             )
-        return loss, table.softmax(1).numpy()
+        return loss, logits.softmax(1).numpy()
 
     def _bar(self, name: str, total: int, initial: int = 0) -> Any:
         show = self.config.progress and self._accelerator.is_main_process
@@ -341,7 +327,7 @@ class Trainer:
         if not self._accelerator.is_main_process:
             return
         provenance = {
-            "training": self.config.to_dict(),
+            "training": {**self.config.to_dict(), "batch_size": self._batch_size},
             "epoch": record.epoch,
             "identity": self._identity(),
             "train": self.train.report().to_dict(),
@@ -350,42 +336,51 @@ class Trainer:
         config = ModelConfig(
             classes=self.train.classes, preprocess=self.config.preprocess, provenance=provenance
         )
-        try:
+        with self._saving("weights"):
             save_checkpoint(self.output, config, to_tensors(self._network.best))
+
+    @contextlib.contextmanager
+    def _saving(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise TrainingError(
-                f"The weights cannot be saved in {self.output}: {error}. Make room or mend the "
+                f"The {what} cannot be saved in {self.output}: {error}. Make room or mend the "
                 "folder, then continue with resume=True."
             ) from error
 
     def _save_state(self) -> None:
+        loss_sum, seen = self._network.sums([self._at.loss_sum, self._at.seen])
         if self._accelerator.is_main_process:
             values = {
-                "at": asdict(self._at),
+                "at": asdict(replace(self._at, loss_sum=loss_sum, seen=int(seen))),
                 "history": self.history.to_dict(),
                 "identity": self._identity(),
             }
             self._states.save(self._at.step, self._network.state(), values)
-            try:
+            with self._saving("history"):
                 self.history.save(self.output)
-            except OSError as error:
-                raise TrainingError(
-                    f"The history cannot be saved in {self.output}: {error}. Make room or mend "
-                    "the folder, then continue with resume=True."
-                ) from error
         self._accelerator.wait_for_everyone()
 
     def _identity(self) -> dict[str, Any]:
         trains = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        return run_identity(
-            self.config, self.train, self.val, trains, self._accelerator.num_processes
-        )
+        together = self._batch_size * self._accelerator.num_processes
+        return run_identity(self.config, self.train, self.val, trains, together)
+
+    def _take_over(self, identity: Mapping[str, Any]) -> None:
+        """Check that a run is this one; its batch is found anew only where there is none."""
+        if self.config.batch_size == "auto":
+            together = identity.get("batch_size", 0)
+            self._batch_size = max(1, together // self._accelerator.num_processes)
+        check_identity(self._identity(), identity, self.output)
 
     def _restore(self) -> None:
         _, tensors, values = self._states.load()
-        check_identity(self._identity(), values["identity"], self.output)
+        self._take_over(values["identity"])
         self._network.load_state(tensors)
         self._at = Position(**values["at"])
+        if not self._accelerator.is_main_process:  # the sums are those of all processes
+            self._at.loss_sum, self._at.seen = 0.0, 0
         self.history = History.from_dict(values["history"])
 
     def _finish(self) -> None:

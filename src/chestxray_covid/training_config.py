@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
     from chestxray_covid.training import Trainer
 
-_SWITCHES = ("class_weights", "channels_last", "progress", "allow_confounded_sources")
+_SWITCHES = (
+    *("class_weights", "channels_last", "progress"),
+    *("allow_confounded_sources", "gradient_checkpointing"),
+)
 _NUMBERS = (
     *("learning_rate", "weight_decay", "warmup_epochs", "step_factor"),
     *("label_smoothing", "ema_decay", "swap_frame", "hide_centre"),
@@ -40,12 +43,14 @@ class TrainingConfig:
         preprocess: From image to pixels; travels with the checkpoint.
         augmentation: How training images are varied.
         epochs: Number of passes, at least 1.
-        batch_size: Images per process and step.
+        batch_size: Images per process and step, or ``"auto"`` for the largest power of two that
+            fits: into the GPU's memory, or into half of the machine's.
         accumulate: Batches per optimizer step.
         samples_per_epoch: Images drawn per epoch; ``None`` draws as many as there are.
-        optimizer: ``"adamw"`` (Loshchilov & Hutter 2019) or ``"adam"``.
+        optimizer: ``"adamw"`` (Loshchilov & Hutter 2019), ``"adam"``, or ``"sgd"`` with a momentum
+            of 0.9.
         learning_rate: Largest learning rate.
-        weight_decay: Decoupled for ``adamw``, added to the gradient for ``adam``.
+        weight_decay: Decoupled for ``adamw``, else added to the gradient.
         schedule: ``"cosine"`` falls to 0 over the run, ``"step"`` multiplies by ``step_factor``
             every ``step_epochs``.
         warmup_epochs: Epochs over which the rate rises linearly from 0; may be a fraction, and is
@@ -73,6 +78,8 @@ class TrainingConfig:
         device: ``"auto"`` takes a GPU where there is one, or ``"cpu"``.
         compile_backend: Backend of ``torch.compile``, such as ``"inductor"``, for the step of
             training; ``None`` compiles nothing. Worth its minutes on a GPU, not on a CPU.
+        gradient_checkpointing: Compute dense layers a second time for the gradient instead of
+            keeping what is between their convolutions: less memory, more time, the same weights.
         channels_last: Keep images and weights in channels-last order, which is faster.
         workers: Threads that decode.
         cache_dir: Folder for decoded pixels, so that later epochs need not decode; ``None``: none.
@@ -90,10 +97,10 @@ class TrainingConfig:
     preprocess: Preprocess = field(default_factory=Preprocess)
     augmentation: Augmentation = field(default_factory=Augmentation)
     epochs: int = 15
-    batch_size: int = 16
+    batch_size: int | Literal["auto"] = 16
     accumulate: int = 1
     samples_per_epoch: int | None = None
-    optimizer: Literal["adamw", "adam"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = 5e-4
     weight_decay: float = 0.05
     schedule: Literal["cosine", "step"] = "cosine"
@@ -112,6 +119,7 @@ class TrainingConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
     compile_backend: str | None = None
+    gradient_checkpointing: bool = False
     channels_last: bool = True
     workers: int = 2
     cache_dir: str | os.PathLike[str] | None = None
@@ -132,8 +140,10 @@ class TrainingConfig:
         for name in _NUMBERS:
             if type(getattr(self, name)) not in (int, float):
                 raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "accumulate", "step_epochs", "workers"):
+        for name in ("epochs", "accumulate", "step_epochs", "workers"):
             _check_count(name, getattr(self, name))
+        if self.batch_size != "auto":
+            _check_count("batch_size", self.batch_size)
         for name in ("samples_per_epoch", "patience", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))

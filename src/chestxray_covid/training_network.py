@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
@@ -17,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from chestxray_covid.augment import hide_centres, swap_frames
 from chestxray_covid.engine_torch import native_bfloat16
+from chestxray_covid.errors import TrainingError
 from chestxray_covid.models import (
     load_tensors,
     normalise,
@@ -25,6 +29,28 @@ from chestxray_covid.models import (
     to_tensors,
 )
 from chestxray_covid.training_config import TrainingConfig
+from chestxray_covid.training_memory import gradient_checkpointing, largest_batch_size
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
+
+
+def open_accelerator(config: TrainingConfig) -> Accelerator:
+    """Return what places, distributes and gathers; the precision is the config's alone.
+
+    Raises:
+        TrainingError: If it was set up for another device in this process.
+    """
+    try:
+        return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+    except ValueError as error:
+        raise TrainingError(
+            f"Accelerate is set up differently in this process already: {error} "
+            "It can be set up once per process; start another for this run."
+        ) from error
 
 
 class TrainingNetwork:
@@ -51,8 +77,9 @@ class TrainingNetwork:
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         trained = [p for p in model.parameters() if p.requires_grad]
-        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        plain = kind(
+        if accelerator.num_processes > 1 and self.device.type == "cuda":
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        plain = _OPTIMIZERS[config.optimizer](
             trained,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
@@ -88,6 +115,39 @@ class TrainingNetwork:
         )
         return chosen
 
+    def checkpointed(self) -> contextlib.AbstractContextManager[None]:
+        """Compute with gradient checkpointing while this is entered, if the run asks for it."""
+        if self._config.gradient_checkpointing:
+            return gradient_checkpointing(self._model)
+        return contextlib.nullcontext()
+
+    def largest_batch(self, images: int) -> int:
+        """Return the largest batch that fits in every process, for an epoch of so many images."""
+        self.train()
+        with self.checkpointed():
+            found = largest_batch_size(
+                self._model,
+                self.forward,
+                size_px=self._config.preprocess.size_px,
+                limit=images // self._accelerator.num_processes,
+            )
+        return int(self._accelerator.gather(torch.tensor([found], device=self.device)).min())
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Return each value's sum over the processes, exactly as it is where there is one."""
+        if self._accelerator.num_processes == 1:
+            return list(values)
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total: list[float] = self._accelerator.reduce(own, "sum").tolist()
+        return total
+
+    def unite(self) -> None:
+        """Give all processes the batch-norm statistics of the first, whose network is saved."""
+        if self._accelerator.num_processes > 1:
+            nets = [self._model] if self._average is None else [self._model, self._average]
+            for statistics in (b for net in nets for b in net.buffers()):
+                broadcast(statistics)
+
     def train(self) -> None:
         """Put what trains in training mode."""
         set_training_mode(self._model)
@@ -105,26 +165,42 @@ class TrainingNetwork:
         varied = swap_frames(varied, self._config.swap_frame, **stream)
         return hide_centres(varied, images, self._config.hide_centre, **stream)
 
+    def weight_of(self, targets: Sequence[int]) -> float:
+        """Return what images of these classes count for together; without weights, one each."""
+        if self.class_weights is None:
+            return len(targets)
+        return float(self.class_weights[list(targets)].sum())
+
     def backward(
-        self, pixels: Tensor, targets: Tensor, *, hidden: Tensor, batches: int, last: bool
+        self,
+        pixels: Tensor,
+        targets: Tensor,
+        *,
+        hidden: Tensor,
+        counted: int,
+        share: float,
+        last: bool,
     ) -> float:
-        """Add the gradient of one batch and return its loss.
+        """Add the gradient of one batch and return the sum of its losses.
 
         Args:
             pixels: ``(N, 1, S, S)`` float32 in [0, 255], from :meth:`vary`.
             targets: ``(N,)`` int64.
             hidden: ``(N,)`` bool, where the target is uniform instead.
-            batches: Batches of this optimizer step, by which the gradient is divided.
-            last: Whether it is the step's last, after which processes share their gradients.
+            counted: How many images have a loss, the first ones.
+            share: What the sum of losses is multiplied with.
+            last: Whether it is the step's last, after which processes take their gradients' mean.
         """
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self._net):
-            loss = F.cross_entropy(
+            losses = F.cross_entropy(
                 self.forward(self._forward, pixels),
                 self._soften(targets, hidden) if hidden.any() else targets,
                 weight=self.class_weights,
                 label_smoothing=self._config.label_smoothing,
+                reduction="none",
             )
-            self._accelerator.backward(loss / batches)
+            loss = losses[:counted].sum()
+            self._accelerator.backward(loss * share)
         return float(loss.detach())
 
     def _soften(self, targets: Tensor, hidden: Tensor) -> Tensor:
@@ -150,6 +226,37 @@ class TrainingNetwork:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             logits: Tensor = net(images)
         return logits.float()
+
+    def predict(
+        self,
+        pixels: Iterator[NDArray[np.uint8]],
+        *,
+        batch_size: int,
+        total: int,
+        bar: Any,
+        check: Callable[[], None],
+    ) -> Tensor:
+        """Return ``(total, K)`` float64 logits on the CPU, from what is validated, in order.
+
+        Args:
+            pixels: Of this process: every so-manieth image, as many as there are processes.
+            batch_size: Images computed at once.
+            total: Images of all processes.
+            bar: Told how many are done.
+            check: Called after each batch.
+        """
+        net, accelerator = self.best.eval(), self._accelerator
+        logits = [torch.zeros((0, self._model.classifier.out_features), device=self.device)]
+        with torch.inference_mode():
+            while batch := list(itertools.islice(pixels, batch_size)):
+                images = torch.from_numpy(np.stack(batch)).to(self.device)
+                logits.append(self.forward(net, images))
+                bar.update(len(batch))
+                check()
+        # Processes hold rows in turn; the shortest one's missing last row is padding.
+        padded = accelerator.pad_across_processes(torch.cat(logits))
+        shares = accelerator.gather(padded).cpu().double().chunk(accelerator.num_processes)
+        return torch.stack(shares, 1).flatten(0, 1)[:total]
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return weights, average and optimizer state."""

@@ -1,4 +1,4 @@
-"""Order of the data, the state between two steps, and signals: what exact resuming needs."""
+"""The state between two steps, and signals: what exact resuming needs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 import shutil
 import signal
 import threading
-import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid.confounders import ConfoundingWarning, confounding_of_question
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.datasets.duplicates import patient_key
 from chestxray_covid.errors import CheckpointError, TrainingError
 from chestxray_covid.files import read_json, sync_folder, write_files
 from chestxray_covid.tensors import read_tensors
@@ -31,111 +27,11 @@ if TYPE_CHECKING:  # it imports torch, which nothing here needs
 STATE_FOLDER = "state"
 #: Options that change how fast a run goes, not what it computes.
 RUNTIME_OPTIONS = frozenset(
-    {"workers", "cache_dir", "progress", "checkpoint_every", "allow_confounded_sources"}
+    {
+        *("workers", "cache_dir", "progress", "checkpoint_every"),
+        *("allow_confounded_sources", "gradient_checkpointing"),
+    }
 )
-#: Domain of the random numbers, see :mod:`chestxray_covid.augment`.
-_STREAM = 1
-
-
-def epoch_order(
-    dataset: ChestXrayDataset,
-    *,
-    balance: str,
-    count: int | None,
-    seed: int,
-    epoch: int,
-    max_repeats: float | None = None,
-) -> NDArray[np.int64]:
-    """Return the positions that an epoch trains on, in order; a function of its arguments alone.
-
-    Args:
-        dataset: The training data.
-        balance: See :class:`TrainingConfig`.
-        count: Number of positions; ``None`` for as many as there are images.
-        seed: Seed of the run.
-        epoch: Epoch, from 0.
-        max_repeats: See :class:`TrainingConfig`.
-
-    Returns:
-        ``(count,)`` int64. Each image once (and again once all were there) with
-        ``balance="none"``; otherwise drawn with replacement.
-    """
-    rng = np.random.default_rng([seed, epoch, _STREAM])
-    size = len(dataset)
-    count = count or size
-    if balance == "none":
-        rounds = -(-count // size)
-        return np.concatenate([rng.permutation(size) for _ in range(rounds)])[:count]
-    keys = [(s.label, s.source if balance == "class_and_source" else "") for s in dataset.samples]
-    images = Counter(keys)
-    shares: dict[tuple[str, str], float] = {}
-    labels = {label for label, _ in images}
-    for label in labels:
-        own = {key: n for key, n in images.items() if key[0] == label}
-        limit = None if max_repeats is None else max_repeats * len(labels) / count
-        shares |= _shares(own, limit)
-    weights = np.array([shares[key] / images[key] for key in keys])
-    return rng.choice(size, count, p=weights / weights.sum())
-
-
-def _shares(images: Mapping[Any, int], limit: float | None) -> dict[Any, float]:
-    """Return each source's share of its class: equal, but at most ``limit`` per image.
-
-    What a small source may not take is left to the others; if all are small, shares are by size.
-    """
-    shares: dict[Any, float] = {}
-    left, remaining = 1.0, sorted(images, key=lambda key: images[key])
-    while remaining:
-        key = remaining[0]
-        fair = left / len(remaining)
-        shares[key] = fair if limit is None else min(fair, limit * images[key])
-        left -= shares[key]
-        remaining = remaining[1:]
-    if left > 1e-9:  # every image is at the limit
-        return {key: n / sum(images.values()) for key, n in images.items()}
-    return shares
-
-
-def repetitions(order: NDArray[np.int64], size: int) -> list[int]:
-    """Return a number for each draw that differs between draws of one image.
-
-    The ``k``-th draw of image ``i`` (from 0) is ``i + k * size``: the images of an epoch are varied
-    by what they are, not by where in the order they come.
-    """
-    seen: Counter[int] = Counter()
-    draws = []
-    for index in order.tolist():
-        draws.append(index + seen[index] * size)
-        seen[index] += 1
-    return draws
-
-
-def epoch_batches(
-    dataset: ChestXrayDataset, config: TrainingConfig, *, epoch: int, process: int, processes: int
-) -> list[list[tuple[int, int]]]:
-    """Return one process's batches of an epoch, as pairs of position and draw.
-
-    All processes get equally many batches, for which the first images may come once more; a last
-    batch of one image is left out, since batch norm has no statistics of it.
-    """
-    order = epoch_order(
-        dataset,
-        balance=config.balance,
-        count=config.samples_per_epoch,
-        seed=config.seed,
-        epoch=epoch,
-        max_repeats=config.max_repeats,
-    )
-    pairs = list(zip(order.tolist(), repetitions(order, len(dataset)), strict=True))
-    together = config.batch_size * processes
-    if processes > 1:
-        whole = -(-len(pairs) // together) * together
-        pairs = [pairs[i % len(pairs)] for i in range(whole)]
-    batches = [pairs[i : i + together] for i in range(0, len(pairs), together)]
-    if len(batches) > 1 and len(batches[-1]) == 1 < config.batch_size:
-        batches.pop()
-    share = config.batch_size * process
-    return [b[share : share + config.batch_size] for b in batches]
 
 
 @dataclass
@@ -153,55 +49,12 @@ class Position:
     best_score: float | None = None
 
 
-def check_sides(train: ChestXrayDataset, val: ChestXrayDataset) -> None:
-    """Raise unless these can train and validate a model.
-
-    Raises:
-        ValueError: If their classes differ.
-        TrainingError: If validation data or a class are missing, or the two share a patient.
-    """
-    if train.classes != val.classes:
-        raise ValueError(f"train has the classes {train.classes}, val {val.classes}")
-    if not len(val):
-        raise TrainingError("The validation data are empty. Split with val > 0.")
-    shared = {patient_key(s) for s in train.samples} & {patient_key(s) for s in val.samples}
-    if shared:
-        raise TrainingError(
-            f"{len(shared)} patient(s) have an image in the training and in the validation data, "
-            f"for example {min(shared)}. Split with split_by_patient."
-        )
-    missing = sorted(set(train.classes) - {s.label for s in train.samples})
-    if missing:
-        raise TrainingError(
-            f"No training image of {missing}: a classifier cannot learn a class that it never "
-            "sees. Add a data set that has it, or ask for other classes=."
-        )
-
-
-def warn_if_confounded(train: ChestXrayDataset, *, stacklevel: int) -> None:
-    """Warn, with the table, if the source of the training images all but gives their label.
-
-    Warns:
-        ConfoundingWarning: If it does.
-    """
-    found = confounding_of_question(train)
-    if found.is_severe:
-        warnings.warn(
-            f"The source all but gives the label in the training data:\n{found}\n"
-            "A model can learn the sources instead of the disease, and no patient held out of "
-            "these sources can tell. Add sources with both labels, or say "
-            "TrainingConfig(allow_confounded_sources=True).",
-            ConfoundingWarning,
-            stacklevel=stacklevel + 1,
-        )
-
-
 def run_identity(
     config: TrainingConfig,
     train: ChestXrayDataset,
     val: ChestXrayDataset,
     trains: Sequence[str],
-    processes: int,
+    batch: int,
 ) -> dict[str, Any]:
     """Return what must be equal for a run to be continued, as JSON-able data.
 
@@ -210,7 +63,7 @@ def run_identity(
         train: Its training data.
         val: Its validation data.
         trains: Names of the parameters that train.
-        processes: Number of processes.
+        batch: Images per batch, in all processes together, however many these are.
     """
     options = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_OPTIONS}
     rows = [
@@ -218,9 +71,9 @@ def run_identity(
     ]
     return {
         **options,
+        "batch_size": batch,
         "data": _digest((train.classes, rows)),
         "trainable": _digest(tuple(trains)),
-        "processes": processes,
     }
 
 
@@ -268,6 +121,26 @@ class StateStore:
 
     def __init__(self, run: Path) -> None:
         self._folder = run / STATE_FOLDER
+
+    def claim(self, *, resume: bool, make: bool) -> None:
+        """Make the run directory if it is to be made here.
+
+        Raises:
+            TrainingError: If it cannot be made, or holds a run that is not to be resumed.
+        """
+        run = self._folder.parent
+        try:
+            if make:
+                run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(
+                f"{run} cannot become a run directory: {error}. Choose another."
+            ) from error
+        if ((run / "config.json").exists() or self.steps()) and not resume:
+            raise TrainingError(
+                f"{run} already holds a run. Continue it with resume=True (command line: "
+                "--resume), or choose another folder."
+            )
 
     def steps(self) -> list[int]:
         """Return the steps that have a state, newest first."""

@@ -40,7 +40,7 @@ UNKNOWN_VIEW = "unknown"
 MANIFEST_COLUMNS = ("path", "label", "finding", "patient_id", "source", "view")
 #: Metadata that goes into the CSV, too: who a patient or an image is across collections, and what
 #: an evaluation divides patients by.
-KEPT_COLUMNS = ("origin", "image_id", "numbered_by", "sex", "age")
+KEPT_COLUMNS = ("origin", "image_id", "numbered_by", "content_hash", "sex", "age")
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".dcm"}
@@ -52,7 +52,7 @@ def read_file(sample: Sample, min_size: tuple[int, int] | None = None) -> Image.
     return load_image(sample.path, min_size=min_size)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """One radiograph with its label and where it comes from.
 
@@ -65,6 +65,7 @@ class Sample:
         view: Projection, ``"PA"``, ``"AP"``, ``"AP Supine"``, ``"L"``, …, or ``"unknown"``.
         metadata: Everything else the source says, as text. ``origin`` and ``image_id``, where
             present, identify the image in the collection that it was taken over from;
+            ``content_hash`` its content, so that copies are known without reading them;
             ``numbered_by`` is the collection that ``patient_id`` is a number of, if not ``source``;
             ``sex`` and ``age`` (years) are the patient's.
         read: How the pixels come about; ``read_file`` unless the sample is a phantom.

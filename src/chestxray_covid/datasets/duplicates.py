@@ -28,8 +28,8 @@ def patient_groups(
     """Return the group of each sample, numbered from 0; samples of a group belong together.
 
     A group is a patient of a source, joined with every other that shares a duplicate image
-    (:func:`find_duplicates`) or an image known under the same id in two collections (``origin``
-    and ``image_id`` in the metadata).
+    (:func:`find_duplicates`), an image of the same ``content_hash`` in the metadata, or one known
+    under the same id in two collections (``origin`` and ``image_id`` in the metadata).
     """
     joined = _UnionFind(len(dataset))
     first: dict[tuple[str, ...], int] = {}
@@ -55,6 +55,8 @@ def _identities(sample: Sample) -> Iterable[tuple[str, ...]]:
     yield "patient", *patient_key(sample)
     if image_id := sample.metadata.get("image_id"):
         yield "image", sample.metadata.get("origin") or sample.source, image_id
+    if content := sample.metadata.get("content_hash"):
+        yield "content", content
 
 
 def find_duplicates(

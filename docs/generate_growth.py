@@ -1,0 +1,95 @@
+"""Write how time and memory grow with the number of files, and what a million of them cost.
+
+Called by ``generate.py``; reads what ``benchmarks/growth.py`` leaves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from generate import DOCS, SOURCE_KEY, digest, table, with_block, wrapped
+
+RESULT = DOCS.parent / "benchmarks" / "results" / "growth.json"
+FIGURE = DOCS / "growth.png"
+WHAT = {
+    "predict": "predictions, from files to a CSV",
+    "manifest": "opening a manifest",
+    "split": "splitting it by patient, hashes given",
+}
+CORES = (2, 16, 256)
+
+
+def write_pages() -> None:
+    """Write both blocks of ``docs/batch.md`` and the figure."""
+    page = DOCS / "batch.md"
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    for name, block in (("cost", cost_block(result)), ("growth", growth_block(result))):
+        marks = {"start": f"<!-- {name}:start -->", "end": f"<!-- {name}:end -->"}
+        text = with_block(text, block, **marks)
+    page.write_text(text, encoding="utf-8")
+    draw(result, RESULT, FIGURE)
+
+
+def cost_block(result: Mapping[str, Any]) -> str:
+    """Return the time of a million radiographs on so many cores, from the largest measured run."""
+    if "predict" not in result:
+        return "\nNot measured yet: `python benchmarks/growth.py predict --data FOLDER`.\n"
+    largest, machine = result["predict"][-1], result["machine"]
+    rate = largest["count"] / largest["seconds"]
+    each = 1e6 / rate * machine["cores"] / 3600
+    cells = ([str(n), f"{each / n:.1f}", f"{each:.0f}"] for n in CORES)
+    intro = wrapped(
+        f"{largest['count']:,} files took {largest['seconds']:.0f} s on {machine['cores']} cores "
+        f"({machine['processor']}): {rate:.1f} files per second, {each:.0f} core-hours per "
+        "million. Files need nothing of each other, so the time below supposes that more cores do "
+        "proportionally more, and that the storage keeps up."
+    )
+    head = ["cores", "hours for a million", "core-hours"]
+    return "\n" + "\n\n".join([intro, table(head, cells)]) + "\n"
+
+
+def growth_block(result: Mapping[str, Any]) -> str:
+    """Return time and peak memory by number of files."""
+    cells = (
+        [
+            what,
+            f"{row['count']:,}",
+            f"{row['seconds']:.1f}",
+            f"{row['processor_seconds']:.1f}",
+            f"{row['peak_mib']:.0f}",
+        ]
+        for key, what in WHAT.items()
+        for row in result.get(key, ())
+    )
+    head = ["", "files or rows", "seconds", "of the processor", "peak memory, MiB"]
+    intro = wrapped(
+        f"Each in a process of its own ({result['machine']['processor']}), by "
+        "`python benchmarks/growth.py`. Where the seconds exceed those of the processor on one "
+        "core, others used the machine. The split's memory includes the data set itself."
+    )
+    figure = "![Seconds and memory by number of files](growth.png)"
+    return "\n" + "\n\n".join([intro, table(head, cells), figure]) + "\n"
+
+
+def draw(result: Mapping[str, Any], source: Path, target: Path) -> None:
+    """Draw processor time and peak memory by number of files, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    panel = Figure(figsize=(8, 3.5), layout="constrained")
+    units = {"processor_seconds": "seconds of the processor", "peak_mib": "peak memory, MiB"}
+    for axes, (field, unit) in zip(panel.subplots(1, 2), units.items(), strict=True):
+        for key in (k for k in WHAT if k in result):
+            rows = result[key]
+            axes.loglog([r["count"] for r in rows], [r[field] for r in rows], "o-", label=key)
+        axes.set(xlabel="files or rows", ylabel=unit)
+        axes.spines[["top", "right"]].set_visible(False)
+    panel.axes[0].legend(frameon=False)
+    panel.savefig(target, dpi=120, metadata={SOURCE_KEY: digest(source)})
+
+
+if __name__ == "__main__":
+    write_pages()

@@ -1,0 +1,279 @@
+"""Predictions over any number of files, on one machine or on a Ray cluster; both can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from chestxray_covid.classifier import Classifier
+from chestxray_covid.datasets.loading import map_ahead
+from chestxray_covid.errors import DatasetNotFoundError, ImageError, require_extra
+from chestxray_covid.places import Places, is_address
+from chestxray_covid.prediction import FailedPrediction
+from chestxray_covid.shards import Place, Shard, ShardedTable, listed
+
+if TYPE_CHECKING:
+    from chestxray_covid.prediction_table import Row
+
+#: Objects that are fetched at once; waiting for object storage costs no processor.
+_FETCHES = 16
+#: Raised when what a shard holds changes, so that none of an older version is taken.
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedFiles:
+    """What became of a number of files.
+
+    Attributes:
+        output: The table of predictions: a file, or for Parquet a folder of shards.
+        count: Its rows, one per file.
+        failed: Path → reason of those that could not be judged.
+    """
+
+    output: str
+    count: int
+    failed: Mapping[str, str]
+
+
+def predict_files(
+    images: Place | Iterable[Place],
+    output: Place,
+    *,
+    classifier: Classifier | None = None,
+    shard_size: int = 1000,
+    batch_size: int = 16,
+    workers: int | None = None,
+    progress: bool = False,
+) -> PredictedFiles:
+    """Judge files and write a table; called again after it was stopped, it does the rest.
+
+    Whatever ended the call before, even ``kill -9``, at most the shard that was being computed is
+    done again, and every file has one row in the end. If the list of files has changed since, it
+    is computed again from the first shard that changed. A file is known by its name: where a
+    file's content has changed, delete the output. Memory does not grow with the number of files.
+
+    Args:
+        images: A file, a folder for the image files below it, or a CSV with a column ``path``,
+            relative to its own folder; or several of these. Addresses in object storage, such as
+            ``s3://bucket/folder``, too (extra ``parquet``).
+        output: Ends in ``.parquet`` for a folder of Parquet shards (extra ``parquet``), which may
+            be an address; in ``.jsonl`` for JSON lines; otherwise it is CSV. The latter two appear
+            when all is done; until then, what is finished is in ``.<name>.parts`` beside them.
+            The columns are those of :func:`prediction_table.format_of`.
+        classifier: The bundled model if not given.
+        shard_size: Files per shard.
+        batch_size: Images computed at once.
+        workers: Threads that decode; as many as there are cores if not given.
+        progress: Show a progress bar.
+
+    Raises:
+        DatasetNotFoundError: If there is no image file.
+        DatasetError: If a CSV of paths cannot be read.
+        ValueError: If a size is not positive, or the classifier was never saved.
+        OSError: If the output cannot be written; what was finished is kept.
+        MissingExtraError: If Parquet or an address needs pyarrow, which is not installed.
+    """
+    from tqdm import tqdm
+
+    clf = classifier or Classifier.from_pretrained()
+    table = _table(clf, output, shard_size)
+    judge = _Judge(clf, table, batch_size=batch_size, workers=workers)
+    finished = table.finished()
+    names, count = [], 0
+    with tqdm(desc="predict", unit="img", disable=not progress) as bar:
+        for shard in table.shards(listed(images, table.places)):
+            if shard.name not in finished:
+                judge.write(shard)
+            names.append(shard.name)
+            count += len(shard.files)
+            bar.update(len(shard.files))
+    return _complete(table, names, count, images)
+
+
+def ray_predict(
+    images: Any,
+    output: Place,
+    *,
+    classifier: Classifier | None = None,
+    actors: int | None = None,
+    num_cpus: float | None = None,
+    num_gpus: float = 0,
+    shard_size: int = 1000,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> PredictedFiles:
+    """Judge files on a Ray cluster: :func:`predict_files` in as many workers as there is room for.
+
+    Each worker holds one model, which travels to it from here, and writes whole shards. Ray is
+    started on this machine unless it was before, or ``RAY_ADDRESS`` names a cluster. A worker that
+    dies is replaced, and a call that was stopped is continued by the next one.
+
+    Args:
+        images: As for :func:`predict_files`, under names that hold on every machine; or a Ray data
+            set with a column ``path``, whose order does not matter.
+        output: Ends in ``.parquet``: a folder that every machine reaches, or an address.
+        classifier: The bundled model if not given.
+        actors: Largest number of workers; what the cluster has room for if not given.
+        num_cpus: Cores per worker; if not given all of a machine, the smallest of the cluster.
+            The runtime of a model takes the cores that it finds, so workers that share a machine
+            are for engines that keep to ``OMP_NUM_THREADS``, such as torch.
+        num_gpus: GPUs per worker; the classifier's device says whether they are used.
+        shard_size: Files per shard.
+        batch_size: Images computed at once.
+        progress: Show a progress bar.
+
+    Raises:
+        DatasetNotFoundError: If there is no image file.
+        DatasetError: If a CSV of paths cannot be read.
+        ValueError: If the output is no Parquet, a size is not positive, the data set has no column
+            ``path``, or the classifier was never saved.
+        OSError: If the output cannot be listed.
+        ray.exceptions.RayError: If a worker cannot write its shard.
+        MissingExtraError: If Ray is not installed.
+    """
+    from tqdm import tqdm
+
+    ray, data = require_extra("ray", "ray"), require_extra("ray.data", "ray")
+    target = os.fspath(output)
+    clf = classifier or Classifier.from_pretrained()
+    # A worker has another current folder.
+    place = target if is_address(target) else os.path.abspath(target)  # noqa: PTH100
+    table = _table(clf, place, shard_size)
+    if not table.is_parquet:
+        raise ValueError(f"Ray writes Parquet: output must end in .parquet, got {target!r}")
+    given = isinstance(images, data.Dataset)
+    shards = list(table.shards(_column(images) if given else listed(images, table.places)))
+    finished = table.finished()
+    missing = [shard._asdict() for shard in shards if shard.name not in finished]
+    count = sum(len(shard.files) for shard in shards)
+    if missing:
+        if not ray.is_initialized():
+            ray.init(**({} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}))
+        if num_cpus is None:
+            num_cpus = min(n["Resources"].get("CPU", 1) for n in ray.nodes() if n["Alive"])
+        model = ray.put(clf)  # held until all is done: a worker that is replaced needs it again
+        judged = data.from_items(missing, override_num_blocks=len(missing)).map(
+            _Judge,
+            fn_constructor_args=(model, table),
+            fn_constructor_kwargs={
+                "batch_size": batch_size,
+                "workers": max(1, int(num_cpus)),
+                "root": os.getcwd(),  # noqa: PTH109
+            },
+            compute=data.ActorPoolStrategy(min_size=1, max_size=actors),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+        )
+        done = count - sum(len(shard["files"]) for shard in missing)
+        with tqdm(desc="predict", total=count, initial=done, disable=not progress) as bar:
+            for row in judged.iter_rows():
+                bar.update(row["count"])
+    return _complete(table, [shard.name for shard in shards], count, images)
+
+
+def _table(classifier: Classifier, output: Place, shard_size: int) -> ShardedTable:
+    config, gate = classifier.config, classifier.gate
+    if not config.weights_sha256:
+        raise ValueError(
+            "The classifier's weights have no hash, which tells whether finished files are its "
+            "own. Save it with save_pretrained, and load it with from_pretrained."
+        )
+    flags = "" if gate is None else hashlib.sha256(gate.to_bytes()).hexdigest()
+    model = [_VERSION, config.weights_sha256, flags, config.classes, config.threshold]
+    return ShardedTable(
+        output,
+        classes=config.classes,
+        model=json.dumps([*model, config.preprocess.to_dict()]),
+        shard_size=shard_size,
+    )
+
+
+def _complete(table: ShardedTable, names: list[str], count: int, images: Any) -> PredictedFiles:
+    if not names:
+        several = isinstance(images, (list, tuple))
+        shown = ", ".join(map(str, images)) if several else str(images)
+        raise DatasetNotFoundError(f"No image file in {shown}. Check the path.")
+    return PredictedFiles(output=table.output, count=count, failed=table.complete(names))
+
+
+def _column(dataset: Any) -> list[str]:
+    """Return the paths in a Ray data set, sorted: its own order may differ from run to run."""
+    if "path" not in (dataset.columns() or ()):
+        raise ValueError(f"The Ray data set needs a column path, it has {dataset.columns()}")
+    return sorted(str(row["path"]) for row in dataset.select_columns(["path"]).iter_rows())
+
+
+class _Judge:
+    """Computes shards; with Ray it is what each worker holds.
+
+    Args:
+        classifier: The model, or Ray's reference to it.
+        table: Where the rows go.
+        batch_size: Images computed at once.
+        workers: Threads that decode, see :func:`predict_files`.
+        root: What relative paths are relative to.
+    """
+
+    def __init__(
+        self,
+        classifier: Any,
+        table: ShardedTable,
+        *,
+        batch_size: int,
+        workers: int | None,
+        root: str = "",
+    ) -> None:
+        own = isinstance(classifier, Classifier)
+        self._classifier = classifier if own else require_extra("ray", "ray").get(classifier)
+        self._table = table
+        self._options = {"batch_size": batch_size, "workers": workers}
+        self._root = root
+        self._places = Places()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Compute a shard, as Ray asks for it."""
+        files = [str(file) for file in row["files"]]
+        self.write(Shard(row["name"], files))
+        return {"count": len(files)}
+
+    def write(self, shard: Shard) -> None:
+        """Compute and write a shard."""
+        unread: dict[int, OSError] = {}
+        sources = self._sources(shard.files, unread)
+        # All of them first: only then is it known which could not be fetched.
+        found = iter(
+            list(self._classifier.predict_stream(sources, on_error="return", **self._options))
+        )
+        rows: list[Row] = []
+        for position, file in enumerate(shard.files):
+            if position in unread:
+                error = ImageError(f"{file} cannot be fetched: {unread[position]}")
+                rows.append(FailedPrediction(source=file, error=error))
+            else:
+                rows.append(replace(next(found), source=file))
+        self._table.write(shard, rows)
+
+    def _sources(self, files: Iterable[str], unread: dict[int, OSError]) -> Iterator[str | bytes]:
+        """Yield paths and the content of objects; note which could not be fetched."""
+
+        def fetch(file: str) -> str | bytes | OSError:
+            if not is_address(file):
+                return os.path.join(self._root, file)  # noqa: PTH118 - a million of them
+            try:
+                return self._places.read(file)
+            except OSError as error:
+                return error
+
+        fetched = map_ahead(fetch, files, workers=_FETCHES, ahead=2 * _FETCHES)
+        with closing(fetched):
+            for position, source in enumerate(fetched):
+                if isinstance(source, OSError):
+                    unread[position] = source
+                else:
+                    yield source

@@ -1,0 +1,134 @@
+"""The subcommand that judges files: on a screen, into a file, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from chestxray_covid.command import (
+    BATCH,
+    DEVICE,
+    ENGINE,
+    MODEL,
+    NOT_A_DEVICE,
+    PRECISION,
+    translated,
+)
+
+if TYPE_CHECKING:
+    from chestxray_covid.batch import PredictedFiles
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True)
+@MODEL
+@click.option(
+    "--output",
+    help="Instead of a table: CSV, JSON lines where the name ends in .jsonl, a folder of Parquet "
+    "where it ends in .parquet. Run again after it was stopped, it does the rest.",
+)
+@BATCH
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Threads that decode; as many as there are cores if not given.",
+)
+@click.option(
+    "--shard-size",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Files that are finished, or done again, together.",
+)
+@DEVICE
+@ENGINE
+@PRECISION
+@click.option("--ray", "on_ray", is_flag=True, help="On a Ray cluster: RAY_ADDRESS, or this one.")
+@click.option("--num-cpus", type=float, help="Ray: per worker; all of a machine if not given.")
+@click.option("--num-gpus", type=float, default=0, show_default=True, help="Ray: per worker.")
+@translated
+def predict(
+    paths: tuple[str, ...],
+    model: str | None,
+    output: str | None,
+    batch_size: int,
+    workers: int | None,
+    shard_size: int,
+    device: str | None,
+    engine: str,
+    precision: str,
+    on_ray: bool,
+    num_cpus: float | None,
+    num_gpus: float,
+) -> None:
+    """Judge radiographs: files, folders with all image files below them, CSVs with a column path.
+
+    Exits with status 1 if a file could not be judged, and names it.
+    """
+    from chestxray_covid.classifier import Classifier
+
+    if on_ray and output is None:
+        raise click.UsageError("--ray needs --output, a folder whose name ends in .parquet.")
+    classifier = Classifier.from_pretrained(
+        model, device=device, engine=engine, precision=precision
+    )
+    options: dict[str, Any] = {
+        "classifier": classifier,
+        "batch_size": batch_size,
+        "shard_size": shard_size,
+        "progress": True,
+    }
+    if output is None:
+        failed = _show(classifier, paths, batch_size=batch_size, workers=workers)
+    elif on_ray:
+        found = _on_ray(paths, output, num_cpus=num_cpus, num_gpus=num_gpus, **options)
+        failed = dict(found.failed)
+    else:
+        from chestxray_covid.batch import predict_files
+
+        failed = dict(predict_files(paths, output, workers=workers, **options).failed)
+    for path, reason in failed.items():
+        click.echo(f"failed: {reason if path in reason else f'{path}: {reason}'}", err=True)
+    click.echo(NOT_A_DEVICE, err=True)
+    if failed:
+        sys.exit(1)
+
+
+def _show(
+    classifier: Any, paths: tuple[str, ...], *, batch_size: int, workers: int | None
+) -> dict[str, str]:
+    """Print a table, and return path → reason of the files that failed."""
+    from chestxray_covid.errors import DatasetNotFoundError
+    from chestxray_covid.places import Places
+    from chestxray_covid.prediction import FailedPrediction
+    from chestxray_covid.prediction_table import heading, line
+    from chestxray_covid.shards import listed
+
+    failed = {}
+    files = listed(paths, Places())
+    empty = True
+    for result in classifier.predict_stream(files, batch_size, "return", workers=workers):
+        if empty:
+            click.echo(heading(classifier.classes))
+        empty = False
+        click.echo(line(result))
+        if isinstance(result, FailedPrediction):
+            failed[result.source] = str(result.error)
+    if empty:
+        raise DatasetNotFoundError(f"No image file in {', '.join(paths)}. Check the path.")
+    return failed
+
+
+def _on_ray(paths: tuple[str, ...], output: str, **options: Any) -> PredictedFiles:
+    from chestxray_covid.batch import ray_predict
+    from chestxray_covid.errors import require_extra
+
+    # Ray reports its use to its makers unless told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        return ray_predict(paths, output, **options)
+    finally:
+        require_extra("ray", "ray").shutdown()

@@ -1,0 +1,100 @@
+"""Files by path or by address: of this machine, or in object storage through pyarrow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from chestxray_covid.datasets.base import IMAGE_SUFFIXES
+from chestxray_covid.datasets.loading import image_files
+from chestxray_covid.errors import require_extra
+from chestxray_covid.files import is_folder, write_files
+
+
+def is_address(place: str) -> bool:
+    """Return whether this is an address such as ``s3://bucket/folder``, not a path."""
+    return "://" in place
+
+
+class Places:
+    """Lists, reads, writes and deletes files, wherever they lie.
+
+    An address is what ``pyarrow.fs.FileSystem.from_uri`` takes: ``s3://``, ``gs://``, ``abfs://``,
+    ``hdfs://``, ``file://``; credentials come from the environment. Every method raises
+    ``OSError`` where a file or folder cannot be reached, ``ValueError`` where the kind of an
+    address is unknown, and :class:`MissingExtraError` without pyarrow.
+    """
+
+    def __init__(self) -> None:
+        self._systems: dict[str, tuple[Any, str]] = {}
+
+    def images(self, place: str) -> Iterator[str]:
+        """Yield the image files below a folder, sorted; anything else itself."""
+        if not is_address(place):
+            yield from (map(os.fspath, image_files(Path(place))) if is_folder(place) else [place])
+            return
+        fs, path = self._opened(place)
+        pyarrow = require_extra("pyarrow.fs", "parquet")
+        if fs.get_file_info(path).type != pyarrow.FileType.Directory:
+            yield place
+            return
+        selector = pyarrow.FileSelector
+        head = place.rstrip("/").removesuffix(path)
+        found = (i.path for i in fs.get_file_info(selector(path, recursive=True)) if i.is_file)
+        yield from sorted(head + n for n in found if Path(n).suffix.lower() in IMAGE_SUFFIXES)
+
+    def names(self, folder: str) -> set[str]:
+        """Return the names of what lies in a folder; nothing where there is none."""
+        if not is_address(folder):
+            return set(os.listdir(folder)) if is_folder(folder) else set()  # noqa: PTH208
+        fs, path = self._opened(folder)
+        selector = require_extra("pyarrow.fs", "parquet").FileSelector
+        return {i.base_name for i in fs.get_file_info(selector(path, allow_not_found=True))}
+
+    def read(self, place: str) -> bytes:
+        """Return the content of a file."""
+        if not is_address(place):
+            return Path(place).read_bytes()
+        fs, path = self._opened(place)
+        with fs.open_input_stream(path) as file:
+            return bytes(file.read())
+
+    def write(self, folder: str, name: str, data: bytes) -> None:
+        """Write a file, complete or not at all; the folder is made."""
+        if not is_address(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_files(Path(folder), {name: data})
+            return
+        fs, path = self._opened(folder)
+        fs.create_dir(path, recursive=True)
+        # An object appears when its stream is closed. A file system needs a rename for that.
+        partial = f"{path}/{name}" if fs.type_name in _OBJECT_STORES else f"{path}/.{name}.partial"
+        with fs.open_output_stream(partial) as file:
+            file.write(data)
+        if partial != f"{path}/{name}":
+            fs.move(partial, f"{path}/{name}")
+
+    def remove(self, folder: str, name: str) -> None:
+        """Delete a file."""
+        if not is_address(folder):
+            Path(folder, name).unlink(missing_ok=True)
+            return
+        fs, path = self._opened(folder)
+        fs.delete_file(f"{path}/{name}")
+
+    def _opened(self, address: str) -> tuple[Any, str]:
+        """Return file system and path; a client is made once per bucket."""
+        scheme, _, rest = address.rstrip("/").partition("://")
+        host, _, key = rest.partition("/")
+        root = f"{scheme}://{host}" if host else f"{scheme}:///"
+        if root not in self._systems:
+            # Of the bucket alone: the name of an object may hold what no URI may.
+            self._systems[root] = require_extra("pyarrow.fs", "parquet").FileSystem.from_uri(root)
+        fs, path = self._systems[root]
+        return fs, f"{path.rstrip('/')}/{key}"
+
+
+#: Names that pyarrow gives the file systems whose objects appear complete.
+_OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})

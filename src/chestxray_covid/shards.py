@@ -1,0 +1,176 @@
+"""A table in shards, each complete or not there, so that what is finished need not be done again.
+
+A shard is named by what is in it: its number, and a hash of the model and of the files' names. One
+that is there is finished, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from chestxray_covid.datasets.loading import in_batches
+from chestxray_covid.errors import DatasetError
+from chestxray_covid.files import sync_folder
+from chestxray_covid.places import Places, is_address
+from chestxray_covid.prediction_table import PARQUET, Row, TableFormat, format_of
+
+Place: TypeAlias = str | os.PathLike[str]
+
+_DIGEST_BYTES = 8
+_SHARD_NAME = re.compile(rf"\.?part-\d{{6,}}-[0-9a-f]{{{2 * _DIGEST_BYTES}}}\..*")
+#: As Spark and Hadoop call the file that says that a folder of shards is whole.
+_DONE = "_SUCCESS"
+
+
+class Shard(NamedTuple):
+    """Some of the files, and the name of the file with their rows."""
+
+    name: str
+    files: Sequence[str]
+
+
+class ShardedTable:
+    """Rows of a table: a folder of Parquet shards, or a CSV or JSON lines made of its parts.
+
+    Args:
+        output: Ends as :func:`prediction_table.format_of` says; Parquet may be an address.
+        classes: Labels in the order of the columns.
+        model: Identifies what computes the rows.
+        shard_size: Files per shard.
+
+    Raises:
+        ValueError: If ``shard_size`` is not positive, or an address does not end in ``.parquet``.
+    """
+
+    def __init__(
+        self, output: Place, *, classes: Sequence[str], model: str, shard_size: int
+    ) -> None:
+        if not shard_size > 0:
+            raise ValueError(f"shard_size must be positive, got {shard_size}")
+        self.output = os.fspath(output)
+        self.places = Places()
+        if is_address(self.output) and not self.is_parquet:
+            raise ValueError(f"An address must end in .parquet to be written, got {self.output!r}")
+        self._classes = tuple(classes)
+        self._model = model
+        self._shard_size = shard_size
+        path = Path(self.output)
+        hidden = path.with_name(f".{path.name}.parts")
+        self._folder = self.output if self.is_parquet else str(hidden)
+
+    @property
+    def is_parquet(self) -> bool:
+        """Whether the shards themselves are the table."""
+        return self._format is PARQUET
+
+    @property
+    def _format(self) -> TableFormat:
+        return format_of(self.output)
+
+    def shards(self, files: Iterable[str]) -> Iterator[Shard]:
+        """Yield the files in shards, in order."""
+        for number, some in enumerate(in_batches(files, self._shard_size)):
+            digest = hashlib.blake2b(self._model.encode(), digest_size=_DIGEST_BYTES)
+            for file in some:
+                digest.update(b"\0" + os.fsencode(file))
+            yield Shard(f"part-{number:06d}-{digest.hexdigest()}{self._format.suffix}", some)
+
+    def finished(self) -> set[str]:
+        """Return the names of the shards that are there, maybe among others."""
+        return self.places.names(self._folder)
+
+    def write(self, shard: Shard, rows: Sequence[Row]) -> None:
+        """Write a shard.
+
+        Raises:
+            OSError: If it cannot be written; nothing is left behind.
+        """
+        try:
+            self.places.write(self._folder, shard.name, self._format.encode(rows, self._classes))
+        except OSError:
+            if not self.is_parquet and not os.listdir(self._folder):  # noqa: PTH208
+                Path(self._folder).rmdir()
+            raise
+
+    def complete(self, names: Sequence[str]) -> dict[str, str]:
+        """Make the shards the table, and return path → reason of the rows that failed.
+
+        Raises:
+            OSError: If a shard cannot be read or the table not be written.
+        """
+        failed: dict[str, str] = {}
+        if self.is_parquet:
+            for name in names:
+                failed.update(self._format.failures(self.places.read(f"{self._folder}/{name}")))
+            for name in self.finished() - {*names}:
+                if _SHARD_NAME.fullmatch(name):  # of an older list of files, or not finished
+                    self.places.remove(self._folder, name)
+            self.places.write(self._folder, _DONE, b"")
+            return failed
+        output = Path(self.output)
+        partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as file:
+                file.write(self._format.head(self._classes))
+                for name in names:
+                    rows = Path(self._folder, name).read_bytes()
+                    failed.update(self._format.failures(rows))
+                    file.write(rows)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(output)
+            sync_folder(output.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+        shutil.rmtree(self._folder)
+        return failed
+
+
+def listed(images: Place | Iterable[Place], places: Places) -> Iterator[str]:
+    """Yield the files that are meant by files, folders and CSVs with a column ``path``.
+
+    Raises:
+        DatasetError: If a CSV cannot be read or has no such column.
+        OSError: If a folder in object storage cannot be listed.
+    """
+    for one in [images] if isinstance(images, (str, os.PathLike)) else images:
+        place = os.fspath(one)
+        if not place.lower().endswith(".csv"):
+            yield from places.images(place)
+            continue
+        for name in _rows(place, places):
+            # An object is not asked what it is: that would be a request each.
+            yield from [name] if is_address(name) else places.images(name)
+
+
+def _rows(table: str, places: Places) -> Iterator[str]:
+    folder = table.rpartition("/")[0] if is_address(table) else os.path.dirname(table)  # noqa: PTH120
+    try:
+        whole = places.read(table) if is_address(table) else None
+        data = Path(table).open("rb") if whole is None else io.BytesIO(whole)  # noqa: SIM115
+        with io.TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline="") as file:
+            reader = csv.DictReader(file)
+            if "path" not in (reader.fieldnames or ()):
+                raise DatasetError(
+                    f"{table} has no column path; it has {reader.fieldnames}. "
+                    "Expected a CSV with a header that names it."
+                )
+            for row in reader:
+                if name := row["path"]:
+                    yield _below(folder, name)
+    except (csv.Error, OSError) as error:
+        raise DatasetError(f"{table} cannot be read as a CSV of paths: {error}.") from error
+
+
+def _below(folder: str, name: str) -> str:
+    if is_address(folder) and not is_address(name) and not name.startswith("/"):
+        return f"{folder}/{name}"
+    return name if is_address(name) else os.path.join(folder, name)  # noqa: PTH118 - many

@@ -1,0 +1,210 @@
+"""What a run trains on, in which order, and whether it may."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chestxray_covid.confounders import ConfoundingWarning, confounding_of_question
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.duplicates import patient_key
+from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder
+from chestxray_covid.errors import TrainingError
+
+if TYPE_CHECKING:  # it imports torch, which nothing here needs
+    from chestxray_covid.training_config import TrainingConfig
+
+#: Domain of the random numbers, see :mod:`chestxray_covid.augment`.
+_STREAM = 1
+
+
+def epoch_order(
+    dataset: ChestXrayDataset,
+    *,
+    balance: str,
+    count: int | None,
+    seed: int,
+    epoch: int,
+    max_repeats: float | None = None,
+) -> NDArray[np.int64]:
+    """Return the positions that an epoch trains on, in order; a function of its arguments alone.
+
+    Args:
+        dataset: The training data.
+        balance: See :class:`TrainingConfig`.
+        count: Number of positions; ``None`` for as many as there are images.
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
+        max_repeats: See :class:`TrainingConfig`.
+
+    Returns:
+        ``(count,)`` int64. Each image once (and again once all were there) with
+        ``balance="none"``; otherwise drawn with replacement.
+    """
+    rng = np.random.default_rng([seed, epoch, _STREAM])
+    size = len(dataset)
+    count = count or size
+    if balance == "none":
+        rounds = -(-count // size)
+        return np.concatenate([rng.permutation(size) for _ in range(rounds)])[:count]
+    keys = [(s.label, s.source if balance == "class_and_source" else "") for s in dataset.samples]
+    images = Counter(keys)
+    shares: dict[tuple[str, str], float] = {}
+    labels = {label for label, _ in images}
+    for label in labels:
+        own = {key: n for key, n in images.items() if key[0] == label}
+        limit = None if max_repeats is None else max_repeats * len(labels) / count
+        shares |= _shares(own, limit)
+    weights = np.array([shares[key] / images[key] for key in keys])
+    return rng.choice(size, count, p=weights / weights.sum())
+
+
+def _shares(images: Mapping[Any, int], limit: float | None) -> dict[Any, float]:
+    """Return each source's share of its class: equal, but at most ``limit`` per image.
+
+    What a small source may not take is left to the others; if all are small, shares are by size.
+    """
+    shares: dict[Any, float] = {}
+    left, remaining = 1.0, sorted(images, key=lambda key: images[key])
+    while remaining:
+        key = remaining[0]
+        fair = left / len(remaining)
+        shares[key] = fair if limit is None else min(fair, limit * images[key])
+        left -= shares[key]
+        remaining = remaining[1:]
+    if left > 1e-9:  # every image is at the limit
+        return {key: n / sum(images.values()) for key, n in images.items()}
+    return shares
+
+
+def repetitions(order: NDArray[np.int64], size: int) -> list[int]:
+    """Return a number for each draw that differs between draws of one image.
+
+    The ``k``-th draw of image ``i`` (from 0) is ``i + k * size``: the images of an epoch are varied
+    by what they are, not by where in the order they come.
+    """
+    seen: Counter[int] = Counter()
+    draws = []
+    for index in order.tolist():
+        draws.append(index + seen[index] * size)
+        seen[index] += 1
+    return draws
+
+
+class Batch(NamedTuple):
+    """One process's part of the images that all processes compute together.
+
+    Attributes:
+        images: Position and draw of each.
+        counted: The first so many count; those after them only fill the last batch of an epoch.
+        together: Positions of all that count, in all processes.
+    """
+
+    images: list[tuple[int, int]]
+    counted: int
+    together: list[int]
+
+
+def epoch_batches(
+    dataset: ChestXrayDataset,
+    config: TrainingConfig,
+    *,
+    batch_size: int,
+    epoch: int,
+    process: int,
+    processes: int,
+) -> list[Batch]:
+    """Return one process's batches of an epoch.
+
+    The images of all processes together depend on ``batch_size * processes`` alone. Where they are
+    too few for the last batch, the epoch's first ones fill it up, without counting; a last batch of
+    one image is left out, since batch norm has no statistics of it.
+
+    Args:
+        dataset: The training data.
+        config: Options of the run.
+        batch_size: Images per process.
+        epoch: Epoch, from 0.
+        process: Which one, from 0.
+        processes: How many there are.
+    """
+    order = epoch_order(
+        dataset,
+        balance=config.balance,
+        count=config.samples_per_epoch,
+        seed=config.seed,
+        epoch=epoch,
+        max_repeats=config.max_repeats,
+    )
+    pairs = list(zip(order.tolist(), repetitions(order, len(dataset)), strict=True))
+    together = batch_size * processes
+    chunks = [pairs[i : i + together] for i in range(0, len(pairs), together)]
+    if len(chunks) > 1 and len(chunks[-1]) == 1 < together:
+        chunks.pop()
+    batches = []
+    for chunk in chunks:
+        own = chunk[batch_size * process : batch_size * (process + 1)]
+        missing = batch_size - len(own) if processes > 1 else 0
+        filling = [pairs[i % len(pairs)] for i in range(missing)]
+        batches.append(Batch([*own, *filling], len(own), [position for position, _ in chunk]))
+    return batches
+
+
+def pixel_loader(dataset: ChestXrayDataset, config: TrainingConfig, *, progress: bool) -> Loader:
+    """Return what reads the pixels of a data set, from the run's cache if it has one.
+
+    Raises:
+        As :func:`cached_decoder`.
+    """
+    pre = config.preprocess
+    if config.cache_dir is None:
+        return decoder(dataset, pre)
+    return cached_decoder(dataset, pre, config.cache_dir, workers=config.workers, progress=progress)
+
+
+def check_sides(train: ChestXrayDataset, val: ChestXrayDataset) -> None:
+    """Raise unless these can train and validate a model.
+
+    Raises:
+        ValueError: If their classes differ.
+        TrainingError: If validation data or a class are missing, or the two share a patient.
+    """
+    if train.classes != val.classes:
+        raise ValueError(f"train has the classes {train.classes}, val {val.classes}")
+    if not len(val):
+        raise TrainingError("The validation data are empty. Split with val > 0.")
+    shared = {patient_key(s) for s in train.samples} & {patient_key(s) for s in val.samples}
+    if shared:
+        raise TrainingError(
+            f"{len(shared)} patient(s) have an image in the training and in the validation data, "
+            f"for example {min(shared)}. Split with split_by_patient."
+        )
+    missing = sorted(set(train.classes) - {s.label for s in train.samples})
+    if missing:
+        raise TrainingError(
+            f"No training image of {missing}: a classifier cannot learn a class that it never "
+            "sees. Add a data set that has it, or ask for other classes=."
+        )
+
+
+def warn_if_confounded(train: ChestXrayDataset, *, stacklevel: int) -> None:
+    """Warn, with the table, if the source of the training images all but gives their label.
+
+    Warns:
+        ConfoundingWarning: If it does.
+    """
+    found = confounding_of_question(train)
+    if found.is_severe:
+        warnings.warn(
+            f"The source all but gives the label in the training data:\n{found}\n"
+            "A model can learn the sources instead of the disease, and no patient held out of "
+            "these sources can tell. Add sources with both labels, or say "
+            "TrainingConfig(allow_confounded_sources=True).",
+            ConfoundingWarning,
+            stacklevel=stacklevel + 1,
+        )

@@ -1,0 +1,327 @@
+"""Tables of predictions: what is in them, and that a call goes on where another was ended."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from chestxray_covid import (
+    Classifier,
+    ModelConfig,
+    SyntheticChestXray,
+    predict_files,
+    ray_predict,
+)
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from conftest import random_tensors
+
+FILES = 12
+
+
+@pytest.fixture(scope="module")
+def clf(checkpoint_folder: Path) -> Classifier:
+    return Classifier.from_pretrained(checkpoint_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with twelve radiographs, one of them broken; do not change it."""
+    folder = tmp_path_factory.mktemp("images")
+    phantoms = SyntheticChestXray(FILES, image_size_px=64)
+    for number in range(FILES):
+        phantoms.image(number).save(folder / f"{number:02d}.png")
+    (folder / "05.png").write_bytes(b"no image")
+    return folder
+
+
+def rows_of(output: Path) -> list[dict[str, object]]:
+    """Return the rows of a table, read with other software than wrote it."""
+    if output.suffix == ".parquet":
+        return list(pyarrow.parquet.read_table(output).to_pylist())
+    with output.open(encoding="utf-8", newline="") as file:
+        if output.suffix == ".csv":
+            return list(csv.DictReader(file))
+        rows = [json.loads(line) for line in file]
+    flat = [{f"p_{name}": p for name, p in r.get("probabilities", {}).items()} for r in rows]
+    return [{**r, **p, "path": r["source"]} for r, p in zip(rows, flat, strict=True)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_table_holds_what_the_classifier_says_of_every_file(
+    clf: Classifier, images: Path, tmp_path: Path, suffix: str
+) -> None:
+    output = tmp_path / f"out{suffix}"
+    done = predict_files(images, output, classifier=clf, shard_size=5)
+    assert (done.output, done.count) == (str(output), FILES)
+    assert [*done.failed] == [str(images / "05.png")]
+    rows = rows_of(output)
+    assert [row["path"] for row in rows] == sorted(map(str, images.iterdir()))
+    for row in rows:
+        if row["path"] in done.failed:
+            assert row["error"] == done.failed[str(row["path"])]
+            assert not row.get("label")
+            continue
+        expected = clf.predict(str(row["path"]))
+        assert row["label"] == expected.label
+        assert str(row["is_positive"]) == str(expected.is_positive)
+        assert not row.get("error")
+        for name, share in expected.probabilities.items():
+            assert float(str(row[f"p_{name}"])) == pytest.approx(share, abs=2e-6)
+    whole = {"out.parquet"} if suffix == ".parquet" else {output.name}
+    assert {p.name for p in tmp_path.iterdir()} == whole
+
+
+def test_a_csv_of_paths_and_addresses_are_read_too(
+    clf: Classifier, images: Path, tmp_path: Path
+) -> None:
+    names = ["00.png", str(images / "03.png"), (images / "01.png").as_uri(), "", "gone.png"]
+    manifest = images.parent / "list.csv"
+    manifest.write_text("label,path\n" + "".join(f"x,{images.name}/{n}\n" for n in names[:1]))
+    with manifest.open("a") as file:
+        file.writelines(f"x,{name}\n" for name in names[1:])
+    output = tmp_path / "out"
+    done = predict_files(manifest, f"{output.as_uri()}/p.parquet", classifier=clf, shard_size=3)
+    rows = rows_of(output / "p.parquet")
+    expected = [*(str(images / n) for n in names[:2]), names[2], str(images.parent / "gone.png")]
+    assert [row["path"] for row in rows] == expected
+    assert [*done.failed] == [expected[3]]
+    local = clf.predict(images / "01.png").probabilities
+    assert {name: rows[2][f"p_{name}"] for name in clf.classes} == pytest.approx(local)
+    copied = predict_files(manifest.as_uri(), tmp_path / "again.csv", classifier=clf)
+    assert copied.count == 4
+    missing = [(images / "99.png").as_uri(), (images / "02.png").as_uri()]
+    done = predict_files(missing, tmp_path / "missing.csv", classifier=clf)
+    assert "99.png cannot be fetched" in done.failed[missing[0]]
+    shown = rows_of(tmp_path / "missing.csv")
+    assert shown[1]["label"] == clf.predict(images / "02.png").label
+
+
+def test_a_folder_by_its_address_stands_for_its_images(
+    clf: Classifier, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a" / "b c").mkdir(parents=True)
+    for place in ("a/b c/x%20.png", "a/y.PNG", "a/notes.txt"):
+        (tmp_path / place).write_bytes((images / "00.png").read_bytes())
+    address = (tmp_path / "a").as_uri()
+    done = predict_files(address + "/", tmp_path / "out.csv", classifier=clf)
+    assert not done.failed
+    names = [row["path"] for row in rows_of(tmp_path / "out.csv")]
+    assert names == [f"{address}/b c/x%20.png", f"{address}/y.PNG"]
+
+
+def test_what_is_finished_is_not_computed_again(
+    clf: Classifier, images: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.parquet"
+    predict_files(images, output, classifier=clf, shard_size=4)
+    shards = sorted(output.glob("part-*"))
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    shards[1].unlink()
+    predict_files(images, output, classifier=clf, shard_size=4)
+    after = [shard.stat().st_mtime_ns for shard in shards]
+    assert [a == b for a, b in zip(times, after, strict=True)] == [True, False, True]
+
+
+def test_another_list_or_model_leaves_nothing_of_the_old_table(
+    clf: Classifier, images: Path, tmp_path: Path, checkpoint_folder: Path
+) -> None:
+    output = tmp_path / "out.parquet"
+    predict_files(images, output, classifier=clf, shard_size=4)
+    (output / "notes.txt").write_text("mine")
+    (output / ".part-000007-0123456789abcdef.parquet.1-2.partial").write_text("half")
+    some = sorted(images.iterdir())[1:8]
+    predict_files(some, output, classifier=clf, shard_size=4)
+    assert [row["path"] for row in rows_of_parts(output)] == [*map(str, some)]
+    fewer = Classifier.from_pretrained(checkpoint_folder, classes=["covid19", "normal"])
+    predict_files(some, output, classifier=fewer, shard_size=4)
+    rows = rows_of_parts(output)
+    assert [row["path"] for row in rows] == [*map(str, some)]
+    assert all("p_pneumonia" not in row for row in rows)
+    rest = {p.name for p in output.iterdir() if not p.name.startswith("part-")}
+    assert rest == {"_SUCCESS", "notes.txt"}
+
+
+def rows_of_parts(output: Path) -> list[dict[str, object]]:
+    return [row for part in sorted(output.glob("part-*")) for row in rows_of(part)]
+
+
+KILLED = """
+import os, signal, sys, time
+from chestxray_covid import Classifier, predict_files
+checkpoint, images, whole, killed = sys.argv[1:]
+clf = Classifier.from_pretrained(checkpoint, device="cpu")
+options = {"classifier": clf, "shard_size": 1}
+predict_files([images], whole, **options)  # the first time is no measure
+start = time.perf_counter()
+predict_files([images] * 4, whole, **options)
+seconds = time.perf_counter() - start
+for number in range(20):
+    child = os.fork()
+    if not child:
+        predict_files([images] * 4, killed, **options)
+        os._exit(0)
+    # Moments that no two kills share; all together they have time for one run.
+    time.sleep(seconds * (number * 7 % 20) / 200)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    place = killed if os.path.isdir(killed) else os.path.join(
+        os.path.dirname(killed), f".{os.path.basename(killed)}.parts")
+    print(len(os.listdir(place)) if os.path.isdir(place) else 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_after_twenty_kills_nothing_is_lost_and_nothing_twice(
+    clf: Classifier, images: Path, tmp_path: Path, checkpoint_folder: Path, suffix: str
+) -> None:
+    whole, killed = (tmp_path / f"{name}{suffix}" for name in ("whole", "killed"))
+    command = [sys.executable, "-c", KILLED, checkpoint_folder, images, whole, killed]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    stages = [int(line) for line in done.stdout.split()]
+    assert len(stages) == 20
+    assert len(set(stages)) > 3, "the kills came too early or too late to show anything"
+    table = predict_files([images] * 4, killed, classifier=clf, shard_size=1)
+    assert table.count == 4 * FILES
+    rows = rows_of(killed)
+    assert rows == rows_of(whole)
+    assert set(Counter(row["path"] for row in rows).values()) == {4}
+    assert {p.name for p in tmp_path.iterdir()} == {killed.name, whole.name}
+
+
+def test_a_disk_that_is_full_keeps_what_was_finished(
+    images: Path, tmp_path: Path, checkpoint_folder: Path
+) -> None:
+    code = (
+        "import resource, sys; from chestxray_covid import *\n"
+        "clf = Classifier.from_pretrained(sys.argv[1], device='cpu')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))\n"
+        "predict_files([sys.argv[2]] * 3, sys.argv[3], classifier=clf, shard_size=16)"
+    )
+    output = tmp_path / "out.jsonl"
+    # Enough for each of three parts, not for the whole.
+    command = [sys.executable, "-c", code, checkpoint_folder, images, output, "7200"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert "File too large" in done.stderr
+    left = sorted(p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*") if p.is_file())
+    assert left == [".out.jsonl.parts"] * 3
+
+
+class TestRefused:
+    def test_a_shard_of_nothing(self, clf: Classifier, images: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="shard_size must be positive, got 0"):
+            predict_files(images, tmp_path / "o.csv", classifier=clf, shard_size=0)
+
+    def test_a_model_that_was_never_saved(self, images: Path, tmp_path: Path) -> None:
+        own = Classifier(ModelConfig(classes=("normal", "covid19")), random_tensors(2))
+        with pytest.raises(ValueError, match="weights have no hash"):
+            predict_files(images, tmp_path / "o.csv", classifier=own)
+
+    def test_an_address_that_is_no_parquet(
+        self, clf: Classifier, images: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ValueError, match=r"must end in \.parquet to be written"):
+            predict_files(images, f"{tmp_path.as_uri()}/o.csv", classifier=clf)
+
+    @pytest.mark.parametrize("kind", ["a list", "a folder"])
+    def test_no_image(self, clf: Classifier, tmp_path: Path, kind: str) -> None:
+        (tmp_path / "empty").mkdir()
+        given = [tmp_path / "empty"] if kind == "a list" else tmp_path / "empty"
+        with pytest.raises(DatasetNotFoundError, match=r"No image file in .*empty\. Check"):
+            predict_files(given, tmp_path / "o.csv", classifier=clf)
+        assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+    def test_a_csv_without_paths(self, clf: Classifier, tmp_path: Path) -> None:
+        (tmp_path / "t.csv").write_text("file,label\na.png,normal\n")
+        with pytest.raises(DatasetError, match="has no column path"):
+            predict_files(tmp_path / "t.csv", tmp_path / "o.csv", classifier=clf)
+
+    def test_a_csv_that_is_not_there(self, clf: Classifier, tmp_path: Path) -> None:
+        with pytest.raises(DatasetError, match="cannot be read as a CSV of paths"):
+            predict_files(tmp_path / "t.csv", tmp_path / "o.csv", classifier=clf)
+
+    def test_an_address_of_an_unknown_kind(self, clf: Classifier, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="Unrecognized filesystem type"):
+            predict_files("gopher://host/x", tmp_path / "o.csv", classifier=clf)
+
+    def test_ray_with_another_table_than_parquet(
+        self, clf: Classifier, images: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ValueError, match=r"output must end in \.parquet, got '.*o\.csv'"):
+            ray_predict(images, tmp_path / "o.csv", classifier=clf)
+
+
+RAY = """
+import os, sys
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+import ray.data
+from chestxray_covid import Classifier, ray_predict
+ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100_000_000)
+clf = Classifier.from_pretrained(sys.argv[1], device="cpu")
+print("ready", flush=True)
+options = {"classifier": clf, "shard_size": 2, "batch_size": 2, "actors": 1}
+if sys.argv[4] == "paths":
+    print(ray_predict([sys.argv[2]] * 8, sys.argv[3], **options))
+else:
+    try:
+        ray_predict(ray.data.from_items([{"name": "x"}]), sys.argv[3], **options)
+    except ValueError as error:
+        print(error)
+    table = ray.data.from_items([{"path": p} for p in reversed(sys.argv[4:])])
+    print(ray_predict(table, sys.argv[3], **options))
+"""
+
+
+def on_ray(*arguments: object) -> subprocess.Popen[str]:
+    """Start a process that predicts on Ray; the tests' own process may not open its sockets."""
+    command = [sys.executable, "-c", RAY, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_ray_finishes_after_a_kill_and_agrees_with_one_process(
+    clf: Classifier, images: Path, tmp_path: Path, checkpoint_folder: Path
+) -> None:
+    output = tmp_path / "ray.parquet"
+    with on_ray(checkpoint_folder, images, output, "paths") as process:
+        deadline = time.monotonic() + 240
+        while len([*output.glob("part-*")]) < 3 and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+        process.kill()
+    began = {p.name: p.stat().st_mtime_ns for p in output.glob("part-*")}
+    assert 3 <= len(began) < 8 * FILES / 2
+    assert not (output / "_SUCCESS").exists()
+    with on_ray(checkpoint_folder, images, output, "paths") as process:
+        shown, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    assert f"count={8 * FILES}" in shown
+    assert (output / "_SUCCESS").exists()
+    after = {p.name: p.stat().st_mtime_ns for p in output.glob("part-*")}
+    assert began.items() <= after.items()
+    alone = tmp_path / "alone.parquet"
+    predict_files([images] * 8, alone, classifier=clf, shard_size=2, batch_size=2)
+    assert rows_of_parts(output) == rows_of_parts(alone)
+
+
+@pytest.mark.slow
+def test_ray_takes_a_data_set_with_paths(
+    clf: Classifier, images: Path, tmp_path: Path, checkpoint_folder: Path
+) -> None:
+    output = tmp_path / "ray.parquet"
+    some = sorted(images.iterdir())[:6]
+    with on_ray(checkpoint_folder, images, output, *some) as process:
+        shown, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    assert "The Ray data set needs a column path, it has ['name']" in shown
+    assert [row["path"] for row in rows_of_parts(output)] == [*map(str, some)]

@@ -1,0 +1,92 @@
+"""Several processes train as one does; started as a user starts them, by torchrun or accelerate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chestxray_covid import Classifier, SyntheticChestXray
+from chestxray_covid.checkpoint import load_checkpoint
+from chestxray_covid.training_state import StateStore
+from training_worker import TRAIN, VAL, trainer
+
+pytestmark = pytest.mark.slow
+
+WORKER = str(Path(__file__).with_name("training_worker.py"))
+LOCAL = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", *LOCAL, "--nproc-per-node"]
+#: On CPUs as well: it starts as many processes, and the run's own device says where they compute.
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
+
+
+def launched(*command: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=environment,
+        check=False,
+    )
+
+
+def test_a_run_outlives_a_killed_process_and_goes_on_in_four_as_in_one(
+    tmp_path: Path, checkpoint_folder: Path
+) -> None:
+    run = tmp_path / "run"
+    done = launched(*TORCHRUN, 2, WORKER, checkpoint_folder, run, tmp_path, 8, 1, 2)
+    assert "SIGKILL" in done.stderr, done.stderr
+    assert time.time() - (tmp_path / "killed").stat().st_mtime < 60
+    step, tensors, values = StateStore(run).load()
+    assert step == 1
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
+    assert values["identity"]["batch_size"] == 16
+    assert values["at"]["seen"] == 16
+
+    port = ["--main_process_ip", "127.0.0.1", "--main_process_port", "0"]
+    done = launched(*ACCELERATE, 4, *port, WORKER, checkpoint_folder, run, tmp_path, 4)
+    assert done.returncode == 0, done.stderr
+    notes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    read = Counter(name for note in notes for name in note["read"])
+    assert len(read) == VAL
+    assert set(read.values()) == {2}, "each once in each of two epochs"
+    assert notes[0]["written"]
+    assert [note["written"] for note in notes[1:]] == [[]] * 3
+    assert [note["losses"] for note in notes[1:]] == [notes[0]["losses"]] * 3
+
+    alone = trainer(checkpoint_folder, tmp_path / "alone", 16, [])
+    history = alone.fit()
+    losses = [(record.train_loss, record.val_loss) for record in history]
+    assert np.allclose(notes[0]["losses"], losses, rtol=1e-6)
+    expected = load_checkpoint(tmp_path / "alone")[1]
+    began = load_checkpoint(checkpoint_folder)[1]
+    moved = 0.0
+    for name, tensor in load_checkpoint(run)[1].items():
+        assert np.abs(tensor - expected[name]).max() <= 1e-6, name
+        if "conv" in name:
+            moved = max(moved, np.abs(tensor - began[name]).max())
+    assert moved > 1e-4, "or nothing was trained"
+
+
+def test_the_command_line_trains_in_two_processes_and_speaks_once(tmp_path: Path) -> None:
+    phantoms = SyntheticChestXray(TRAIN + VAL, image_size_px=32).save(tmp_path / "phantoms")
+    options = ["--no-pretrained", "--epochs", 1, "--size", 32, "--limit", 20, "--device", "cpu"]
+    command = ["train", "--data", phantoms, "--output", tmp_path / "run", *options]
+    done = launched(*TORCHRUN, 2, "-m", "chestxray_covid", *command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Best epoch: 1 of 1") == 1
+    assert done.stdout.count("Cramér's V") == 1
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    results = {"split.json", "confounding.json", "evaluation.json"}
+    assert names == results | {"config.json", "model.safetensors", "history.json", "history.csv"}
+    training = Classifier.from_pretrained(tmp_path / "run").config.provenance
+    assert training["identity"]["batch_size"] == 32, "two times the recipe's sixteen"
