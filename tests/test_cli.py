@@ -353,6 +353,34 @@ def test_evaluate_refuses_impossible_rules_before_the_slow_part(
     assert "predict" not in done.output
 
 
+def test_evaluate_refuses_rules_that_cannot_hold_before_the_slow_part(
+    run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    arguments = ["evaluate", "--model", run, "--data", phantoms]
+    done = call(*arguments, "--threshold", "nan")
+    assert done.exit_code == 1
+    assert "threshold must be a finite number, got nan" in done.output
+    assert "predict" not in done.output
+    data = json.loads((run / "evaluation.json").read_text())
+    data["model"]["weights_sha256"] = "0" * 64
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(data))
+    done = call(*arguments, "--target-sensitivity", "0.9", "--choose-on", other)
+    assert done.exit_code == 2
+    assert "--choose-on is the report of another model" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("side", "reason"), [("train", "was trained on these"), ("val", "was chosen on these")]
+)
+def test_evaluate_warns_of_a_side_that_flatters(
+    run: Path, phantoms: Path, side: str, reason: str
+) -> None:
+    done = call("evaluate", "--model", run, "--data", phantoms, "--split", side)
+    assert done.exit_code == 0, done.output
+    assert f"{reason} images; use --split test" in done.output
+
+
 def test_info_describes_versions_and_a_checkpoint(checkpoint_folder: Path) -> None:
     shown = call("info", "--model", checkpoint_folder).output
     assert f"chestxray-covid {__version__}" in shown

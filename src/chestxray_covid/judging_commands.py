@@ -24,6 +24,11 @@ from chestxray_covid.command import (
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
 
+#: Side of a split → why numbers on it flatter the model.
+_FLATTERED = {
+    "train": "the model was trained on these images",
+    "val": "the epoch, and perhaps the threshold, was chosen on these images",
+}
 _SHARE = click.FloatRange(0, 1, min_open=True)
 
 
@@ -107,6 +112,7 @@ def evaluate(
     from chestxray_covid.evaluation import evaluate as judge
     from chestxray_covid.evaluation_report import EvaluationReport
     from chestxray_covid.files import write_files
+    from chestxray_covid.operating_points import choose_threshold
     from chestxray_covid.splits import Split
 
     classifier = Classifier.from_pretrained(
@@ -127,13 +133,19 @@ def evaluate(
         )
     if versus is not None and versus not in classifier.classes:
         raise click.UsageError(f"--versus must be one of {', '.join(classifier.classes)}.")
+    for rule in rules:
+        choose_threshold([0, 1], [0.0, 1.0], **rule)  # now, not after an hour: is it possible?
     chosen_on = EvaluationReport.load(choose_on) if choose_on is not None else None
+    if chosen_on is not None and chosen_on.weights_sha256 not in ("", classifier.weights_sha256):
+        raise click.UsageError("--choose-on is the report of another model: evaluate this one.")
     dataset = open_data(data, classifier.classes)
     saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
     if side is not None and saved is None:
         raise click.UsageError("--split needs --model to be the folder of a training run.")
     if side is not None and saved is not None:
         dataset = getattr(Split.load(saved, dataset), side)
+        if side in _FLATTERED:
+            click.echo(f"Caution: {_FLATTERED[side]}; use --split test for a judgement.", err=True)
     elif saved is not None and saved.is_file():
         seen = _count_seen(saved, dataset)
         if seen:
