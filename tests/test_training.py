@@ -176,7 +176,7 @@ def test_a_restored_optimizer_keeps_the_layout_of_the_weights() -> None:
     networks = [TrainingNetwork(network(), config, Accelerator(cpu=True), [0, 1]) for _ in range(2)]
     images = 255 * torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     targets, hidden = torch.tensor([0, 1] * 3), torch.zeros(6, dtype=torch.bool)
-    networks[0].backward(images, targets, hidden=hidden, batches=1, last=True)
+    networks[0].backward(images, targets, hidden=hidden, counted=6, share=1 / 6, last=True)
     networks[0].step(1e-3)
     networks[1].load_state(networks[0].state())
     first, second = (n._optimizer for n in networks)
