@@ -332,7 +332,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(
             if key.endswith("num_batches_tracked"):  # how often it was computed; nothing reads it
                 continue
             # Twice half a step of a running mean is one only as far as floats go.
-            assert again[key] == pytest.approx(value, rel=2e-4, abs=1e-6), key
+            np.testing.assert_allclose(again[key], value, rtol=2e-4, atol=1e-6, err_msg=key)
 
 
 def test_the_batch_that_fits_is_found_once_and_recorded(split: Split, tmp_path: Path) -> None:
