@@ -33,6 +33,8 @@ from chestxray_covid.audit_data import (
     read_data,
     stratified_sample,
 )
+from chestxray_covid.audit_occlusion import occlusion_item
+from chestxray_covid.audit_report import AuditFinding, AuditItem
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.datasets.phantom import phantom_mask, render_phantom
 from chestxray_covid.evaluation import evaluate_probabilities
@@ -294,6 +296,47 @@ def test_patients_that_were_trained_on_and_sources_that_were_not_are_seen(
     assert external.change is not None
     assert external.change.high < -0.2
     assert external.estimate.low < 0.5 < external.estimate.high
+
+
+def scored(
+    whole: np.ndarray, changed: dict[str, np.ndarray], *, patients: int = 80
+) -> tuple[AuditItem, dict[str, AuditFinding]]:
+    """Return what is found of 80 phantoms, 40 of each class, with these scores."""
+    phantoms = SyntheticChestXray(80, image_size_px=32, patients=80)
+    samples = [
+        replace(s, patient_id=str(i % patients), label=("normal", "covid19")[i % 2])
+        for i, s in enumerate(phantoms.samples)
+    ]
+    dataset = ChestXrayDataset(samples, classes=phantoms.classes)
+    question = Question.of(dataset.classes, dataset)
+    how = {"n_resamples": 100, "seed": 0, "confidence": 0.95}
+    size = replace(PREPROCESS, size_px=32)
+    data = read_data(dataset, question, size, how=how, workers=1, progress=False)
+    lungs = [np.eye(32, dtype=bool)] * 80
+    item = occlusion_item(data, whole, lungs, lambda _, name: changed.get(name, whole))
+    return item, {found.name: found for found in item.findings}
+
+
+def test_a_model_without_skill_on_lungs_alone_warns_even_where_all_resamples_agree() -> None:
+    perfect = np.arange(80) % 2.0
+    lost = np.full(80, 0.5)
+    item, found = scored(perfect, {"lungs hidden": lost, "all but the lungs hidden": lost})
+    only = found["only_lungs"]
+    assert only.change is not None
+    assert (only.change.value, math.isnan(only.change.low)) == (-0.5, True)
+    assert "With nothing but the lungs left it loses 0.50" in only.meaning
+    assert (item.verdict, item.reason) == ("warn", only.meaning)
+
+
+def test_a_gain_when_mirrored_is_called_a_gain() -> None:
+    perfect = np.arange(80) % 2.0
+    half = np.where(np.arange(80) % 4 < 2, perfect, 0.5)
+    assert scored(half, {"mirrored": perfect})[1]["mirrored"].meaning.startswith(
+        "Mirrored it gains 0."
+    )
+    assert scored(perfect, {"mirrored": half})[1]["mirrored"].meaning.startswith(
+        "Mirrored it loses 0."
+    )
 
 
 def _noise(sample: Sample, size: tuple[int, int] | None) -> Image.Image:

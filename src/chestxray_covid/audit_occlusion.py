@@ -19,6 +19,7 @@ from chestxray_covid.audit_verdicts import (
     NOTABLE,
     SMALL_CHANGE,
     STRONG,
+    capped,
     judge_auroc,
     judge_change,
     worst,
@@ -141,15 +142,15 @@ def _judge(found: AuditFinding) -> str:
     if found.name == "lungs_hidden":
         return judge_auroc(found.estimate, both_ways=True)
     if found.name == "only_lungs":
-        loss = found.change.value
-        certain = found.change.high < 0
-        return (
-            NOT_ASSESSABLE if loss != loss else WARN if certain and -loss >= _ONLY_LUNGS else PASS
-        )
+        return _judge_only_lungs(found.change)
     verdict = judge_change(found.change)
     if found.name == "mirrored":
         return {FAIL: WARN, WARN: PASS}.get(verdict, verdict)
     return verdict
+
+
+def _judge_only_lungs(change: Estimate) -> str:
+    return capped(judge_change(change, both_ways=False, notable=_ONLY_LUNGS, strong=_ONLY_LUNGS))
 
 
 # ---------------------------------------------------------------- what it means
@@ -174,7 +175,7 @@ def _meaning_without(estimate: Estimate, change: Estimate) -> str:
 
 
 def _meaning_only(estimate: Estimate, change: Estimate) -> str:
-    if -change.value >= _ONLY_LUNGS and change.high < 0:
+    if _judge_only_lungs(change) == WARN:
         return (
             f"With nothing but the lungs left it loses {-change.value:.2f}: it needs what is "
             "around them, or is put off by images unlike any it was trained on."
@@ -185,18 +186,19 @@ def _meaning_only(estimate: Estimate, change: Estimate) -> str:
 def _meaning_of(part: str) -> Callable[[Estimate, Estimate], str]:
     def meaning(estimate: Estimate, change: Estimate) -> str:
         if judge_change(change) in (FAIL, WARN):
-            done = "loses" if change.value < 0 else "gains"
-            return f"{part} it {done} {abs(change.value):.2f}: it reads what is there."
+            return f"{part} it {_done(change)}: it reads what is there."
         return f"{part} hardly anything changes."
 
     return meaning
 
 
+def _done(change: Estimate) -> str:
+    return f"{'loses' if change.value < 0 else 'gains'} {abs(change.value):.2f}"
+
+
 def _meaning_mirrored(estimate: Estimate, change: Estimate) -> str:
     if judge_change(change) == FAIL:
-        return (
-            f"Mirrored it loses {-change.value:.2f}: it relies on sides, as of letters and hearts."
-        )
+        return f"Mirrored it {_done(change)}: it relies on sides, as of letters and hearts."
     return f"Mirrored, the AUROC is {estimate.value:.2f}."
 
 
