@@ -328,6 +328,16 @@ def test_a_model_without_skill_on_lungs_alone_warns_even_where_all_resamples_agr
     assert (item.verdict, item.reason) == ("warn", only.meaning)
 
 
+def test_many_images_of_few_patients_are_not_assessable() -> None:
+    """Of two patients every resample with both is the same: it would look like certainty."""
+    perfect, lost = np.arange(80) % 2.0, np.full(80, 0.5)
+    hidden = {"lungs hidden": lost}
+    assert scored(perfect, hidden, patients=10)[0].verdict == "pass"
+    item, found = scored(perfect, hidden, patients=2)
+    assert item.verdict == "not_assessable"
+    assert found["lungs_hidden"].meaning == "Each class needs 20 images of 5 patients."
+
+
 def test_a_gain_when_mirrored_is_called_a_gain() -> None:
     perfect = np.arange(80) % 2.0
     half = np.where(np.arange(80) % 4 < 2, perfect, 0.5)
@@ -358,6 +368,21 @@ def test_files_that_give_the_label_by_their_header_fail(tmp_path: Path) -> None:
     assert item.verdict == "fail"
     assert item.finding("file_facts").estimate.value == 1
     assert "file facts only" in item.reason
+
+
+def test_a_class_without_headers_among_files_with_them_fails(tmp_path: Path) -> None:
+    """As where the sick come as DICOM and the healthy as PNG."""
+    train, test = halves(60, signal="none")
+    samples = list(test.samples)
+    for i, s in enumerate(samples):
+        if s.label == "normal":
+            path = tmp_path / f"{i}.png"
+            s.read(s, None).save(path)
+            samples[i] = replace(s, path=path, read=Sample.__dataclass_fields__["read"].default)
+    mixed = ChestXrayDataset(samples, classes=test.classes)
+    item = audit_shortcuts(Linear(train), mixed, **{**HOW, "masks": None}).item("without_lungs")
+    assert item.finding("file_facts").estimate.value == 1
+    assert item.verdict == "fail"
 
 
 # ---------------------------------------------------------------- what cannot be told

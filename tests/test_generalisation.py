@@ -19,7 +19,12 @@ from chestxray_covid import (
     build_densenet121,
     leave_one_source_out,
 )
-from chestxray_covid.generalisation import auroc_change, within_less_pooled, within_sources
+from chestxray_covid.generalisation import (
+    auroc_change,
+    has_enough,
+    within_less_pooled,
+    within_sources,
+)
 
 FEW: dict[str, Any] = {"n_resamples": 50}
 
@@ -80,7 +85,7 @@ def test_a_source_of_one_class_has_no_auroc_and_says_so() -> None:
     assert math.isnan(rows[0].external.value)
     assert math.isnan(rows[0].change.value)
     assert rows[0].internal.value > 0.5
-    assert "Fewer than 20 images of a class" in rows[0].note
+    assert "Fewer than 20 images or 5 patients of a class" in rows[0].note
 
 
 def test_where_nothing_of_a_class_is_left_nothing_is_trained() -> None:
@@ -163,3 +168,13 @@ def test_pairs_inside_one_source_are_counted_one_by_one() -> None:
     assert found == pytest.approx(expected)
     alone = np.where(truth, 0, 1)
     assert np.isnan(within_sources(truth, scores, alone, sample_weight=weights)).all()
+
+
+def test_twenty_cases_of_five_patients_of_both_classes_are_enough() -> None:
+    truth = np.repeat([True, False], 20)
+    groups = np.arange(40) % 10
+    assert has_enough(truth, groups)
+    assert not has_enough(truth[1:], groups[1:])
+    assert not has_enough(truth[:20], groups[:20])
+    assert not has_enough(truth, np.where(truth, groups % 4, groups))
+    assert not has_enough(np.zeros(0, bool), np.zeros(0, int))

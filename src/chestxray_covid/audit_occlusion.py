@@ -24,6 +24,7 @@ from chestxray_covid.audit_verdicts import (
     judge_change,
     worst,
 )
+from chestxray_covid.generalisation import FEWEST_PATIENTS, has_enough
 from chestxray_covid.hiding import Region, border, corners, hidden
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.subgroups import SMALL
@@ -115,8 +116,10 @@ def _changed(
     """Return the AUROC of changed images, and what it lost against the same images unchanged."""
     truth = data.truth.astype(int)
     base: dict[str, Any] = {"name": name, "what": what, "metric": "auroc"}
-    if np.bincount(truth[among], minlength=2).min() < SMALL or 2 * len(among) < len(whole):
+    if not has_enough(truth[among], data.groups[among]) or 2 * len(among) < len(whole):
         why = f"Lungs were found in {len(among)} of {len(whole)} images only."
+        if len(among) == len(whole):
+            why = f"Each class needs {SMALL} images of {FEWEST_PATIENTS} patients."
         nothing = undefined(data, len(among))
         return AuditFinding(**base, estimate=nothing, change=nothing, meaning=why)
     scores = score(np.stack([change_one(i, data.pixels[i]) for i in among.tolist()]), what)

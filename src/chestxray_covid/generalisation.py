@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # they import torch
 
     from chestxray_covid.training_config import TrainingConfig
 
+#: Patients of a class below which nothing is judged: their bootstrap has too little to draw from.
+FEWEST_PATIENTS = 5
+TOO_FEW = f"Fewer than {SMALL} images or {FEWEST_PATIENTS} patients of a class: shown, not judged."
 #: Returns a classifier that was trained on these samples and no others.
 Fit = Callable[[ChestXrayDataset], ProbabilisticClassifier]
 
@@ -190,14 +193,14 @@ def _row(
         chosen = (truth[part], scores[part])
         return bootstrap_by_group(m.auroc, groups[part].tolist(), *chosen, **how)
 
-    few = not has_enough(truth[outside]) or not has_enough(truth[~outside])
+    few = not all(has_enough(truth[part], groups[part]) for part in (outside, ~outside))
     return LeftOutSource(
         source=source,
         n_images=int(outside.sum()),
         internal=auroc_of(~outside),
         external=auroc_of(outside),
         change=bootstrap_by_group(auroc_change, groups.tolist(), truth, scores, outside, **how),
-        note=f"Fewer than {SMALL} images of a class: shown, not judged." if few else "",
+        note=TOO_FEW if few else "",
     )
 
 
@@ -244,6 +247,17 @@ def within_less_pooled(
     return within_sources(y_true, y_score, sources, sample_weight=own) - pooled
 
 
-def has_enough(truth: ArrayLike) -> bool:
-    """Return whether there are 20 cases of both classes: with one, no interval says anything."""
-    return bool(np.bincount(np.asarray(truth, int), minlength=2).min() >= SMALL)
+def has_enough(truth: ArrayLike, groups: ArrayLike) -> bool:
+    """Return whether there are 20 cases of five patients or more of both classes.
+
+    With one case, or with many of one patient, no interval says anything.
+
+    Args:
+        truth: ``(N,)`` bool or 0 and 1.
+        groups: ``(N,)`` patients.
+    """
+    positive, patients = np.asarray(truth, bool), np.asarray(groups)
+    return all(
+        own.sum() >= SMALL and len(np.unique(patients[own])) >= FEWEST_PATIENTS
+        for own in (positive, ~positive)
+    )
