@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -33,11 +35,14 @@ from chestxray_covid.audit_data import (
     read_data,
     stratified_sample,
 )
+from chestxray_covid.audit_items import heat_item
 from chestxray_covid.audit_occlusion import occlusion_item
 from chestxray_covid.audit_report import AuditFinding, AuditItem
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.datasets.phantom import phantom_mask, render_phantom
 from chestxray_covid.evaluation import evaluate_probabilities
+from chestxray_covid.heat_shares import LungHeat
+from chestxray_covid.intervals import Estimate
 from chestxray_covid.lungs import segment
 
 HOW: dict[str, Any] = {"n_resamples": 100, "masks": phantom_mask, "heat": False}
@@ -205,6 +210,13 @@ def test_a_view_that_goes_with_the_label_is_seen() -> None:
     item = audit_shortcuts(Linear(train), unknown, **HOW).item("confounding")
     assert item.verdict == "not_assessable"
     assert "The view of most images is not known." in item.reason
+    of_one = ChestXrayDataset(
+        (replace(s, view="unknown") if s.label == "normal" else s for s in test.samples),
+        classes=test.classes,
+    )
+    item = audit_shortcuts(Linear(train), of_one, **HOW).item("confounding")
+    assert item.verdict == "not_assessable", "views of one class alone are compared with nothing"
+    assert "The view of most images of normal is not known." in item.reason
 
 
 def columns(start: float, end: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -414,6 +426,27 @@ def test_without_lungs_found_and_without_skill_there_is_nothing_to_lose(
     item = audit_shortcuts(chance, without, **HOW).item("occlusion")
     assert item.verdict == "not_assessable"
     assert "does not tell the classes apart" in item.reason
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "size", "verdict"),
+    [
+        (0.01, 0.05, 20, 224, "pass"),
+        (-0.01, 0.05, 20, 224, "warn"),
+        (0.01, 0.05, 19, 224, "not_assessable"),
+        (0.01, 0.05, 20, 96, "not_assessable"),
+        (math.nan, math.nan, 20, 224, "not_assessable"),
+    ],
+)
+def test_heat_in_the_lungs_is_judged_by_the_interval_of_what_is_beyond_their_area(
+    low: float, high: float, n: int, size: int, verdict: str
+) -> None:
+    one = Estimate(value=0.02, low=low, high=high, n=n, method="made up")
+    heat = LungHeat(
+        share=one, area=one, excess=one, without_heat=0, without_lungs=0, table=pd.DataFrame()
+    )
+    data: Any = SimpleNamespace(size_px=size, question=SimpleNamespace(positive="covid19"))
+    assert heat_item(data, heat).verdict == verdict
 
 
 # ---------------------------------------------------------------- what is looked at
