@@ -138,9 +138,9 @@ def without_lungs_item(data: AuditData) -> AuditItem:
     verdict = worst(verdicts) if any(found.estimate.n for found in judged) else NOT_ASSESSABLE
     best = max(judged, key=lambda found: np.nan_to_num(found.estimate.value, nan=-1))
     reason = {
-        FAIL: f"AUROC {best.estimate} without a lung, from this: {best.what}.",
-        WARN: f"AUROC {best.estimate} without a lung, from this: {best.what}; from the brightness "
-        f"alone, {by_name['brightness'].estimate}.",
+        FAIL: f"AUROC {best.estimate} from this alone: {best.what}.",
+        WARN: f"AUROC {best.estimate} from this alone: {best.what}; from the brightness alone, "
+        f"{by_name['brightness'].estimate}.",
         PASS: "A linear model finds no label where no lungs are.",
         NOT_ASSESSABLE: "Too few images or patients to tell.",
     }[verdict]
