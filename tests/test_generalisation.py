@@ -16,9 +16,11 @@ from chestxray_covid import (
     Preprocess,
     SyntheticChestXray,
     TrainingConfig,
+    audit_shortcuts,
     build_densenet121,
     leave_one_source_out,
 )
+from chestxray_covid.datasets.phantom import phantom_mask
 from chestxray_covid.generalisation import (
     auroc_change,
     has_enough,
@@ -76,7 +78,18 @@ def test_a_ready_classifier_is_judged_and_not_trained_again() -> None:
         own = sources == row.source
         assert row.external.value == pytest.approx(roc_auc_score(truth[own], scores[own]))
         assert row.internal.value == pytest.approx(roc_auc_score(truth[~own], scores[~own]))
-        assert not row.note
+        assert row.note == "Not trained again without the source: shown, not judged."
+    how: dict[str, Any] = {"heat": False, "masks": phantom_mask, **FEW}
+    one = dataset.filter(lambda s: (s.source == "a") == (s.label == "normal"))
+    item = audit_shortcuts(model, one, left_out=rows, **how).item("generalisation")
+    assert item.verdict == "not_assessable", "it may have been trained on these sources"
+    assert item.finding("without_a").what == "a, against all others"
+    assert item.finding("without_a").meaning == rows[0].note
+    loss = replace(rows[0].change, value=-0.3, low=-0.4, high=-0.2)
+    retrained = replace(rows[0], note="", change=loss)
+    item = audit_shortcuts(model, one, left_out=[retrained], **how).item("generalisation")
+    assert item.verdict == "fail"
+    assert "Trained without a, it is" in item.reason
 
 
 def test_a_source_of_one_class_has_no_auroc_and_says_so() -> None:

@@ -15,6 +15,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_key
 from chestxray_covid.generalisation import (
     FEWEST_PATIENTS,
+    NOT_RETRAINED,
     TOO_FEW,
     LeftOutSource,
     auroc_change,
@@ -68,7 +69,8 @@ def generalisation_item(
             verdicts.append(judge_change(external.change, both_ways=False))
             reasons.append(f"In sources that were not trained on it is {external.estimate}.")
     for row in left_out:
-        what = f"{row.source}, left out of the training"
+        retrained = row.note != NOT_RETRAINED
+        what = f"{row.source}, {'left out of the training' if retrained else 'against all others'}"
         findings.append(_auroc(f"without_{row.source}", what, row.external, row.change, row.note))
         if not row.note:
             verdicts.append(judge_change(row.change, both_ways=False))

@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # they import torch
 #: Patients of a class below which nothing is judged: their bootstrap has too little to draw from.
 FEWEST_PATIENTS = 5
 TOO_FEW = f"Fewer than {SMALL} images or {FEWEST_PATIENTS} patients of a class: shown, not judged."
+#: Of a classifier that came ready: it may have been trained on the source.
+NOT_RETRAINED = "Not trained again without the source: shown, not judged."
 #: Returns a classifier that was trained on these samples and no others.
 Fit = Callable[[ChestXrayDataset], ProbabilisticClassifier]
 
@@ -82,7 +84,8 @@ def leave_one_source_out(
         dataset: Two or more sources.
         fit: A function that trains on a data set and returns the classifier; or options, with
             which ``model`` is trained; or a classifier, which is not
-            trained again but judged on the source and on all others.
+            trained again but judged on the source and on all others; an audit shows its numbers
+            and does not judge them.
         positive: The class in question, by default ``"covid19"`` or the last.
         negative: What it is told from, by default ``"normal"``, or ``"rest"``.
         test: Share of the other sources' patients that judge, in (0, 0.5].
@@ -126,7 +129,8 @@ def leave_one_source_out(
         classifier = ready or _fitted(cast(Any, fit), dataset.subset(rest), model, seed)
         both = _joined(inside, outside)
         found = classifier.predict_proba(both, batch_size=batch_size, progress=progress)
-        rows.append(_row(source, question, both, question.score(found), len(inside), how))
+        row = _row(source, question, both, question.score(found), len(inside), how)
+        rows.append(replace(row, note=row.note or NOT_RETRAINED) if ready else row)
     return tuple(rows)
 
 
