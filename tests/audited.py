@@ -33,7 +33,7 @@ class Linear:
         features: Callable[[np.ndarray], np.ndarray] = thumbnail,
         strength: float = 0.05,
     ) -> None:
-        self.classes = train.classes
+        self.classes, self.weights_sha256 = train.classes, "0" * 64
         self.config = SimpleNamespace(preprocess=PREPROCESS)
         self.features = features
         self.trained_on = train

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -33,9 +35,14 @@ from chestxray_covid.audit_data import (
     read_data,
     stratified_sample,
 )
+from chestxray_covid.audit_items import heat_item
+from chestxray_covid.audit_occlusion import occlusion_item
+from chestxray_covid.audit_report import AuditFinding, AuditItem
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.datasets.phantom import phantom_mask, render_phantom
 from chestxray_covid.evaluation import evaluate_probabilities
+from chestxray_covid.heat_shares import LungHeat
+from chestxray_covid.intervals import Estimate
 from chestxray_covid.lungs import segment
 
 HOW: dict[str, Any] = {"n_resamples": 100, "masks": phantom_mask, "heat": False}
@@ -203,6 +210,13 @@ def test_a_view_that_goes_with_the_label_is_seen() -> None:
     item = audit_shortcuts(Linear(train), unknown, **HOW).item("confounding")
     assert item.verdict == "not_assessable"
     assert "The view of most images is not known." in item.reason
+    of_one = ChestXrayDataset(
+        (replace(s, view="unknown") if s.label == "normal" else s for s in test.samples),
+        classes=test.classes,
+    )
+    item = audit_shortcuts(Linear(train), of_one, **HOW).item("confounding")
+    assert item.verdict == "not_assessable", "views of one class alone are compared with nothing"
+    assert "The view of most images of normal is not known." in item.reason
 
 
 def columns(start: float, end: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -296,6 +310,57 @@ def test_patients_that_were_trained_on_and_sources_that_were_not_are_seen(
     assert external.estimate.low < 0.5 < external.estimate.high
 
 
+def scored(
+    whole: np.ndarray, changed: dict[str, np.ndarray], *, patients: int = 80
+) -> tuple[AuditItem, dict[str, AuditFinding]]:
+    """Return what is found of 80 phantoms, 40 of each class, with these scores."""
+    phantoms = SyntheticChestXray(80, image_size_px=32, patients=80)
+    samples = [
+        replace(s, patient_id=str(i % patients), label=("normal", "covid19")[i % 2])
+        for i, s in enumerate(phantoms.samples)
+    ]
+    dataset = ChestXrayDataset(samples, classes=phantoms.classes)
+    question = Question.of(dataset.classes, dataset)
+    how = {"n_resamples": 100, "seed": 0, "confidence": 0.95}
+    size = replace(PREPROCESS, size_px=32)
+    data = read_data(dataset, question, size, how=how, workers=1, progress=False)
+    lungs = [np.eye(32, dtype=bool)] * 80
+    item = occlusion_item(data, whole, lungs, lambda _, name: changed.get(name, whole))
+    return item, {found.name: found for found in item.findings}
+
+
+def test_a_model_without_skill_on_lungs_alone_warns_even_where_all_resamples_agree() -> None:
+    perfect = np.arange(80) % 2.0
+    lost = np.full(80, 0.5)
+    item, found = scored(perfect, {"lungs hidden": lost, "all but the lungs hidden": lost})
+    only = found["only_lungs"]
+    assert only.change is not None
+    assert (only.change.value, math.isnan(only.change.low)) == (-0.5, True)
+    assert "With nothing but the lungs left it loses 0.50" in only.meaning
+    assert (item.verdict, item.reason) == ("warn", only.meaning)
+
+
+def test_many_images_of_few_patients_are_not_assessable() -> None:
+    """Of two patients every resample with both is the same: it would look like certainty."""
+    perfect, lost = np.arange(80) % 2.0, np.full(80, 0.5)
+    hidden = {"lungs hidden": lost}
+    assert scored(perfect, hidden, patients=10)[0].verdict == "pass"
+    item, found = scored(perfect, hidden, patients=2)
+    assert item.verdict == "not_assessable"
+    assert found["lungs_hidden"].meaning == "Each class needs 20 images of 5 patients."
+
+
+def test_a_gain_when_mirrored_is_called_a_gain() -> None:
+    perfect = np.arange(80) % 2.0
+    half = np.where(np.arange(80) % 4 < 2, perfect, 0.5)
+    assert scored(half, {"mirrored": perfect})[1]["mirrored"].meaning.startswith(
+        "Mirrored it gains 0."
+    )
+    assert scored(perfect, {"mirrored": half})[1]["mirrored"].meaning.startswith(
+        "Mirrored it loses 0."
+    )
+
+
 def _noise(sample: Sample, size: tuple[int, int] | None) -> Image.Image:
     rng = np.random.default_rng(int(sample.metadata["index"]))
     return Image.fromarray(rng.integers(0, 256, (SIZE, SIZE)).astype(np.uint8))
@@ -315,6 +380,21 @@ def test_files_that_give_the_label_by_their_header_fail(tmp_path: Path) -> None:
     assert item.verdict == "fail"
     assert item.finding("file_facts").estimate.value == 1
     assert "file facts only" in item.reason
+
+
+def test_a_class_without_headers_among_files_with_them_fails(tmp_path: Path) -> None:
+    """As where the sick come as DICOM and the healthy as PNG."""
+    train, test = halves(60, signal="none")
+    samples = list(test.samples)
+    for i, s in enumerate(samples):
+        if s.label == "normal":
+            path = tmp_path / f"{i}.png"
+            s.read(s, None).save(path)
+            samples[i] = replace(s, path=path, read=Sample.__dataclass_fields__["read"].default)
+    mixed = ChestXrayDataset(samples, classes=test.classes)
+    item = audit_shortcuts(Linear(train), mixed, **{**HOW, "masks": None}).item("without_lungs")
+    assert item.finding("file_facts").estimate.value == 1
+    assert item.verdict == "fail"
 
 
 # ---------------------------------------------------------------- what cannot be told
@@ -346,6 +426,27 @@ def test_without_lungs_found_and_without_skill_there_is_nothing_to_lose(
     item = audit_shortcuts(chance, without, **HOW).item("occlusion")
     assert item.verdict == "not_assessable"
     assert "does not tell the classes apart" in item.reason
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "size", "verdict"),
+    [
+        (0.01, 0.05, 20, 224, "pass"),
+        (-0.01, 0.05, 20, 224, "warn"),
+        (0.01, 0.05, 19, 224, "not_assessable"),
+        (0.01, 0.05, 20, 96, "not_assessable"),
+        (math.nan, math.nan, 20, 224, "not_assessable"),
+    ],
+)
+def test_heat_in_the_lungs_is_judged_by_the_interval_of_what_is_beyond_their_area(
+    low: float, high: float, n: int, size: int, verdict: str
+) -> None:
+    one = Estimate(value=0.02, low=low, high=high, n=n, method="made up")
+    heat = LungHeat(
+        share=one, area=one, excess=one, without_heat=0, without_lungs=0, table=pd.DataFrame()
+    )
+    data: Any = SimpleNamespace(size_px=size, question=SimpleNamespace(positive="covid19"))
+    assert heat_item(data, heat).verdict == verdict
 
 
 # ---------------------------------------------------------------- what is looked at

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from chestxray_covid import AuditReport, SyntheticChestXray, open_dataset, split_by_patient
+from chestxray_covid.audit_commands import _from_folder
 from chestxray_covid.cli import main
 
 
@@ -79,6 +81,22 @@ def test_a_folder_of_masks_is_used(data: Path, checkpoint_folder: Path, tmp_path
     assert done.exit_code == 0, done.output
     heat = AuditReport.load(output).item("heat").finding("share_in_lungs")
     assert "area: 0.1" in heat.meaning or "area: 0.0" in heat.meaning
+
+
+@pytest.mark.parametrize("white", [1, 255])
+def test_masks_are_read_whatever_their_white_is(tmp_path: Path, white: int) -> None:
+    drawn = np.zeros((8, 6), np.uint8)
+    drawn[2:5] = white
+    Image.fromarray(drawn).save(tmp_path / "x_mask.png")
+    Image.fromarray(0 * drawn).save(tmp_path / "empty.png")
+    one = SyntheticChestXray(2, image_size_px=32).samples[0]
+    masks = [_from_folder(tmp_path)(replace(one, path=Path(n))) for n in ("x.jpg", "empty.jpg")]
+    assert masks[0] is not None
+    assert masks[1] is not None
+    assert masks[0].dtype == bool
+    assert (masks[0] == (drawn > 0)).all()
+    assert not masks[1].any()
+    assert _from_folder(tmp_path)(replace(one, path=Path("y.jpg"))) is None
 
 
 def test_a_split_needs_a_run_and_a_question_its_classes(

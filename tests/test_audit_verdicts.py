@@ -27,6 +27,7 @@ def number(value: float, low: float = math.nan, high: float = math.nan) -> Estim
         (0.10, 0.05, 0.20, "pass", "fail"),
         (0.28, 0.21, 0.40, "pass", "warn"),
         (0.40, 0.15, 0.65, "pass", "not_assessable"),
+        (0.52, 0.15, 0.75, "pass", "not_assessable"),  # nor is it from the other side
         (math.nan, math.nan, math.nan, "not_assessable", "not_assessable"),
     ],
 )
@@ -58,6 +59,14 @@ def test_a_change_is_judged_with_its_interval_and_a_gain_like_a_loss_where_asked
     assert judge_change(number(value, low, high), both_ways=False) == verdict
     if value < 0:
         assert judge_change(number(-value, -high, -low), both_ways=False) == "pass"
+
+
+def test_a_gain_whose_interval_reaches_a_failing_loss_is_no_pass() -> None:
+    for both_ways in (True, False):
+        assert judge_change(number(0.01, -0.3, 0.05), both_ways=both_ways) == "not_assessable"
+        assert judge_change(number(0.01, -0.03, 0.05), both_ways=both_ways) == "pass"
+    assert judge_change(number(0.02, -0.05, 0.4), both_ways=False) == "pass"
+    assert judge_change(number(-0.02, -0.05, 0.4)) == "not_assessable"
 
 
 def test_the_worst_verdict_counts_and_a_cap_lowers_only_what_is_worse() -> None:

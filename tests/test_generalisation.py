@@ -16,10 +16,17 @@ from chestxray_covid import (
     Preprocess,
     SyntheticChestXray,
     TrainingConfig,
+    audit_shortcuts,
     build_densenet121,
     leave_one_source_out,
 )
-from chestxray_covid.generalisation import auroc_change, within_less_pooled, within_sources
+from chestxray_covid.datasets.phantom import phantom_mask
+from chestxray_covid.generalisation import (
+    auroc_change,
+    has_enough,
+    within_less_pooled,
+    within_sources,
+)
 
 FEW: dict[str, Any] = {"n_resamples": 50}
 
@@ -71,7 +78,18 @@ def test_a_ready_classifier_is_judged_and_not_trained_again() -> None:
         own = sources == row.source
         assert row.external.value == pytest.approx(roc_auc_score(truth[own], scores[own]))
         assert row.internal.value == pytest.approx(roc_auc_score(truth[~own], scores[~own]))
-        assert not row.note
+        assert row.note == "Not trained again without the source: shown, not judged."
+    how: dict[str, Any] = {"heat": False, "masks": phantom_mask, **FEW}
+    one = dataset.filter(lambda s: (s.source == "a") == (s.label == "normal"))
+    item = audit_shortcuts(model, one, left_out=rows, **how).item("generalisation")
+    assert item.verdict == "not_assessable", "it may have been trained on these sources"
+    assert item.finding("without_a").what == "a, against all others"
+    assert item.finding("without_a").meaning == rows[0].note
+    loss = replace(rows[0].change, value=-0.3, low=-0.4, high=-0.2)
+    retrained = replace(rows[0], note="", change=loss)
+    item = audit_shortcuts(model, one, left_out=[retrained], **how).item("generalisation")
+    assert item.verdict == "fail"
+    assert "Trained without a, it is" in item.reason
 
 
 def test_a_source_of_one_class_has_no_auroc_and_says_so() -> None:
@@ -80,7 +98,7 @@ def test_a_source_of_one_class_has_no_auroc_and_says_so() -> None:
     assert math.isnan(rows[0].external.value)
     assert math.isnan(rows[0].change.value)
     assert rows[0].internal.value > 0.5
-    assert "Fewer than 20 images of a class" in rows[0].note
+    assert "Fewer than 20 images or 5 patients of a class" in rows[0].note
 
 
 def test_where_nothing_of_a_class_is_left_nothing_is_trained() -> None:
@@ -163,3 +181,13 @@ def test_pairs_inside_one_source_are_counted_one_by_one() -> None:
     assert found == pytest.approx(expected)
     alone = np.where(truth, 0, 1)
     assert np.isnan(within_sources(truth, scores, alone, sample_weight=weights)).all()
+
+
+def test_twenty_cases_of_five_patients_of_both_classes_are_enough() -> None:
+    truth = np.repeat([True, False], 20)
+    groups = np.arange(40) % 10
+    assert has_enough(truth, groups)
+    assert not has_enough(truth[1:], groups[1:])
+    assert not has_enough(truth[:20], groups[:20])
+    assert not has_enough(truth, np.where(truth, groups % 4, groups))
+    assert not has_enough(np.zeros(0, bool), np.zeros(0, int))

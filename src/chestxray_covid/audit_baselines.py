@@ -64,11 +64,10 @@ def baselines(data: AuditData) -> tuple[AuditFinding, ...]:
     grey = data.pixels.reshape(len(data.pixels), -1)
     small = thumbnails(data.pixels, SMALL_THUMBNAIL_PX).reshape(len(shown), -1)
     facts = [file_facts(sample) for sample in data.samples]
-    known = [one for one in facts if one is not None]
-    complete = as_numbers(known) if len(known) == len(facts) else None
+    headers = as_numbers(facts) if any(facts) else None
     brightness = np.stack([grey.mean(1), grey.std(1)], axis=1)
     return (
-        _baseline(data, "file_facts", "file facts only", complete),
+        _baseline(data, "file_facts", "file facts only", headers),
         _baseline(data, "brightness", "mean and deviation of the grey", brightness),
         _baseline(data, "thumbnail_8", "a thumbnail of 8 × 8 pixels", small),
         _baseline(data, "frame_70", "the frame, central 70 % hidden", _frame(shown, 0.7)),
@@ -81,7 +80,7 @@ def _baseline(
     data: AuditData, name: str, what: str, features: NDArray[np.float64] | None
 ) -> AuditFinding:
     if features is None:
-        why = "Not every image is a file with a header that can be read."
+        why = "No image is a file with a header that can be read."
         return AuditFinding(
             name=name, what=what, metric="auroc", estimate=undefined(data), meaning=why
         )

@@ -147,6 +147,10 @@ def _from_folder(folder: Path) -> MaskFunction:
     def mask(sample: Sample) -> NDArray[np.bool_] | None:
         names = (f"{sample.path.stem}.png", f"{sample.path.stem}_mask.png")
         found = [folder / name for name in names if (folder / name).is_file()]
-        return np.asarray(load_image(found[0])) > 127 if found else None
+        if not found:
+            return None
+        drawn = np.asarray(load_image(found[0]))
+        inside: NDArray[np.bool_] = drawn > drawn.max() / 2  # some are drawn in 1, not in 255
+        return inside
 
     return mask

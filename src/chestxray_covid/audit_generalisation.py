@@ -14,6 +14,9 @@ from chestxray_covid.audit_verdicts import CHANGE_BANDS, CHANGES, judge_change, 
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_key
 from chestxray_covid.generalisation import (
+    FEWEST_PATIENTS,
+    NOT_RETRAINED,
+    TOO_FEW,
     LeftOutSource,
     auroc_change,
     has_enough,
@@ -47,9 +50,10 @@ def generalisation_item(
     if seen := _seen(data, train):
         verdicts.append(FAIL)
         reasons.append(f"{seen} of these images are of patients that were trained on.")
-    enough = [s for s in np.unique(data.sources) if has_enough(truth[data.sources == s])]
+    parts = {source: data.sources == source for source in np.unique(data.sources)}
+    enough = [s for s, own in parts.items() if has_enough(truth[own], data.groups[own])]
     counted = np.isin(data.sources, enough)
-    if enough and len(np.unique(data.sources)) > 1:
+    if enough and len(parts) > 1:
         inside = np.flatnonzero(counted)
         inner = data.estimate(within_sources, truth, scores, data.sources, among=inside)
         change = data.estimate(within_less_pooled, truth, scores, data.sources, counted)
@@ -65,7 +69,8 @@ def generalisation_item(
             verdicts.append(judge_change(external.change, both_ways=False))
             reasons.append(f"In sources that were not trained on it is {external.estimate}.")
     for row in left_out:
-        what = f"{row.source}, left out of the training"
+        retrained = row.note != NOT_RETRAINED
+        what = f"{row.source}, {'left out of the training' if retrained else 'against all others'}"
         findings.append(_auroc(f"without_{row.source}", what, row.external, row.change, row.note))
         if not row.note:
             verdicts.append(judge_change(row.change, both_ways=False))
@@ -75,7 +80,8 @@ def generalisation_item(
         question="Does it hold where the source cannot help?",
         verdict=worst(verdicts),
         reason=" ".join(reasons)
-        or f"No source holds {SMALL} images of both classes, so nothing here can tell.",
+        or f"No source holds {SMALL} images of {FEWEST_PATIENTS} patients of both classes, so "
+        "nothing here can tell.",
         threshold=f"loss of AUROC inside one source, or elsewhere: {CHANGE_BANDS}",
         threshold_source=CHANGES,
         findings=tuple(findings),
@@ -97,7 +103,8 @@ def _per_source(data: AuditData, scores: NDArray[np.float64]) -> list[AuditFindi
         counts = np.bincount(data.truth[own], minlength=2)
         estimate = data.estimate(m.auroc, data.truth.astype(int), scores, among=own)
         note = f"{counts[1]} of {data.question.positive}, {counts[0]} of {data.question.negative}"
-        few = f"; fewer than {SMALL} of a class, not judged" if 0 < counts.min() < SMALL else ""
+        enough = has_enough(data.truth[own], data.groups[own]) or not counts.min()
+        few = "" if enough else f"; under {SMALL} images or {FEWEST_PATIENTS} patients, not judged"
         only = "; one class only: no AUROC" if not counts.min() else ""
         found.append(_auroc(f"in_{source}", f"in {source}", estimate, None, f"{note}{few}{only}."))
     return found
@@ -120,6 +127,6 @@ def _external(
     truth = data.truth.astype(int)
     estimate = data.estimate(m.auroc, truth, scores, among=np.flatnonzero(outside))
     change = data.estimate(auroc_change, truth, scores, outside)
-    few = not has_enough(truth[outside]) or not has_enough(truth[~outside])
-    note = f"Fewer than {SMALL} images of a class: shown, not judged." if few else ""
+    few = not all(has_enough(truth[part], data.groups[part]) for part in (outside, ~outside))
+    note = TOO_FEW if few else ""
     return _auroc("external", "sources that were not trained on", estimate, change, note)

@@ -61,8 +61,11 @@ def confounding_item(
     ):
         known = [i for i, value in enumerate(values) if value != UNKNOWN_VIEW]
         own, theirs = [values[i] for i in known], [labels[i] for i in known]
-        if 2 * len(known) < len(values):
-            reasons.append(f"The {name} of most images is not known.")
+        if rare := [
+            label for label in set(labels) if 2 * theirs.count(label) < labels.count(label)
+        ]:
+            whose = f" of {rare[0]}" if len(rare) < len(set(labels)) else ""
+            reasons.append(f"The {name} of most images{whose} is not known.")
             verdicts.append(NOT_ASSESSABLE)
             continue
         found = Confounding.of(own, theirs)
@@ -135,9 +138,9 @@ def without_lungs_item(data: AuditData) -> AuditItem:
     verdict = worst(verdicts) if any(found.estimate.n for found in judged) else NOT_ASSESSABLE
     best = max(judged, key=lambda found: np.nan_to_num(found.estimate.value, nan=-1))
     reason = {
-        FAIL: f"AUROC {best.estimate} without a lung, from this: {best.what}.",
-        WARN: f"AUROC {best.estimate} without a lung, from this: {best.what}; from the brightness "
-        f"alone, {by_name['brightness'].estimate}.",
+        FAIL: f"AUROC {best.estimate} from this alone: {best.what}.",
+        WARN: f"AUROC {best.estimate} from this alone: {best.what}; from the brightness alone, "
+        f"{by_name['brightness'].estimate}.",
         PASS: "A linear model finds no label where no lungs are.",
         NOT_ASSESSABLE: "Too few images or patients to tell.",
     }[verdict]
@@ -185,7 +188,7 @@ def features_item(data: AuditData, features: NDArray[np.float32], design: AuditI
     reason = {
         FAIL: "The features tell what goes with the label in the data: a shortcut is there to use.",
         WARN: "The features tell source or view, which here say little of the label.",
-        PASS: "Inside one label, the features do not tell source or view apart.",
+        PASS: "Inside one label, the features hardly tell source or view apart.",
         NOT_ASSESSABLE: "No label has two sources with enough images to tell.",
     }[verdict]
     return AuditItem(
@@ -280,12 +283,13 @@ def mean_auroc(codes: NDArray[Any], scores: NDArray[Any], *, sample_weight: Any)
 def heat_item(data: AuditData, heat: LungHeat) -> AuditItem:
     """Return whether the heat of the positive class lies in the lungs more than by chance."""
     excess, cells = heat.excess, data.size_px // STRIDE
-    unsure = excess.value != excess.value or excess.n < SMALL or cells < _FEWEST_CELLS
+    # There is no interval where nothing has heat, all is of one patient, or all is alike.
+    unsure = excess.low != excess.low or excess.n < SMALL or cells < _FEWEST_CELLS
     above = excess.low > 0
     verdict = NOT_ASSESSABLE if unsure else PASS if above else WARN
     reason = {
-        PASS: "More of the heat lies in the lungs than their area explains.",
-        WARN: "No more of the heat lies in the lungs than their area explains.",
+        PASS: "More of the heat lies in the lungs' region than its area explains.",
+        WARN: "No more of the heat lies in the lungs' region than its area explains.",
         NOT_ASSESSABLE: f"It takes {SMALL} images with heat and lungs, and a heatmap of "
         f"{_FEWEST_CELLS} × {_FEWEST_CELLS} cells or more; this one has {cells} × {cells}.",
     }[verdict]
@@ -295,18 +299,18 @@ def heat_item(data: AuditData, heat: LungHeat) -> AuditItem:
         question=f"Does the heat for {data.question.positive} lie in the lungs?",
         verdict=verdict,
         reason=f"{reason} {left}",
-        threshold="share of the heat in the lungs less their share of the area: warn unless its "
-        "interval is above 0; never fail, because a heatmap proves nothing by itself",
+        threshold="share of the heat in the lungs' region less its share of the area: warn unless "
+        "the interval is above 0; never fail, because a heatmap proves nothing by itself",
         threshold_source="the energy-based pointing game of Wang et al., Score-CAM, CVPR workshops "
         "2020, against heat that ignores the lungs; Adebayo et al., NeurIPS 2018",
         findings=(
             AuditFinding(
                 name="share_in_lungs",
-                what="share of the heat in the lungs",
+                what="share of the heat in the lungs' region",
                 metric="share",
                 estimate=heat.share,
                 change=excess,
-                meaning=f"The lungs' share of the image's area: {heat.area}.",
+                meaning=f"The region's share of the image's area: {heat.area}.",
             ),
         ),
     )

@@ -19,10 +19,12 @@ from chestxray_covid.audit_verdicts import (
     NOTABLE,
     SMALL_CHANGE,
     STRONG,
+    capped,
     judge_auroc,
     judge_change,
     worst,
 )
+from chestxray_covid.generalisation import FEWEST_PATIENTS, has_enough
 from chestxray_covid.hiding import Region, border, corners, hidden
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.subgroups import SMALL
@@ -114,8 +116,10 @@ def _changed(
     """Return the AUROC of changed images, and what it lost against the same images unchanged."""
     truth = data.truth.astype(int)
     base: dict[str, Any] = {"name": name, "what": what, "metric": "auroc"}
-    if np.bincount(truth[among], minlength=2).min() < SMALL or 2 * len(among) < len(whole):
+    if not has_enough(truth[among], data.groups[among]) or 2 * len(among) < len(whole):
         why = f"Lungs were found in {len(among)} of {len(whole)} images only."
+        if len(among) == len(whole):
+            why = f"Each class needs {SMALL} images of {FEWEST_PATIENTS} patients."
         nothing = undefined(data, len(among))
         return AuditFinding(**base, estimate=nothing, change=nothing, meaning=why)
     scores = score(np.stack([change_one(i, data.pixels[i]) for i in among.tolist()]), what)
@@ -141,15 +145,15 @@ def _judge(found: AuditFinding) -> str:
     if found.name == "lungs_hidden":
         return judge_auroc(found.estimate, both_ways=True)
     if found.name == "only_lungs":
-        loss = found.change.value
-        certain = found.change.high < 0
-        return (
-            NOT_ASSESSABLE if loss != loss else WARN if certain and -loss >= _ONLY_LUNGS else PASS
-        )
+        return _judge_only_lungs(found.change)
     verdict = judge_change(found.change)
     if found.name == "mirrored":
         return {FAIL: WARN, WARN: PASS}.get(verdict, verdict)
     return verdict
+
+
+def _judge_only_lungs(change: Estimate) -> str:
+    return capped(judge_change(change, both_ways=False, notable=_ONLY_LUNGS, strong=_ONLY_LUNGS))
 
 
 # ---------------------------------------------------------------- what it means
@@ -174,7 +178,7 @@ def _meaning_without(estimate: Estimate, change: Estimate) -> str:
 
 
 def _meaning_only(estimate: Estimate, change: Estimate) -> str:
-    if -change.value >= _ONLY_LUNGS and change.high < 0:
+    if _judge_only_lungs(change) == WARN:
         return (
             f"With nothing but the lungs left it loses {-change.value:.2f}: it needs what is "
             "around them, or is put off by images unlike any it was trained on."
@@ -185,18 +189,19 @@ def _meaning_only(estimate: Estimate, change: Estimate) -> str:
 def _meaning_of(part: str) -> Callable[[Estimate, Estimate], str]:
     def meaning(estimate: Estimate, change: Estimate) -> str:
         if judge_change(change) in (FAIL, WARN):
-            done = "loses" if change.value < 0 else "gains"
-            return f"{part} it {done} {abs(change.value):.2f}: it reads what is there."
+            return f"{part} it {_done(change)}: it reads what is there."
         return f"{part} hardly anything changes."
 
     return meaning
 
 
+def _done(change: Estimate) -> str:
+    return f"{'loses' if change.value < 0 else 'gains'} {abs(change.value):.2f}"
+
+
 def _meaning_mirrored(estimate: Estimate, change: Estimate) -> str:
     if judge_change(change) == FAIL:
-        return (
-            f"Mirrored it loses {-change.value:.2f}: it relies on sides, as of letters and hearts."
-        )
+        return f"Mirrored it {_done(change)}: it relies on sides, as of letters and hearts."
     return f"Mirrored, the AUROC is {estimate.value:.2f}."
 
 

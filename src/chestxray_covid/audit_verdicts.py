@@ -48,22 +48,33 @@ def judge_auroc(estimate: Estimate, *, both_ways: bool = False) -> str:
     """
     mirrored = both_ways and estimate.value < 0.5
     value, low, high = _ends(estimate, mirrored)
-    return _graded(value, low > 0.5, high, NOTABLE, STRONG)
+    furthest = max(high, 1 - low) if both_ways else high
+    return _graded(value, low > 0.5, furthest, NOTABLE, STRONG)
 
 
-def judge_change(change: Estimate, *, both_ways: bool = True) -> str:
+def judge_change(
+    change: Estimate,
+    *,
+    both_ways: bool = True,
+    notable: float = SMALL_CHANGE,
+    strong: float = LARGE_CHANGE,
+) -> str:
     """Return the verdict on a change of an AUROC that ought to be none.
+
+    A change whose interval holds 0 does not fail; one whose interval reaches the failing values
+    does not pass either.
 
     Args:
         change: Negative for a loss.
         both_ways: Whether a gain is as bad as a loss.
+        notable: What is a warning.
+        strong: What is a failure.
     """
-    if change.value > 0 and not both_ways:
-        return PASS
-    sign = -1.0 if change.value < 0 else 1.0
-    ends = sorted([sign * change.low, sign * change.high])
-    low, high = (sign * change.value,) * 2 if ends[0] != ends[0] else ends
-    return _graded(sign * change.value, low > 0, high, SMALL_CHANGE, LARGE_CHANGE)
+    sign = 1.0 if change.value > 0 and both_ways else -1.0
+    value, ends = sign * change.value, sorted([sign * change.low, sign * change.high])
+    low, high = (value, value) if ends[0] != ends[0] else ends
+    furthest = max(high, -low) if both_ways else high
+    return _graded(value, low > 0, furthest, notable, strong)
 
 
 def _ends(estimate: Estimate, mirrored: bool) -> tuple[float, float, float]:
@@ -74,9 +85,9 @@ def _ends(estimate: Estimate, mirrored: bool) -> tuple[float, float, float]:
     return (1 - value, 1 - high, 1 - low) if mirrored else (value, low, high)
 
 
-def _graded(value: float, certain: bool, high: float, notable: float, strong: float) -> str:
+def _graded(value: float, certain: bool, furthest: float, notable: float, strong: float) -> str:
     if value != value:
         return NOT_ASSESSABLE
     if certain and value >= notable:
         return FAIL if value >= strong else WARN
-    return NOT_ASSESSABLE if high >= strong else PASS
+    return NOT_ASSESSABLE if furthest >= strong else PASS

@@ -57,21 +57,24 @@ def _quality(table: Sequence[int]) -> float:
     return float(min(max(quality, 1.0), 100.0))
 
 
-def as_numbers(facts: Sequence[FileFacts]) -> NDArray[np.float64]:
+def as_numbers(facts: Sequence[FileFacts | None]) -> NDArray[np.float64]:
     """Return ``(N, D)``: logarithms of width, height and aspect ratio, quality, a column per kind.
 
-    The quality of what is no JPEG is 0.
+    The quality of what is no JPEG is 0. What has no header is a kind of its own, all else 0:
+    whether there is one can give a label away, too.
     """
-    kinds = sorted({one.kind for one in facts})
+    kinds = sorted({_kind(one) for one in facts})
     return np.array(
-        [
-            [
-                math.log(one.width_px),
-                math.log(one.height_px),
-                math.log(one.width_px / one.height_px),
-                one.jpeg_quality or 0.0,
-                *(float(one.kind == kind) for kind in kinds),
-            ]
-            for one in facts
-        ]
+        [[*_sizes(one), *(float(_kind(one) == kind) for kind in kinds)] for one in facts]
     )
+
+
+def _kind(one: FileFacts | None) -> str:
+    return "" if one is None else one.kind
+
+
+def _sizes(one: FileFacts | None) -> tuple[float, float, float, float]:
+    if one is None:
+        return 0.0, 0.0, 0.0, 0.0
+    width, height = math.log(one.width_px), math.log(one.height_px)
+    return width, height, width - height, one.jpeg_quality or 0.0

@@ -31,6 +31,11 @@ if TYPE_CHECKING:  # they import torch
 
     from chestxray_covid.training_config import TrainingConfig
 
+#: Patients of a class below which nothing is judged: their bootstrap has too little to draw from.
+FEWEST_PATIENTS = 5
+TOO_FEW = f"Fewer than {SMALL} images or {FEWEST_PATIENTS} patients of a class: shown, not judged."
+#: Of a classifier that came ready: it may have been trained on the source.
+NOT_RETRAINED = "Not trained again without the source: shown, not judged."
 #: Returns a classifier that was trained on these samples and no others.
 Fit = Callable[[ChestXrayDataset], ProbabilisticClassifier]
 
@@ -79,7 +84,8 @@ def leave_one_source_out(
         dataset: Two or more sources.
         fit: A function that trains on a data set and returns the classifier; or options, with
             which ``model`` is trained; or a classifier, which is not
-            trained again but judged on the source and on all others.
+            trained again but judged on the source and on all others; an audit shows its numbers
+            and does not judge them.
         positive: The class in question, by default ``"covid19"`` or the last.
         negative: What it is told from, by default ``"normal"``, or ``"rest"``.
         test: Share of the other sources' patients that judge, in (0, 0.5].
@@ -123,7 +129,8 @@ def leave_one_source_out(
         classifier = ready or _fitted(cast(Any, fit), dataset.subset(rest), model, seed)
         both = _joined(inside, outside)
         found = classifier.predict_proba(both, batch_size=batch_size, progress=progress)
-        rows.append(_row(source, question, both, question.score(found), len(inside), how))
+        row = _row(source, question, both, question.score(found), len(inside), how)
+        rows.append(replace(row, note=row.note or NOT_RETRAINED) if ready else row)
     return tuple(rows)
 
 
@@ -190,14 +197,14 @@ def _row(
         chosen = (truth[part], scores[part])
         return bootstrap_by_group(m.auroc, groups[part].tolist(), *chosen, **how)
 
-    few = not has_enough(truth[outside]) or not has_enough(truth[~outside])
+    few = not all(has_enough(truth[part], groups[part]) for part in (outside, ~outside))
     return LeftOutSource(
         source=source,
         n_images=int(outside.sum()),
         internal=auroc_of(~outside),
         external=auroc_of(outside),
         change=bootstrap_by_group(auroc_change, groups.tolist(), truth, scores, outside, **how),
-        note=f"Fewer than {SMALL} images of a class: shown, not judged." if few else "",
+        note=TOO_FEW if few else "",
     )
 
 
@@ -244,6 +251,17 @@ def within_less_pooled(
     return within_sources(y_true, y_score, sources, sample_weight=own) - pooled
 
 
-def has_enough(truth: ArrayLike) -> bool:
-    """Return whether there are 20 cases of both classes: with one, no interval says anything."""
-    return bool(np.bincount(np.asarray(truth, int), minlength=2).min() >= SMALL)
+def has_enough(truth: ArrayLike, groups: ArrayLike) -> bool:
+    """Return whether there are 20 cases of five patients or more of both classes.
+
+    With one case, or with many of one patient, no interval says anything.
+
+    Args:
+        truth: ``(N,)`` bool or 0 and 1.
+        groups: ``(N,)`` patients.
+    """
+    positive, patients = np.asarray(truth, bool), np.asarray(groups)
+    return all(
+        own.sum() >= SMALL and len(np.unique(patients[own])) >= FEWEST_PATIENTS
+        for own in (positive, ~positive)
+    )
