@@ -148,6 +148,12 @@ def why_page() -> str:
 
 {table(("Question", *MODELS.values()), [*rows, verdicts])}
 
+The audit of the classic design, and that of the bundled model:
+
+![Audit of the classic design](results/baseline/audit.png)
+
+![Audit of the bundled model](results/default/audit.png)
+
 What the audit holds against the classic design:
 
 {reasons}
