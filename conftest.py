@@ -31,7 +31,7 @@ pytest_collect_file = Sybil(
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the tests that send signals to their own process before other runtimes are loaded."""
-    items.sort(key=lambda item: item.path.name != "test_training.py")
+    items.sort(key=lambda item: not item.path.name.startswith("test_training"))
 
 
 @pytest.fixture(scope="session")
