@@ -22,7 +22,8 @@ SMALLEST_BATCH = 2
 #: Share of a machine's memory that a batch may take on a CPU: decoding, the cache of files and
 #: other programs need the rest, and too large a batch would end in swapping, not in an error.
 _SHARE = 0.5
-#: Peak memory of a step over what its backward pass keeps, see benchmarks/training_memory.py.
+#: Peak memory of a step over what its backward pass keeps: a cautious guess, which
+#: benchmarks/training_memory.py can replace.
 _OVERHEAD = 1.5
 #: Where Linux says how much of the machine's memory a container may use.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
