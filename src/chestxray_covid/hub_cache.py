@@ -132,7 +132,7 @@ class Repository:
             self._keep_hash(cached, digest, oid)
             return cached
         self._fetch(name, found, digest)
-        path = self._link(name, revision, cached)
+        path = self._link(name, revision, found, cached)
         if not self._is_right(path, digest, oid):
             raise IntegrityError(f"{path} was changed while it was fetched. Run the same again.")
         return path
@@ -239,12 +239,23 @@ class Repository:
                 f"in its {CONFIG_NAME}. Tell its author to publish it again."
             )
 
-    def _link(self, name: str, revision: str, cached: Path | None) -> Path:
-        """Return the file in the snapshot's folder, which huggingface_hub makes from the bytes."""
+    def _link(self, name: str, revision: str, found: HfFileMetadata, cached: Path | None) -> Path:
+        """Return the file in the snapshot's folder, which huggingface_hub makes from the bytes.
+
+        It removes a link before it makes one: where locks exclude nobody, another process would
+        find none for a moment. So a link that is missing is made before it is asked.
+        """
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.file_download import are_symlinks_supported
 
         if cached is not None and not cached.is_symlink():
             cached.unlink(missing_ok=True)  # a copy, where the system has no links
+        if are_symlinks_supported(self._blobs.parents[1]):
+            snapshot = self._blobs.parent / "snapshots" / str(found.commit_hash)
+            link = snapshot / (self.subfolder or "") / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                link.symlink_to(os.path.relpath(self._blobs / str(found.etag), link.parent))
         return Path(
             hf_hub_download(
                 self.repo_id,
