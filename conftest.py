@@ -29,11 +29,6 @@ pytest_collect_file = Sybil(
 ).pytest()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests that send signals to their own process before other runtimes are loaded."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_training"))
-
-
 @pytest.fixture(scope="session")
 def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with ``data/`` and ``runs/first`` as a reader of the README has them."""

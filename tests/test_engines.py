@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -122,6 +125,24 @@ def test_threads_get_what_one_thread_gets(engine: Engine) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda batch: engine(batch)[0], batches))
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_signals_arrive_after_several_engines_have_gone() -> None:
+    # A segmentation fault cannot be caught, so all of it happens in another process.
+    code = (
+        "import signal\n"
+        "from chestxray_covid import Classifier\n"
+        "for _ in range(3):\n"  # each is made before the one before it goes
+        "    classifier = Classifier.from_pretrained(engine='openvino')\n"
+        "del classifier\n"
+        "try:\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n"
+        "    raise SystemExit(7)\n"
+    )
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=where, check=False)
+    assert done.returncode == 7
 
 
 def test_several_streams_answer_as_one_does(

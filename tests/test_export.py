@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from click.testing import CliRunner
@@ -30,6 +29,7 @@ from chestxray_covid import (
 )
 from chestxray_covid.checkpoint import save_checkpoint
 from chestxray_covid.cli import main
+from chestxray_covid.engine_openvino import openvino_core
 from conftest import random_tensors
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "embed_onnx.py"
@@ -73,7 +73,7 @@ def logits_of(format: str, folder: Path, pixels: np.ndarray) -> np.ndarray:
         return np.asarray(session.run(["logits"], {"pixels": pixels})[0])
     if format == "openvino":
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
-        model = openvino.Core().compile_model(folder / "model.xml", "CPU", exact)
+        model = openvino_core().compile_model(folder / "model.xml", "CPU", exact)
         return np.asarray(model({"pixels": pixels})["logits"])
     with torch.inference_mode():
         logits, _ = torch.export.load(folder / "model.pt2").module()(torch.from_numpy(pixels))

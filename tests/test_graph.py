@@ -7,14 +7,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 import torchvision
 from numpy.typing import NDArray
 
 from chestxray_covid.engine_onnx import onnx_model
-from chestxray_covid.engine_openvino import openvino_model
+from chestxray_covid.engine_openvino import openvino_core, openvino_model
 from chestxray_covid.engine_torch import FoldedNetwork
 from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, digest, fold
 from chestxray_covid.image import Preprocess
@@ -87,7 +86,7 @@ def in_torch(network: Network, batch: int | None) -> Callable[[NDArray[np.uint8]
 
 def in_openvino(network: Network, batch: int | None) -> Callable[[NDArray[np.uint8]], Results]:
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(openvino_model(network, batch=batch), "CPU", exact)
+    compiled = openvino_core().compile_model(openvino_model(network, batch=batch), "CPU", exact)
 
     def run(values: NDArray[np.uint8]) -> Results:
         found = compiled({PIXELS: values})

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, cast
 
@@ -168,7 +169,7 @@ class OpenVinoEngine:
     ) -> None:
         self.precision = precision
         self._classes = len(tensors["classifier.bias"])
-        self._core = _core()
+        self._core = openvino_core()
         one = self._options(streams=1)
         compiled, self._model = _compiled(self._core, tensors, preprocess, int8 or precision, one)
         self._one = _Lanes(compiled, requests=1, lanes=cores())
@@ -239,11 +240,21 @@ def native_precision() -> str:
     Raises:
         MissingExtraError: If OpenVINO is not installed.
     """
-    hint = _core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
+    hint = openvino_core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
     return {hint: name for name, hint in _HINTS.items()}.get(hint, "float32")
 
 
-def _core() -> Any:
+@lru_cache(maxsize=1)
+def openvino_core() -> Any:
+    """Return the one ``openvino.Core`` of this process, which lasts as long as the process.
+
+    A core gives its thread a stack for signals, and gives the one before back when it goes. Of two
+    cores the first to come may be the first to go: the second then gives back a stack that is gone,
+    and the next signal, say Ctrl-C, ends the interpreter.
+
+    Raises:
+        MissingExtraError: If OpenVINO is not installed.
+    """
     return import_openvino().Core()
 
 

@@ -18,7 +18,7 @@ from chestxray_covid._version import __version__
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.engine_onnx import onnx_model
-from chestxray_covid.engine_openvino import import_openvino, openvino_model
+from chestxray_covid.engine_openvino import import_openvino, openvino_core, openvino_model
 from chestxray_covid.engines import softmax
 from chestxray_covid.errors import ExportError, require_extra
 from chestxray_covid.export_card import card_text
@@ -212,11 +212,10 @@ def _to_onnx(network: Network, folder: Path) -> tuple[str, _Run]:
 
 
 def _to_openvino(network: Network, folder: Path) -> tuple[str, _Run]:
-    openvino = import_openvino()
     path = folder / "model.xml"
-    openvino.save_model(openvino_model(network), path, compress_to_fp16=False)
+    import_openvino().save_model(openvino_model(network), path, compress_to_fp16=False)
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path, "CPU", exact)
+    compiled = openvino_core().compile_model(path, "CPU", exact)
 
     def run(pixels: NDArray[np.uint8]) -> _Outputs:
         found = compiled({PIXELS: pixels})

@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid.engine_openvino import import_openvino
+from chestxray_covid.engine_openvino import import_openvino, openvino_core
 from chestxray_covid.errors import ExportError, MissingExtraError, require_extra
 from chestxray_covid.graph import PIXELS
 from chestxray_covid.int8 import INT8_NAME, Int8
@@ -64,7 +64,7 @@ def statistics_of(model: Any, pixels: NDArray[np.uint8]) -> Int8:
 def main(folder: Path) -> None:
     """Write the statistics of the model in a folder beside it."""
     pixels = np.load(folder / _PIXELS, allow_pickle=False)
-    model = import_openvino().Core().read_model(folder / _MODEL)
+    model = openvino_core().read_model(folder / _MODEL)
     # As there. NNCF's variable NNCF_CI would keep it from sending, too, but not from leaving an
     # identifier in the home folder.
     sys.modules["openvino_telemetry"] = cast(ModuleType, None)
