@@ -168,8 +168,10 @@ PEERS: dict[str, Callable[[str], Judge]] = {
     "MONAI": monai,
     "TorchXRayVision": torchxrayvision,
 }
+INT8 = "OpenVINO, int8"
 OURS: dict[str, Callable[[str], Judge]] = {
     "OpenVINO, bfloat16": ours("openvino", "bfloat16"),
+    INT8: ours("openvino", "int8"),
     "OpenVINO, float32": ours("openvino", "float32"),
     "ONNX Runtime, float32": ours("onnx", "float32"),
     "torch, bfloat16": ours("torch", "bfloat16"),
@@ -260,15 +262,20 @@ def files(data: Path) -> dict[str, list[str]]:
 
 
 def make_checkpoint(folder: str) -> None:
-    """Write the bundled weights as a checkpoint of the peers' size."""
+    """Write the bundled weights as a checkpoint of the peers' size.
+
+    The ranges of eight bits stay those of the bundled size: they change answers, not speed.
+    """
     from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
     from chestxray_covid.gate import GATE_NAME
     from chestxray_covid.hub import resolve
+    from chestxray_covid.int8 import INT8_NAME
 
     config, tensors = load_checkpoint(resolve())
     larger = replace(config, preprocess=replace(config.preprocess, size_px=SIZE_PX))
-    gate = load_attachment(resolve(), config, GATE_NAME)
-    save_checkpoint(folder, larger, tensors, {} if gate is None else {GATE_NAME: gate})
+    found = {name: load_attachment(resolve(), config, name) for name in (GATE_NAME, INT8_NAME)}
+    kept = {name: data for name, data in found.items() if data is not None}
+    save_checkpoint(folder, larger, tensors, kept)
 
 
 def summary(rows: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
@@ -280,12 +287,14 @@ def summary(rows: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, Any
             for name, runs in by_name.items()
         }
         peaks = {name: max(run["peak_mib"] for run in runs) for name, runs in by_name.items()}
-        best = max(OURS, key=lambda name: rates[name])
+        best = max((name for name in OURS if name != INT8), key=lambda name: rates[name])
+        fastest_peer = max(rates[name] for name in PEERS)
         found[kind] = {
             "files_per_s": rates,
             "peak_mib": peaks,
             "fastest_engine": best,
-            "times_the_fastest_peer": rates[best] / max(rates[name] for name in PEERS),
+            "times_the_fastest_peer": rates[best] / fastest_peer,
+            "int8_times_the_fastest_peer": rates[INT8] / fastest_peer,
             "share_of_the_bare_engine": rates["OpenVINO, bfloat16"] / rates[BARE],
             "peak_over_smallest_peer": peaks[best] / min(peaks[name] for name in PEERS),
         }

@@ -87,7 +87,8 @@ def speed_block(result: Mapping[str, Any] | None) -> str:
 def _ratios(kind: str, found: Mapping[str, Any]) -> str:
     return (
         f"On {KINDS[kind]}, {found['fastest_engine']} is "
-        f"{found['times_the_fastest_peer']:.1f} times as fast as the fastest peer, and reaches "
+        f"{found['times_the_fastest_peer']:.1f} times as fast as the fastest peer (in int8 "
+        f"{found['int8_times_the_fastest_peer']:.1f} times), and reaches "
         f"{found['share_of_the_bare_engine']:.2f} of the bare engine, which gets its pixels from "
         f"memory; its peak memory is {found['peak_over_smallest_peer']:.2f} of the smallest "
         "peer's."
