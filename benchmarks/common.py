@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ import torch
 from chestxray_covid.engine_torch import native_bfloat16
 
 RESULTS = Path(__file__).parent / "results"
+#: Whose versions matter, where they are installed.
+PACKAGES = (
+    *("torch", "torchvision", "numpy", "openvino", "onnxruntime"),
+    *("timm", "transformers", "monai", "torchxrayvision"),
+)
 
 
 def machine() -> dict[str, Any]:
@@ -26,7 +32,8 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "native_bfloat16": native_bfloat16(torch.device("cpu")),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "pillow", "numpy")},
+        "versions": {name: version(name) for name in PACKAGES if find_spec(name)}
+        | {"pillow": version("pillow")},
     }
 
 

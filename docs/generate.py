@@ -326,12 +326,14 @@ def main() -> None:
     import generate_export
     import generate_growth
     import generate_model
+    import generate_training
 
     generate_model.write_pages()
     generate_audits.write_pages()
     generate_engines.write_pages()
     generate_export.write_page()
     generate_growth.write_pages()
+    generate_training.write_page()
 
 
 if __name__ == "__main__":

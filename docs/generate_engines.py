@@ -7,8 +7,9 @@ weights, and ``benchmarks/results/predict.json``, where ``benchmarks/predict.py`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from generate import DOCS, SOURCE_KEY, digest, table, with_block, wrapped
@@ -61,7 +62,10 @@ def speed_block(result: Mapping[str, Any] | None) -> str:
     cells = (
         [
             name,
-            *(f"{summary[kind]['files_per_s'][name]:.1f}" for kind in KINDS),
+            *(
+                _spread([run["files_per_s"] for run in result["rounds"][kind][name]])
+                for kind in KINDS
+            ),
             f"{summary['originals']['peak_mib'][name]:.0f}",
         ]
         for name in names
@@ -70,10 +74,13 @@ def speed_block(result: Mapping[str, Any] | None) -> str:
     counts = " and ".join(f"{result['files'][kind]} {KINDS[kind]}" for kind in KINDS)
     intro = wrapped(
         f"From files to probabilities, DenseNet-121 at {result['size_px']} px, {counts}, on "
-        f"{result['cores']} cores ({machine['processor']}): the median of "
+        f"{result['cores']} cores ({machine['processor']}): the median (and range) of "
         f"{len(result['rounds']['originals'][names[0]])} rounds of `{result['command']}`."
     )
-    ratios = wrapped(" ".join(_ratios(kind, summary[kind]) for kind in KINDS))
+    ratios = wrapped(
+        " ".join(_ratios(kind, summary[kind], result["cores"]) for kind in KINDS)
+        + " Decoding and the engine share the cores."
+    )
     times = result["latency_ms"]
     single = wrapped(
         "A single image takes "
@@ -84,14 +91,21 @@ def speed_block(result: Mapping[str, Any] | None) -> str:
     return "\n" + "\n\n".join([intro, table(head, cells), figure, ratios, single]) + "\n"
 
 
-def _ratios(kind: str, found: Mapping[str, Any]) -> str:
+def _spread(rates: Sequence[float]) -> str:
+    return f"{median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f})"
+
+
+def _ratios(kind: str, found: Mapping[str, Any], cores: int) -> str:
+    each, engine = (
+        1000 * cores / found["files_per_s"][name] for name in ("OpenVINO, bfloat16", "bare engine")
+    )
     return (
         f"On {KINDS[kind]}, {found['fastest_engine']} is "
-        f"{found['times_the_fastest_peer']:.1f} times as fast as the fastest peer (in int8 "
-        f"{found['int8_times_the_fastest_peer']:.1f} times), and reaches "
+        f"{found['times_the_fastest_peer']:.1f} times as fast as the fastest peer (int8: "
+        f"{found['int8_times_the_fastest_peer']:.1f} times); its peak memory is "
+        f"{found['peak_over_smallest_peer']:.2f} of the smallest peer's. In bfloat16 it reaches "
         f"{found['share_of_the_bare_engine']:.2f} of the bare engine, which gets its pixels from "
-        f"memory; its peak memory is {found['peak_over_smallest_peer']:.2f} of the smallest "
-        "peer's."
+        f"memory: a file takes {each:.1f} ms of a core, of which the engine has {engine:.1f}."
     )
 
 

@@ -85,6 +85,7 @@ class HubServer(LocalServer):
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
             (r"/upload/([0-9a-f]{64})", self._upload),
             (r"/api/models/([^/]+/[^/]+)/branch/([^/?]+)", self._branch),
+            (r"/api/models/([^/]+/[^/]+)/tree/([^/?]+).*", self._tree),
             (r"/api/models/([^/]+/[^/]+)/commit/([^/?]+)(.*)", self._commit),
         ):
             if match := re.fullmatch(pattern, request.path):
@@ -157,6 +158,14 @@ class HubServer(LocalServer):
         self.heads[repo, branch] = self.heads[repo, "main"]
         return _json({})
 
+    def _tree(self, request: Request, repo: str, revision: str) -> Reply:
+        files = self.commits[repo, self.heads.get((repo, revision), revision)]
+        found = [
+            {"type": "file", "path": path, "size": len(data), "oid": git_blob_sha1(data)}
+            for path, data in files.items()
+        ]
+        return _json(found)
+
     def _commit(self, request: Request, repo: str, branch: str, options: str) -> Reply:
         if (repo, branch) not in self.heads:
             return Reply(status=404, headers={"X-Error-Code": "RevisionNotFound"})
@@ -168,6 +177,8 @@ class HubServer(LocalServer):
                 files[value["path"]] = b64decode(value["content"])
             elif part["key"] == "lfsFile":
                 files[value["path"]] = self.uploads[value["oid"]]
+            elif part["key"] == "deletedFile":
+                del files[value["path"]]
         proposed = "create_pr=1" in options
         commit = self.publish(files, repo, "refs/pr/1" if proposed else branch)
         url = f"{self.url}/{repo}/commit/{commit}"

@@ -29,8 +29,13 @@ def measured() -> dict[str, Any]:
         "peak_mib": {name: 7 * rate for name, rate in rates.items()},
         "fastest_engine": "OpenVINO, bfloat16",
         "times_the_fastest_peer": 8.004,
+        "int8_times_the_fastest_peer": 9.11,
         "share_of_the_bare_engine": 0.8004,
         "peak_over_smallest_peer": 0.35,
+    }
+    rounds = {
+        name: [{"files_per_s": rate + shift} for shift in (-3, -1, 0, 1, 2)]
+        for name, rate in rates.items()
     }
     return {
         "command": "python benchmarks/predict.py",
@@ -39,7 +44,7 @@ def measured() -> dict[str, Any]:
         "files": {"originals": 147, "reduced": 400},
         "summary": {"originals": found, "reduced": found},
         "latency_ms": {"engine": 8.123},
-        "rounds": {"originals": {name: [{}] * 5 for name in rates}},
+        "rounds": dict.fromkeys(("originals", "reduced"), rounds),
         "machine": {"processor": "a processor"},
     }
 
@@ -59,12 +64,13 @@ def test_the_page_holds_what_was_measured(generate: ModuleType) -> None:
 def test_speed_is_told_with_machine_rounds_and_ratios(generate: ModuleType) -> None:
     block = " ".join(generate.speed_block(measured()).split())
     assert "147 untouched originals and 400 reduced files, on 2 cores (a processor)" in block
-    assert "the median of 5 rounds" in block
-    assert "OpenVINO, bfloat16 is 8.0 times as fast as the fastest peer" in block
+    assert "the median (and range) of 5 rounds" in block
+    assert "OpenVINO, bfloat16 is 8.0 times as fast as the fastest peer (int8: 9.1 times)" in block
     assert "reaches 0.80 of the bare engine" in block
+    assert "a file takes 25.0 ms of a core, of which the engine has 20.0" in block
     assert "8.1 ms (engine)" in block
     rows = [line for line in generate.speed_block(measured()).splitlines() if "| 560" in line]
-    assert rows == ["| OpenVINO, bfloat16 | 80.0 | 80.0 | 560 |"]
+    assert rows == ["| OpenVINO, bfloat16 | 80.0 (77.0–82.0) | 80.0 (77.0–82.0) | 560 |"]
 
 
 def test_what_nobody_measured_has_no_numbers(generate: ModuleType) -> None:

@@ -395,6 +395,30 @@ def test_a_model_goes_to_the_hub_and_comes_back_in_another_process(
     assert not np.allclose(found[0], 1 / 3, atol=1e-3)
 
 
+def test_results_of_what_was_published_before_do_not_stay(
+    copied: Path, server: HubServer, tmp_path: Path
+) -> None:
+    write_measurements(copied, [TABLE])
+    server.publish({"paper.pdf": b"%PDF"}, "user/again")
+    environment = hub_environment(server, tmp_path / "home", HF_TOKEN="hf_x")
+    code = (
+        "import json, sys\n"
+        "from chestxray_covid.publish import push\n"
+        "push(sys.argv[1], 'user/again', allow_unjudged=True)\n"
+        "print(json.dumps('done'))\n"
+    )
+    assert run_python(code, environment, copied) == "done"
+    judged = set(server.commits["user/again", server.heads["user/again", "main"]])
+    results = {"evaluation.json", "audit.json", "measurements.json", "calibration.png"}
+    assert judged >= {"paper.pdf", *results}
+    for name in results - {"calibration.png"}:
+        (copied / name).unlink()
+    assert run_python(code, environment, copied) == "done"
+    commit = server.commits["user/again", server.heads["user/again", "main"]]
+    assert set(commit) == judged - results
+    assert b"has not been evaluated" in commit["README.md"]
+
+
 def test_a_hub_that_refuses_is_an_error_with_a_name(
     run: Path, server: HubServer, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from chestxray_covid.audit_report import AuditFinding, AuditItem, AuditReport
 from chestxray_covid.evaluation import evaluate_probabilities
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.page import escaped, picture
+from chestxray_covid.report import extend_report
 
 HOSTILE = "<script>alert('x')</script>\"&\u202e"
 ESTIMATE = Estimate(value=0.81, low=0.72, high=0.9, n=60, method="patient bootstrap")
@@ -259,6 +261,30 @@ def test_an_audit_alone_and_an_evaluation_alone_are_pages_too(
     path = write_report(tmp_path / "e", evaluation=report, title="My model")
     assert "<h1>My model</h1>" in path.read_text(encoding="utf-8")
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["evaluation.json", "index.html"]
+
+
+@pytest.mark.parametrize("first", ["evaluation", "audit"])
+def test_a_page_keeps_what_it_holds_of_the_same_weights(
+    report: EvaluationReport, tmp_path: Path, first: str
+) -> None:
+    same = "a" * 64
+    both: dict[str, Any] = {
+        "evaluation": replace(report, model={**report.model, "weights_sha256": same}),
+        "audit": replace(audited(), weights_sha256=same),
+    }
+    extend_report(tmp_path, **{first: both.pop(first)})
+    page = Page(extend_report(tmp_path, **both).read_text(encoding="utf-8"))
+    assert "Evaluation and shortcut audit" in page.text
+    other = replace(audited(), weights_sha256="b" * 64)
+    page = Page(extend_report(tmp_path, audit=other).read_text(encoding="utf-8"))
+    assert "How good is it?" not in page.text
+    for name in ("evaluation.json", "audit.json"):
+        (tmp_path / name).write_text("{")
+    assert extend_report(tmp_path, audit=other).is_file()
+    unknown = replace(report, model={})
+    unknown.save(tmp_path / "evaluation.json")
+    page = Page(extend_report(tmp_path, audit=audited()).read_text(encoding="utf-8"))
+    assert "How good is it?" not in page.text, "nobody knows whose numbers those are"
 
 
 def test_without_anything_there_is_no_report(tmp_path: Path) -> None:

@@ -114,9 +114,9 @@ def audit(
         report.save(output)
     click.echo(str(report))
     if page is not None:
-        from chestxray_covid.report import write_report
+        from chestxray_covid.report import extend_report
 
-        click.echo(f"\nThe page is {write_report(page, audit=report)}")
+        click.echo(f"\nThe page is {extend_report(page, audit=report)}")
     if strict and report.verdict != "pass":
         sys.exit(1)
 

@@ -42,7 +42,8 @@ REPORT = click.option(
     "--report",
     "page",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for a page with figures, index.html, and the JSON beside it.",
+    help="Folder for a page with figures, index.html, and the JSON beside it; evaluate and audit "
+    "of the same model share a page there.",
 )
 DEVICE = click.option("--device", default=None, help="Torch device, for example cpu or cuda.")
 ENGINE = click.option(

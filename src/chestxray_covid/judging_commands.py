@@ -167,9 +167,9 @@ def evaluate(
         write_files(markdown.parent, {markdown.name: report.to_markdown().encode()})
     click.echo(str(report))
     if page is not None:
-        from chestxray_covid.report import write_report
+        from chestxray_covid.report import extend_report
 
-        click.echo(f"\nThe page is {write_report(page, evaluation=report)}")
+        click.echo(f"\nThe page is {extend_report(page, evaluation=report)}")
 
 
 def _count_seen(saved: Path, dataset: ChestXrayDataset) -> int:

@@ -22,7 +22,7 @@ from chestxray_covid.checkpoint import (
 from chestxray_covid.errors import ReportError
 from chestxray_covid.files import write_files
 from chestxray_covid.hub_cache import hub_errors
-from chestxray_covid.results import JUDGED, Results, read_file, read_results
+from chestxray_covid.results import JUDGED, RESULTS, Results, read_file, read_results
 
 CARD_NAME = "README.md"
 FIGURE_NAME = "calibration.png"
@@ -82,7 +82,8 @@ def push(
 
     Published are config, weights, attachments, results and the card, and no other file of the
     folder; they are read once, verified, and what was verified is published. A card that somebody
-    wrote or changed is published as it is; otherwise it is made from the results.
+    wrote or changed is published as it is; otherwise it is made from the results. Results of an
+    earlier commit that this one has none of its own for are deleted: they are of other weights.
 
     Args:
         folder: A checkpoint, for example the output of a training run.
@@ -132,6 +133,7 @@ def push(
             commit_message=commit_message or f"Publish with chestxray-covid {__version__}",
             revision=branch,
             create_pr=create_pr,
+            delete_patterns=[name for name in (*RESULTS, FIGURE_NAME) if name not in contents],
         )
     return str(commit.commit_url)
 

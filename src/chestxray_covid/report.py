@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chestxray_covid import plots
 from chestxray_covid._version import NOT_A_DEVICE, __version__
 from chestxray_covid.audit_figure import plot_audit
+from chestxray_covid.errors import ReportError
 from chestxray_covid.files import write_files
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.page import details, document, element, escaped, figures, listed, table
@@ -87,6 +89,34 @@ def write_report(
 
 
 _figures = figures
+
+
+def extend_report(
+    folder: str | os.PathLike[str],
+    *,
+    evaluation: EvaluationReport | None = None,
+    audit: AuditReport | None = None,
+) -> Path:
+    """Write the page like :func:`write_report`, with what it already holds of the same weights.
+
+    So ``evaluate --report X`` and ``audit --report X`` give one page of both, in either order.
+
+    Args:
+        folder: As there.
+        evaluation: The new one, or
+        audit: the new one.
+    """
+    from chestxray_covid.audit_report import AuditReport
+    from chestxray_covid.evaluation_report import EvaluationReport
+
+    known = {new.weights_sha256 for new in (evaluation, audit) if new is not None} - {""}
+    with suppress(ReportError):
+        older = EvaluationReport.load(Path(folder, "evaluation.json"))
+        evaluation = evaluation or (older if older.weights_sha256 in known else None)
+    with suppress(ReportError):
+        old = AuditReport.load(Path(folder, "audit.json"))
+        audit = audit or (old if old.weights_sha256 in known else None)
+    return write_report(folder, evaluation=evaluation, audit=audit)
 
 
 def _links(contents: Mapping[str, bytes]) -> str:

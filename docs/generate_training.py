@@ -1,0 +1,86 @@
+"""Write what a training step costs in time and memory, from measured results.
+
+Called by ``generate.py``; reads what ``benchmarks/training_step.py``, ``time_to_auroc.py`` and
+``training_memory.py`` leave.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from generate import DOCS, table, with_block, wrapped
+
+RESULTS = DOCS.parent / "benchmarks" / "results"
+
+
+def write_page() -> None:
+    """Write the block of ``docs/cluster.md``."""
+    page = DOCS / "cluster.md"
+    names = ("training_step", "time_to_auroc", "training_memory")
+    block = training_block(*(load(name) for name in names))
+    marks = {"start": "<!-- training:start -->", "end": "<!-- training:end -->"}
+    text = with_block(page.read_text(encoding="utf-8"), block, **marks)
+    page.write_text(text, encoding="utf-8")
+
+
+def load(name: str) -> Mapping[str, Any]:
+    """Return a benchmark's result."""
+    found: Mapping[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def training_block(
+    step: Mapping[str, Any], auroc: Mapping[str, Any], memory: Mapping[str, Any]
+) -> str:
+    """Return speed against plain loops, time to an AUROC, and the cost of checkpointing."""
+    speed = wrapped(
+        f"On {step['machine']['cores']} cores ({step['machine']['processor']}), batches of "
+        f"{step['batch_size']}, medians and ranges of pairs that alternate "
+        "(`python benchmarks/training_step.py`): the recommended settings are "
+        f"{_ratio(step['recommended_over_plain_pairs'])} times as fast as float32 in torch's own "
+        f"order at {step['size_px']['recommended']} px, "
+        f"{_ratio(step['without_huge_pages_over_plain_pairs'])} times without huge pages; the "
+        f"trainer reaches {_ratio(step['trainer_over_bare_pairs'])} of a bare loop of the same "
+        "steps."
+    )
+    kept = memory["runs"]
+    cells = (
+        [
+            row["batch"],
+            "yes" if row["checkpointed"] else "no",
+            f"{row['step_mib']:.0f}",
+            f"{row['images_per_s']:.1f}",
+        ]
+        for row in kept
+    )
+    head = ["batch", "gradient checkpointing", "memory of a step, MiB", "images/s"]
+    intro = wrapped(
+        f"Memory at {memory['size_px']} px in float32 (`python benchmarks/training_memory.py`):"
+    )
+    return "\n" + "\n\n".join([speed, wrapped(_time_to(auroc)), intro, table(head, cells)]) + "\n"
+
+
+def _ratio(pairs: Sequence[float]) -> str:
+    return f"{median(pairs):.2f} ({min(pairs):.2f}–{max(pairs):.2f})"
+
+
+def _time_to(result: Mapping[str, Any]) -> str:
+    words = []
+    for name in ("plain", "recommended"):
+        times = [run["seconds"] for run in result[name]]
+        reached = [t for t in times if t is not None]
+        late = len(times) - len(reached)
+        shown = ", ".join(f"{t:.0f}" for t in reached) or "none"
+        words.append(f"{name} {shown} s" + (f" and {late} not within the epochs" if late else ""))
+    return (
+        f"Until a validation AUROC of {result['target']} on one source, from random weights, at "
+        f"{result['size_px']} px ({result['images'][0]} images to train on, one run per seed; "
+        f"`python benchmarks/time_to_auroc.py`): {'; '.join(words)}."
+    )
+
+
+if __name__ == "__main__":
+    write_page()
