@@ -101,7 +101,7 @@ def predictions(data: Path, counts: list[int]) -> dict[str, Any]:
     files = sorted(p for p in data.rglob("*") if p.suffix in (".png", ".jpg", ".jpeg"))
     rows = []
     for count in counts:
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             for i in range(count):
                 place = Path(folder, "images", f"{i // 1000}", f"{i}{files[i % len(files)].suffix}")
                 place.parent.mkdir(parents=True, exist_ok=True)

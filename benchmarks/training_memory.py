@@ -2,12 +2,14 @@
 
     python benchmarks/training_memory.py
 
-Each setting trains in a process of its own; its peak memory (VmHWM) is compared with that of the
-same process before the first step, and with what ``largest_batch_size`` expects.
+Each setting trains in a process of its own; the growth of its peak memory (VmHWM) from before the
+first step is compared with what a forward pass keeps, from which ``largest_batch_size`` reckons.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -17,30 +19,31 @@ from pathlib import Path
 import torch
 
 SIZE_PX = 224
+PRECISIONS = ("float32", "bfloat16")
 BATCHES = (4, 16)
-STEPS = 3
+STEPS = 5
 
 
 def peak_mib() -> float:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
-def measure(batch: int, checkpointed: bool) -> None:
-    import contextlib
-
+def measure(precision: str, batch: int, checkpointed: bool) -> None:
     from chestxray_covid import Preprocess, build_densenet121
     from chestxray_covid.models import normalise
-    from chestxray_covid.training_memory import gradient_checkpointing, largest_batch_size
+    from chestxray_covid.training_memory import gradient_checkpointing, kept_bytes
 
     model = build_densenet121(pretrained=False).to(memory_format=torch.channels_last).train()
 
     def forward(net: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         images = normalise(pixels, Preprocess(size_px=SIZE_PX))
-        return net(images.contiguous(memory_format=torch.channels_last))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            return net(images.contiguous(memory_format=torch.channels_last)).float()
 
     with gradient_checkpointing(model) if checkpointed else contextlib.nullcontext():
-        options = {"size_px": SIZE_PX, "limit": 1 << 20, "memory_bytes": 1 << 33}
-        fits = largest_batch_size(model, forward, **options)
+        two, four = (
+            kept_bytes(model, forward, torch.zeros(n, 1, SIZE_PX, SIZE_PX)) for n in (2, 4)
+        )
         pixels = torch.rand(batch, 1, SIZE_PX, SIZE_PX) * 255
         before, times = peak_mib(), []
         for _ in range(STEPS):
@@ -48,25 +51,29 @@ def measure(batch: int, checkpointed: bool) -> None:
             forward(model, pixels).sum().backward()
             model.zero_grad(set_to_none=True)
             times.append(time.perf_counter() - start)
-    row = {"batch": batch, "checkpointed": checkpointed, "step_mib": peak_mib() - before}
-    print(json.dumps({**row, "images_per_s": batch / min(times), "fits_in_8_gib": fits}))
+    row = {"precision": precision, "batch": batch, "checkpointed": checkpointed}
+    step, kept = peak_mib() - before, batch * (four - two) / 2 / 2**20
+    row |= {"step_mib": step, "kept_mib": kept, "images_per_s": batch / min(times)}
+    print(json.dumps(row))
 
 
 def main() -> None:
     from common import write
 
     rows = []
-    for batch in BATCHES:
-        for checkpointed in (False, True):
-            command = [sys.executable, __file__, str(batch), str(int(checkpointed))]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rows.append(json.loads(done.stdout))
-    what = "float32, forward and backward pass; step_mib is the growth of the process's peak"
+    for precision, batch, checkpointed in itertools.product(PRECISIONS, BATCHES, (0, 1)):
+        command = [sys.executable, __file__, precision, str(batch), str(checkpointed)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        rows.append(json.loads(done.stdout))
+    what = (
+        "forward and backward pass; step_mib is the growth of the process's peak, "
+        "kept_mib what the forward pass keeps"
+    )
     write("training_memory", {"what": what, "size_px": SIZE_PX, "steps": STEPS, "runs": rows})
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        measure(int(sys.argv[1]), bool(int(sys.argv[2])))
+    if len(sys.argv) == 4:
+        measure(sys.argv[1], int(sys.argv[2]), bool(int(sys.argv[3])))
     else:
         main()

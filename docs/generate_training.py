@@ -46,19 +46,25 @@ def training_block(
         f"trainer reaches {_ratio(step['trainer_over_bare_pairs'])} of a bare loop of the same "
         "steps."
     )
-    kept = memory["runs"]
     cells = (
         [
+            row["precision"],
             row["batch"],
             "yes" if row["checkpointed"] else "no",
             f"{row['step_mib']:.0f}",
+            f"{row['step_mib'] / row['kept_mib']:.2f}",
             f"{row['images_per_s']:.1f}",
         ]
-        for row in kept
+        for row in memory["runs"]
     )
-    head = ["batch", "gradient checkpointing", "memory of a step, MiB", "images/s"]
+    head = [
+        *("precision", "batch", "gradient checkpointing", "memory of a step, MiB"),
+        *("over what it keeps", "images/s"),
+    ]
     intro = wrapped(
-        f"Memory at {memory['size_px']} px in float32 (`python benchmarks/training_memory.py`):"
+        f"Memory and speed of a step at {memory['size_px']} px, the best of {memory['steps']} "
+        "(`python benchmarks/training_memory.py`); `--batch-size auto` reckons with what a forward "
+        "pass keeps:"
     )
     return "\n" + "\n\n".join([speed, wrapped(_time_to(auroc)), intro, table(head, cells)]) + "\n"
 

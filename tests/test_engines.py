@@ -145,6 +145,27 @@ def test_signals_arrive_after_several_engines_have_gone() -> None:
     assert done.returncode == 7
 
 
+def test_threads_that_are_the_first_to_ask_do_not_wait_for_each_other() -> None:
+    # Where they do, it is in two of five processes.
+    code = (
+        "import threading\n"
+        "import numpy as np\n"
+        "from chestxray_covid import Classifier\n"
+        "classifier = Classifier.from_pretrained(engine='openvino')\n"
+        "pixels = np.zeros((16, 1, *[classifier.config.preprocess.size_px] * 2), np.uint8)\n"
+        "together = threading.Barrier(2)\n"
+        "def ask():\n"
+        "    together.wait()\n"
+        "    classifier.engine(pixels)\n"
+        "threads = [threading.Thread(target=ask) for _ in range(2)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+    )
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in range(5):
+        subprocess.run([sys.executable, "-c", code], env=where, check=True, timeout=60)
+
+
 def test_several_streams_answer_as_one_does(
     opened: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,9 +35,10 @@ def test_medians_come_with_ranges_and_missed_targets_are_told(generate: ModuleTy
     }
     auroc: dict[str, Any] = {"target": 0.9, "size_px": 160, "images": [500, 100]}
     auroc |= {"plain": [{"seconds": None}, {"seconds": 81.2}], "recommended": [{"seconds": 40.4}]}
-    memory: dict[str, Any] = {"size_px": 224, "runs": []}
+    memory: dict[str, Any] = {"size_px": 224, "steps": 5, "runs": []}
     for checkpointed, mib in ((False, 999.6), (True, 300.2)):
-        run = {"batch": 4, "checkpointed": checkpointed, "step_mib": mib, "images_per_s": 5.04}
+        run = {"precision": "float32", "batch": 4, "checkpointed": checkpointed}
+        run |= {"step_mib": mib, "kept_mib": 200.0, "images_per_s": 5.04}
         memory["runs"].append(run)
     block = generate.training_block(step, auroc, memory)
     text = " ".join(block.split())
@@ -45,4 +46,7 @@ def test_medians_come_with_ranges_and_missed_targets_are_told(generate: ModuleTy
     assert "1.10 (1.00–1.20) times without huge pages" in text
     assert "reaches 0.95 (0.90–1.00) of a bare loop" in text
     assert "plain 81 s and 1 not within the epochs; recommended 40 s." in text
-    assert "| 4 | no | 1000 | 5.0 |\n| 4 | yes | 300 | 5.0 |" in block
+    assert (
+        "| float32 | 4 | no | 1000 | 5.00 | 5.0 |\n| float32 | 4 | yes | 300 | 1.50 | 5.0 |"
+        in block
+    )

@@ -40,6 +40,7 @@ _INT8_HINT = "f32"
 _MANY = 8
 #: Each stream has its own activations, some 20 MB.
 _MAX_STREAMS = 16
+_CORE_LOCK = threading.Lock()
 
 
 def import_openvino() -> Any:
@@ -244,7 +245,6 @@ def native_precision() -> str:
     return {hint: name for name, hint in _HINTS.items()}.get(hint, "float32")
 
 
-@lru_cache(maxsize=1)
 def openvino_core() -> Any:
     """Return the one ``openvino.Core`` of this process, which lasts as long as the process.
 
@@ -255,7 +255,16 @@ def openvino_core() -> Any:
     Raises:
         MissingExtraError: If OpenVINO is not installed.
     """
-    return import_openvino().Core()
+    with _CORE_LOCK:
+        return _core()
+
+
+@lru_cache(maxsize=1)
+def _core() -> Any:
+    ov = import_openvino()
+    # Two threads that ask for the first data of all wait for each other without end.
+    _ = ov.Tensor(ov.Type.u8, ov.Shape([1])).data
+    return ov.Core()
 
 
 def _compiled(

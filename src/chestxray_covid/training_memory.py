@@ -88,7 +88,7 @@ def largest_batch_size(
     device = next(trial.parameters()).device
     if device.type == "cpu":
         memory = _memory_bytes() if memory_bytes is None else memory_bytes
-        small, large = (_kept_bytes(trial, forward, _pixels(n, size_px, device)) for n in (2, 4))
+        small, large = (kept_bytes(trial, forward, _pixels(n, size_px, device)) for n in (2, 4))
         each = _OVERHEAD * (large - small) / 2
         room = memory - _OVERHEAD * max(0.0, small - (large - small))
 
@@ -122,7 +122,7 @@ def _pixels(count: int, size_px: int, device: torch.device) -> Tensor:
     return torch.zeros((count, 1, size_px, size_px), device=device)
 
 
-def _kept_bytes(model: nn.Module, forward: Forward, pixels: Tensor) -> int:
+def kept_bytes(model: nn.Module, forward: Forward, pixels: Tensor) -> int:
     """Return the size of what a forward pass keeps for the backward pass, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
