@@ -2,7 +2,7 @@
 
     CHESTXRAY_COVID_DATA=../shared/data python benchmarks/predict.py
 
-needs ``pip install "chestxray-covid[bench]"`` and a quiet machine, and takes some 40 minutes on two
+needs ``pip install "chestxray-covid[bench]"`` and a quiet machine, and takes some 20 minutes on two
 cores; ``--quick`` takes 16 files and one round, to see that everything runs. All compute a
 DenseNet-121 at 224 px, the peers in float32 and with their documented transforms, each in a process
 of its own.
@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-SIZE_PX, BATCH, ROUNDS, REDUCED = 224, 16, 5, 400
+SIZE_PX, BATCH, ROUNDS, REDUCED = 224, 16, 3, 400
 FOLDERS = ("covid-chestxray-dataset", "chest_xray", "nih-subset", "covid-19-image-repository")
 #: A function from paths to the number of them that were judged.
 Judge = Callable[[Sequence[str]], int]

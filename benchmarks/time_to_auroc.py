@@ -84,6 +84,10 @@ def main() -> None:
             )
             for name, config in (("plain", plain), ("recommended", recommended)):
                 runs[name].append(measure(split, config, Path(folder, f"{name}-{seed}")))
+            show(split, runs)  # a run that is cut off leaves the seeds before
+
+
+def show(split: Split, runs: dict[str, list[dict[str, Any]]]) -> None:
     write(
         "time_to_auroc",
         {

@@ -41,9 +41,6 @@ def measure(precision: str, batch: int, checkpointed: bool) -> None:
             return net(images.contiguous(memory_format=torch.channels_last)).float()
 
     with gradient_checkpointing(model) if checkpointed else contextlib.nullcontext():
-        two, four = (
-            kept_bytes(model, forward, torch.zeros(n, 1, SIZE_PX, SIZE_PX)) for n in (2, 4)
-        )
         pixels = torch.rand(batch, 1, SIZE_PX, SIZE_PX) * 255
         before, times = peak_mib(), []
         for _ in range(STEPS):
@@ -51,8 +48,12 @@ def measure(precision: str, batch: int, checkpointed: bool) -> None:
             forward(model, pixels).sum().backward()
             model.zero_grad(set_to_none=True)
             times.append(time.perf_counter() - start)
+        step = peak_mib() - before  # before what follows adds to the peak
+        two, four = (
+            kept_bytes(model, forward, torch.zeros(n, 1, SIZE_PX, SIZE_PX)) for n in (2, 4)
+        )
     row = {"precision": precision, "batch": batch, "checkpointed": checkpointed}
-    step, kept = peak_mib() - before, batch * (four - two) / 2 / 2**20
+    kept = batch * (four - two) / 2 / 2**20
     row |= {"step_mib": step, "kept_mib": kept, "images_per_s": batch / min(times)}
     print(json.dumps(row))
 

@@ -101,11 +101,11 @@ def _ratios(kind: str, found: Mapping[str, Any], cores: int) -> str:
     )
     return (
         f"On {KINDS[kind]}, {found['fastest_engine']} is "
-        f"{found['times_the_fastest_peer']:.1f} times as fast as the fastest peer (int8: "
-        f"{found['int8_times_the_fastest_peer']:.1f} times); its peak memory is "
-        f"{found['peak_over_smallest_peer']:.2f} of the smallest peer's. In bfloat16 it reaches "
+        f"{found['times_the_fastest_peer']:.1f} times as fast as the fastest peer, in "
+        f"{found['peak_over_smallest_peer']:.2f} of the smallest peer's peak memory; int8 is "
+        f"{found['int8_times_the_fastest_peer']:.1f} times as fast. bfloat16 reaches "
         f"{found['share_of_the_bare_engine']:.2f} of the bare engine, which gets its pixels from "
-        f"memory: a file takes {each:.1f} ms of a core, of which the engine has {engine:.1f}."
+        f"memory: {each:.1f} ms of a core per file, busy or idle, against {engine:.1f}."
     )
 
 

@@ -44,7 +44,7 @@ def training_block(
         f"order at {step['size_px']['recommended']} px, "
         f"{_ratio(step['without_huge_pages_over_plain_pairs'])} times without huge pages; the "
         f"trainer reaches {_ratio(step['trainer_over_bare_pairs'])} of a bare loop of the same "
-        "steps."
+        f"steps at {step['size_px']['trainer']} px."
     )
     cells = (
         [
@@ -62,7 +62,7 @@ def training_block(
         *("over what it keeps", "images/s"),
     ]
     intro = wrapped(
-        f"Memory and speed of a step at {memory['size_px']} px, the best of {memory['steps']} "
+        f"Peak memory and best speed of {memory['steps']} steps at {memory['size_px']} px "
         "(`python benchmarks/training_memory.py`); `--batch-size auto` reckons with what a forward "
         "pass keeps:"
     )
@@ -79,8 +79,9 @@ def _time_to(result: Mapping[str, Any]) -> str:
         times = [run["seconds"] for run in result[name]]
         reached = [t for t in times if t is not None]
         late = len(times) - len(reached)
-        shown = ", ".join(f"{t:.0f}" for t in reached) or "none"
-        words.append(f"{name} {shown} s" + (f" and {late} not within the epochs" if late else ""))
+        shown = [", ".join(f"{t:.0f}" for t in reached) + " s"] if reached else []
+        shown += [f"{late} not within the epochs"] if late else []
+        words.append(f"{name} {' and '.join(shown)}")
     return (
         f"Until a validation AUROC of {result['target']} on one source, from random weights, at "
         f"{result['size_px']} px ({result['images'][0]} images to train on, one run per seed; "

@@ -65,9 +65,10 @@ def test_speed_is_told_with_machine_rounds_and_ratios(generate: ModuleType) -> N
     block = " ".join(generate.speed_block(measured()).split())
     assert "147 untouched originals and 400 reduced files, on 2 cores (a processor)" in block
     assert "the median (and range) of 5 rounds" in block
-    assert "OpenVINO, bfloat16 is 8.0 times as fast as the fastest peer (int8: 9.1 times)" in block
+    assert "OpenVINO, bfloat16 is 8.0 times as fast as the fastest peer, in 0.35 of" in block
     assert "reaches 0.80 of the bare engine" in block
-    assert "a file takes 25.0 ms of a core, of which the engine has 20.0" in block
+    assert "int8 is 9.1 times as fast" in block
+    assert "25.0 ms of a core per file, busy or idle, against 20.0" in block
     assert "8.1 ms (engine)" in block
     rows = [line for line in generate.speed_block(measured()).splitlines() if "| 560" in line]
     assert rows == ["| OpenVINO, bfloat16 | 80.0 (77.0–82.0) | 80.0 (77.0–82.0) | 560 |"]

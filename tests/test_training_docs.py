@@ -45,6 +45,9 @@ def test_medians_come_with_ranges_and_missed_targets_are_told(generate: ModuleTy
     assert "are 2.50 (2.00–3.00) times as fast as float32" in text
     assert "1.10 (1.00–1.20) times without huge pages" in text
     assert "reaches 0.95 (0.90–1.00) of a bare loop" in text
+    assert "of a bare loop of the same steps at 160 px." in text
+    never = generate.training_block(step, auroc | {"recommended": [{"seconds": None}]}, memory)
+    assert "recommended 1 not within the epochs." in " ".join(never.split())
     assert "plain 81 s and 1 not within the epochs; recommended 40 s." in text
     assert (
         "| float32 | 4 | no | 1000 | 5.00 | 5.0 |\n| float32 | 4 | yes | 300 | 1.50 | 5.0 |"

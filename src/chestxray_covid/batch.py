@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -46,7 +48,7 @@ def predict_files(
     output: Place,
     *,
     classifier: Classifier | None = None,
-    shard_size: int = 1000,
+    shard_size: int = 1024,
     batch_size: int = 16,
     workers: int | None = None,
     progress: bool = False,
@@ -67,7 +69,8 @@ def predict_files(
             when all is done; until then, what is finished is in ``.<name>.parts`` beside them.
             The columns are those of :func:`prediction_table.format_of`.
         classifier: The bundled model if not given.
-        shard_size: Files per shard.
+        shard_size: Files per shard; a multiple of the batch size, so that a run that went on gives
+            the very numbers of one that was not stopped.
         batch_size: Images computed at once.
         workers: Threads that decode; as many as there are cores if not given.
         progress: Show a progress bar.
@@ -85,15 +88,20 @@ def predict_files(
     table = _table(clf, output, shard_size)
     judge = _Judge(clf, table, batch_size=batch_size, workers=workers)
     finished = table.finished()
-    names, count = [], 0
+    sizes: dict[str, int] = {}
     with tqdm(desc="predict", unit="img", disable=not progress) as bar:
-        for shard in table.shards(listed(images, table.places)):
-            if shard.name not in finished:
-                judge.write(shard)
-            names.append(shard.name)
-            count += len(shard.files)
+
+        def missing() -> Iterator[Shard]:
+            for shard in table.shards(listed(images, table.places)):
+                sizes[shard.name] = len(shard.files)
+                if shard.name in finished:
+                    bar.update(len(shard.files))
+                else:
+                    yield shard
+
+        for shard in judge.write_all(missing()):
             bar.update(len(shard.files))
-    return _complete(table, names, count, images)
+    return _complete(table, [*sizes], sum(sizes.values()), images)
 
 
 def ray_predict(
@@ -104,7 +112,7 @@ def ray_predict(
     actors: int | None = None,
     num_cpus: float | None = None,
     num_gpus: float = 0,
-    shard_size: int = 1000,
+    shard_size: int = 1024,
     batch_size: int = 16,
     progress: bool = False,
 ) -> PredictedFiles:
@@ -124,7 +132,8 @@ def ray_predict(
             The runtime of a model takes the cores that it finds, so workers that share a machine
             are for engines that keep to ``OMP_NUM_THREADS``, such as torch.
         num_gpus: GPUs per worker; the classifier's device says whether they are used.
-        shard_size: Files per shard.
+        shard_size: Files per shard; a multiple of the batch size, so that a run that went on gives
+            the very numbers of one that was not stopped.
         batch_size: Images computed at once.
         progress: Show a progress bar.
 
@@ -239,25 +248,30 @@ class _Judge:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Compute a shard, as Ray asks for it."""
         files = [str(file) for file in row["files"]]
-        self.write(Shard(row["name"], files))
+        deque(self.write_all([Shard(row["name"], files)]), maxlen=0)
         return {"count": len(files)}
 
-    def write(self, shard: Shard) -> None:
-        """Compute and write a shard."""
+    def write_all(self, shards: Iterable[Shard]) -> Iterator[Shard]:
+        """Compute and write shards, in one stream, and yield each of them when it is written.
+
+        Threads of their own for every shard would keep memory that the next ones do not use.
+        """
         unread: dict[int, OSError] = {}
-        sources = self._sources(shard.files, unread)
-        # All of them first: only then is it known which could not be fetched.
-        found = iter(
-            list(self._classifier.predict_stream(sources, on_error="return", **self._options))
-        )
-        rows: list[Row] = []
-        for position, file in enumerate(shard.files):
-            if position in unread:
-                error = ImageError(f"{file} cannot be fetched: {unread[position]}")
-                rows.append(FailedPrediction(source=file, error=error))
-            else:
-                rows.append(replace(next(found), source=file))
-        self._table.write(shard, rows)
+        ahead, behind = itertools.tee(shards)
+        sources = self._sources((file for shard in ahead for file in shard.files), unread)
+        found = self._classifier.predict_stream(sources, on_error="return", **self._options)
+        positions = itertools.count()
+        with closing(found):
+            for shard in behind:
+                rows: list[Row] = []
+                for file, row, position in zip(shard.files, found, positions, strict=False):
+                    if position in unread:
+                        error = ImageError(f"{file} cannot be fetched: {unread.pop(position)}")
+                        rows.append(FailedPrediction(source=file, error=error))
+                    else:
+                        rows.append(replace(row, source=file))
+                self._table.write(shard, rows)
+                yield shard
 
     def _sources(self, files: Iterable[str], unread: dict[int, OSError]) -> Iterator[str | bytes]:
         """Yield paths and the content of objects; note which could not be fetched."""
@@ -275,5 +289,6 @@ class _Judge:
             for position, source in enumerate(fetched):
                 if isinstance(source, OSError):
                     unread[position] = source
+                    yield b""  # keeps its place
                 else:
                     yield source

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option(
     "--shard-size",
     type=click.IntRange(1),
-    default=1000,
+    default=1024,
     show_default=True,
     help="Files that are finished, or done again, together.",
 )

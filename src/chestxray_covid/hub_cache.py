@@ -250,7 +250,7 @@ class Repository:
 
         if cached is not None and not cached.is_symlink():
             cached.unlink(missing_ok=True)  # a copy, where the system has no links
-        if are_symlinks_supported(self._blobs.parents[1]):
+        if are_symlinks_supported(self._blobs.parent):
             snapshot = self._blobs.parent / "snapshots" / str(found.commit_hash)
             link = snapshot / (self.subfolder or "") / name
             link.parent.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def push(
     Published are config, weights, attachments, results and the card, and no other file of the
     folder; they are read once, verified, and what was verified is published. A card that somebody
     wrote or changed is published as it is; otherwise it is made from the results. Results of an
-    earlier commit that this one has none of its own for are deleted: they are of other weights.
+    earlier commit that the folder does not hold are deleted, since they may be of other weights.
 
     Args:
         folder: A checkpoint, for example the output of a training run.
@@ -119,6 +119,7 @@ def push(
             CARD_NAME: card,
             **({figure.name: read_file(figure)} if figure.is_file() else {}),
         }
+    stale = RESULTS if card else (*RESULTS, FIGURE_NAME)  # their own card may show the figure
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="chestxray_covid", library_version=__version__, token=token)
@@ -133,7 +134,7 @@ def push(
             commit_message=commit_message or f"Publish with chestxray-covid {__version__}",
             revision=branch,
             create_pr=create_pr,
-            delete_patterns=[name for name in (*RESULTS, FIGURE_NAME) if name not in contents],
+            delete_patterns=[name for name in stale if name not in contents],
         )
     return str(commit.commit_url)
 

@@ -97,25 +97,32 @@ def extend_report(
     evaluation: EvaluationReport | None = None,
     audit: AuditReport | None = None,
 ) -> Path:
-    """Write the page like :func:`write_report`, with what it already holds of the same weights.
+    """Write the page like :func:`write_report`, with the evaluation or audit that is there already.
 
-    So ``evaluate --report X`` and ``audit --report X`` give one page of both, in either order.
+    So ``evaluate --report X`` and ``audit --report X`` give one page of both, in either order. What
+    is there of other weights is left out, and so are further figures.
 
     Args:
         folder: As there.
-        evaluation: The new one, or
-        audit: the new one.
+        evaluation: Replaces the one there.
+        audit: Replaces the one there.
+
+    Raises:
+        ValueError: If neither is given.
+        OSError: If a file cannot be written; older ones are intact.
     """
     from chestxray_covid.audit_report import AuditReport
     from chestxray_covid.evaluation_report import EvaluationReport
 
     known = {new.weights_sha256 for new in (evaluation, audit) if new is not None} - {""}
-    with suppress(ReportError):
-        older = EvaluationReport.load(Path(folder, "evaluation.json"))
-        evaluation = evaluation or (older if older.weights_sha256 in known else None)
-    with suppress(ReportError):
-        old = AuditReport.load(Path(folder, "audit.json"))
-        audit = audit or (old if old.weights_sha256 in known else None)
+    if evaluation is None:
+        with suppress(ReportError):
+            judged = EvaluationReport.load(Path(folder, "evaluation.json"))
+            evaluation = judged if judged.weights_sha256 in known else None
+    if audit is None:
+        with suppress(ReportError):
+            audited = AuditReport.load(Path(folder, "audit.json"))
+            audit = audited if audited.weights_sha256 in known else None
     return write_report(folder, evaluation=evaluation, audit=audit)
 
 
