@@ -88,6 +88,7 @@ def main() -> None:
 
 
 def show(split: Split, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Write what there is so far."""
     write(
         "time_to_auroc",
         {
