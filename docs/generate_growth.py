@@ -41,14 +41,16 @@ def cost_block(result: Mapping[str, Any]) -> str:
     largest, machine = result["predict"][-1], result["machine"]
     rate = largest["count"] / largest["seconds"]
     each = 1e6 / rate * machine["cores"] / 3600
-    cells = ([str(n), f"{each / n:.1f}", f"{each:.0f}"] for n in CORES)
+    cells = ([str(n), f"{60 * each / n:.1f}"] for n in CORES)
     intro = wrapped(
         f"{largest['count']:,} files took {largest['seconds']:.0f} s on {machine['cores']} cores "
-        f"({machine['processor']}): {rate:.1f} files per second, {each:.0f} core-hours per "
-        "million. Files need nothing of each other, so the time below supposes that more cores do "
+        f"({machine['processor']}): {rate:.1f} files per second, {each:.1f} core-hours per "
+        f"million. They were links to {result['predict_files']:,} files, most of them reduced in "
+        "size; untouched originals take about twice as long, see [engines](engines.md#measured). "
+        "Files need nothing of each other, so the time below supposes that more cores do "
         "proportionally more, and that the storage keeps up."
     )
-    head = ["cores", "hours for a million", "core-hours"]
+    head = ["cores", "minutes for a million"]
     return "\n" + "\n\n".join([intro, table(head, cells)]) + "\n"
 
 

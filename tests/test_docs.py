@@ -220,7 +220,7 @@ def test_what_is_said_of_growth_is_what_was_measured(generate: ModuleType) -> No
     largest = {"count": 3600, "seconds": 36.0}  # 100 files per second on two cores
     cost = generate_growth.cost_block({**result, "predict": [largest]})
     cores = result["machine"]["cores"]
-    assert f"{1e6 / 100 * cores / 3600:.0f} core-hours per million" in " ".join(cost.split())
+    assert f"{1e6 / 100 * cores / 3600:.1f} core-hours per million" in " ".join(cost.split())
 
 
 # ---------------------------------------------------------------- what is written by hand
