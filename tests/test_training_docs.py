@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from chestxray_covid import training_memory
+
 ROOT = Path(__file__).parents[1]
 NAMES = ("training_step", "time_to_auroc", "training_memory")
 
@@ -22,6 +24,13 @@ def test_the_page_holds_what_was_measured(generate: ModuleType) -> None:
     block = generate.training_block(*map(generate.load, NAMES))
     page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
     assert block in page, "run python docs/generate.py"
+
+
+def test_no_step_of_a_full_batch_takes_more_than_is_reckoned_with(generate: ModuleType) -> None:
+    runs = generate.load("training_memory")["runs"]
+    over = [run["step_mib"] / run["kept_mib"] for run in runs if run["batch"] == 16]
+    assert len(over) == 4
+    assert max(over) <= training_memory._OVERHEAD
 
 
 def test_medians_come_with_ranges_and_missed_targets_are_told(generate: ModuleType) -> None:
