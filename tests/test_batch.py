@@ -168,7 +168,8 @@ shard = (time.perf_counter() - start) / 144
 def count_shards():
     hidden = os.path.join(os.path.dirname(killed), f".{os.path.basename(killed)}.parts")
     place = killed if os.path.isdir(killed) else hidden
-    return sum(name.startswith("part-") for name in os.listdir(place)) if os.path.isdir(place) else 0
+    names = os.listdir(place) if os.path.isdir(place) else []
+    return sum(name.startswith("part-") for name in names)
 
 for number in range(20):
     wanted = count_shards() + number % 4
