@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,12 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual name
 
-from chestxray_covid.augment import Augmentation, hide_centres, swap_frames
+from chestxray_covid.augment import (
+    Augmentation,
+    hide_centres,
+    swap_backgrounds,
+    swap_frames,
+)
 
 #: Everything at once, stronger than the default.
 STRONG = Augmentation(
@@ -421,3 +427,53 @@ def test_frames_are_swapped_alike_each_time_and_not_at_all_without_a_share() -> 
     assert torch.equal(found, swap_frames(pixels, 0.5, seed=1, epoch=2, draws=range(30)))
     assert not torch.equal(found, swap_frames(pixels, 0.5, seed=1, epoch=3, draws=range(30)))
     assert torch.equal(pixels, swap_frames(pixels, 0, seed=1, epoch=2, draws=range(30)))
+
+
+def lungs_of(count: int, side: int) -> Tensor:
+    """Return masks with two lungs of 1, an edge of 0.5 and nothing around."""
+    masks = torch.zeros(count, 1, side, side)
+    for left in (side // 8, side * 5 // 8):
+        masks[..., side // 4 : side * 3 // 4, left : left + side // 4] = 0.5
+        masks[..., side // 4 + 1 : side * 3 // 4 - 1, left + 1 : left + side // 4 - 1] = 1
+    return masks
+
+
+def test_the_asked_share_of_lungs_is_shown_before_something_else() -> None:
+    pixels, lungs = images(400, 40).float(), lungs_of(400, 40)
+    before = pixels.clone()
+    found = swap_backgrounds(pixels, lungs, 0.5, seed=1, epoch=2, draws=range(400))
+    assert torch.equal(pixels, before), "the caller's pixels stay as they were"
+    inside, around = lungs[0] == 1, lungs[0] == 0
+    kinds: Counter[str] = Counter()
+    for i in range(400):
+        assert torch.equal(found[i][inside], pixels[i][inside])
+        if torch.equal(found[i], pixels[i]):
+            kinds["own"] += 1
+            continue
+        other = pixels[i - 1] if torch.equal(found[i][around], pixels[i - 1][around]) else None
+        grey = found[i][around][0]
+        if other is None:
+            assert (found[i][around] == grey).all()
+            assert 0 <= grey <= 255
+            other = torch.full_like(pixels[i], float(grey))
+            kinds["mean" if abs(grey - pixels[i].mean()) < 1e-3 else "grey"] += 1
+        else:
+            kinds["other"] += 1
+        edge = lungs[i] == 0.5
+        torch.testing.assert_close(found[i][edge], ((pixels[i] + other) / 2)[edge])
+    for kind, expected in {"own": 1 / 2, "other": 1 / 4, "mean": 1 / 8, "grey": 1 / 8}.items():
+        deviation = math.sqrt(expected * (1 - expected) / 400)
+        assert kinds[kind] / 400 == pytest.approx(expected, abs=4 * deviation), kind
+
+
+def test_backgrounds_are_the_same_each_time_and_stay_where_no_lung_was_found() -> None:
+    pixels, lungs = images(30).float(), lungs_of(30, 32)
+    found = swap_backgrounds(pixels, lungs, 0.5, seed=1, epoch=2, draws=range(30))
+    again = swap_backgrounds(pixels, lungs, 0.5, seed=1, epoch=2, draws=range(30))
+    other = swap_backgrounds(pixels, lungs, 0.5, seed=1, epoch=3, draws=range(30))
+    assert torch.equal(found, again)
+    assert not torch.equal(found, other)
+    specks = torch.zeros_like(pixels)
+    specks[..., :8, :8] = 1  # a sixteenth of the image
+    kept = swap_backgrounds(pixels, specks, 0.99, seed=1, epoch=2, draws=range(30))
+    assert torch.equal(kept, pixels)

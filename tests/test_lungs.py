@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import binary_dilation
 
 from chestxray_covid import ChestXrayDataset, CohenCovidDataset, SyntheticChestXray, lung_mask
 from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError, ImageError
@@ -16,6 +17,7 @@ from chestxray_covid.lungs import (
     WEIGHTS,
     load_network,
     lung_box,
+    near_lungs,
     probabilities,
     save_network,
     segment,
@@ -121,6 +123,22 @@ def test_the_network_gives_a_logit_per_pixel_that_exposure_does_not_change() -> 
         found = network(pixels)
         assert found.shape == (2, 1, 64, 64)
         torch.testing.assert_close(network(pixels * 0.5 + 0.3), found, atol=0.1, rtol=0.1)
+
+
+def test_near_the_lungs_is_what_a_little_growth_reaches() -> None:
+    phantoms = SyntheticChestXray(6, image_size_px=128)
+    pixels = np.stack([np.asarray(phantoms[i][0])[None] for i in range(6)])
+    network = load_network(WEIGHTS)
+    found = near_lungs(network, torch.from_numpy(pixels).float())
+    masks = probabilities(network, pixels) > 0.5
+    assert 0.05 < masks.mean() < 0.6
+    for near, mask in zip(found[:, 0].numpy(), masks[:, 0], strict=True):
+        little, more = (binary_dilation(mask, np.ones((2 * k + 1,) * 2)) for k in (3, 9))
+        assert (near[little] == 1).all()
+        assert (near[~more] == 0).all()
+        assert ((near[more & ~little] > 0) & (near[more & ~little] <= 1)).all()
+    large = near_lungs(network, torch.from_numpy(pixels).float().repeat(1, 1, 2, 2)[:, :, :192])
+    assert large.shape == (6, 1, 192, 256)
 
 
 def test_bundled_weights_are_small_and_measured() -> None:

@@ -33,9 +33,11 @@ from chestxray_covid import (
     build_densenet121,
     split_by_patient,
 )
+from chestxray_covid.augment import hide_centres, swap_backgrounds, swap_frames
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
+from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
 from chestxray_covid.models import to_tensors
 from chestxray_covid.training_network import TrainingNetwork
 
@@ -143,8 +145,9 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_global_one(
     [
         QUICK,
         replace(QUICK, ema_decay=0.5, accumulate=2, optimizer="adam", balance="none", epochs=1),
+        replace(QUICK, swap_background=0.5, swap_frame=0.5, hide_centre=0.2, epochs=1),
     ],
-    ids=["recommended", "average-and-accumulate"],
+    ids=["recommended", "average-and-accumulate", "swaps"],
 )
 def test_resuming_after_any_step_gives_the_same_weights_bit_for_bit(
     split: Split, tmp_path: Path, config: TrainingConfig
@@ -161,6 +164,23 @@ def test_resuming_after_any_step_gives_the_same_weights_bit_for_bit(
         resumed = Trainer(model, split.train, split.val, config, output=run).fit(resume=True)
         assert equal(to_tensors(model), tensors)
         assert numbers(resumed) == numbers(whole)
+
+
+def test_a_step_sees_lungs_before_other_backgrounds_frames_and_hidden_centres() -> None:
+    phantoms = SyntheticChestXray(16, image_size_px=64)
+    pixels = torch.from_numpy(np.stack([np.asarray(phantoms[i][0])[None] for i in range(16)]))
+    options = {"swap_background": 0.9, "swap_frame": 0.5, "hide_centre": 0.2}
+    config = replace(QUICK, seed=3, **options)
+    net = TrainingNetwork(network(), config, Accelerator(cpu=True), [0, 1])
+    found, hidden = net.vary(pixels, 2, range(16))
+    stream = {"seed": 3, "epoch": 2, "draws": range(16)}
+    varied = config.augmentation(pixels, **stream)
+    lungs = near_lungs(load_network(WEIGHTS), varied)
+    before = swap_backgrounds(varied, lungs, 0.9, **stream)
+    assert (before != varied).flatten(1).any(1).sum() >= 8
+    expected = hide_centres(swap_frames(before, 0.5, **stream), pixels, 0.2, **stream)
+    assert torch.equal(found, expected[0])
+    assert torch.equal(hidden, expected[1])
 
 
 COMPILED = """

@@ -52,7 +52,13 @@ def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
         ("warmup_epochs", math.nan),
         *[
             (n, v)
-            for n in ("label_smoothing", "ema_decay", "swap_frame", "hide_centre")
+            for n in (
+                "label_smoothing",
+                "ema_decay",
+                "swap_background",
+                "swap_frame",
+                "hide_centre",
+            )
             for v in (-0.1, 1, math.nan)
         ],
         *[("max_repeats", v) for v in (0.5, "4", True, math.nan)],

@@ -22,6 +22,10 @@ _STREAM = 2
 _CENTRE_STREAM = 3
 #: The same, of :func:`swap_frames`.
 _FRAME_STREAM = 4
+#: The same, of :func:`swap_backgrounds`.
+_BACKGROUND_STREAM = 77  # any number of its own; the bundled weights were trained with this one
+#: Share of an image that has to be lung, or near it, for :func:`swap_backgrounds`.
+_LEAST_LUNG = 0.08
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,3 +256,43 @@ def swap_frames(
         rows, columns = slice(top, side - bottom), slice(left, side - right)
         swapped[i, :, rows, columns] = images[i, :, rows, columns]
     return swapped
+
+
+def swap_backgrounds(
+    images: Tensor,
+    lungs: Tensor,
+    share: float,
+    *,
+    seed: int,
+    epoch: int,
+    draws: Sequence[int],
+) -> Tensor:
+    """Put the lungs of a share of the images before something else.
+
+    What is around the lungs then has nothing to do with the label (after Teixeira et al., Impact
+    of Lung Segmentation on the Diagnosis and Explanation of COVID-19 in Chest X-ray Images, 2021).
+    Half of the time it becomes what the image before them in the batch shows at the same place, a
+    quarter of the time the image's own mean, and a quarter of the time a random grey. Whose place
+    that is depends on the batch; all else on (seed, epoch, sample). An image stays as it is where
+    hardly any lung was found. The outline stays, and with it what a mask leaves out: a dense
+    opacity may lie outside.
+
+    Args:
+        images: ``(N, 1, S, S)`` float32 in [0, 255]; not changed.
+        lungs: ``(N, 1, S, S)`` float32 in [0, 1], what stays; see :func:`lungs.near_lungs`.
+        share: Probability that an image is chosen, in [0, 1).
+        seed, epoch, draws: As for :class:`Augmentation`.
+
+    Returns:
+        ``(N, 1, S, S)`` on the same device.
+    """
+    found, others = images.clone(), images.roll(1, 0)
+    sizes = lungs.mean((1, 2, 3)).tolist()
+    for i, (draw, size) in enumerate(zip(draws, sizes, strict=True)):
+        rng = np.random.default_rng([seed, epoch, _BACKGROUND_STREAM, draw])
+        chosen, kind, grey = rng.random(3)
+        if chosen < share and size > _LEAST_LUNG:
+            uniform = images[i].mean() if kind < 0.75 else 255 * grey
+            around = others[i] if kind < 0.5 else torch.full_like(images[i], float(uniform))
+            found[i] = images[i] * lungs[i] + around * (1 - lungs[i])
+    return found

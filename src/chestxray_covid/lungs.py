@@ -22,6 +22,8 @@ from chestxray_covid.image import Preprocess, load_image
 from chestxray_covid.tensors import read_tensors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from chestxray_covid.lung_network import LungNetwork
 
 #: Side of the network's input in pixels; masks are drawn there and enlarged.
@@ -100,6 +102,28 @@ def probabilities(network: LungNetwork, pixels: NDArray[np.uint8]) -> NDArray[np
         logits = network(torch.from_numpy(pixels).float() / 255)
     found: NDArray[np.float32] = logits.sigmoid().numpy()
     return found
+
+
+def near_lungs(network: LungNetwork, images: Tensor) -> Tensor:
+    """Return what belongs to the lungs, with a soft edge, for augmentation on the device.
+
+    Args:
+        network: From :func:`load_network`, on the images' device.
+        images: ``(N, 1, S, S)`` float32 in [0, 255].
+
+    Returns:
+        ``(N, 1, S, S)`` float32: 1 in the lungs and within about 2 % of the side of them, 0 from
+        8 % on, along rows and columns.
+    """
+    import torch
+    from torch.nn import functional
+
+    small = functional.interpolate(images, (SIZE_PX, SIZE_PX), mode="bilinear", antialias=True)
+    with torch.inference_mode():  # in parts, as its activations are larger than a small image's
+        mask = torch.cat([network(part / 255) > 0 for part in small.split(16)]).float()
+    wide = functional.max_pool2d(mask, 13, 1, 6)
+    soft = functional.avg_pool2d(wide, 7, 1, 3, count_include_pad=False)
+    return functional.interpolate(soft, images.shape[-2:], mode="bilinear").clone()
 
 
 def lung_box(

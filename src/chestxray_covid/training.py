@@ -56,7 +56,8 @@ class Trainer:
     holds ``state/``, from which ``fit(resume=True)`` continues at the exact sample: on a CPU the
     weights equal those of an uninterrupted run bit for bit.
 
-    Data order and augmentation depend on (seed, epoch, sample) only. The caller's model is trained
+    Data order and augmentation depend on (seed, epoch, sample) only, but for the neighbours in a
+    batch that ``swap_frame`` and ``swap_background`` take from. The caller's model is trained
     in place and holds the best weights in the end.
 
     Args:

@@ -29,10 +29,8 @@ _SWITCHES = (
     *("class_weights", "channels_last", "progress"),
     *("allow_confounded_sources", "gradient_checkpointing"),
 )
-_NUMBERS = (
-    *("learning_rate", "weight_decay", "warmup_epochs", "step_factor"),
-    *("label_smoothing", "ema_decay", "swap_frame", "hide_centre"),
-)
+_SHARES = ("label_smoothing", "ema_decay", "swap_background", "swap_frame", "hide_centre")
+_NUMBERS = ("learning_rate", "weight_decay", "warmup_epochs", "step_factor", *_SHARES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +60,8 @@ class TrainingConfig:
             within a class every source; ``"class"``: classes only; ``"none"``: each image once.
         max_repeats: How often an image may come in an epoch, on average, for the sake of balance;
             a small source then gets less than an equal share. ``None``: as often as it takes.
+        swap_background: Share of the training images, in [0, 1), whose lungs are shown before
+            something else, see :func:`augment.swap_backgrounds`; the bundled network finds them.
         swap_frame: Share of the training images, in [0, 1), that get the frame of another one of
             their batch, see :func:`augment.swap_frames`.
         hide_centre: Share of the training images, in [0, 1), whose centre is hidden and whose
@@ -110,6 +110,7 @@ class TrainingConfig:
     label_smoothing: float = 0.05
     balance: Literal["class_and_source", "class", "none"] = "class_and_source"
     max_repeats: float | None = None
+    swap_background: float = 0.0
     swap_frame: float = 0.0
     hide_centre: float = 0.0
     class_weights: bool = False
@@ -154,7 +155,7 @@ class TrainingConfig:
         for name in ("weight_decay", "warmup_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("label_smoothing", "ema_decay", "swap_frame", "hide_centre"):
+        for name in _SHARES:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         repeats = self.max_repeats

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from chestxray_covid.augment import hide_centres, swap_frames
+from chestxray_covid.augment import hide_centres, swap_backgrounds, swap_frames
 from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.errors import TrainingError
+from chestxray_covid.lung_network import LungNetwork
+from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
 from chestxray_covid.models import (
     load_tensors,
     normalise,
@@ -97,6 +99,9 @@ class TrainingNetwork:
         if config.ema_decay:
             average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
             self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self._lungs: LungNetwork | None = (
+            load_network(WEIGHTS).to(self.device) if config.swap_background else None
+        )
         self.class_weights = self._balanced(targets) if config.class_weights else None
         native = config.precision == "auto" and native_bfloat16(self.device)
         self.bfloat16 = native or config.precision == "bfloat16"
@@ -162,6 +167,9 @@ class TrainingNetwork:
         """
         stream: dict[str, Any] = {"seed": self._config.seed, "epoch": epoch, "draws": draws}
         varied = self._config.augmentation(images, **stream)
+        if self._lungs is not None:
+            lungs = near_lungs(self._lungs, varied)
+            varied = swap_backgrounds(varied, lungs, self._config.swap_background, **stream)
         varied = swap_frames(varied, self._config.swap_frame, **stream)
         return hide_centres(varied, images, self._config.hide_centre, **stream)
 
