@@ -120,7 +120,7 @@ def near_lungs(network: LungNetwork, images: Tensor) -> Tensor:
 
     small = functional.interpolate(images, (SIZE_PX, SIZE_PX), mode="bilinear", antialias=True)
     with torch.inference_mode():  # in parts, as its activations are larger than a small image's
-        mask = torch.cat([network(part / 255) > 0 for part in small.split(16)]).float()
+        mask = torch.cat([network(part / 255) > 0 for part in torch.split(small, 16)]).float()
     wide = functional.max_pool2d(mask, 13, 1, 6)
     soft = functional.avg_pool2d(wide, 7, 1, 3, count_include_pad=False)
     return functional.interpolate(soft, images.shape[-2:], mode="bilinear").clone()
