@@ -37,6 +37,7 @@ CHANGES: dict[Any, Change] = {"whole": lambda image: image, **covers("mean")}
 TOLD = {
     "hide_centre": "of centres hidden",
     "swap_frame": "of frames swapped",
+    "swap_background": "of backgrounds swapped",
     "ema_decay": "EMA",
 }
 
@@ -47,10 +48,11 @@ def describe(training: Mapping[str, Any]) -> str:
     >>> describe({"preprocess": {"size_px": 160}, "epochs": 9, "learning_rate": 0.0015})
     '160 px, 9 epochs, rate 0.0015'
     """
+    constant = training.get("schedule") == "step" and training["step_epochs"] >= training["epochs"]
     parts = [
         f"{training['preprocess']['size_px']} px",
         f"{training['epochs']} epochs",
-        f"rate {training['learning_rate']:g}",
+        f"rate {training['learning_rate']:g}{' to the end' if constant else ''}",
     ]
     parts += [f"{training[name]:g} {what}" for name, what in TOLD.items() if training.get(name)]
     return ", ".join(parts)

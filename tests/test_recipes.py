@@ -338,7 +338,8 @@ def test_what_was_tried_is_listed_out_of_the_runs(
     assert all(0 <= number <= 1 for number in numbers)
     describe = recipes["list_tried"].describe
     stages = recipes["train_default"].STAGES
-    assert "0.25 of centres hidden, 0.5 of frames swapped" in describe(stages[-1].config.to_dict())
+    assert "0.25 of centres hidden, 0.5 of frames swapped" in describe(stages[-2].config.to_dict())
+    assert "rate 0.0005 to the end" in describe(stages[-1].config.to_dict())
 
 
 @pytest.fixture
