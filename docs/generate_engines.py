@@ -1,7 +1,8 @@
 """Write what the documentation says of speed and precision of the engines, from measured results.
 
 Called by ``generate.py``; reads what ``recipes/judge_engines.py`` leaves beside the bundled
-weights, and ``benchmarks/results/predict.json``, where ``benchmarks/predict.py`` was run.
+weights, and what ``benchmarks/predict.py`` leaves in ``benchmarks/results``: ``predict.json`` of a
+processor that computes in bfloat16, ``predict_float32.json`` of one that does not.
 """
 
 from __future__ import annotations
@@ -18,22 +19,34 @@ from chestxray_covid import bundled_models
 
 JUDGED = DOCS.parent / "src" / "chestxray_covid" / "weights" / "engines.json"
 SPEED = DOCS.parent / "benchmarks" / "results" / "predict.json"
+PLAIN = SPEED.with_name("predict_float32.json")
 FIGURE = DOCS / "speed.png"
 KINDS = {"originals": "untouched originals", "reduced": "reduced files"}
 
 
 def write_pages() -> None:
-    """Write both blocks of ``docs/engines.md``, and the figure if speed was measured."""
+    """Write the blocks of ``docs/engines.md``, and the figure if speed was measured."""
     page = DOCS / "engines.md"
-    speed = json.loads(SPEED.read_text(encoding="utf-8")) if SPEED.is_file() else None
-    judged = json.loads(JUDGED.read_text(encoding="utf-8"))
     text = page.read_text(encoding="utf-8")
-    for name, block in (("engines", precision_block(judged)), ("speed", speed_block(speed))):
+    for name, block in blocks().items():
         marks = {"start": f"<!-- {name}:start -->", "end": f"<!-- {name}:end -->"}
         text = with_block(text, block, **marks)
     page.write_text(text, encoding="utf-8")
-    if speed is not None:
-        draw(speed, SPEED, FIGURE)
+    if SPEED.is_file():
+        draw(_read(SPEED), SPEED, FIGURE)
+
+
+def blocks() -> dict[str, str]:
+    """Return every block of the page, by its name."""
+    return {
+        "engines": precision_block(_read(JUDGED)),
+        "speed": speed_block(_read(SPEED), figure=True),
+        "plain": speed_block(_read(PLAIN)),
+    }
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def precision_block(judged: Mapping[str, Any]) -> str:
@@ -52,7 +65,7 @@ def precision_block(judged: Mapping[str, Any]) -> str:
     return "\n" + table(head, cells) + "\n"
 
 
-def speed_block(result: Mapping[str, Any] | None) -> str:
+def speed_block(result: Mapping[str, Any] | None, *, figure: bool = False) -> str:
     """Return files per second and memory of all, and the ratios; or that nobody measured yet."""
     if result is None:
         return "\nNot measured yet: `python benchmarks/predict.py`.\n"
@@ -87,8 +100,8 @@ def speed_block(result: Mapping[str, Any] | None) -> str:
         + ", ".join(f"{value:.1f} ms ({name})" for name, value in times.items())
         + "."
     )
-    figure = "![Files per second of all engines and peers](speed.png)"
-    return "\n" + "\n\n".join([intro, table(head, cells), figure, ratios, single]) + "\n"
+    shown = ["![Files per second of all engines and peers](speed.png)"] if figure else []
+    return "\n" + "\n\n".join([intro, table(head, cells), *shown, ratios, single]) + "\n"
 
 
 def _spread(rates: Sequence[float]) -> str:
@@ -96,14 +109,12 @@ def _spread(rates: Sequence[float]) -> str:
 
 
 def _ratios(kind: str, found: Mapping[str, Any], cores: int) -> str:
-    each, engine = (
-        1000 * cores / found["files_per_s"][name] for name in ("OpenVINO, bfloat16", "bare engine")
-    )
+    best, rates = found["fastest_engine"], found["files_per_s"]
+    each, engine = (1000 * cores / rates[name] for name in (best, "bare engine"))
     return (
-        f"On {KINDS[kind]}, {found['fastest_engine']} is "
-        f"{found['times_the_fastest_peer']:.1f} times as fast as the fastest peer, in "
-        f"{found['peak_over_smallest_peer']:.2f} of the smallest peer's peak memory; int8 is "
-        f"{found['int8_times_the_fastest_peer']:.1f} times as fast. bfloat16 reaches "
+        f"On {KINDS[kind]}, {best} is {found['times_the_fastest_peer']:.1f} times as fast as the "
+        f"fastest peer, in {found['peak_over_smallest_peer']:.2f} of the smallest peer's peak "
+        f"memory; int8 is {found['int8_times_the_fastest_peer']:.1f} times as fast. {best} reaches "
         f"{found['share_of_the_bare_engine']:.2f} of the bare engine, which gets its pixels from "
         f"memory: {each:.1f} ms of a core per file, busy or idle, against {engine:.1f}."
     )

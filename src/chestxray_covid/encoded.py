@@ -92,8 +92,9 @@ def decode_image(
             check_size(tile, f"A tile of {name}", max_pixels)
         if isinstance(image, JpegImageFile):
             start = file.tell()
+            length = file.seek(0, io.SEEK_END)  # reading more would reserve more
             file.seek(0)
-            check_jpeg(file.read(MAX_STREAM_BYTES), name, max_pixels)
+            check_jpeg(file.read(min(length, MAX_STREAM_BYTES)), name, max_pixels)
             file.seek(start)
             sideways = is_sideways(orientation(image))
             # Either way luma as it is stored; "L" would lose what says whether it is coloured.

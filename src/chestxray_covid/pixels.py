@@ -114,8 +114,10 @@ def to_grey(
         white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0
         grey = Image.fromarray(255 - values if white_is_zero else values).copy()
     elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        grey = ImageChops.multiply(rgba.convert("L"), rgba.getchannel("A"))
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        grey, opacity = rgba.convert("L"), rgba.getchannel("A")
+        if opacity.getextrema() != (255, 255):
+            grey = ImageChops.multiply(grey, opacity)
     else:
         grey = image.convert("L")  # a copy if it is "L" already
     # Last, because Pillow turns TIFF itself while decoding, and then forgets the tag.
@@ -133,11 +135,11 @@ def _coloured_share(image: Image.Image) -> float:
         return 0.0
     grid = (min(image.width, _COLOUR_GRID), min(image.height, _COLOUR_GRID))
     mode = "RGBA" if image.has_transparency_data else "RGB"
-    red, green, blue, *_ = image.resize(grid, Image.Resampling.NEAREST).convert(mode).split()
-    highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
-    lowest = ImageChops.darker(ImageChops.darker(red, green), blue)
-    counts = ImageChops.subtract(highest, lowest).histogram()
-    return sum(counts[COLOURED_CHANNELS + 1 :]) / sum(counts)
+    points = np.asarray(image.resize(grid, Image.Resampling.NEAREST).convert(mode))
+    red, green, blue = points[..., 0], points[..., 1], points[..., 2]
+    highest = np.maximum(np.maximum(red, green), blue)
+    lowest = np.minimum(np.minimum(red, green), blue)
+    return float(np.count_nonzero(highest - lowest > COLOURED_CHANNELS) / highest.size)
 
 
 def _to_uint8(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
