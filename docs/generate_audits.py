@@ -20,6 +20,13 @@ MODELS = {
     "baseline": "the classic design, two sources",
     "default": "the bundled model, four sources",
 }
+#: What a reader has to know of a model's training to weigh the third question.
+TRAINED = {
+    "default": """
+        In training it was shown lungs before another image's background, or a uniform grey
+        (`swap_background`). All else hidden is nothing new to it, so that it says less of this
+        model than the lungs hidden, and less than of one that never saw such images.""",
+}
 SPOKEN = {"pass": "pass", "warn": "warn", "fail": "**fail**", "not_assessable": "not assessable"}
 
 
@@ -68,7 +75,8 @@ def audit_page(name: str) -> str:
         Verdict: {SPOKEN[report.verdict]} ({report.summary}). Audited: {subject(report)}, none of
         which the model was trained on, with intervals at {report.confidence:.0%} by patient.
         [Audit](audit.md) says what is asked, and how to ask it of your own model;
-        [Why 99 % means nothing here](why_99.md) compares the two models."""
+        [Why 99 % means nothing here](why_99.md) compares the two models.
+        {TRAINED.get(name, "")}"""
     items = "\n\n".join(section(number, item) for number, item in enumerate(report.items, 1))
     return f"""\
 <!-- Written by docs/generate.py from docs/results/{name}/audit.json: do not edit. -->
@@ -164,6 +172,8 @@ difference. More sources, and training that hides what is not lung, help with so
 bundled model, the same audit says:
 
 {better}
+
+{wrapped(TRAINED["default"])}
 
 A model that fails an item may still see the disease; these data cannot show it. What can is a
 hospital that has both classes and was in no training source.

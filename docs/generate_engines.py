@@ -21,6 +21,7 @@ JUDGED = DOCS.parent / "src" / "chestxray_covid" / "weights" / "engines.json"
 SPEED = DOCS.parent / "benchmarks" / "results" / "predict.json"
 PLAIN = SPEED.with_name("predict_float32.json")
 FIGURE = DOCS / "speed.png"
+BARE = "bare engine"
 KINDS = {"originals": "untouched originals", "reduced": "reduced files"}
 
 
@@ -71,10 +72,11 @@ def speed_block(result: Mapping[str, Any] | None, *, figure: bool = False) -> st
         return "\nNot measured yet: `python benchmarks/predict.py`.\n"
     summary, machine = result["summary"], result["machine"]
     names = list(summary["originals"]["files_per_s"])
+    precision = summary["originals"]["fastest_engine"].partition(", ")[2]
     names.sort(key=lambda name: -summary["originals"]["files_per_s"][name])
     cells = (
         [
-            name,
+            f"{name}, {precision}" if name == BARE else name,
             *(
                 _spread([run["files_per_s"] for run in result["rounds"][kind][name]])
                 for kind in KINDS
@@ -110,7 +112,7 @@ def _spread(rates: Sequence[float]) -> str:
 
 def _ratios(kind: str, found: Mapping[str, Any], cores: int) -> str:
     best, rates = found["fastest_engine"], found["files_per_s"]
-    each, engine = (1000 * cores / rates[name] for name in (best, "bare engine"))
+    each, engine = (1000 * cores / rates[name] for name in (best, BARE))
     return (
         f"On {KINDS[kind]}, {best} is {found['times_the_fastest_peer']:.1f} times as fast as the "
         f"fastest peer, in {found['peak_over_smallest_peer']:.2f} of the smallest peer's peak "

@@ -228,6 +228,20 @@ def test_a_description_does_not_depend_on_brightness_and_hardly_on_size() -> Non
     assert describe(small).dtype == np.float32
 
 
+def test_a_description_ends_with_grey_ranges_and_steps_relative_to_the_contrast() -> None:
+    rng = np.random.default_rng(0)
+    steep = np.where(np.arange(64)[:, None] % 2, 255, rng.integers(0, 30, (64, 64)))
+    pixels = steep.astype(np.uint8)[np.newaxis]
+    levels = pixels[0].astype(np.float64)
+    shares = [((levels >= 16 * k) & (levels < 16 * (k + 1))).mean() for k in range(16)]
+    steps = [np.abs(np.diff(levels, axis=axis)).mean() / levels.std() for axis in (0, 1)]
+    assert steps[0] > 10 * steps[1]
+    expected = [*np.sqrt(shares), *np.log1p(10 * np.array(steps))]
+    assert describe(pixels)[256:] == pytest.approx(expected, rel=1e-5)
+    flat = np.full((1, 64, 64), 7, np.uint8)
+    assert describe(flat)[-2:] == pytest.approx([0, 0])
+
+
 # ---------------------------------------------------------------- fitted
 
 
