@@ -17,6 +17,10 @@ from sybil.parsers.myst import PythonCodeBlockParser
 
 ROOT = Path(__file__).parent
 
+# Most tests gain nothing from threads, and two runs on one machine would wait for each other in
+# every operation. Read when torch is imported, also by processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Compiled models go where they vanish, also those of processes that tests start.
 _COMPILED = tempfile.TemporaryDirectory()
 os.environ["CHESTXRAY_COVID_CACHE"] = _COMPILED.name

@@ -5,10 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Small images gain nothing from threads, and two test runs on one machine would wait for each
-# other in every operation. Read when torch is imported, also by processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import numpy as np
 import pytest
 
