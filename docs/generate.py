@@ -76,8 +76,9 @@ def readme_block(results: Results) -> str:
         **The AUROC of {overall_auroc(report)} proves nothing about COVID-19.**
         {design_flaw(results.confounding)} {inside_sources(report)} Elsewhere it is no better: on
         radiographs of a hospital that was not in the training data, the AUROC of such a model was
-        measured as 0.56, where 0.5 is chance. See [Baseline](docs/baseline.md) for all numbers and
-        [Shortcuts](docs/shortcuts.md) for why."""
+        0.56, where 0.5 is chance, in an experiment before this library that its repository cannot
+        repeat. See [Baseline](docs/baseline.md) for all numbers and [Shortcuts](docs/shortcuts.md)
+        for why."""
     return f"{wrapped(setting)}\n\n{source_table(report)}\n\n{wrapped(worth)}"
 
 
@@ -122,7 +123,8 @@ patients that it never saw, and still 0.993 with the central 90 % of every image
 blacked out, where no lung is left. Inside Cohen's collection alone, COVID-19 against other
 findings, the same classifier reaches 0.67. A DenseNet-121 trained on this design reached 0.56 on
 radiographs of a hospital that was not in the training data, where 0.5 is chance.
-[Shortcuts](shortcuts.md) shows how to see this in your own data.
+[Shortcuts](shortcuts.md) says which of these numbers can be repeated, and shows how to see this in
+your own data.
 
 ## On patients that it never saw
 

@@ -252,7 +252,8 @@ patients in sight.
 
 {table(("Pairing", "Images", "whole", "70 % hidden", "90 % hidden"), frame_rows())}
 
-{wrapped(f"The same under other fills. Where the weights met each of them: {met}.")}
+{wrapped(f"The same under other fills; of a large source, other images were drawn. "
+         f"Where the weights met each of them: {met}.")}
 
 {table(("Pairing", "Images", *fills), fill_rows())}
 

@@ -2,7 +2,7 @@
 
     python examples/phantoms.py data
 
-writes ``data/covid-chestxray-dataset`` and ``data/chest_xray``. As in the real collections, the
+writes ``data/covid-chestxray-dataset`` and ``data/kermany``. As in the real collections, the
 two look different (exposure and frame), only Cohen's holds COVID-19, and it has next to no normal
 radiograph. Nothing that is measured on phantoms says anything about patients.
 """
@@ -41,7 +41,7 @@ def draw(root: Path, *, count: int = 300, image_size_px: int = 128, seed: int = 
     cohen = [s for s in cohen if s.label != "normal" or s.patient_id in few]
     kermany = [s for s in phantoms.samples if s.source == "kermany" and s.label != "covid19"]
     write_cohen(root / "covid-chestxray-dataset", cohen)
-    write_kermany(root / "chest_xray", kermany)
+    write_kermany(root / "kermany" / "chest_xray", kermany)
 
 
 def write_cohen(root: Path, samples: Sequence[Sample]) -> None:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     draw(options.root, count=options.count, image_size_px=options.size, seed=options.seed)
-    print(f"Drawn: {options.root}/covid-chestxray-dataset and {options.root}/chest_xray")
+    print(f"Drawn: {options.root}/covid-chestxray-dataset and {options.root}/kermany")
 
 
 if __name__ == "__main__":

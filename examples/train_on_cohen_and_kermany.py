@@ -1,7 +1,7 @@
 r"""Train on Cohen's COVID-19 radiographs and Kermany's normal ones, and judge the result.
 
     python examples/train_on_cohen_and_kermany.py \
-        --cohen data/covid-chestxray-dataset --kermany data/chest_xray --output runs/baseline
+        --cohen data/covid-chestxray-dataset --kermany data/kermany --output runs/baseline
 
 The design of many papers and notebooks of 2020, with its flaw in plain sight: what it prints first
 is how far the source of a radiograph alone gives its label away.

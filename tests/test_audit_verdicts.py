@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -75,3 +76,10 @@ def test_the_worst_verdict_counts_and_a_cap_lowers_only_what_is_worse() -> None:
     assert [capped(v) for v in ("fail", "warn", "not_assessable", "pass")] == [
         *("warn", "warn", "not_assessable", "pass")
     ]
+
+
+def test_no_interval_for_want_of_defined_resamples_is_no_certainty() -> None:
+    undefined = replace(number(0.85), skipped=58)
+    assert judge_auroc(undefined) == "not_assessable"
+    assert judge_change(replace(number(-0.5), skipped=58)) == "not_assessable"
+    assert judge_auroc(number(0.85)) == "fail"

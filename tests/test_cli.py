@@ -370,6 +370,23 @@ def test_evaluate_refuses_rules_that_cannot_hold_before_the_slow_part(
     assert "--choose-on is the report of another model" in " ".join(done.output.split())
 
 
+def test_evaluate_finds_out_before_the_slow_part_that_the_data_give_no_threshold(
+    run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    arguments = ["evaluate", "--model", run, "--data", tmp_path / "positive"]
+    shutil.copytree(phantoms / "covid19", tmp_path / "positive" / "covid19")
+    done = call(*arguments, "--target-specificity", "0.9")
+    assert done.exit_code == 1
+    assert "specificity needs a case with label 0" in done.output
+    assert "predict" not in done.output
+    report, output = EvaluationReport.load(run / "evaluation.json"), tmp_path / "report.json"
+    replace(report, predictions=None).save(output)
+    done = call(*arguments, "--target-specificity", "0.9", "--choose-on", output)
+    assert done.exit_code == 1
+    assert "predictions" in done.output
+    assert "predict\n" not in done.output
+
+
 @pytest.mark.parametrize(
     ("side", "reason"), [("train", "was trained on these"), ("val", "was chosen on these")]
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -170,3 +171,13 @@ def test_the_text_shows_both_numbers_and_the_test() -> None:
     assert "t, 60 images of 60 patients, first - second:" in text
     assert f"auroc: {sk.roc_auc_score(truth, one):.3f} - {sk.roc_auc_score(truth, two):.3f}" in text
     assert f"p = {found.delong.p_value:.3g}" in text
+
+
+def test_the_numbers_go_into_strict_json() -> None:
+    truth, one, _ = case()
+    same = (one, one > 0.5)
+    found = c.compare_scores(truth, same, same, range(N), title="t", **HOW)
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert plain["first"]["auroc"] == found.first["auroc"].to_dict()
+    assert plain["delong"]["p_value"] is None
+    assert (plain["n_images"], plain["title"]) == (N, "t")

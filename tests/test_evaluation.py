@@ -21,6 +21,7 @@ from chestxray_covid.errors import ChestXrayError, ReportError
 from chestxray_covid.evaluation import evaluate, evaluate_probabilities
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.intervals import wilson_interval
+from chestxray_covid.judged_images import aligned
 from chestxray_covid.reporting import CAUTION
 
 CLASSES = ("normal", "pneumonia", "covid19")
@@ -282,6 +283,27 @@ def test_the_positive_class_is_covid19_unless_told_otherwise() -> None:
 def test_without_covid19_the_positive_class_is_the_last_one() -> None:
     labels = ["normal", "pneumonia", "normal", "pneumonia"]
     assert judge(labels, P, classes=("normal", "pneumonia")).positive == "pneumonia"
+
+
+def test_file_names_that_a_patient_has_twice_get_their_folders(tmp_path: Path) -> None:
+    plan = [("normal", "1", "a", "PA"), ("covid19", "2", "a", "PA"), ("covid19", "2", "a", "PA")]
+    dataset = draw(tmp_path, [*plan, *plan])
+    names = ("p/s1/view1.png", "q/s1/view1.png", "q/s2/view1.png")
+    samples = [
+        replace(s, path=tmp_path / f"{i // 3}" / names[i % 3])
+        for i, s in enumerate(dataset.samples)
+    ]
+    for sample, drawn in zip(samples, dataset.samples, strict=True):
+        sample.path.parent.mkdir(parents=True)
+        drawn.path.rename(sample.path)
+    moved = ChestXrayDataset(samples, classes=CLASSES)
+    classifier = ThumbnailClassifier(moved)
+    report = evaluate(classifier, moved, positive="covid19", **FAST)
+    assert report.predictions is not None
+    ids = report.predictions["id"].tolist()
+    assert ids[0] == "0/p/s1/view1.png"
+    assert len(set(ids)) == 6
+    assert aligned(report.predictions, report.predictions)["id"].tolist() == ids
 
 
 def test_an_unknown_positive_class_is_refused() -> None:

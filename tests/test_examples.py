@@ -51,7 +51,7 @@ def test_an_example_explains_itself(
 
 def test_phantom_collections_open_as_the_real_ones_do(collections: Path) -> None:
     cohen = CohenCovidDataset(collections / "covid-chestxray-dataset", classes=LABELS)
-    kermany = KermanyPneumoniaDataset(collections, classes=LABELS)
+    kermany = KermanyPneumoniaDataset(collections / "kermany", classes=LABELS)
     drawn = SyntheticChestXray(150, classes=LABELS, sources=("cohen", "kermany"))
     for label in ("pneumonia", "covid19"):
         wanted = {s.patient_id for s in drawn.samples if s.source == "cohen" and s.label == label}
@@ -65,7 +65,7 @@ def test_phantom_collections_open_as_the_real_ones_do(collections: Path) -> None
 
 def test_in_the_phantom_collections_the_source_gives_the_label_away(collections: Path) -> None:
     cohen = CohenCovidDataset(collections / "covid-chestxray-dataset")
-    assert confounding(cohen + KermanyPneumoniaDataset(collections)).cramers_v > 0.6
+    assert confounding(cohen + KermanyPneumoniaDataset(collections / "kermany")).cramers_v > 0.6
 
 
 def test_the_training_example_leaves_a_judged_model_and_its_resuming_changes_nothing(
@@ -73,7 +73,13 @@ def test_the_training_example_leaves_a_judged_model_and_its_resuming_changes_not
 ) -> None:
     run = tmp_path / "run"
     arguments = ["--cohen", str(collections / "covid-chestxray-dataset")]
-    arguments += ["--kermany", str(collections), "--output", str(run), "--no-pretrained"]
+    arguments += [
+        "--kermany",
+        str(collections / "kermany"),
+        "--output",
+        str(run),
+        "--no-pretrained",
+    ]
     arguments += ["--epochs", "1", "--size", "32"]
     train = example("train_on_cohen_and_kermany")["main"]
     train(arguments)

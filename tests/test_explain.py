@@ -24,6 +24,7 @@ from chestxray_covid import (
     occlusion_sensitivity,
 )
 from chestxray_covid.engine_torch import TorchEngine
+from chestxray_covid.explain import _hidden
 from chestxray_covid.models import from_tensors, normalise
 from conftest import random_tensors
 
@@ -314,3 +315,11 @@ def test_certainty_beyond_rounding_still_gives_heat() -> None:
     found = occlusion_sensitivity(sure, image, steps=2, window=0.5)
     assert found.probability == pytest.approx(1)
     assert np.isfinite(found.grid).all()
+
+
+@pytest.mark.parametrize("window", [1e-3, 0.01, 0.2])
+def test_a_window_hides_a_pixel_at_least(window: float) -> None:
+    pixels = np.arange(64 * 64, dtype=np.uint8).reshape(1, 64, 64)
+    changed = [np.any(hidden != pixels) for hidden in _hidden(pixels, 8, window)]
+    assert len(changed) == 64
+    assert np.mean(changed) > 0.9  # a pixel of the mean's own grey stays

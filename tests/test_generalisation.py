@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from functools import cache
@@ -27,6 +28,7 @@ from chestxray_covid.generalisation import (
     within_less_pooled,
     within_sources,
 )
+from chestxray_covid.intervals import Estimate
 
 FEW: dict[str, Any] = {"n_resamples": 50}
 
@@ -191,3 +193,24 @@ def test_twenty_cases_of_five_patients_of_both_classes_are_enough() -> None:
     assert not has_enough(truth[:20], groups[:20])
     assert not has_enough(truth, np.where(truth, groups % 4, groups))
     assert not has_enough(np.zeros(0, bool), np.zeros(0, int))
+
+
+def test_a_class_whose_last_patients_choose_the_epoch_is_a_row_without_numbers() -> None:
+    dataset = phantoms()
+    rare = [s for s in dataset.samples if s.source == "a" and s.label == "covid19"][:1]
+    samples = [s for s in dataset.samples if s.source != "a" or s.label == "normal"] + rare
+    kept = ChestXrayDataset(samples, classes=dataset.classes)
+    two = kept.filter(lambda s: s.source != "c")
+    config = TrainingConfig(
+        epochs=1, preprocess=Preprocess(size_px=32), device="cpu", progress=False, batch_size=16
+    )
+    rows = leave_one_source_out(
+        two, config, model=lambda: build_densenet121(False, num_classes=2, seed=0), **FEW
+    )
+    by_source = {row.source: row for row in rows}
+    assert "no image of ['covid19'] is left to train on" in by_source["b"].note
+    assert by_source["a"].external.value == by_source["a"].external.value
+    plain = json.loads(json.dumps(by_source["b"].to_dict(), allow_nan=False))
+    assert plain["note"] == by_source["b"].note
+    assert plain["external"]["value"] is None
+    assert Estimate.from_dict(by_source["a"].to_dict()["change"]) == by_source["a"].change

@@ -121,3 +121,16 @@ def test_the_numbers_become_json(model: Classifier, phantoms: SyntheticChestXray
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["share"]["value"] == found.share.value
     assert set(data) == {"share", "area", "excess", "without_heat", "without_lungs"}
+
+
+def test_one_patient_of_two_collections_gives_no_interval(
+    model: Classifier, phantoms: SyntheticChestXray
+) -> None:
+    names = [{"origin": "z", "image_id": "1"}] * 2
+    own = [
+        replace(s, source=source, patient_id=source, metadata={**s.metadata, **known})
+        for s, source, known in zip(phantoms.samples[:2], ("a", "b"), names, strict=True)
+    ]
+    dataset = ChestXrayDataset(own, classes=phantoms.classes)
+    found = lung_heat(model, dataset, "covid19", masks=phantom_mask, n_resamples=50)
+    assert np.isnan(found.share.low)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -289,3 +290,9 @@ def test_a_band_refuses_other_lengths_and_options() -> None:
         iv.band_by_group(m.auroc, "ab", [0, 1, 1], [0.1, 0.2, 0.3])
     with pytest.raises(ValueError, match="n_resamples must be at least 1"):
         iv.band_by_group(m.auroc, "ab", [0, 1], [0.1, 0.2], n_resamples=0)
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, ("a", None), ("a", np.nan)])
+def test_an_image_without_a_patient_is_refused_by_its_position(missing: Any) -> None:
+    with pytest.raises(ValueError, match=r"needs a patient, got .* at position 2"):
+        iv.group_codes(["a", "b", missing, missing])

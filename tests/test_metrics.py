@@ -339,3 +339,9 @@ def test_importing_the_module_imports_neither_scikit_learn_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_kappa_of_one_class_is_not_defined_whatever_the_weights() -> None:
+    rng = np.random.default_rng(0)
+    found = [m.cohen_kappa([1] * n, [1] * n, sample_weight=rng.random(n)) for n in range(2, 200)]
+    assert np.isnan(found).all()

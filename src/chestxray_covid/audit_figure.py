@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from chestxray_covid.audit_report import FAIL, NOT_ASSESSABLE, PASS, WARN, AuditFinding, AuditReport
 from chestxray_covid.audit_verdicts import NOTABLE, STRONG
+from chestxray_covid.reporting import short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,19 +18,25 @@ _COLOURS = {FAIL: "#d55e00", WARN: "#e69f00", NOT_ASSESSABLE: "#777777", PASS: "
 _SPOKEN = {FAIL: "fail", WARN: "warn", NOT_ASSESSABLE: "not assessable", PASS: "pass"}
 #: A4 in inches.
 _PAGE = (8.27, 11.69)
+#: Share of the page that the numbers take, and how many of them it holds.
+_BODY, _FIT_A_PAGE = 0.58, 45
 
 
 def plot_audit(report: AuditReport) -> Figure:
     """Return a page with the verdicts and every number, each with its interval.
 
-    Numbers without a value are left out, tables too. The figure is not shown, and pyplot knows
-    nothing of it: ``figure.savefig("audit.pdf")`` writes it.
+    With very many sources it is longer than A4. Numbers without a value are left out, tables too.
+    The figure is not shown, and pyplot knows nothing of it: ``figure.savefig("audit.pdf")`` writes
+    it.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_PAGE, layout="constrained")
+    numbers = sum(len(_defined(item.findings)) for item in report.items)
+    more = max(0, numbers - _FIT_A_PAGE) * _PAGE[1] * _BODY / _FIT_A_PAGE
+    figure = Figure(figsize=(_PAGE[0], _PAGE[1] + more), layout="constrained")
     # Two parts, so that the text has the width of the page and not that of the axes below.
-    parts: Any = figure.subfigures(2, 1, height_ratios=(0.42, 0.58))
+    heights = (_PAGE[1] * (1 - _BODY), _PAGE[1] * _BODY + more)
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
     head, body = parts
     _write_verdicts(head.subplots(), report)
     _draw_numbers(body.subplots(), report)
@@ -47,8 +54,9 @@ def _write_verdicts(axes: Axes, report: AuditReport) -> None:
     )
     what = (
         f"{report.positive} against {report.negative}; {report.n_images} images of "
-        f"{report.n_patients} patients from {', '.join(report.sources)}"
+        f"{report.n_patients} patients from {', '.join(map(short_name, report.sources))}"
     )
+    what = textwrap.shorten(what, 400, placeholder=" …")
     lines = [(text, "black", "normal") for text in textwrap.wrap(what, 100)]
     for number, item in enumerate(report.items, 1):
         lines.append(
@@ -75,7 +83,7 @@ def _draw_numbers(axes: Axes, report: AuditReport) -> None:
         if estimate.low == estimate.low:
             axes.plot([estimate.low, estimate.high], [row, row], color=_COLOURS[verdict], lw=1.5)
         axes.plot([estimate.value], [row], "o", color=_COLOURS[verdict], ms=4)
-    names = [found.what for found, _ in rows]
+    names = [short_name(found.what, 48) for found, _ in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=7, parse_math=False)
     for place, style in ((0.5, "-"), (NOTABLE, ":"), (STRONG, "--")):
         axes.axvline(place, color="#bbbbbb", linestyle=style, linewidth=0.8, zorder=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from chestxray_covid.audit_verdicts import (
     judge_auroc,
     worst,
 )
-from chestxray_covid.confounders import CONFOUNDED_V, Confounding, cramers_v
+from chestxray_covid.confounders import CONFOUNDED_V, Confounding, corrected_v, cramers_v
 from chestxray_covid.datasets.base import UNKNOWN_VIEW, ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.heat_shares import LungHeat
@@ -72,6 +73,9 @@ def confounding_item(
         tables[f"{name} and label"] = found.table
         codes = [np.unique(column, return_inverse=True)[1] for column in (own, theirs)]
         estimate = bootstrap_by_group(cramers_v, [groups[i] for i in known], *codes, **how)
+        if not estimate.low <= estimate.value <= estimate.high:
+            # Many small sources: images drawn twice look like an association.
+            estimate = replace(estimate, low=np.nan, high=np.nan)
         shared = f"{found.determined:.0%} of the images have a label that follows from it alone."
         findings.append(
             AuditFinding(
@@ -93,8 +97,8 @@ def confounding_item(
         verdict=worst(verdicts),
         reason=f"In the {what}: {' '.join(reasons)}",
         threshold=(
-            f"Cramér's V: warn from {MEDIUM_V}, fail from {CONFOUNDED_V}, or where every label "
-            "follows from the source"
+            f"Cramér's V, corrected for its bias: warn from {MEDIUM_V}, fail from {CONFOUNDED_V}, "
+            "or where every label follows from the source"
         ),
         threshold_source=ASSOCIATION,
         findings=tuple(findings),
@@ -108,11 +112,11 @@ def side(sample: Sample, question: Question) -> str:
 
 
 def _judge_design(found: Confounding) -> str:
-    if len(found.table) < 2 or found.cramers_v != found.cramers_v:
+    if len(found.table) < 2 or found.corrected_v != found.corrected_v:
         return NOT_ASSESSABLE
     if found.is_severe:
         return FAIL
-    return WARN if found.cramers_v >= MEDIUM_V else PASS
+    return WARN if found.corrected_v >= MEDIUM_V else PASS
 
 
 def _design_reason(name: str, found: Confounding) -> str:
@@ -121,7 +125,7 @@ def _design_reason(name: str, found: Confounding) -> str:
         return f"All images are of one {name} ({only})."
     said = {FAIL: f"the {name} all but gives the label", WARN: f"the {name} goes with the label"}
     verdict = said.get(_judge_design(found), f"the {name} says little of the label")
-    return f"{verdict[0].upper()}{verdict[1:]} (V = {found.cramers_v:.2f})."
+    return f"{verdict[0].upper()}{verdict[1:]} (V = {found.corrected_v:.2f})."
 
 
 # ---------------------------------------------------------------- 2. without lungs
@@ -198,8 +202,8 @@ def features_item(data: AuditData, features: NDArray[np.float32], design: AuditI
         reason=reason,
         threshold=(
             f"AUROC of a linear model inside one label: warn from {STRONG}, fail if what it tells "
-            f"goes with the label, too (V from {MEDIUM_V}); age and sex, which are anatomy, are "
-            "shown only"
+            f"goes with the label, too (corrected V from {MEDIUM_V}); age and sex, which are "
+            "anatomy, are shown only"
         ),
         threshold_source=f"{DISCRIMINATION}; for V, {MEDIUM_EFFECT}",
         findings=tuple(findings),
@@ -207,8 +211,8 @@ def features_item(data: AuditData, features: NDArray[np.float32], design: AuditI
 
 
 def _goes_with_label(design: AuditItem, name: str) -> bool:
-    found = {finding.name: finding for finding in design.findings}.get(f"{name}_v")
-    return found is not None and found.estimate.value >= MEDIUM_V
+    table = design.tables.get(f"{name} and label")
+    return table is not None and corrected_v(table) >= MEDIUM_V
 
 
 def _attributes(samples: Sequence[Sample]) -> dict[str, list[str | None]]:
@@ -263,18 +267,22 @@ def _knowledge(
 
 
 def mean_auroc(codes: NDArray[Any], scores: NDArray[Any], *, sample_weight: Any) -> Any:
-    """Return the mean AUROC of each value against the others.
+    """Return the mean AUROC of each value against the others, of values that were drawn.
 
     Args:
         codes: ``(N,)`` whole numbers below K.
         scores: ``(N, K)``.
         sample_weight: As the functions of :mod:`metrics` take it.
     """
-    each = [
-        m.auroc((codes == k).astype(int), scores[:, k], sample_weight=sample_weight)
-        for k in range(scores.shape[1])
-    ]
-    return np.mean(each, axis=0)
+    each = np.array(
+        [
+            m.auroc((codes == k).astype(int), scores[:, k], sample_weight=sample_weight)
+            for k in range(scores.shape[1])
+        ]
+    )
+    drawn = np.isfinite(each)
+    total, count = np.where(drawn, each, 0).sum(0), drawn.sum(0)
+    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
 
 
 # ---------------------------------------------------------------- 6. the heat

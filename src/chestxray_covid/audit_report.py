@@ -101,7 +101,7 @@ class AuditReport:
         positive: The class in question, usually ``"covid19"``.
         negative: What it was told from: a class, or ``"rest"`` for all others.
         n_images: Images of the two that were audited.
-        n_patients: Their patients, (source, patient) pairs.
+        n_patients: Their patients; one who is known in two collections is one.
         sources: Their sources.
         confidence: Level of all intervals.
         n_resamples: Resamples of the bootstrap over patients.

@@ -46,6 +46,8 @@ def judge_auroc(estimate: Estimate, *, both_ways: bool = False) -> str:
         both_ways: Whether far below 0.5 is as bad as far above; of a model that was trained on
             such numbers it is not.
     """
+    if _is_unsure(estimate):
+        return NOT_ASSESSABLE
     mirrored = both_ways and estimate.value < 0.5
     value, low, high = _ends(estimate, mirrored)
     furthest = max(high, 1 - low) if both_ways else high
@@ -70,11 +72,18 @@ def judge_change(
         notable: What is a warning.
         strong: What is a failure.
     """
+    if _is_unsure(change):
+        return NOT_ASSESSABLE
     sign = 1.0 if change.value > 0 and both_ways else -1.0
     value, ends = sign * change.value, sorted([sign * change.low, sign * change.high])
     low, high = (value, value) if ends[0] != ends[0] else ends
     furthest = max(high, -low) if both_ways else high
     return _graded(value, low > 0, furthest, notable, strong)
+
+
+def _is_unsure(estimate: Estimate) -> bool:
+    """Return whether resamples told nothing; without any skipped, all of them agreed."""
+    return estimate.low != estimate.low and estimate.skipped > 0
 
 
 def _ends(estimate: Estimate, mirrored: bool) -> tuple[float, float, float]:

@@ -169,7 +169,7 @@ def _filled_in(report: EvaluationReport) -> dict[str, str]:
     classes = _listed(f"{name} {count}" for name, count in report.overall.counts.items())
     others = _listed(name for name in report.classes if name != report.positive)
     outputs = f"A probability for each of {_listed(report.classes)}; the decision is the highest."
-    thresholds = "; ".join(f"{p.score} >= {p.threshold:.6g}" for p in report.operating_points)
+    thresholds = "; ".join(f"{p.score} >= {p.threshold!r}" for p in report.operating_points)
     found |= {
         "TRIPOD+AI 8a": f"The label {report.positive}, against {others}, as the sources give it.",
         "TRIPOD+AI 9b": "The pixels of one radiograph.",
@@ -270,7 +270,7 @@ def _of_performance(report: EvaluationReport) -> dict[str, str]:
 
 def _point(point: Any) -> str:
     return (
-        f"{point.score} >= {point.threshold:.6g}: sensitivity {point.sensitivity}, specificity "
+        f"{point.score} >= {point.threshold!r}: sensitivity {point.sensitivity}, specificity "
         f"{point.specificity}; at a prevalence of {point.prevalence:.3g}, ppv {point.ppv}, "
         f"npv {point.npv}"
     )

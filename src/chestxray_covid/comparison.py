@@ -39,6 +39,12 @@ class DeLongTest:
     z: float
     p_value: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data; ``nan`` becomes ``None``."""
+        numbers = {"z": self.z, "p_value": self.p_value}
+        plain = {name: None if math.isnan(value) else value for name, value in numbers.items()}
+        return {"difference": self.difference.to_dict(), **plain}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -64,6 +70,15 @@ class Comparison:
     second: Mapping[str, Estimate]
     differences: Mapping[str, Estimate]
     delong: DeLongTest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data; ``nan`` becomes ``None``."""
+        numbers = {
+            name: {metric: estimate.to_dict() for metric, estimate in getattr(self, name).items()}
+            for name in ("first", "second", "differences")
+        }
+        counts = {"n_images": self.n_images, "n_patients": self.n_patients}
+        return {"title": self.title, **counts, **numbers, "delong": self.delong.to_dict()}
 
     def __str__(self) -> str:
         rows = [

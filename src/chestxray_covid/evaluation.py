@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def evaluate(
         classifier.predict_proba(dataset, batch_size=batch_size, progress=progress),
         classes=classifier.classes,
         **_provenance(dataset, patient_groups(dataset, find_copies=False)),
-        ids=[sample.path.name for sample in dataset.samples],
+        ids=_names(dataset),
         positive=chosen,
         n_resamples=n_resamples,
         seed=seed,
@@ -119,6 +120,23 @@ def _model_of(classifier: ProbabilisticClassifier) -> dict[str, Any]:
     # Of the weights that were judged: a config may be that of others.
     data["weights_sha256"] = getattr(classifier, "weights_sha256", "")
     return {name: data[name] for name in _OF_MODEL} | {"provenance": told}
+
+
+def _names(dataset: ChestXrayDataset) -> list[str]:
+    """Return the images' file names, with parent folders where a patient has one of them twice."""
+    names = [sample.path.name for sample in dataset.samples]
+    depth = max((len(sample.path.parts) for sample in dataset.samples), default=0)
+    for last in range(2, depth + 1):
+        known = {
+            (s.source, s.patient_id, s.path): n for s, n in zip(dataset.samples, names, strict=True)
+        }
+        counts = Counter((*key[:2], name) for key, name in known.items())
+        for i, s in enumerate(dataset.samples):
+            if counts[s.source, s.patient_id, names[i]] > 1:
+                names[i] = "/".join(s.path.parts[-last:])
+        if counts.total() == len(counts):
+            break
+    return names
 
 
 def _provenance(dataset: ChestXrayDataset, groups: Sequence[int]) -> dict[str, Any]:
@@ -304,7 +322,7 @@ def cross_validate(
         probabilities,
         classes=dataset.classes,
         **_provenance(dataset, groups),
-        ids=[s.path.name for s in dataset.samples],
+        ids=_names(dataset),
         positive=positive,
         seed=seed,
     )

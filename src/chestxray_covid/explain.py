@@ -148,7 +148,8 @@ def _hidden(pixels: NDArray[np.uint8], steps: int, window: float) -> Iterator[ND
     size = pixels.shape[-1]
     centres = (np.arange(steps) + 0.5) * size / steps
     low = np.maximum(np.round(centres - window * size / 2), 0).astype(int)
-    high = np.round(centres + window * size / 2).astype(int)
+    # Never nothing: a pixel at least, however small the window.
+    high = np.maximum(np.round(centres + window * size / 2).astype(int), low + 1)
     for top, bottom in zip(low, high, strict=True):
         for left, right in zip(low, high, strict=True):
             changed = pixels.copy()

@@ -36,6 +36,8 @@ FEWEST_PATIENTS = 5
 TOO_FEW = f"Fewer than {SMALL} images or {FEWEST_PATIENTS} patients of a class: shown, not judged."
 #: Of a classifier that came ready: it may have been trained on the source.
 NOT_RETRAINED = "Not trained again without the source: shown, not judged."
+#: Share of the training patients that choose the epoch, where options say how to train.
+_CHOOSES = 0.15
 #: Returns a classifier that was trained on these samples and no others.
 Fit = Callable[[ChestXrayDataset], ProbabilisticClassifier]
 
@@ -59,6 +61,11 @@ class LeftOutSource:
     external: Estimate
     change: Estimate
     note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data; ``nan`` becomes ``None``."""
+        numbers = {n: getattr(self, n).to_dict() for n in ("internal", "external", "change")}
+        return {"source": self.source, "n_images": self.n_images, **numbers, "note": self.note}
 
 
 def leave_one_source_out(
@@ -117,16 +124,19 @@ def leave_one_source_out(
         away = np.flatnonzero(sources == source)
         # A patient who is also in the source that is left out belongs to neither side.
         near = np.flatnonzero((sources != source) & ~np.isin(groups, groups[away]))
-        rest, judged = near, near
+        rest, chooses, judged = near, near[:0], near
         if ready is None:
             rest, judged = divide(dataset, near, groups, test, seed)
+        if ready is None and not callable(fit):
+            rest, chooses = divide(dataset, rest, groups, _CHOOSES, seed)
         inside, outside = (question.asked(dataset.subset(part)) for part in (judged, away))
         lacking = set(question.classes) - {dataset.samples[i].label for i in rest}
         if lacking and ready is None:
             note = f"Without {source}, no image of {sorted(lacking)} is left to train on."
             rows.append(_missing(source, len(outside), confidence, note))
             continue
-        classifier = ready or _fitted(cast(Any, fit), dataset.subset(rest), model, seed)
+        train, val = dataset.subset(rest), dataset.subset(chooses)
+        classifier = ready or _fitted(cast(Any, fit), train, val, model)
         both = _joined(inside, outside)
         found = classifier.predict_proba(both, batch_size=batch_size, progress=progress)
         row = _row(source, question, both, question.score(found), len(inside), how)
@@ -144,32 +154,28 @@ def _joined(first: ChestXrayDataset, second: ChestXrayDataset) -> ChestXrayDatas
 def _fitted(
     fit: Fit | TrainingConfig,
     train: ChestXrayDataset,
+    val: ChestXrayDataset,
     model: Callable[[], torchvision.models.DenseNet] | None,
-    seed: int,
 ) -> ProbabilisticClassifier:
-    from chestxray_covid.training_config import TrainingConfig
-
-    return _trained(train, fit, model, seed) if isinstance(fit, TrainingConfig) else fit(train)
+    return fit(train) if callable(fit) else _trained(train, val, fit, model)
 
 
 def _trained(
     train: ChestXrayDataset,
+    val: ChestXrayDataset,
     config: TrainingConfig,
     model: Callable[[], torchvision.models.DenseNet] | None,
-    seed: int,
 ) -> Classifier:
     from chestxray_covid.models import build_densenet121
     from chestxray_covid.training import Trainer
 
-    groups = np.array(patient_groups(train, find_copies=False))
-    rest, chooses = divide(train, np.arange(len(train)), groups, 0.15, seed)
     # What is left when a source is gone may well be confounded: that is what is being measured.
     known = replace(config, allow_confounded_sources=True)
     classes = len(train.classes)
     network = model() if model else build_densenet121(num_classes=classes, seed=config.seed)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        Trainer(network, train.subset(rest), train.subset(chooses), known, output=run).fit()
+        Trainer(network, train, val, known, output=run).fit()
         return Classifier.from_pretrained(run)
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample, lung_mask
+from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.explain import explained, grad_cam_stream
 from chestxray_covid.intervals import Estimate, bootstrap_by_group, check_resampling
 from chestxray_covid.lungs import segment
@@ -91,9 +92,10 @@ def lung_heat(
     items, targets = explained(classifier, dataset, target)
     known = masks or (lung_mask if dataset.transform is None else lambda _: None)
     heatmaps = grad_cam_stream(classifier, items, targets, batch_size, device)
-    rows, without_heat, without_lungs = [], 0, 0
+    rows, patients, without_heat, without_lungs = [], [], 0, 0
+    groups = patient_groups(dataset, find_copies=False)
     shown = tqdm(heatmaps, "heat", len(items), unit="img", disable=not progress)
-    for sample, heatmap in zip(dataset.samples, shown, strict=True):
+    for sample, group, heatmap in zip(dataset.samples, groups, shown, strict=True):
         drawn = known(sample)
         mask = segment(heatmap.image) if drawn is None else drawn
         share, area = heatmap.share_inside(mask), float(mask.mean())
@@ -102,17 +104,13 @@ def lung_heat(
         if area and share == share:
             who = (sample.path.name, sample.label, sample.patient_id, sample.source, sample.view)
             rows.append((*who, heatmap.target, share, area))
+            patients.append(group)
     columns = ["id", "label", "patient_id", "source", "view", "target", "share", "area"]
     table = pd.DataFrame(rows, columns=columns)
 
     def mean(values: pd.Series[float]) -> Estimate:
-        return bootstrap_by_group(
-            mean_among,
-            zip(table["source"], table["patient_id"], strict=True),
-            values.to_numpy(np.float64),
-            seed=seed,
-            **how,
-        )
+        numbers = values.to_numpy(np.float64)
+        return bootstrap_by_group(mean_among, patients, numbers, seed=seed, **how)
 
     return LungHeat(
         share=mean(table["share"]),

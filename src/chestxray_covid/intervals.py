@@ -285,6 +285,21 @@ def check_resampling(*, n_resamples: int, confidence: float) -> None:
 
 
 def group_codes(groups: Iterable[Hashable]) -> Labels:
-    """Return the groups as ``(N,)`` int64 numbers from 0, in order of appearance."""
+    """Return the groups as ``(N,)`` int64 numbers from 0, in order of appearance.
+
+    Raises:
+        ValueError: If a group is missing (``None`` or not a number), alone or inside a tuple.
+    """
     known: dict[Hashable, int] = {}
-    return np.array([known.setdefault(g, len(known)) for g in groups], dtype=np.int64)
+    codes = np.array([known.setdefault(g, len(known)) for g in groups], dtype=np.int64)
+    for group, code in known.items():
+        if any(part is None or part != part for part in _parts(group)):
+            raise ValueError(
+                f"Every image needs a patient, got {group!r} at position "
+                f"{int(np.argmax(codes == code))}. Give images of unknown patients ids of their own"
+            )
+    return codes
+
+
+def _parts(group: Hashable) -> tuple[Any, ...]:
+    return group if isinstance(group, tuple) else (group,)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +24,7 @@ from chestxray_covid.command import (
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
+    from chestxray_covid.evaluation_report import EvaluationReport
 
 #: Side of a split → why numbers on it flatter the model.
 _FLATTERED = {
@@ -112,7 +114,6 @@ def evaluate(
     from chestxray_covid.evaluation import evaluate as judge
     from chestxray_covid.evaluation_report import EvaluationReport
     from chestxray_covid.files import write_files
-    from chestxray_covid.operating_points import choose_threshold
     from chestxray_covid.splits import Split
 
     classifier = Classifier.from_pretrained(
@@ -123,8 +124,8 @@ def evaluate(
         *({"sensitivity": target} for target in sensitivities),
         *({"specificity": target} for target in specificities),
     ]
-    if not rules and versus is None and {"covid19", "normal"} <= set(classifier.classes):
-        # What Prediction.is_positive says.
+    usual = not rules and versus is None and {"covid19", "normal"} <= set(classifier.classes)
+    if usual:  # what Prediction.is_positive says
         rules, versus = [{"threshold": classifier.config.threshold}], "normal"
     if not rules and (versus, prevalence, choose_on) != (None, None, None):
         raise click.UsageError(
@@ -133,8 +134,6 @@ def evaluate(
         )
     if versus is not None and versus not in classifier.classes:
         raise click.UsageError(f"--versus must be one of {', '.join(classifier.classes)}.")
-    for rule in rules:
-        choose_threshold([0, 1], [0.0, 1.0], **rule)  # now, not after an hour: is it possible?
     chosen_on = EvaluationReport.load(choose_on) if choose_on is not None else None
     if chosen_on is not None and chosen_on.weights_sha256 not in ("", classifier.weights_sha256):
         raise click.UsageError("--choose-on is the report of another model: evaluate this one.")
@@ -154,6 +153,9 @@ def evaluate(
                 "use --split test for those that it never saw.",
                 err=True,
             )
+    if usual and not {s.label for s in dataset.samples} & {"covid19", "normal"}:
+        rules = []
+    _check_rules(rules, classifier.classes, dataset, chosen_on, versus)
     report = judge(classifier, dataset, batch_size=batch_size, progress=True)
     points = [
         report.operating_point(**rule, prevalence=prevalence, versus=versus, chosen_on=chosen_on)
@@ -170,6 +172,33 @@ def evaluate(
         from chestxray_covid.report import extend_report
 
         click.echo(f"\nThe page is {extend_report(page, evaluation=report)}")
+
+
+def _check_rules(
+    rules: Sequence[Mapping[str, Any]],
+    classes: tuple[str, ...],
+    dataset: ChestXrayDataset,
+    chosen_on: EvaluationReport | None,
+    versus: str | None,
+) -> None:
+    """Raise now, not after an hour of predictions, unless every rule gives a threshold."""
+    from chestxray_covid.operating_points import choose_threshold
+
+    positive = "covid19" if "covid19" in classes else classes[-1]
+    sides = {positive, versus} if versus else set(classes)
+    truth = [s.label == positive for s in dataset.samples if s.label in sides]
+    if rules and not truth:
+        raise click.UsageError(f"The data hold no image of {' or '.join(sorted(sides))}.")
+    if chosen_on is not None and chosen_on.classes != classes:
+        raise click.UsageError(
+            f"--choose-on tells {', '.join(chosen_on.classes)} apart, the model "
+            f"{', '.join(classes)}: evaluate this one."
+        )
+    for rule in rules:
+        if chosen_on is not None:
+            chosen_on.operating_point(**rule, versus=versus)
+        else:
+            choose_threshold(truth, [0.0] * len(truth), **rule)
 
 
 def _count_seen(saved: Path, dataset: ChestXrayDataset) -> int:

@@ -93,7 +93,10 @@ def cohen_kappa(y_true: ArrayLike, y_pred: ArrayLike, *, sample_weight: Weights 
     one_hot = np.eye(max(truth.max(), predicted.max()) + 1)
     chance = ((weight @ one_hot[truth]) * (weight @ one_hot[predicted])).sum(-1)
     total = weight.sum(-1)
-    return _ratio(total * (weight @ (truth == predicted)) - chance, total * total - chance)
+    rest = total * total - chance
+    # Fractional weights leave a rounding where there is nothing: all of one and the same class.
+    rest = np.where(rest > 1e-12 * total * total, rest, 0.0)
+    return _ratio(total * (weight @ (truth == predicted)) - chance, rest)
 
 
 def auroc(y_true: ArrayLike, y_score: ArrayLike, *, sample_weight: Weights = None) -> Value:

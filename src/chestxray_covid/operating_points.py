@@ -88,7 +88,7 @@ class OperatingPoint:
         (tn, fp), (fn, tp) = self.confusion
         whose = "named" if self.named else "of these data"
         lines = [
-            f"{self.title}, {self.score} >= {self.threshold:.6g} ({self.rule}, {self.chosen_on})",
+            f"{self.title}, {self.score} >= {self.threshold!r} ({self.rule}, {self.chosen_on})",
             f"  TP {tp}, FN {fn}, TN {tn}, FP {fp}",
             f"  sensitivity {self.sensitivity}, specificity {self.specificity}",
             f"  at a prevalence of {self.prevalence:.3g} ({whose}): ppv {self.ppv}, npv {self.npv}",

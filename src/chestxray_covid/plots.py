@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from chestxray_covid.reporting import short_name
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -113,7 +115,7 @@ def plot_reliability(diagram: Reliability) -> Figure:
         color=BLUE, edgecolor="white", linewidth=0.6,
     )  # fmt: skip
     sums = f"ECE {_number(diagram.ece)}\nBrier score {_number(diagram.brier)}"
-    _title(axes, f"probability of {_short(diagram.title)}\n{sums}")
+    _title(axes, f"probability of {short_name(diagram.title)}\n{sums}")
     axes.set_ylabel("share that came true", fontsize=_TEXT)
     below.set_ylabel("images", fontsize=_TEXT)
     below.set_xlabel("predicted probability", fontsize=_TEXT)
@@ -138,7 +140,7 @@ def plot_confusion(report: EvaluationReport) -> Figure:
         text = f"{count}\n{share:.0%}"
         colour = "white" if share > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=_TEXT + 1)
-    names = [_short(name) for name in report.classes]
+    names = [short_name(name) for name in report.classes]
     places = range(len(names))
     axes.set_xticks(places, names, parse_math=False)
     axes.set_yticks(places, names, parse_math=False, rotation=90, va="center")
@@ -222,7 +224,7 @@ def plot_samples(dataset: ChestXrayDataset, *, per_class: int = 3, seed: int = 0
         for column, label in enumerate(classes):
             found = places[source, label]
             strip = figure.add_subfigure(grid[row, column])
-            words = f"{_short(label)} · {_short(source)} · n = {len(found)}"
+            words = f"{short_name(label)} · {short_name(source)} · n = {len(found)}"
             strip.suptitle(words, fontsize=_SMALL, parse_math=False)
             for k, axes in enumerate(strip.subplots(1, per_class, squeeze=False)[0]):
                 picture = _picture(dataset.image(found[k])) if k < len(found) else None
@@ -272,7 +274,7 @@ def plot_heatmaps(
         _show(below, _picture(heatmap.overlay()))
         if masks is not None:
             _outline(below, masks[place])
-        words = f"{_short(heatmap.target)} {heatmap.probability:.2f}"
+        words = f"{short_name(heatmap.target)} {heatmap.probability:.2f}"
         above.set_title(words, fontsize=_TEXT, parse_math=False)
     return figure
 
@@ -294,7 +296,7 @@ def _curves(curves: Sequence[Curve], area: str, *, step: Any) -> Axes:
     axes = _figure(COLUMN, COLUMN).add_subplot()
     for curve, style in zip(curves, _STYLES, strict=False):
         colour, shape = style["color"], "default" if step is None else f"steps-{step}"
-        label = f"{_short(curve.title, 40)}\n{area} {_number(curve.area)}"
+        label = f"{short_name(curve.title, 40)}\n{area} {_number(curve.area)}"
         axes.fill_between(
             curve.grid, curve.low, curve.high, step=step, color=colour, alpha=0.18, linewidth=0
         )
@@ -336,12 +338,6 @@ def _plain_axes(axes: Axes) -> None:
 
 def _title(axes: Axes, text: str) -> None:
     axes.set_title(text, fontsize=_TEXT, loc="left", parse_math=False)
-
-
-def _short(name: str, limit: int = 24) -> str:
-    """Return a name from data as a label: printable, and not longer than there is room."""
-    text = name if name.isprintable() else ascii(name)[1:-1]
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def _picture(image: Any) -> Any:

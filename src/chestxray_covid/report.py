@@ -213,7 +213,7 @@ def _operating_points(report: EvaluationReport) -> Iterator[str]:
         heading,
         [
             (
-                f"{point.title}: {point.score} ≥ {point.threshold:.4g}",
+                f"{point.title}: {point.score} ≥ {point.threshold!r}",
                 f"{point.rule} ({point.chosen_on})",
                 *(_short(e) for e in (point.sensitivity, point.specificity, point.ppv, point.npv)),
                 f"{point.prevalence:.3g} ({'named' if point.named else 'of these data'})",

@@ -103,7 +103,7 @@ def _markdown_points(report: EvaluationReport) -> Iterator[str]:
         ("Positive where", "Threshold from", "Chosen on", *names, "Prevalence"),
         [
             (
-                f"{point.score} >= {point.threshold:.6g} ({point.title})",
+                f"{point.score} >= {point.threshold!r} ({point.title})",
                 point.rule,
                 point.chosen_on,
                 *(_short(getattr(point, name)) for name in names),
@@ -157,3 +157,9 @@ def markdown_text(value: Any, max_chars: int = 1000) -> str:
     text = text.replace("<", "&lt;").replace(">", "&gt;").replace("://", "&#58;//")
     text = text.replace("@", "&#64;").replace("www.", "www&#46;")  # would become links on their own
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
+
+
+def short_name(name: str, limit: int = 24) -> str:
+    """Return a name from data as a label: printable, and not longer than there is room."""
+    text = name if name.isprintable() else ascii(name)[1:-1]
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

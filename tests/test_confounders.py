@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import chi2_contingency
+
+from chestxray_covid.confounders import Confounding, corrected_v
+
+
+def dealt(sites: int, images: int, seed: int) -> Confounding:
+    """Return the design of labels that were dealt at random in every site."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(["normal", "covid19"], sites * images)
+    return Confounding.of(np.repeat(np.arange(sites), images).astype(str).tolist(), list(labels))
+
+
+@pytest.mark.parametrize(("sites", "images"), [(30, 5), (100, 5), (400, 2), (4, 25)])
+def test_many_small_sites_do_not_look_confounded(sites: int, images: int) -> None:
+    designs = [dealt(sites, images, seed) for seed in range(40)]
+    assert np.quantile([design.corrected_v for design in designs], 0.9) < 0.3
+    assert np.mean([design.corrected_v for design in designs]) < 0.1
+    assert all(design.corrected_v < design.cramers_v for design in designs)
+
+
+def test_the_correction_is_bergsmas() -> None:
+    # n = 20, 2 x 3: phi² = chi² / n from scipy's own test.
+    counts = np.array([[6, 1, 3], [2, 6, 2]])
+    phi = chi2_contingency(counts, correction=False).statistic / 20 - 1 * 2 / 19
+    expected = np.sqrt(phi / min(2 - 1 / 19 - 1, 3 - 4 / 19 - 1))
+    table = {str(i): {str(j): int(n) for j, n in enumerate(row)} for i, row in enumerate(counts)}
+    assert corrected_v(table) == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_is_certain_stays_certain_and_what_is_undefined_undefined() -> None:
+    assert corrected_v({"a": {"x": 3, "y": 0}, "b": {"x": 0, "y": 9}}) == pytest.approx(1)
+    assert np.isnan(corrected_v({"a": {"x": 3, "y": 2}}))
+    assert np.isnan(corrected_v({"a": {"x": 3, "y": 0}, "b": {"x": 1, "y": 0}}))
+    assert corrected_v({"a": {"x": 1, "y": 0}, "b": {"x": 0, "y": 1}}) == 0
+
+
+def test_one_label_alone_is_not_confounded() -> None:
+    assert not Confounding.of(["a", "a", "b"], ["covid19"] * 3).is_severe
+    assert Confounding.of(["a", "a", "b", "b"], ["covid19"] * 2 + ["normal"] * 2).is_severe
