@@ -41,6 +41,7 @@ from chestxray_covid.files import write_files
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
 from chestxray_covid.metrics import auroc
 from chestxray_covid.splits import divide, folds_by_patient
+from chestxray_covid.training_state import StateStore
 
 SHORT = replace(
     COMMON,
@@ -180,7 +181,7 @@ def train_network(
         str(start) if start else False, num_classes=len(train.classes), seed=0
     )
     trainer = Trainer(model, train, val, config, output=folder)
-    trainer.fit(resume=(folder / "history.json").exists())
+    trainer.fit(resume=StateStore(folder).holds_run())
 
 
 def train_relative(

@@ -23,6 +23,7 @@ from chestxray_covid import (
     confounding,
     split_by_patient,
 )
+from chestxray_covid.training_state import StateStore
 
 #: Collections differ in exposure, resolution, crop, borders and markers; all of it is varied.
 STRONG = Augmentation(
@@ -161,7 +162,7 @@ def train_stages(split: Split, output: Path, *, pretrained: str | None) -> Path:
         model = build_densenet121(start, num_classes=len(split.train.classes), seed=0)
         config = replace(stage.config, cache_dir=output / "cache")
         trainer = Trainer(model, split.train, split.val, config, output=folder)
-        trainer.fit(resume=(folder / "history.json").exists())
+        trainer.fit(resume=StateStore(folder).holds_run())
         start = str(folder)
     return folder
 

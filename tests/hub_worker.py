@@ -30,9 +30,15 @@ def outcome(wanted: dict[str, Any]) -> dict[str, Any]:
             load_checkpoint(folder)
     except BaseException as error:
         families = [kind.__name__ for kind in type(error).__mro__]
-        notes = " ".join(getattr(error, "__notes__", []))
-        return {"error": families, "message": f"{error} {notes}"}
+        return {"error": families, "message": told(error)}
     return {"path": str(folder), "files": {p.name: p.stat().st_size for p in folder.iterdir()}}
+
+
+def told(error: BaseException) -> str:
+    """Return all that a traceback shows of an error: its notes, and what it came of."""
+    notes = " ".join(getattr(error, "__notes__", []))
+    earlier = error.__cause__ or error.__context__
+    return f"{error} {notes} {told(earlier) if earlier else ''}"
 
 
 def start(wanted: dict[str, Any]) -> tuple[int, int]:

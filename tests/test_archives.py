@@ -157,6 +157,20 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     assert contents(unpack_zip(archive, tmp_path / "data", progress=False)) == FILES
 
 
+def test_the_current_folder_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = make_zip(tmp_path / "a.zip", FILES)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    with pytest.raises(DownloadError, match=r"is the current folder.*Pass a folder inside it"):
+        unpack_zip(archive, ".", progress=False)
+    assert list(Path.cwd().iterdir()) == []
+    root = unpack_zip(archive, "here", progress=False)
+    monkeypatch.chdir(root)
+    assert contents(unpack_zip(archive, ".", progress=False)) == FILES
+
+
 def _file(root: Path) -> None:
     root.write_text("a file")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual name
 
+from chestxray_covid import augment
 from chestxray_covid.augment import (
     Augmentation,
     hide_centres,
@@ -342,6 +344,26 @@ def test_an_option_out_of_range_is_refused(name: str, value: float) -> None:
 def test_an_option_that_is_no_number_is_refused(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"{name} must be a number, got"):
         Augmentation(**{name: value})
+
+
+def test_numbers_of_numpy_become_pythons_own() -> None:
+    options = Augmentation(blur=np.float32(0.25), gamma=np.int64(2))
+    assert options == Augmentation(blur=0.25, gamma=2)
+    assert [type(options.blur), type(options.gamma)] == [float, int]
+
+
+def test_a_side_of_a_crop_is_as_short_as_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[int] = []
+    crop = augment.F.resized_crop
+
+    def noted(image: Any, top: int, left: int, height: int, width: int, *rest: Any, **how: Any):
+        sides.extend((height, width))
+        return crop(image, top, left, height, width, *rest, **how)
+
+    monkeypatch.setattr(augment.F, "resized_crop", noted)
+    options = replace(Augmentation.none(), crop_min=0.8, aspect=2.0)
+    options(torch.zeros((200, 1, 100, 100)), seed=0, epoch=0, draws=range(200))
+    assert 100 * 0.8 / 2**0.5 - 0.5 <= min(sides) < 60
 
 
 def test_options_become_data_and_come_back() -> None:

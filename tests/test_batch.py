@@ -11,9 +11,12 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import pyarrow.fs
 import pyarrow.parquet
 import pytest
+from click.testing import CliRunner
 
 from chestxray_covid import (
     Classifier,
@@ -22,7 +25,12 @@ from chestxray_covid import (
     predict_files,
     ray_predict,
 )
+from chestxray_covid.batch import judge_files
+from chestxray_covid.cli import main
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.places import Places
+from chestxray_covid.prediction import FailedPrediction, Prediction
+from chestxray_covid.shards import Shard, ShardedTable
 from conftest import random_tensors
 
 FILES = 12
@@ -117,6 +125,198 @@ def test_a_folder_by_its_address_stands_for_its_images(
     assert not done.failed
     names = [row["path"] for row in rows_of(tmp_path / "out.csv")]
     assert names == [f"{address}/b c/x%20.png", f"{address}/y.PNG"]
+
+
+def test_a_folder_among_the_files_is_a_row_and_moves_no_other(
+    images: Path, tmp_path: Path, clf: Classifier
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name in ("01.png", "02.png"):
+        (tmp_path / "full" / name).write_bytes((images / name).read_bytes())
+    files = [str(tmp_path / "full"), str(images / "00.png"), str(tmp_path / "empty")]
+    files += [str(images / "03.png"), str(images / "04.png")]
+    rows = list(judge_files(clf, files, batch_size=2))
+    assert [row.source for row in rows] == files
+    folders = [row for row in rows if isinstance(row, FailedPrediction)]
+    assert [row.source for row in folders] == [files[0], files[2]]
+    assert all("is a folder, expected a regular file" in str(row) for row in folders)
+    good = [row for row in rows if isinstance(row, Prediction)]
+    assert good == clf.predict([files[1], files[3], files[4]])
+
+
+@pytest.mark.parametrize("becomes", [("01.png", "02.png"), ()])
+def test_a_file_that_becomes_a_folder_is_an_error_not_another_files_row(
+    images: Path, tmp_path: Path, clf: Classifier, monkeypatch: pytest.MonkeyPatch, becomes: tuple
+) -> None:
+    (tmp_path / "f.png").mkdir()
+    for name in becomes:
+        (tmp_path / "f.png" / name).write_bytes((images / name).read_bytes())
+    monkeypatch.setattr("chestxray_covid.batch.is_folder", lambda path: False)
+    for files in ([tmp_path / "f.png", images / "00.png"], [images / "00.png", tmp_path / "f.png"]):
+        with pytest.raises(DatasetError, match=r"did not give one row: .* Run it again"):
+            list(judge_files(clf, map(str, files), batch_size=4))
+
+
+def test_another_precision_is_computed_again(
+    images: Path, tmp_path: Path, checkpoint_folder: Path
+) -> None:
+    """A finished table stays what it is, whatever computes the next."""
+    output = tmp_path / "out.parquet"
+    made = []
+    for precision in ("float32", "bfloat16", "float32"):
+        clf = Classifier.from_pretrained(checkpoint_folder, engine="torch", precision=precision)
+        predict_files([images / "00.png", images / "01.png"], output, classifier=clf)
+        (name,) = (path.name for path in output.glob("part-*"))
+        made.append(name)
+        expected = [p.probabilities["covid19"] for p in clf.predict([images / "00.png"])]
+        assert rows_of(output)[0]["p_covid19"] == pytest.approx(expected[0], abs=1e-6)
+    assert made[0] == made[2] != made[1]
+
+
+def test_a_table_that_is_being_changed_does_not_say_that_it_is_whole(
+    images: Path, tmp_path: Path, clf: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.parquet"
+    files = sorted(images.glob("*.png"))
+    predict_files(files[:4], output, classifier=clf, shard_size=2)
+    written = ShardedTable.write
+
+    def write(self: ShardedTable, shard: Shard, rows: list) -> None:
+        assert not (output / "_SUCCESS").exists()
+        if (output / shard.name).name.startswith("part-000001"):
+            raise OSError("the disk is full")
+        written(self, shard, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedTable, "write", write)
+        with pytest.raises(OSError, match="the disk is full"):
+            predict_files(files[::-1], output, classifier=clf, shard_size=2)
+    assert not (output / "_SUCCESS").exists()
+    predict_files(files[:4], output, classifier=clf, shard_size=2)
+    assert (output / "_SUCCESS").exists()
+    assert len(rows_of(output)) == 4
+
+
+def test_an_error_late_in_the_list_keeps_what_was_judged_and_is_raised(
+    images: Path, tmp_path: Path, clf: Classifier
+) -> None:
+    listed = [f"{images}/{number:02d}.png" for number in range(4)]
+    (tmp_path / "list.csv").write_text("\n".join(["path", *listed, '"' + "x" * 200_000 + '"']))
+    for shard_size in (2, 3, 100):
+        output = tmp_path / f"out{shard_size}.csv"
+        with pytest.raises(DatasetError, match="cannot be read as a CSV of paths"):
+            predict_files(tmp_path / "list.csv", output, classifier=clf, shard_size=shard_size)
+        parts = sorted((tmp_path / f".{output.name}.parts").iterdir())
+        assert sum(len(part.read_text().splitlines()) for part in parts) == 4
+        assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ["folder", "file.parquet"])
+def test_an_output_of_the_wrong_kind_is_refused_first(
+    images: Path, tmp_path: Path, clf: Classifier, name: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.parquet").write_text("mine")
+    with pytest.raises(ValueError, match=r"output must be a folder .* Give another name"):
+        predict_files(images, tmp_path / name, classifier=clf)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file.parquet"}
+
+
+def test_an_output_that_is_an_input_is_refused_and_stays(
+    images: Path, tmp_path: Path, clf: Classifier
+) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text(f"path\n{images}/00.png\n")
+    (tmp_path / "link.csv").symlink_to(table)
+    for given in (table, [images, str(table)], tmp_path / "link.csv"):
+        with pytest.raises(ValueError, match=r"is one of the inputs\. Give it another name"):
+            predict_files(given, table, classifier=clf)
+    assert table.read_text() == f"path\n{images}/00.png\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"workers": 0}, ValueError, "workers must be positive, got 0"),
+        ({"workers": -3}, ValueError, "workers must be positive, got -3"),
+        ({"batch_size": 2.5}, TypeError, r"batch_size must be a whole number, got 2\.5"),
+        ({"shard_size": 1.5}, TypeError, r"shard_size must be a whole number, got 1\.5"),
+        ({"shard_size": 0}, ValueError, "shard_size must be positive, got 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(
+    images: Path, tmp_path: Path, clf: Classifier, options: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        predict_files(images, tmp_path / "out.csv", classifier=clf, **options)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [([], "an empty list"), (iter(()), "what was given"), (["e"] * 5, "e, e, e and 2 more")],
+)
+def test_nothing_to_judge_is_said_in_words(
+    tmp_path: Path, clf: Classifier, monkeypatch: pytest.MonkeyPatch, given: Any, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e").mkdir()
+    with pytest.raises(DatasetNotFoundError, match=f"No image file in {message}"):
+        predict_files(given, tmp_path / "out.csv", classifier=clf)
+
+
+def test_the_command_line_reads_addresses_and_shows_no_control_characters(
+    images: Path, tmp_path: Path, checkpoint_folder: Path
+) -> None:
+    hostile = tmp_path / "a\x1b[31m.png"
+    hostile.write_bytes(b"no image")
+    address = f"file://{images}/00.png"
+    command = ["predict", address, str(hostile), "--model", str(checkpoint_folder)]
+    done = CliRunner().invoke(main, [*command, "--engine", "torch"])
+    assert done.exit_code == 1
+    assert "\x1b" not in done.output
+    assert address in done.output
+    assert done.output.count("failed") == 2  # in the table and below it
+    assert r"a\x1b[31m.png" in done.output
+
+
+class Buckets(Places):
+    """Has a folder of this machine as its object storage."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        local = pyarrow.fs.LocalFileSystem()
+        bucket = pyarrow.fs.SubTreeFileSystem(str(root), local), "bucket"
+        self._systems |= {"s3://bucket": bucket, "hdfs://host:1": (local, f"{root}/")}
+
+
+@pytest.mark.parametrize("root", ["s3://bucket", "hdfs://host:1/bucket"])
+def test_a_folder_lists_addresses_that_can_be_read(tmp_path: Path, root: str) -> None:
+    places = Buckets(tmp_path)
+    (tmp_path / "bucket" / "a?b").mkdir(parents=True)
+    for name in ("x.png", "a?b/y.png"):
+        (tmp_path / "bucket" / name).write_text(name)
+    for end in ("", "/"):
+        found = list(places.images(root + end))
+        assert found == [f"{root}/a?b/y.png", f"{root}/x.png"]
+        assert [places.read(address) for address in found] == [b"a?b/y.png", b"x.png"]
+        assert list(places.images(f"{root}/a?b{end}")) == found[:1]
+    assert list(places.images("hdfs://host:1")) == [
+        f"hdfs://host:1/bucket/{name}" for name in ("a?b/y.png", "x.png")
+    ]
+    places.write(f"{root}/", "done", b"1")
+    assert places.names(root) == {"a?b", "x.png", "done"}
+    places.remove(root, "done")
+    assert places.names(root) == {"a?b", "x.png"}
+
+
+@pytest.mark.parametrize("place", ["?region=eu-west-1", "/folder?endpoint_override=a:9000&x=1"])
+def test_options_of_an_address_are_refused_not_lost(tmp_path: Path, place: str) -> None:
+    places = Buckets(tmp_path)
+    for ask in (lambda a: list(places.images(a)), places.read, places.names):
+        with pytest.raises(ValueError, match="must have no options, got some after s3://bucket"):
+            ask(f"s3://bucket{place}")
 
 
 def test_what_is_finished_is_not_computed_again(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -13,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageSequence
 
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.folder import FolderDataset
 from chestxray_covid.datasets.loading import image_files
+from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -205,6 +208,10 @@ def test_logits_that_differ_much_give_zero_and_one() -> None:
 # ---------------------------------------------------------------- kinds of images
 
 
+def sample(path: Path) -> Sample:
+    return Sample(path=path, label="normal", finding="", patient_id="1", source="drawn")
+
+
 KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "path": (lambda p: p, "{path}"),
     "text": (str, "{path}"),
@@ -216,6 +223,7 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "float array": (lambda p: np.asarray(Image.open(p)) / 255, "<array>"),
     "colour array": (lambda p: np.asarray(Image.open(p).convert("RGB")), "<array>"),
     "tensor": (lambda p: torch.from_numpy(np.array(Image.open(p))), "<array>"),
+    "sample": (sample, "{path}"),
     "tensor of a channel": (lambda p: torch.from_numpy(np.array(Image.open(p)))[None], "<array>"),
 }
 
@@ -260,6 +268,80 @@ def test_a_mixed_list_gives_a_list_in_its_order(clf: Classifier, folder: Path) -
     expected = np.concatenate([clf.predict_proba(paths), clf.predict_proba(noise(2))])
     np.testing.assert_allclose(rows(found), expected, atol=1e-6)
     np.testing.assert_allclose(clf.predict_proba(tuple(mixed)), expected, atol=1e-6)
+
+
+def test_one_image_of_any_kind_is_one_in_a_stream_too(clf: Classifier, folder: Path) -> None:
+    path = folder / "c.jpg"
+    opened = io.BytesIO(path.read_bytes())
+    for image in (opened, np.zeros((30, 40, 3), np.uint8), path.read_bytes(), sample(path)):
+        assert len(list(clf.predict_stream(image))) == 1
+    assert len(list(clf.predict_stream(torch.zeros(2, 1, 40, 40)))) == 2
+
+
+def test_samples_give_what_their_files_give(clf: Classifier, folder: Path) -> None:
+    paths = in_order(folder)
+    samples = tuple(map(sample, paths))
+    phantoms = SyntheticChestXray(2, image_size_px=64)
+    assert clf.predict(samples) == clf.predict(paths)
+    assert list(clf.predict_stream(samples)) == clf.predict(paths)
+    assert clf.predict(phantoms.samples[0]) == clf.predict(phantoms)[0]
+    assert load_image(samples[0]).tobytes() == load_image(paths[0]).tobytes()
+
+
+@pytest.mark.parametrize("make", [np.array, pd.Series, lambda paths: np.array(paths, object)])
+def test_columns_of_paths_stand_for_their_images(
+    clf: Classifier, folder: Path, make: Callable[[list[str]], Any]
+) -> None:
+    paths = [str(path) for path in in_order(folder)]
+    assert clf.predict(make(paths)) == clf.predict(paths)
+    assert list(clf.predict_stream(make(paths))) == clf.predict(paths)
+    assert clf.predict_proba(make(paths)).shape == (6, 3)
+
+
+@pytest.mark.parametrize("ask", ["predict", "predict_proba"])
+def test_one_opened_file_may_be_given_several_times(
+    clf: Classifier, tmp_path: Path, ask: str
+) -> None:
+    path = tmp_path / "large.png"
+    phantom(3, (900, 800)).save(path)
+    expected = clf.predict_proba([path]).repeat(8, 0)
+    with path.open("rb") as stream, Image.open(path) as image:
+        for given in (stream, image):
+            found = getattr(clf, ask)([given] * 8)
+            found = rows(found) if ask == "predict" else found
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("ask", ["predict", "predict_proba"])
+def test_every_frame_of_an_open_file_is_an_image_of_its_own(
+    clf: Classifier, tmp_path: Path, ask: str
+) -> None:
+    frames = [phantom(k) for k in range(6)]
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "pages.tif") as pages:
+        found = getattr(clf, ask)(ImageSequence.Iterator(pages))
+    found = rows(found) if ask == "predict" else found
+    np.testing.assert_allclose(found, clf.predict_proba(frames), atol=1e-6)
+
+
+def test_an_open_file_that_is_damaged_is_a_failure_in_its_place(clf: Classifier) -> None:
+    cut = png(phantom(1))[:200]
+    closed = io.BytesIO()
+    closed.close()
+    images = [phantom(1), Image.open(io.BytesIO(cut)), io.BytesIO(cut), closed, phantom(1)]
+    found = list(clf.predict_stream(images, on_error="return"))
+    names = ["<PIL image>", "<PIL image>", "<stream>", "<stream>", "<PIL image>"]
+    assert [f.source for f in found] == names
+    assert [isinstance(f, FailedPrediction) for f in found] == [False, True, True, True, False]
+    assert "<stream> cannot be read" in str(found[3])
+
+
+@pytest.mark.parametrize("ask", ["predict", "predict_proba", "predict_stream"])
+def test_a_list_that_contains_itself_is_refused(clf: Classifier, ask: str) -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(ValueError, match="more than 32 lists deep; does a list contain itself"):
+        list(getattr(clf, ask)(endless))
 
 
 @pytest.mark.parametrize("make", [Path, str])
@@ -365,6 +447,14 @@ def test_sizes_that_are_not_positive_are_refused(clf: Classifier, bad: int) -> N
             ask(noise(1), batch_size=bad)
     with pytest.raises(ValueError, match=f"top_k must be positive, got {bad}"):
         clf(noise(1), top_k=bad)
+    for ask in (clf.predict_proba, clf.predict_stream):
+        with pytest.raises(ValueError, match=f"workers must be positive, got {bad}"):
+            ask(noise(1), workers=bad)
+
+
+def test_sizes_that_are_no_whole_numbers_are_refused(clf: Classifier) -> None:
+    with pytest.raises(TypeError, match=r"batch_size must be a whole number, got 2\.5"):
+        clf.predict(noise(2), batch_size=2.5)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(("top_k", "count"), [(1, 1), (2, 2), (3, 3), (99, 3)])
@@ -462,13 +552,37 @@ def test_a_stream_raises_at_the_image_that_fails_and_not_before(
         next(stream)
 
 
+@pytest.mark.parametrize("ask", ["predict", "predict_stream"])
+def test_an_error_leaves_no_thread_behind(clf: Classifier, ask: str) -> None:
+    images = [noise(1)[0], b"broken", *noise(20)]
+    others = set(threading.enumerate())
+    gc.disable()
+    try:
+        with pytest.raises(ImageError) as kept:
+            list(getattr(clf, ask)(images))
+        own = set(threading.enumerate()) - others
+        assert not [t for t in own if t.name.startswith("decode")]
+    finally:
+        gc.enable()
+    del kept
+
+
+def test_an_error_that_nothing_expects_loses_no_earlier_prediction(clf: Classifier) -> None:
+    found = []
+    with pytest.raises(TypeError, match="got int"):
+        found.extend(clf.predict_stream([*noise(5), 3, *noise(2)], batch_size=4))
+    assert len(found) == 5
+
+
 def test_an_error_of_the_source_itself_comes_through(clf: Classifier) -> None:
     def broken() -> Iterator[NDArray[np.uint8]]:
         yield noise(1)[0]
         raise KeyError("the caller's own")
 
+    found: list[Any] = []
     with pytest.raises(KeyError, match="the caller's own"):
-        list(clf.predict_stream(broken(), on_error="return"))
+        found.extend(clf.predict_stream(broken(), on_error="return"))
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("on_error", ["skip", "", None, True])
@@ -602,6 +716,12 @@ def test_a_prediction_becomes_data_json_and_text() -> None:
     assert json.loads(found.to_json()) == data
     assert "\n" not in found.to_json()
     assert str(found) == "a.png: normal 0.750, covid19 0.250"
+
+
+def test_equal_predictions_are_one_in_a_set() -> None:
+    one, other = prediction(normal=0.4, covid19=0.6), prediction(normal=0.4, covid19=0.6)
+    assert {one, other} == {one}
+    assert len({one, prediction(normal=0.3, covid19=0.7)}) == 2
 
 
 def test_a_real_prediction_is_plain_json(clf: Classifier) -> None:

@@ -21,10 +21,13 @@ from PIL import Image
 from chestxray_covid import (
     Classifier,
     EvaluationReport,
+    Split,
     SyntheticChestXray,
     __version__,
     hub,
     load_image,
+    open_dataset,
+    split_by_patient,
 )
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.cli import NOT_A_DEVICE, main
@@ -106,6 +109,31 @@ def test_training_again_into_a_run_is_refused_and_resuming_it_changes_nothing(
     resumed = call("train", "--data", phantoms, "--output", run, *TRAIN, "--resume", "--quiet")
     assert resumed.exit_code == 0, resumed.output
     assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_resuming_where_there_is_no_run_is_refused_and_leaves_nothing(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    refused = call("train", "--data", phantoms, "--output", output, *TRAIN, "--resume")
+    assert refused.exit_code == 2
+    assert "holds no run to continue: leave out --resume" in refused.output
+    assert not output.exists()
+
+
+def test_the_split_of_a_run_that_never_was_is_made_again(
+    run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(run / "split.json", tmp_path / "run")
+    options = [*TRAIN, "--seed", 1, "--quiet"]
+    done = call("train", "--data", phantoms, "--output", tmp_path / "run", *options)
+    assert done.exit_code == 0, done.output
+    expected = split_by_patient(open_dataset(phantoms), seed=1).indices
+    own, other = ((p / "split.json").read_text() for p in (tmp_path / "run", run))
+    split = Split.load(tmp_path / "run" / "split.json", open_dataset(phantoms))
+    assert split.indices == expected
+    assert own != other
 
 
 def test_training_asks_for_huge_pages_unless_told_otherwise(
@@ -469,6 +497,10 @@ def test_download_draws_phantoms_and_unpacks_an_archive(tmp_path: Path) -> None:
         (["train", "--data", "nowhere", "--output", "o"], "does not exist"),
         (["predict"], "Missing argument"),
         (["frobnicate"], "No such command"),
+        (["download", "phantoms", "p", "--count", "1"], "'--count': 1 is not in the range x>=3"),
+        (["download", "phantoms", "p", "--ref=x", "--all-views"], "--ref and --all-views are for"),
+        (["download", "cohen", "c", "--seed", "0"], "--seed are for phantoms alone, not cohen"),
+        (["download", "kermany", "k", "--count", "9"], "--count are for phantoms"),
     ],
 )
 def test_a_wrong_call_is_explained(arguments: list[str], match: str) -> None:

@@ -201,6 +201,7 @@ def test_other_views_and_modalities_can_be_asked_for(tmp_path: Path) -> None:
     assert set(every) - plain == added | {"slice.png", "slice-2.png"}
     assert {every[name].view for name in added} == {"L", "unknown"}
     assert not any(every[name].is_frontal for name in added | {"slice.png"})
+    assert by_name(CohenCovidDataset(root, views=None, modalities=None)) == every
     lateral = CohenCovidDataset(root, views=["L"], classes=["covid19"])
     assert set(by_name(lateral)) == {"lateral.png"}
     slices = CohenCovidDataset(root, views=None, modalities=["CT"], classes=["covid19"])
@@ -362,7 +363,22 @@ def test_a_class_that_is_promised_and_empty_is_an_error(tmp_path: Path) -> None:
 
 def test_a_view_that_nothing_has_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="ask for other classes=, views= or modalities="):
-        CohenCovidDataset(write_cohen(tmp_path), views=["pa"])
+        CohenCovidDataset(write_cohen(tmp_path), views=["Coronal"])
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_views_and_modalities_are_names_that_are_known(tmp_path: Path, download: bool) -> None:
+    root = write_cohen(tmp_path)
+    for option in ({"views": "AP Supine"}, {"modalities": "X-ray"}):
+        with pytest.raises(TypeError, match=r"must be a sequence of names, got the string"):
+            CohenCovidDataset(root, download=download, **option)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Unknown views \['AP supine'\]\. Valid are \['AP', "):
+        CohenCovidDataset(root, views=["PA", "AP supine"], download=download)
+
+
+def test_a_row_that_does_not_say_what_it_is_cannot_be_judged() -> None:
+    with pytest.raises(DatasetError, match=r"lacks \['modality'\]; it has \['view'\]"):
+        is_frontal_radiograph({"view": "PA"})
 
 
 def test_a_missing_folder_is_not_found(tmp_path: Path) -> None:
@@ -401,6 +417,7 @@ def test_missing_images_are_not_found(tmp_path: Path) -> None:
         (b"a,b,c\n1,2,3\n", r"lacks the columns .*it has \['a', 'b', 'c'\]"),
         (b"patientid,finding,view,modality\n1,2,3,4\n", r"lacks the columns \['filename'\]"),
         (b"patientid;finding;view;modality;filename\n", r"lacks the columns \['patientid'"),
+        (b"patientid,finding,view,modality,filename,View\n", r"more than one column \['view'\]"),
         (b"patientid,finding,view,modality,filename\r\n", "has a header and no rows"),
         (b"patientid,finding,view,modality,filename\n,,,,\n\n ,\n", "has a header and no rows"),
         (b"<!DOCTYPE html>\n<html><body>404: Not Found</body></html>\n", "is an HTML or XML page"),

@@ -7,7 +7,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from chestxray_covid.datasets.base import (
     Sample,
     check_classes,
     concatenate,
-    existing_folder,
     lung_mask,
 )
 from chestxray_covid.datasets.cohen import CohenCovidDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.folder import FolderDataset, HannoverCovidDataset, ManifestDataset
 from chestxray_covid.datasets.report import DatasetReport, summarise
+from chestxray_covid.datasets.storage import existing_folder
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError, ImageNotFoundError
 from sources import draw, write_cohen, write_csv, write_folder, write_hannover, write_image
@@ -207,8 +207,16 @@ def test_a_subset_has_the_samples_in_the_order_asked_for(dataset: FolderDataset)
     assert part.targets == [0, 1, 0]
     with pytest.raises(IndexError, match="out of range"):
         dataset.subset([5])
-    with pytest.raises(TypeError, match="bool"):
-        dataset.subset(np.array([True, False]))
+
+
+def test_a_mask_is_no_list_of_positions(dataset: FolderDataset) -> None:
+    mask = dataset.metadata["label"] == "covid19"
+    masks: list[Any] = [mask, mask.to_numpy(), list(mask), torch.tensor(mask.to_numpy())]
+    for wrong in (*masks, np.zeros(0, bool), [0, True], [np.True_]):
+        if len(wrong):
+            with pytest.raises(TypeError, match=r"got a bool; use np\.flatnonzero\(mask\)"):
+                dataset.subset(wrong)
+    assert dataset.subset(np.flatnonzero(mask)).targets == [1, 1]
 
 
 def test_a_filter_keeps_classes_and_transforms(tmp_path: Path) -> None:
@@ -265,6 +273,51 @@ def test_a_row_that_was_taken_over_counts_to_its_origin_where_that_is_loaded(
     assert len(set(groups)) == len({(s.source, s.patient_id) for s in both.samples}) - 1
 
 
+def test_two_sources_that_nobody_named_are_not_taken_for_one(tmp_path: Path) -> None:
+    for site, folder in (("a", "COVID"), ("b", "Normal")):
+        write_folder(tmp_path / site / "data", {folder: 2})
+        rows = [[f"data/{folder}/{folder}-0.png", folder, "1"]]
+        for name in ("list.csv", "data.csv"):
+            write_csv(tmp_path / site / name, ["path", "label", "patient_id"], rows)
+    one, other = (FolderDataset(tmp_path / site / "data") for site in "ab")
+    message = r"a.data and .*b.data are both called 'data' by default.*Name them with source="
+    for part in (one, one.subset([0]), one.filter(bool), one.limit(1), concatenate([one])):
+        with pytest.raises(DatasetError, match=message):
+            part + other
+    named = FolderDataset(tmp_path / "b" / "data", source="b")
+    assert (one + named).sources == ("b", "data")
+    for name, kind in (("list.csv", "list"), ("data.csv", "data")):
+        lists = [ManifestDataset(tmp_path / site / name) for site in "ab"]
+        with pytest.raises(DatasetError, match=f"{name} are both called '{kind}' by default"):
+            concatenate(lists)
+    with pytest.raises(DatasetError, match="are both called 'data' by default"):
+        one + ManifestDataset(tmp_path / "b" / "data.csv")
+    covid = FolderDataset(tmp_path / "a" / "data", classes=["covid19"])
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "data")
+    assert len(covid.subset([0]) + FolderDataset(tmp_path / "link" / ".").subset([1])) == 2
+
+
+def test_a_file_is_not_added_twice(tmp_path: Path, dataset: FolderDataset) -> None:
+    listed = ManifestDataset(dataset.subset([0]).to_manifest(tmp_path / "list.csv"))
+    for again in (dataset, dataset.subset([4]), listed):
+        with pytest.raises(DatasetError, match=r"-\d\.png is in two data sets; add each only once"):
+            dataset + again
+
+
+def test_a_sum_reports_what_its_parts_dropped(tmp_path: Path) -> None:
+    one = FolderDataset(write_folder(tmp_path / "a", {"COVID": 2, "edema": 3}))
+    (tmp_path / "b" / "COVID").mkdir(parents=True)
+    (tmp_path / "b" / "COVID" / "readme.txt").touch()
+    other = FolderDataset(write_folder(tmp_path / "b", {"COVID": 1, "edema": 1}))
+    report = (one + other).report()
+    assert (report.source, report.found, report.kept) == ("a+b", 8, 3)
+    assert report.root == f"{tmp_path / 'a'}, {tmp_path / 'b'}"
+    dropped = {"folder outside the classes (edema)": 4, "not an image file name": 1}
+    assert report.dropped == dropped
+    assert report.notes == {"names without a patient number": 3}
+    assert report.patients["covid19"] == 3
+
+
 def test_nothing_cannot_be_concatenated() -> None:
     with pytest.raises(ValueError, match="at least one"):
         concatenate([])
@@ -276,7 +329,8 @@ def test_sums_of_different_transforms_are_refused(tmp_path: Path, option: str) -
     plain, changed = FolderDataset(root), FolderDataset(root, **{option: str})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="different transforms"):
         concatenate([plain, changed])
-    assert getattr(concatenate([changed, changed]), option) is str
+    halves = [changed.subset(range(6)), changed.subset(range(6, 12))]
+    assert getattr(concatenate(halves), option) is str
 
 
 # The table
@@ -364,7 +418,7 @@ def test_hostile_file_names_survive_a_manifest(tmp_path: Path) -> None:
         assert original[0].tobytes() == listed[0].tobytes()
 
 
-@pytest.mark.parametrize("text", HOSTILE_NAMES)
+@pytest.mark.parametrize("text", [name.strip() for name in HOSTILE_NAMES])
 def test_hostile_text_survives_a_manifest(tmp_path: Path, text: str) -> None:
     file = write_image(tmp_path / "a.png")
     one = sample(str(file), text, finding=text + "x", patient_id=text, source=text, view=text)
@@ -372,6 +426,31 @@ def test_hostile_text_survives_a_manifest(tmp_path: Path, text: str) -> None:
     back = ManifestDataset(manifest, classes=[text]).samples[0]
     assert (back.label, back.finding, back.patient_id) == (text, text + "x", text)
     assert (back.source, back.view) == (text, text)
+
+
+def test_a_manifest_lists_links_under_their_own_names(tmp_path: Path) -> None:
+    target = write_image(tmp_path / "store" / "9f3c0")
+    link = tmp_path / "library" / "COVID" / "12_a.png"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    whole = FolderDataset(tmp_path / "library")
+    back = ManifestDataset(whole.to_manifest(tmp_path / "library" / "list.csv"))
+    assert [s.path for s in back.samples] == [link]
+
+
+def test_a_manifest_may_lie_in_the_home_folder(
+    tmp_path: Path, dataset: FolderDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert dataset.to_manifest("~/list.csv") == tmp_path / "home" / "list.csv"
+    assert len(ManifestDataset("~/list.csv")) == 5
+
+
+def test_threads_may_write_the_same_manifest(tmp_path: Path, dataset: FolderDataset) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(dataset.to_manifest, [tmp_path / "list.csv"] * 64))
+    assert len(ManifestDataset(tmp_path / "list.csv")) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["list.csv", "site"]
 
 
 def test_a_manifest_replaces_the_one_before(tmp_path: Path, dataset: FolderDataset) -> None:
@@ -399,6 +478,14 @@ def test_phantoms_have_no_file_to_list(tmp_path: Path) -> None:
 
 
 # Content
+
+
+def test_a_path_may_be_text(tmp_path: Path) -> None:
+    file = write_image(tmp_path / "a.png")
+    plain = {"label": "normal", "finding": "", "patient_id": "1", "source": "s"}
+    one = Sample(path=str(file), **plain)  # type: ignore[arg-type]
+    assert one == Sample(path=file, **plain)
+    assert ChestXrayDataset([one], classes=["normal"])[0][0].size == (48, 40)
 
 
 def test_the_hash_follows_the_content_and_not_the_name(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from chestxray_covid.datasets.download import (
     GitHubEndpoints,
     download_cohen,
     download_kermany,
+    recorded_commit,
 )
+from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset
 from chestxray_covid.errors import (
     ArchiveError,
     DatasetNotFoundError,
@@ -177,6 +179,19 @@ def test_a_damaged_record_is_written_anew(
     (tmp_path / RECORD_NAME).write_bytes(damage)
     get(github, tmp_path)
     assert json.loads((tmp_path / RECORD_NAME).read_bytes())["commit"] == github.commit
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"commit": 5}, {"commit": "a..b"}, {"count": float("inf")}, {"count": "1"}, {"tree": []}],
+)
+def test_a_record_with_impossible_values_is_as_none(tmp_path: Path, change: dict[str, Any]) -> None:
+    record = {"repository": "ieee8023/covid-chestxray-dataset", "commit": "0" * 40}
+    record |= {"ref": "master", "count": 1, "tree": {}}  # type: ignore[dict-item]
+    (tmp_path / RECORD_NAME).write_text(json.dumps(record))
+    assert recorded_commit(tmp_path) == "0" * 40
+    (tmp_path / RECORD_NAME).write_text(json.dumps({**record, **change}))
+    assert recorded_commit(tmp_path) is None
 
 
 def test_a_record_cannot_lead_out_of_the_folder(github: GitHubServer, tmp_path: Path) -> None:
@@ -478,6 +493,19 @@ def test_impossible_arguments_are_refused(
     assert not (tmp_path / "root").exists()
 
 
+@pytest.mark.parametrize("name", [b"a.png", Path("a.png"), None])
+def test_names_of_images_are_text(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(TypeError, match="images must be file names, got "):
+        download_cohen(tmp_path, images=["b.png", name])
+
+
+def test_a_row_that_ends_early_has_empty_cells(github: GitHubServer, tmp_path: Path) -> None:
+    github.publish({**WANTED, "metadata.csv": b"filename,folder,license\na.jpeg,images\nc.png\n\n"})
+    licences: list[str] = []
+    get(github, tmp_path, include=lambda row: licences.append(row["license"]) or True)
+    assert licences == ["", ""]
+
+
 def test_a_single_name_is_no_list_of_images(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"images must be file names, got the string 'a\.png'"):
         download_cohen(tmp_path, images="a.png")
@@ -666,10 +694,36 @@ def test_an_archive_with_the_nested_copy_alone_is_unpacked(tmp_path: Path) -> No
     assert len(list(root.rglob("chest_xray/chest_xray/*/*/*.jpeg"))) == 6
 
 
-def test_another_archive_is_not_unpacked(tmp_path: Path) -> None:
-    archive = make_zip(tmp_path / "cats.zip", ["cats/1.jpeg"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["cats/1.jpeg"],
+        ["OCT2017/train/NORMAL/1.jpeg", "OCT2017/train/CNV/1.jpeg"],
+        ["OCT2017/train/NORMAL/1.jpeg"],
+        ["Data/train/NORMAL/1.jpeg", "Data/train/COVID19/1.jpeg"],
+        ["train/NORMAL/1.jpeg", "test/COVID19/1.jpeg"],
+        ["chest_xray/train/NORMAL/1.jpeg", "chest_xray/train/COVID19/1.jpeg"],
+    ],
+)
+def test_another_archive_is_not_unpacked(tmp_path: Path, names: list[str]) -> None:
+    archive = make_zip(tmp_path / "cats.zip", names)
     with pytest.raises(ArchiveError, match=r"cats\.zip is not the Kermany collection"):
         download_kermany(tmp_path / "kermany", archive=archive)
+
+
+@pytest.mark.parametrize("place", ["CellData/chest_xray/", "chest_xray/", ""])
+def test_of_mendeleys_later_archive_the_chest_radiographs_are_unpacked(
+    tmp_path: Path, place: str
+) -> None:
+    images = [f"{place}train/{name}.jpeg" for name in ("NORMAL/NORMAL-1-1", "PNEUMONIA/VIRUS-1-1")]
+    oct_images = [
+        "CellData/OCT/train/NORMAL/NORMAL-1-1.jpeg",
+        "CellData/OCT/train/CNV/CNV-1-1.jpeg",
+    ]
+    archive = make_zip(tmp_path / "archive.zip", [*oct_images, *images])
+    root = download_kermany(tmp_path / "kermany", archive=archive, progress=False)
+    assert {p.relative_to(root).as_posix() for p in root.rglob("*.jpeg")} == set(images)
+    assert len(KermanyPneumoniaDataset(root)) == 1
 
 
 def test_a_missing_kermany_archive_is_told(tmp_path: Path) -> None:
@@ -713,7 +767,8 @@ def fake_kagglehub(monkeypatch: pytest.MonkeyPatch, download: Callable[[str], st
 def test_kagglehub_gives_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_kagglehub(monkeypatch, lambda handle: str(tmp_path / "cache" / handle))
     expected = tmp_path / "cache" / "paultimothymooney" / "chest-xray-pneumonia"
-    assert download_kermany(tmp_path) == expected
+    assert download_kermany(tmp_path / "kermany") == expected
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError, zipfile.BadZipFile, _StrangeError])

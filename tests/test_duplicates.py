@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from chestxray_covid.datasets import duplicates
 from chestxray_covid.datasets.base import LABELS, ChestXrayDataset, Sample, concatenate
 from chestxray_covid.datasets.cohen import CohenCovidDataset
 from chestxray_covid.datasets.duplicates import find_duplicates, patient_groups
@@ -219,7 +221,7 @@ def test_a_patient_with_own_and_taken_over_images_is_one_group(others: tuple[str
 
 identities = st.builds(
     sample,
-    st.integers(0, 10**6).map(str),
+    st.integers(0, 30).map(str),
     st.sampled_from("12345"),
     source=st.sampled_from(["cohen", "hannover", "site"]),
     metadata=st.sampled_from(
@@ -242,7 +244,7 @@ def test_groups_are_the_connected_components_of_shared_identities(samples: list[
     def keys(s: Sample) -> set[tuple[str, ...]]:
         image_id = s.metadata.get("image_id")
         image = {("image", s.metadata.get("origin") or s.source, image_id)} if image_id else set()
-        return {("patient", s.source, s.patient_id), *image}
+        return {("patient", s.source, s.patient_id), ("file", str(s.path)), *image}
 
     expected = [{i} for i in range(len(samples))]
     for _ in samples:
@@ -295,6 +297,56 @@ def _components(count: int, pairs: list[tuple[int, int]]) -> list[int]:
         for a, b in pairs:
             component[a] = component[b] = min(component[a], component[b])
     return component
+
+
+def test_a_file_is_one_patients_whatever_its_path_is_spelled_like() -> None:
+    paths = ("data/a.png", "data/./a.png", "data/x/../a.png", "data/b.png")
+    samples = [sample(path, str(i)) for i, path in enumerate(paths)]
+    assert patient_groups(dataset_of(samples), find_copies=False) == [0, 0, 0, 1]
+    phantoms = SyntheticChestXray(4, image_size_px=32, patients=4)
+    groups = patient_groups(phantoms + phantoms, find_copies=False)
+    assert groups == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+class Drawn:
+    """Images of samples without a file: noise that follows from the number in the path."""
+
+    def __init__(self, different: int, blank: int = 0) -> None:
+        rng = np.random.default_rng(0)
+        self.pixels = rng.integers(0, 256, (different, 64, 64), np.uint8)
+        self.pixels[:blank] = 7
+
+    def __call__(self, s: Sample, min_size: tuple[int, int] | None) -> Image.Image:
+        return Image.fromarray(self.pixels[int(s.path.name) % len(self.pixels)])
+
+    def dataset(self, size: int) -> ChestXrayDataset:
+        return dataset_of([sample(str(i), str(i), read=self) for i in range(size)])
+
+
+def test_many_equal_images_are_one_group_without_a_pair_of_each_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[int] = []
+    similar = duplicates._similar
+
+    def counted(thumbnails: Any, correlation: float) -> Iterator[tuple[int, int]]:
+        compared.append(len(thumbnails))
+        return similar(thumbnails, correlation)
+
+    monkeypatch.setattr(duplicates, "_similar", counted)
+    assert patient_groups(Drawn(3).dataset(300)) == [0, 1, 2] * 100
+    assert compared == [3]
+    blanks = patient_groups(Drawn(3, blank=2).dataset(6))
+    assert blanks == [0, 1, 2, 3, 4, 2]
+
+
+def test_the_memory_is_that_of_the_thumbnails() -> None:
+    dataset = Drawn(10).dataset(2000)
+    tracemalloc.start()
+    patient_groups(dataset)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.3 * 2000 * 16 * 1024
 
 
 def test_an_equal_hash_in_the_metadata_joins_patients_without_reading(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from chestxray_covid.engines import (
     open_engine,
     softmax,
 )
-from chestxray_covid.errors import CheckpointError, MissingExtraError
+from chestxray_covid.errors import CheckpointError, ConfigError, MissingExtraError
 from chestxray_covid.hub import bundled_models
 from chestxray_covid.image import Preprocess
 from conftest import random_tensors
@@ -127,10 +128,11 @@ def test_threads_get_what_one_thread_gets(engine: Engine) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def in_new_process(code: str) -> int:
+def in_new_process(code: str, *arguments: object) -> int:
     """Return the exit status of a Python process, which has a minute."""
     where = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, "-c", code], env=where, timeout=60).returncode
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=where, timeout=60).returncode
 
 
 def test_signals_arrive_after_several_engines_have_gone() -> None:
@@ -168,6 +170,52 @@ def test_threads_that_are_the_first_to_ask_do_not_wait_for_each_other() -> None:
     )
     for _ in range(5):
         assert in_new_process(code) == 0
+
+
+FORKED = """
+import os, sys
+import numpy as np
+from chestxray_covid import ChestXrayError, Classifier
+folder, engine, one_thread = sys.argv[1:]
+if engine == "torch":
+    import torch
+    torch.set_num_threads(2)
+classifier = Classifier.from_pretrained(folder, engine=engine)
+images = list(np.random.default_rng(0).integers(0, 256, (12, 64, 64), dtype=np.uint8))
+expected = [classifier.predict_proba(images[0]), classifier.predict_proba(images)]
+child = os.fork()
+if not child:
+    if one_thread == "True":
+        torch.set_num_threads(1)
+    try:
+        found = [classifier.predict_proba(images[0]), classifier.predict_proba(images)]
+    except ChestXrayError as error:
+        os._exit(5 if isinstance(error, RuntimeError) and "spawn" in str(error) else 6)
+    os._exit(3 if all(map(np.allclose, found, expected)) else 4)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(
+    ("name", "one_thread", "expected"),
+    [("openvino", False, 3), ("torch", True, 3), ("torch", False, 5)],
+)
+def test_a_forked_process_gets_what_its_parent_gets_or_an_error(
+    checkpoint_folder: Path, name: str, one_thread: bool, expected: int
+) -> None:
+    assert in_new_process(FORKED, checkpoint_folder, name, one_thread) == expected
+
+
+def test_a_call_that_was_interrupted_leaves_an_engine_that_answers() -> None:
+    own = open_engine(CONFIG, random_tensors(3), engine="openvino", precision="float32")
+    expected = own(pixels(1))[0]
+    for _ in range(engine_openvino.cores()):
+        with suppress(KeyboardInterrupt), own._one.take() as requests:  # type: ignore[attr-defined]
+            requests[0].start_async({0: pixels(1, seed=1)})
+            raise KeyboardInterrupt
+    for _ in range(engine_openvino.cores()):
+        np.testing.assert_array_equal(own(pixels(1))[0], expected)
 
 
 def test_several_streams_answer_as_one_does(
@@ -297,7 +345,7 @@ def test_what_an_engine_does_not_do_is_refused(options: dict[str, str]) -> None:
         open_engine(CONFIG, random_tensors(3), **options)
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cpu:x", "cuda:99", "cuda:-2", "xpu:7"])
+@pytest.mark.parametrize("device", ["nonsense", "cpu:x", "cuda:99", "cuda:-2", "xpu:7", "meta"])
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 def test_a_device_that_is_not_there_is_refused(device: str, precision: str) -> None:
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used: .* Use 'cpu'"):
@@ -307,6 +355,26 @@ def test_a_device_that_is_not_there_is_refused(device: str, precision: str) -> N
 def test_weights_of_other_classes_than_the_config_names_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"classifier.weight has shape \(2, 1024\), expected"):
         open_engine(CONFIG, random_tensors(2))
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnx", "torch"])
+def test_a_variance_below_zero_is_refused_by_every_engine(engine: str) -> None:
+    tensors = random_tensors(3)
+    name = "features.denseblock2.denselayer3.norm1.running_var"
+    tensors[name][5] = -1
+    with pytest.raises(CheckpointError, match=f"{name} has a negative variance"):
+        open_engine(CONFIG, tensors, engine=engine)
+    tensors[name][5], tensors[name.replace("running_var", "weight")][7] = 1, 3e38
+    with pytest.raises(CheckpointError, match=r"overflow: .*denselayer3\.norm1"):
+        open_engine(CONFIG, tensors, engine=engine)
+
+
+@pytest.mark.parametrize("std", [1e-310, 1e-4, 0.0, float("nan")])
+def test_a_deviation_that_pixels_cannot_be_divided_by_is_refused(std: float) -> None:
+    with pytest.raises(ValueError, match=r"std must be a fraction of white in \[0\.001, 1\]"):
+        Preprocess(std=std)
+    with pytest.raises(ConfigError, match="preprocess is impossible: std must be"):
+        Preprocess.from_dict(Preprocess().to_dict() | {"std": std})
 
 
 def test_weights_that_lack_a_tensor_are_refused() -> None:

@@ -20,7 +20,7 @@ FAMILY = [
     if issubclass(kind, ChestXrayError)
 ]
 PLAIN = [kind for kind in FAMILY if kind is not TrainingInterrupted]
-BUILTINS = (ValueError, OSError, FileNotFoundError, ImportError)
+BUILTINS = (ValueError, OSError, FileNotFoundError, ImportError, RuntimeError)
 
 
 def pickled(error: Exception) -> Any:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -27,9 +29,11 @@ from chestxray_covid import (
     export_model,
     resolve,
 )
-from chestxray_covid.checkpoint import save_checkpoint
+from chestxray_covid.checkpoint import load_config, save_checkpoint
 from chestxray_covid.cli import main
 from chestxray_covid.engine_openvino import openvino_core
+from chestxray_covid.errors import CheckpointError, ConfigError
+from chestxray_covid.export_card import card_text
 from conftest import random_tensors
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "embed_onnx.py"
@@ -165,6 +169,55 @@ def test_a_file_that_answers_otherwise_is_refused_and_nothing_is_left(
     ):
         export_model(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+HOSTILE = "\x1b[31mMIT\n\n# Approved \ud800 <b>`"
+
+
+@pytest.mark.parametrize(
+    "temperature",
+    [{}, "x", True, None, -1.0, 0, 10**400, HOSTILE, [1.5], float("inf")],
+    ids=lambda value: str(value)[:5].encode("ascii", "replace").decode(),
+)
+def test_the_card_takes_nothing_unchecked_from_a_config(checkpoint: Path, temperature: Any) -> None:
+    config = replace(
+        load_config(checkpoint),
+        provenance={"temperature": temperature, "license": HOSTILE + "x" * 9000},
+        threshold_origin=HOSTILE,
+    )
+    parity = export.Parity(images=1, probability=0.0, logits=0.0, features=0.0)
+    card = export._card("onnx", "model.onnx", {}, config, parity)
+    assert card["temperature"] is None
+    assert len(card["license"]) == 100
+    json.dumps(card, allow_nan=False)
+    text = card_text(card)
+    assert "no calibration temperature is known" in text
+    assert r"licence: \[31mMIT # Approved &lt;b&gt;\`xx" in text
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert "\n# Approved" not in text
+    config = replace(config, provenance={"license": [HOSTILE]})
+    assert export._card("onnx", "model.onnx", {}, config, parity)["license"] is None
+
+
+def test_a_text_of_a_config_has_its_limit(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="threshold_origin must have at most 2000 characters"):
+        replace(load_config(checkpoint), threshold_origin="x" * 2001)
+
+
+def test_a_file_longer_than_any_of_a_checkpoint_is_said_to_be(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "copied")
+    os.truncate(folder / "model.safetensors", 100_000_001)
+    with pytest.raises(CheckpointError, match="has 100000001 bytes, expected at most 100000000"):
+        export_model(folder, tmp_path / "out")
+
+
+def test_the_card_of_a_checkpoint_is_not_replaced(checkpoint: Path) -> None:
+    before = {p.name for p in checkpoint.iterdir()}
+    with pytest.raises(ValueError, match="output must not be the folder of a checkpoint"):
+        export_model(checkpoint, checkpoint)
+    assert {p.name for p in checkpoint.iterdir()} == before
 
 
 def test_wrong_arguments_are_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from chestxray_covid.datasets.folder import (
 )
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError, ImageNotFoundError
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError
 from sources import (
     SHARED_IMAGE_ID,
     cohen_row,
@@ -95,18 +95,104 @@ def test_suffixes_are_compared_without_case(tmp_path: Path) -> None:
     assert {s.path.name for s in FolderDataset(tmp_path).samples} == {"a.PNG", "b.JpEg", "c.bmp"}
 
 
-def test_a_link_to_nothing_is_named_when_it_is_read(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"COVID": 1})
-    (tmp_path / "COVID" / "broken.png").symlink_to(tmp_path / "gone.png")
-    dataset = FolderDataset(tmp_path)
-    with pytest.raises(ImageNotFoundError, match=r"broken\.png is a link to nothing"):
-        [dataset[i] for i in range(len(dataset))]
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_is_no_regular_file_is_dropped_and_links_to_files_are_not(tmp_path: Path) -> None:
+    write_folder(tmp_path / "site", {"COVID": 1})
+    inside = tmp_path / "site" / "COVID"
+    (inside / "broken.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(inside / "pipe.png")
+    (inside / "link.png").symlink_to(write_image(tmp_path / "elsewhere.png"))
+    dataset = FolderDataset(tmp_path / "site")
+    assert [s.path.name for s in dataset.samples] == ["COVID-0.png", "link.png"]
+    assert dataset.report().dropped == {"no regular file": 2}
 
 
-def test_a_loop_of_links_ends(tmp_path: Path) -> None:
+def test_links_to_folders_are_noted_and_not_followed(tmp_path: Path) -> None:
     write_folder(tmp_path, {"COVID": 1})
     (tmp_path / "COVID" / "loop").symlink_to(tmp_path, target_is_directory=True)
-    assert len(FolderDataset(tmp_path)) == 1
+    dataset = FolderDataset(tmp_path)
+    assert len(dataset) == 1
+    assert dataset.report().notes["links to folders, not followed"] == 1
+
+
+@pytest.mark.parametrize("inside", ["Normal", "Normal/site", "."])
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    write_image(write_folder(tmp_path) / "Normal" / "site" / "a.png")
+    closed, scan = tmp_path / inside, os.scandir
+
+    def refuse(path: Path) -> object:  # the superuser may list everything
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for read in (FolderDataset, open_dataset):
+        with pytest.raises(DatasetError, match=r"cannot be listed: .*Mend its permissions"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Train", "Val", "Test")])
+def test_class_folders_may_lie_in_splits_which_are_merged(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    for part in names:
+        for folder, count in (("COVID19", 2), ("NORMAL", 1), ("PNEUMONIA", 1)):
+            for i in range(count):
+                write_image(tmp_path / part / folder / f"{i}.png", f"{part}{folder}{i}")
+    dataset = open_dataset(tmp_path, classes=LABELS)
+    assert type(dataset) is FolderDataset
+    images = {"normal": len(names), "pneumonia": len(names), "covid19": 2 * len(names)}
+    assert dataset.report().images == images
+    assert len({s.patient_id for s in dataset.samples}) == len(dataset)
+    chosen = FolderDataset(tmp_path, {"COVID19": "covid19", "NORMAL": "normal"})
+    assert len(chosen) == 3 * len(names)
+
+
+def test_labels_can_name_folders_that_look_like_splits_or_masks(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train": 1, "test": 2, "masks": 3})
+    plain = {"train": "normal", "test": "covid19", "masks": "masks"}
+    assert len(FolderDataset(tmp_path, plain, classes=list(plain.values()))) == 6
+
+
+def test_masks_are_no_radiographs_whatever_their_folder_is_called(tmp_path: Path) -> None:
+    for folder in ("COVID-19", "Normal"):
+        for inside in ("images", "lung masks", "infection masks", "Masks", "mask"):
+            write_image(tmp_path / folder / inside / "a.png")
+    write_image(tmp_path / "Lung_Masks" / "a.png")
+    dataset = FolderDataset(tmp_path)
+    assert {s.path.parent.name for s in dataset.samples} == {"images"}
+    assert dataset.report().notes["folders of masks, not read"] == 9
+
+
+@pytest.mark.parametrize("name", ["Covid-positive", "positive covid", "COVID19_cases"])
+def test_a_class_does_not_vanish_because_its_name_is_not_understood(
+    tmp_path: Path, name: str
+) -> None:
+    write_folder(tmp_path / "site", {"Normal": 1, name: 1})
+    with pytest.raises(DatasetError, match=r"No usable image of \['covid19'\](.|\n)*give labels="):
+        FolderDataset(tmp_path / "site")
+    rows = [["site/Normal/Normal-0.png", "normal", "1"], [f"site/{name}/{name}-0.png", name, "2"]]
+    table = write_csv(tmp_path / "list.csv", HEADER, rows)
+    with pytest.raises(DatasetError, match=r"No usable image of \['covid19'\](.|\n)*give labels="):
+        ManifestDataset(table)
+    assert len(FolderDataset(tmp_path / "site", classes=["normal"])) == 1
+    assert len(FolderDataset(tmp_path / "site", {"Normal": "normal", name: "covid19"})) == 2
+    assert len(ManifestDataset(table, {name: "covid19"})) == 2
+
+
+@pytest.mark.parametrize("name", ["Lung_Opacity", "non-COVID", "covid negative", "abnormal"])
+def test_other_classes_may_be_left_out(tmp_path: Path, name: str) -> None:
+    assert len(FolderDataset(write_folder(tmp_path, {"Normal": 1, name: 2}))) == 1
+
+
+def test_names_that_are_not_utf8_are_printed_escaped(tmp_path: Path) -> None:
+    write_folder(tmp_path / "site \udce8", {"Normal": 1, "fi\udce8vre\x1b[31m": 1})
+    text = str(FolderDataset(tmp_path / "site \udce8").report())
+    assert "folder outside the classes (fi\\udce8vre\\x1b[31m)" in text
+    assert text.startswith("site \\udce8: 1 of 2 kept")
+    assert text.encode()
 
 
 def test_patients_are_the_numbers_that_start_the_names(tmp_path: Path) -> None:
@@ -184,15 +270,6 @@ def test_a_pattern_that_is_none_is_a_wrong_argument(tmp_path: Path) -> None:
         FolderDataset(write_folder(tmp_path), patient_id=r"(\d")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"COVID": 1})
-    os.mkfifo(tmp_path / "COVID" / "pipe.png")
-    dataset = FolderDataset(tmp_path)
-    with pytest.raises(ImageNotFoundError, match=r"pipe\.png is a pipe, socket or device"):
-        [dataset[i] for i in range(len(dataset))]
-
-
 # Lists
 
 
@@ -239,7 +316,7 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path: Path) -> Non
         ["nul\0.png", "normal", "1"],
         ["n" * 300 + ".png", "normal", "1"],
         ["a.png/b.png", "normal", "1"],
-        ["a.png", "normal", "2", "a cell too many", "and another"],
+        ["a.png", "normal", "2", "", " "],
     ]
     report = ManifestDataset(write_csv(tmp_path / "list.csv", HEADER, rows)).report()
     assert (report.found, report.kept) == (12, 2)
@@ -249,6 +326,38 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path: Path) -> Non
         "label outside the classes (edema)": 1,
         "label outside the classes (empty)": 1,
     }
+
+
+def test_blanks_around_cells_do_not_count_except_in_a_path(tmp_path: Path) -> None:
+    write_image(tmp_path / " a.png")
+    write_image(tmp_path / "b.png")
+    rows = [[" a.png", "normal ", "7"], ["b.png", " normal", "7 "]]
+    dataset = ManifestDataset(write_csv(tmp_path / "list.csv", HEADER, rows))
+    assert [(s.path.name, s.patient_id) for s in dataset.samples] == [
+        (" a.png", "7"),
+        ("b.png", "7"),
+    ]
+
+
+def test_lists_know_the_labels_and_views_that_folders_and_cohen_know(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    names = ["Normal", "COVID-19", "No finding", "C19", "normal"]
+    rows = [["a.png", name, str(i), "ap supine"] for i, name in enumerate(names)]
+    table = write_csv(tmp_path / "list.csv", [*HEADER, "view"], rows)
+    dataset = ManifestDataset(table, {"C19": "covid19"})
+    assert dataset.targets == [0, 1, 0, 1, 0]
+    assert [s.finding for s in dataset.samples] == names
+    assert {s.view for s in dataset.samples} == {"AP Supine"}
+    as_they_are = ManifestDataset(table, classes=["Normal", "COVID-19"])
+    assert [s.label for s in as_they_are.samples] == ["Normal", "COVID-19"]
+
+
+def test_a_list_without_sources_is_named_after_itself_or_its_folder(tmp_path: Path) -> None:
+    write_image(tmp_path / "clinic.v2" / "a.png")
+    for name, source in (("list.csv", "list"), ("manifest.csv", "clinic.v2")):
+        table = write_csv(tmp_path / "clinic.v2" / name, HEADER, [["a.png", "normal", "1"]])
+        assert ManifestDataset(table).sources == (source,)
+        assert ManifestDataset(table, source="site").sources == ("site",)
 
 
 def test_a_folder_with_a_manifest_is_enough(tmp_path: Path) -> None:
@@ -272,13 +381,15 @@ def test_a_byte_order_mark_as_of_spreadsheets_is_skipped(tmp_path: Path) -> None
         (b"", r"lacks the columns \['path', 'label', 'patient_id'\]; it has \[\]"),
         (b"\n", "lacks the columns"),
         (b"path,label\na.png,normal\n", r"lacks the columns \['patient_id'\]"),
-        (b"path;label;patient_id\na.png;normal;1\n", "lacks the columns"),
+        (b"path;label;patient_id\na.png;normal;1\n", "separated by ';': save it with commas"),
+        (b"path,label,patient_id,label\na.png,normal,1,x\n", r"more than one column \['label'\]"),
+        (b"path,label,patient_id\na,b.png,normal,1\n", "line 2: 4 cells, but the header has 3"),
         (b"path,label,patient_id\n", "has a header and no rows"),
         (b"path,label,patient_id\n\n\n", "has a header and no rows"),
         (b"<!DOCTYPE html><html>404</html>", "lacks the columns"),
         (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8, "lacks the columns"),
         (b"\0" * 1000, "lacks the columns"),
-        ("path,label,patient_id\n".encode("utf-16"), "lacks the columns"),
+        ("path,label,patient_id\n".encode("utf-16"), "lacks the columns.*UTF-16: save it as UTF-8"),
         (b'path,label,patient_id\n"' + b"x" * 200_000, "cannot be read as CSV"),
     ],
 )
@@ -395,7 +506,14 @@ def test_a_damaged_data_set_is_not_taken_for_another(tmp_path: Path) -> None:
         open_dataset(root)
 
 
-@pytest.mark.parametrize("name", ["", "nothing", "file.txt", "nul\0"])
+def test_the_table_of_a_known_collection_is_told_to_be_opened_by_its_folder(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(DatasetError, match="belongs to a public collection, pass its folder"):
+        open_dataset(write_cohen(tmp_path) / "metadata.csv")
+
+
+@pytest.mark.parametrize("name", ["", "nothing", "file.txt", "nul\0", "n" * 300])
 def test_what_is_no_data_set_is_not_found(tmp_path: Path, name: str) -> None:
     (tmp_path / "file.txt").touch()
     with pytest.raises(DatasetNotFoundError, match="no data set of a known layout"):

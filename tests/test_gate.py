@@ -305,6 +305,25 @@ def test_impossible_examples_are_refused(
         fit({**data, **change})
 
 
+def test_a_kind_that_one_fold_holds_alone_is_named(data: dict[str, Any]) -> None:
+    pairs = list(zip(data["patients"], data["kinds"], strict=True))
+    alone = ["only" if kind == "ct" else patient for patient, kind in pairs]
+    with pytest.raises(ValueError, match=r"without patients .*only.* no example of \['ct'\]"):
+        fit({**data, "patients": alone})
+
+
+def test_a_kind_that_one_source_holds_alone_is_named(data: dict[str, Any]) -> None:
+    pairs = zip(data["sources"], data["kinds"], strict=True)
+    sources = ["a" if kind == "inverted" else source for source, kind in pairs]
+    with pytest.raises(ValueError, match=r"without source a there is no example of \['inverted'\]"):
+        fit({**data, "sources": sources})
+
+
+def test_a_source_that_leaves_too_few_frontal_radiographs_is_named(data: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"without source a there are 30 .* for 29 components"):
+        fit({**data, "components": 29})
+
+
 # ---------------------------------------------------------------- as a file
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from chestxray_covid.engine_onnx import onnx_model
 from chestxray_covid.engine_openvino import openvino_core, openvino_model
 from chestxray_covid.engine_torch import FoldedNetwork
+from chestxray_covid.errors import CheckpointError
 from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, digest, fold
 from chestxray_covid.image import Preprocess
 from conftest import random_tensors
@@ -182,3 +183,27 @@ def test_the_digest_shows_every_change(tensors: dict[str, NDArray[Any]], network
 
 
 CHANGES = {"size_px": 96, "mean": 0.31, "std": 0.41}
+
+
+NORM = "features.denseblock2.denselayer3.norm1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "layer"),
+    [
+        (f"{NORM}.weight", 3e38, NORM),
+        (f"{NORM}.running_var", -1, NORM),
+        (f"{NORM}.running_mean", 1e7, NORM),
+        ("features.norm0.weight", 3e38, "features.norm0"),
+        ("features.denseblock4.denselayer16.conv2.weight", -2e6, "denselayer16.conv2"),
+    ],
+)
+def test_a_layer_that_overflows_is_named_whatever_a_relu_would_make_of_it(
+    name: str, value: float, layer: str, tensors: dict[str, NDArray[Any]]
+) -> None:
+    broken = {**tensors, name: tensors[name].copy()}
+    broken[name].flat[5] = value
+    with pytest.raises(CheckpointError, match=rf"overflow: .*{layer} has a value of .*at most"):
+        fold(broken, PREPROCESS)
+    with pytest.raises(CheckpointError, match="overflow"):
+        fold(broken, PREPROCESS, precision="bfloat16")

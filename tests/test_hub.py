@@ -156,6 +156,13 @@ def test_bundled_models_are_found_by_name_and_the_default_without(bundle: Path) 
     assert models[DEFAULT_MODEL].classes == ("normal", "pneumonia", "covid19")
 
 
+def test_the_licence_of_the_weights_names_every_file_with_weights() -> None:
+    text = (hub.BUNDLED / "LICENSE").read_text()
+    found = {path.name for path in hub.BUNDLED.rglob("*.safetensors")}
+    assert len(found) == 4
+    assert [name for name in found if name not in text] == []
+
+
 def test_a_damaged_bundled_config_is_named(bundle: Path) -> None:
     (bundle / "another-v2" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="another-v2"):
@@ -183,6 +190,13 @@ def test_a_folder_is_itself_and_its_subfolder_a_part_of_it(tmp_path: Path) -> No
 def test_what_is_no_folder_and_no_repository_is_not_found(name: Any) -> None:
     with pytest.raises(CheckpointNotFoundError, match="is no checkpoint folder, no bundled model"):
         resolve(name)
+
+
+@pytest.mark.parametrize("name", [None, DEFAULT_MODEL])
+@pytest.mark.parametrize("options", [{"revision": "v9"}, {"subfolder": "x"}])
+def test_a_bundled_model_has_neither_revision_nor_subfolder(name: Any, options: Any) -> None:
+    with pytest.raises(ValueError, match=f"revision and subfolder .* {DEFAULT_MODEL} is bundled"):
+        resolve(name, **options)
 
 
 @pytest.mark.parametrize("subfolder", ["../x", "/etc", "a//b", "a\\b"])
@@ -237,6 +251,28 @@ def test_a_forced_download_that_fails_leaves_what_was_cached(
     assert left_over(tmp_path) == []
 
 
+def test_what_is_cached_serves_others_while_it_is_fetched_again(
+    worker: Worker, linkless: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    for number, process in enumerate((worker, linkless)):
+        cache, seen = tmp_path / str(number), []
+        folder = process.resolve(cache)
+
+        def look(request: Any, good: Reply, folder: Path = folder, seen: Any = seen) -> None:
+            found = folder / "model.safetensors"
+            seen.append(found.is_file() and found.read_bytes() == WEIGHTS)
+
+        published.faults["GET", "model.safetensors"] = look
+        child = process.ask("start", {"name_or_path": REPO, "cache_dir": str(cache), **FORCED})
+        assert process.ask("finish", child)["path"] == str(folder)
+        assert seen == [True]
+        assert_sound(folder)
+        assert left_over(cache) == []
+
+
+FORCED = {"force_download": True}
+
+
 def test_branches_tags_commits_and_subfolders_are_told_apart(
     worker: Worker, server: HubServer, tmp_path: Path
 ) -> None:
@@ -286,8 +322,8 @@ def test_errors_that_users_of_the_hub_know_keep_their_names(
     families, message = worker.refused(tmp_path, name, **options)
     assert family in families
     assert families & {"OSError", "ValueError"}
-    if family == "RepositoryNotFoundError":
-        assert "There is no folder user/nothing either" in message
+    told = f"There is no folder {name} either; paths are relative to " in message
+    assert told == bool(families & {"RepositoryNotFoundError", "LocalEntryNotFoundError"})
     assert published.payloads() == 0
 
 
@@ -693,9 +729,46 @@ def test_a_hub_that_does_not_say_what_it_has_is_an_error_of_the_download(
     families, message = worker.refused(tmp_path)
     assert {"DownloadError", "OSError"} <= families
     assert str(status) in message
+    assert f"There is no folder {REPO} either" in message
 
 
 # ---------------------------------------------------------------- row 9: the token
+
+
+@pytest.mark.parametrize("token", ["hf_se\x01cret", "hf_se cret", "hf_secr\u00e9t", " \n"])
+def test_a_token_that_no_header_can_hold_is_refused_unseen(token: str) -> None:
+    with pytest.raises(ValueError, match=r"^token must be printable ASCII") as caught:
+        resolve(REPO, token=token)
+    assert caught.value.__cause__ is None
+
+
+def test_a_token_may_end_as_the_line_of_its_file_does(
+    worker: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    published.publish(checkpoint(), "user/gated")
+    published.gated = {"user/gated"}
+    assert_sound(worker.resolve(tmp_path, "user/gated", token=f"{published.token}\n"))
+
+
+@pytest.mark.parametrize("version", ["installed", "other"])
+@pytest.mark.parametrize("stored", ["file", "HF_TOKEN"])
+def test_a_stored_token_that_no_header_can_hold_is_not_shown(
+    published: HubServer, tmp_path: Path, version: str, stored: str
+) -> None:
+    token = "hf_se\x01cret"
+    (tmp_path / "token").write_text(token)
+    environment = {"HF_TOKEN": token} if stored == "HF_TOKEN" else {}
+    worker = Worker(published, tmp_path, version, **environment)
+    try:
+        families, message = worker.refused(tmp_path / "cache")
+        assert {"DownloadError", "OSError"} <= families
+        assert "The token must be printable ASCII" in message
+        assert "hf auth login" in message
+        assert "cret" not in message
+        assert_sound(worker.resolve(tmp_path / "cache", token=False))
+        assert_sound(worker.resolve(tmp_path / "cache", local_files_only=True))
+    finally:
+        worker.close()
 
 
 def test_the_token_never_reaches_another_server(

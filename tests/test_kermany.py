@@ -188,6 +188,44 @@ def test_a_wrong_root_is_not_found(tmp_path: Path, inner: str) -> None:
         KermanyPneumoniaDataset(root / inner)
 
 
+@pytest.mark.parametrize("other", ["COVID19", "CNV"])
+def test_splits_with_other_classes_are_another_collection(tmp_path: Path, other: str) -> None:
+    root = write_kermany(tmp_path, "mendeley-v3")
+    write_image(root / "chest_xray" / "test" / other / "a.jpeg")
+    assert find_layout(root) is None
+    with pytest.raises(DatasetNotFoundError, match="NORMAL and PNEUMONIA alone"):
+        KermanyPneumoniaDataset(root)
+
+
+def test_the_folders_of_mendeleys_later_archive_are_known(tmp_path: Path) -> None:
+    write_kermany(tmp_path / "CellData", "mendeley-v3")
+    write_image(tmp_path / "CellData" / "OCT" / "train" / "CNV" / "CNV-1-1.jpeg")
+    assert len(KermanyPneumoniaDataset(tmp_path, classes=BOTH)) == 8
+
+
+def test_what_is_no_regular_file_is_dropped(tmp_path: Path) -> None:
+    normal = write_kermany(tmp_path) / "chest_xray" / "train" / "NORMAL"
+    (normal / "IM-0001-0009.jpeg").mkdir()
+    (normal / "IM-0002-0009.jpeg").symlink_to(tmp_path / "gone")
+    (normal / "IM-0003-0009.jpeg").symlink_to(normal / "IM-0115-0001.jpeg")
+    report = KermanyPneumoniaDataset(tmp_path, classes=BOTH).report()
+    assert report.dropped == {"no regular file": 2}
+    assert report.kept == sum(map(len, KERMANY_FILES.values())) + 1
+
+
+def test_a_patient_is_the_same_however_the_name_is_cased(tmp_path: Path) -> None:
+    for name in ("person1_virus_9.jpeg", "PERSON1_VIRUS_10.JPEG", "virus-1-0001.jpeg"):
+        write_image(tmp_path / "train" / "PNEUMONIA" / name)
+    write_image(tmp_path / "train" / "NORMAL" / "normal2-im-0001-0001.jpeg")
+    dataset = KermanyPneumoniaDataset(tmp_path, classes=BOTH)
+    assert Counter(s.patient_id for s in dataset.samples) == {
+        "virus-1": 2,
+        "VIRUS-1": 1,
+        "NORMAL2-IM-0001": 1,
+    }
+    assert {s.finding for s in dataset.samples} == {"normal", "viral pneumonia"}
+
+
 def test_a_missing_root_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(DatasetNotFoundError, match="is no folder, expected the folder of the Ker"):
         KermanyPneumoniaDataset(tmp_path / "nowhere")

@@ -149,6 +149,41 @@ def test_an_error_comes_at_its_item_and_ends_the_threads() -> None:
     assert not decoding_threads()
 
 
+def failing_source(count: int) -> Iterator[int]:
+    yield from range(count)
+    raise DatasetError("the list is damaged")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 30])
+@pytest.mark.parametrize("ahead", [1, 8])
+def test_an_error_of_the_source_comes_after_all_results_before_it(count: int, ahead: int) -> None:
+    received: list[int] = []
+    with pytest.raises(DatasetError, match="the list is damaged"):
+        received.extend(map_ahead(abs, failing_source(count), ahead=ahead))
+    assert received == list(range(count))
+    batches: list[Sequence[int]] = []
+    with pytest.raises(DatasetError, match="the list is damaged"):
+        batches.extend(in_batches(failing_source(count), 4))
+    assert [item for batch in batches for item in batch] == list(range(count))
+    found: list[int] = []
+    with pytest.raises(DatasetError, match="the list is damaged"):
+        found.extend(pipeline(failing_source(count), abs, squares, batch_size=4))
+    assert found == squares(range(count))
+    assert not decoding_threads()
+
+
+def test_an_error_of_decoding_comes_after_all_results_before_it() -> None:
+    def fail_at_six(item: int) -> int:
+        if item == 6:
+            raise ZeroDivisionError("item 6")
+        return item
+
+    found: list[int] = []
+    with pytest.raises(ZeroDivisionError, match="item 6"):
+        found.extend(pipeline(range(20), fail_at_six, squares, batch_size=4))
+    assert found == squares(range(6))
+
+
 def test_closing_early_cancels_what_has_not_begun() -> None:
     begun = []
     go_on = threading.Event()
@@ -505,6 +540,38 @@ def test_a_process_that_is_killed_while_writing_leaves_nothing_that_counts(tmp_p
     assert [Path(name).suffix for name in left] == [".partial"]
     load = cached_decoder(dataset, SMALL, tmp_path / "cache")
     assert all(np.array_equal(load(i), decoder(dataset, SMALL)(i)) for i in range(5))
+
+
+def test_what_killed_runs_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    dataset = FolderDataset(write_folder(tmp_path / "site", {"COVID": 2}))
+    cached_decoder(dataset.subset([0]), SMALL, tmp_path / "cache")
+    place = next((tmp_path / "cache").iterdir())
+    ours = [f".{'0a' * 12}.{end}" for end in ("0123abcd.partial", "x_9.partial.json")]
+    for name in (*ours, ".mine.partial"):
+        (place / name).touch()
+        os.utime(place / name, (time.time() - 25 * 3600,) * 2)
+    (young := place / f".{'0a' * 12}.young.partial").touch()
+    cached_decoder(dataset, SMALL, tmp_path / "cache")
+    left = {p.name for p in place.iterdir() if p.name.startswith(".")}
+    assert left == {".mine.partial", young.name}
+
+
+def test_a_cache_can_be_shared_by_whoever_the_umask_lets(tmp_path: Path) -> None:
+    dataset = FolderDataset(write_folder(tmp_path / "site", {"COVID": 2}))
+    (tmp_path / "usual").touch()
+    cached_decoder(dataset, SMALL, tmp_path / "cache")
+    files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert len(files) == 2
+    assert {p.stat().st_mode for p in files} == {(tmp_path / "usual").stat().st_mode}
+
+
+def test_a_cache_may_lie_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    dataset = FolderDataset(write_folder(tmp_path / "site", {"COVID": 1}))
+    cached_decoder(dataset, SMALL, "~/cache")
+    assert contents(tmp_path / "home" / "cache")
 
 
 def test_a_full_disk_is_an_error_that_leaves_no_shard(tmp_path: Path) -> None:

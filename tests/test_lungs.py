@@ -57,6 +57,32 @@ def test_a_data_set_gives_a_mask_per_sample_whatever_the_batch() -> None:
     assert not any(np.array_equal(a, together[0]) for a in together[1:])
 
 
+def test_a_folder_an_iterator_and_a_batch_stand_for_their_images(tmp_path: Path) -> None:
+    pixels = np.stack([np.asarray(image(50, 40)), np.asarray(image(50, 40))[:, ::-1]])
+    for number, one in enumerate(pixels):
+        Image.fromarray(one).save(tmp_path / f"{number}.png")
+    expected = [segment(one) for one in pixels]
+    folder = tmp_path
+    for several in (folder, str(folder), iter(pixels), pixels[:, np.newaxis], [[*pixels]]):
+        found = segment(several)
+        assert [mask.shape for mask in found] == [(40, 50)] * 2
+        assert all(map(np.array_equal, found, expected))
+    sample = SyntheticChestXray(2, image_size_px=64).samples[0]
+    assert segment(sample).shape == (64, 64)
+    with (tmp_path / "0.png").open("rb") as file:
+        assert np.array_equal(segment(file), expected[0])
+
+
+def test_a_data_sets_own_transform_comes_first() -> None:
+    plain = SyntheticChestXray(2, image_size_px=64)
+    data = ChestXrayDataset(
+        plain.samples,
+        classes=plain.classes,
+        transform=lambda shown: torch.tensor(np.asarray(shown)[:40] / 255.0),
+    )
+    assert [mask.shape for mask in segment(data)] == [(40, 64)] * 2
+
+
 def test_exposure_says_little() -> None:
     plain = np.asarray(image(128, 128), np.float32)
     darker = segment((plain * 0.5).astype(np.uint8))

@@ -151,6 +151,12 @@ def test_plain_training_mode_would_move_the_statistics_of_frozen_parts() -> None
 # ---------------------------------------------------------------- where weights come from
 
 
+@pytest.mark.parametrize("pretrained", [None, 1, 0])
+def test_what_names_no_weights_is_refused(pretrained: Any) -> None:
+    with pytest.raises(TypeError, match=rf"True \(ImageNet\), False .*, got {pretrained}"):
+        build_densenet121(pretrained=pretrained)
+
+
 def test_without_pretraining_it_is_torchvisions_network() -> None:
     ours = build_densenet121(pretrained=False, num_classes=5)
     assert type(ours) is DenseNet
@@ -405,6 +411,12 @@ def test_a_network_of_other_classes_is_refused(model: DenseNet) -> None:
         ValueError, match=r"model has 2 logits, .* 3 classes .* Build it with num_classes=3"
     ):
         check_model(model, ("normal", "pneumonia", "covid19"))
+
+
+def test_a_network_that_drops_at_random_is_refused() -> None:
+    own = torchvision.models.densenet121(weights=None, num_classes=2, drop_rate=0.1)
+    with pytest.raises(ValueError, match=r"drops features at random \(drop_rate\).*drop_rate=0"):
+        check_model(own, ("normal", "covid19"))
 
 
 def test_a_network_that_is_all_frozen_is_refused(model: DenseNet) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
 import shutil
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +29,19 @@ from chestxray_covid import (
     TrainingConfig,
     build_densenet121,
     evaluate,
+    publish,
     split_by_patient,
 )
-from chestxray_covid.card import decisions, model_card
+from chestxray_covid.card import compose, decisions, model_card
 from chestxray_covid.checkpoint import load_checkpoint, load_config, save_checkpoint
-from chestxray_covid.errors import CheckpointError, ReportError
+from chestxray_covid.errors import CheckpointError, ConfigError, ReportError
 from chestxray_covid.models import to_tensors
 from chestxray_covid.publish import push
 from chestxray_covid.reporting import markdown_text
+from chestxray_covid.results import Results
 from hub_server import HubServer, hub_environment, run_python
 
+ROOT = Path(__file__).parents[1]
 LABELS = ("normal", "pneumonia", "covid19")
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `c`"
 
@@ -99,6 +106,26 @@ def change(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**data, **fields}))
 
 
+# ---------------------------------------------------------------- the package itself
+
+
+def test_the_source_distribution_holds_what_its_tests_read() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = [*project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"], "pyproject.toml"]
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    read = set(re.findall(r'ROOT / "([\w.-]+)"', code))
+    assert {".ci", "README.md", "docs"} <= read
+    assert [name for name in read if not any(fnmatch(name, part) for part in included)] == []
+
+
+def test_the_citation_tells_the_licence_of_the_code_from_that_of_the_weights() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["license"] == "MIT"
+    assert "CC BY-NC-SA 4.0" in cited["abstract"]
+    weights = [r["license"] for r in cited["references"] if r["type"] == "data"]
+    assert weights == ["CC-BY-NC-SA-4.0"]
+
+
 # ---------------------------------------------------------------- refused
 
 
@@ -122,6 +149,41 @@ def test_judgements_that_cannot_be_read_are_not_published(
     (copied / name).write_text("{")
     with pytest.raises(ReportError, match=reason):
         push(copied, "user/model")
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("evaluation.json", "confidence", "1e400"),
+        ("evaluation.json", "n_images", "1" + "0" * 400),
+        ("evaluation.json", "positive", '"\\ud800"'),
+        ("evaluation.json", "model", "[" * 5000),
+        ("evaluation.json", "predictions", "PREDICTIONS"),
+        ("audit.json", "n_images", "1e400"),
+        ("audit.json", "n_patients", "-1" + "0" * 400),
+        ("audit.json", "sources", '["\\udfff"]'),
+        ("audit.json", "items", "[[[]]]"),
+        (
+            "measurements.json",
+            "tables",
+            '[{"title": "\\ud800", "note": "", "head": [], "rows": []}]',
+        ),
+        ("measurements.json", "classes", "1e400"),
+        ("measurements.json", "weights_sha256", "1" + "0" * 400),
+    ],
+)
+def test_damaged_results_have_an_error_of_their_own(
+    copied: Path, name: str, field: str, value: str
+) -> None:
+    write_measurements(copied, [TABLE])
+    data = json.loads((copied / name).read_text())
+    if value == "PREDICTIONS":
+        cells = data[field]["patient_group"]
+        value = json.dumps({**data[field], "patient_group": [[[]], *cells[1:]]})
+    text = json.dumps({**data, field: "HERE"}).replace('"HERE"', value)
+    (copied / name).write_text(text)
+    with pytest.raises(ReportError, match=rf"{name}"):
+        model_card(copied, "user/model")
 
 
 def test_results_of_an_impossible_size_are_not_published(copied: Path) -> None:
@@ -168,6 +230,28 @@ def test_a_part_of_the_classes_is_saved_without_results_of_the_whole(
         part.push_to_hub("user/part")
 
 
+def test_a_card_that_cannot_be_made_leaves_nothing_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = Classifier.from_pretrained(run)
+    monkeypatch.setattr(publish, "make_card", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        classifier.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_provenance_with_half_a_character_is_saved_whole(run: Path, tmp_path: Path) -> None:
+    config, tensors = load_checkpoint(run)
+    odd = Classifier(replace(config, provenance={"use": "\ud800", "license": "\ud800"}), tensors)
+    odd.save_pretrained(tmp_path / "saved")
+    assert "- use: \n" in (tmp_path / "saved" / "README.md").read_text()
+    assert load_config(tmp_path / "saved").provenance["use"] == "\ud800"
+    odd = Classifier(replace(config, provenance={"use": [[object()]]}), tensors)
+    with pytest.raises(ConfigError, match="provenance must be data that JSON can hold"):
+        odd.save_pretrained(tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
+
+
 # ---------------------------------------------------------------- the card
 
 
@@ -192,6 +276,44 @@ def test_the_card_is_in_the_format_of_the_hub_and_escapes_what_comes_from_data(r
     assert "| Does it need the lungs? | fail | a\\|b # &lt;script" in body
     assert 'Classifier.from_pretrained("user/model")' in body
     assert 'timm.create_model("hf-hub:user/model"' in body
+
+
+BLOCKS = ["# FDA", "#FDA", "---", "- - -", "===", "~~~", "1. FDA", "12) FDA", "- FDA", "+ FDA", "-"]
+
+
+@pytest.mark.parametrize("text", BLOCKS)
+def test_no_text_of_data_becomes_a_block_of_the_card(checkpoint_folder: Path, text: str) -> None:
+    config = load_config(checkpoint_folder)
+    for hostile in (text, [text], {text: text}, [[text]]):
+        provenance = {"known_failures": hostile, "sources": hostile}
+        changed = replace(config, provenance=provenance, classes=(text, "covid19"))
+        lines = compose(changed, Results(contents={}), "user/model").partition("# user")[2]
+        shown = re.sub(r"```.*?```", "", lines, flags=re.DOTALL)
+        assert BLOCK.findall(shown.replace("\n## ", "\n")) == []
+
+
+#: A line, or an item of ours, that begins with what Markdown takes for more than text.
+BLOCK = re.compile(r"^ *(?:- )?(?:#|=|~|[-+](?: *$| [-F])|--|\d+[.)] ).*", re.MULTILINE)
+
+
+def test_what_cannot_be_printed_is_not_in_the_card(checkpoint_folder: Path) -> None:
+    hostile = "\x1b[31mred \ud800\u202eder"
+    provenance = {"license": hostile, "use": hostile, "datasets": [hostile], "a\ud800": "b"}
+    config = replace(
+        load_config(checkpoint_folder), provenance=provenance, threshold_origin=hostile
+    )
+    text = compose(config, Results(contents={}), "a\udc80b\x1b")
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert "from: \\[31mred der." in text
+    assert yaml.safe_load(text.split("---\n")[1])["license"] == "[31mred der"
+    assert r'Classifier.from_pretrained("a\udc80b\u001b")' in text
+
+
+@pytest.mark.parametrize("name", ["my model (2)", 'a "b" \\', "überall"])
+def test_the_snippets_name_the_folder_as_it_is_called(checkpoint_folder: Path, name: str) -> None:
+    card = model_card(checkpoint_folder, name)
+    calls = re.findall(r"(?:from_pretrained|resolve)\((.*?)\)\)?$", card, re.MULTILINE)
+    assert [ast.literal_eval(argument) for argument in calls] == [name, name]
 
 
 def test_the_card_counts_the_images_of_each_side_and_claims_nothing_of_training(
@@ -362,7 +484,7 @@ PUSH = """
 import json, sys
 from chestxray_covid.publish import push
 from chestxray_covid.cli import main
-print(push(sys.argv[1], "user/model", token="hf_x", commit_message="First"))
+print(push(sys.argv[1], "user/model", token="hf_x\\n", commit_message="First"))
 try:
     main(["push", sys.argv[1], "user/other"], standalone_mode=False)
 except SystemExit: pass
@@ -431,6 +553,29 @@ def test_a_hub_that_refuses_is_an_error_with_a_name(
     )
     found: Any = run_python(guarded, environment, run)
     assert "user/model cannot be published" in found
+    assert "write access" in found
+    assert "cache" not in found
+
+
+@pytest.mark.parametrize(
+    ("given", "stored", "family"),
+    [("hf_se\x01cret", "", "ValueError"), (None, "hf_se\x01cret", "DownloadError")],
+)
+def test_a_token_that_no_header_can_hold_is_refused_unseen(
+    run: Path, server: HubServer, tmp_path: Path, given: str | None, stored: str, family: str
+) -> None:
+    environment = hub_environment(server, tmp_path / "home", HF_TOKEN=stored)
+    guarded = (
+        "import json, sys, traceback\nfrom chestxray_covid.publish import push\n"
+        "try: push(sys.argv[1], 'user/model', token=json.loads(sys.argv[2]))\n"
+        "except Exception as e: print(json.dumps([type(e).__name__, traceback.format_exc()]))\n"
+    )
+    server.forget()
+    found, shown = run_python(guarded, environment, run, json.dumps(given))
+    assert found == family
+    assert "token must be printable ASCII" in shown
+    assert "cret" not in shown
+    assert server.asked() == []
 
 
 def test_a_classifier_publishes_a_card_with_the_name_of_the_repository(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,21 @@ def test_a_fraction_is_at_most_half(name: str, fraction: float) -> None:
         split_by_patient(listed(*balanced(9)), **{name: fraction})  # type: ignore[arg-type]
 
 
+def test_a_seed_is_a_whole_number_that_scikit_learn_takes() -> None:
+    for seed in (-1, 2**32 - 1, 2**32):
+        with pytest.raises(ValueError, match=f"seed must be from 0 to 4294967294, got {seed}"):
+            split_by_patient(listed(*balanced(9)), seed=seed, find_copies=False)
+    for wrong in (1.5, None):
+        with pytest.raises(TypeError, match="integer"):
+            split_by_patient(listed(*balanced(9)), seed=wrong, find_copies=False)  # type: ignore[arg-type]
+    assert_sound(split_by_patient(listed(*balanced(9)), seed=2**32 - 2, find_copies=False))
+
+
+def test_sides_are_made_once() -> None:
+    split = split_by_patient(listed(*balanced(9)), find_copies=False)
+    assert all(getattr(split, side) is getattr(split, side) for side in SIDES)
+
+
 @pytest.mark.parametrize("fraction", [0, 0.5])
 def test_something_must_be_held_out_and_something_left(fraction: float) -> None:
     with pytest.raises(ValueError, match="must add up to more than 0 and less than 1"):
@@ -383,6 +399,61 @@ def test_equal_files_on_two_sides_come_back_on_two_sides(tmp_path: Path) -> None
         assert (back.indices, back.groups) == (split.indices, split.groups)
 
 
+def test_equal_files_are_known_by_what_is_left_of_name_source_and_patient(tmp_path: Path) -> None:
+    file = write_image(tmp_path / "0.png")
+    facts = [(f"{i}.png", f"source {i % 2}", f"patient {i}") for i in range(6)]
+
+    def dataset_of(facts: Sequence[tuple[str, str, str]]) -> ChestXrayDataset:
+        samples = [
+            Sample(path=tmp_path / name, label="normal", finding="", source=s, patient_id=p)
+            for name, s, p in facts
+        ]
+        for s in samples:
+            if not s.path.exists():
+                s.path.hardlink_to(file)
+        return ChestXrayDataset(samples, classes=LABELS)
+
+    sides = {"train": (0, 1), "val": (2, 3), "test": (4, 5)}
+    split = Split(dataset=dataset_of(facts), indices=sides, groups=tuple(range(6)), seed=0)
+    path = split.save(tmp_path / "split.json")
+    for changed in (
+        [(f"renamed {n}", s, p) for n, s, p in facts],
+        [(n, "other", p) for n, s, p in facts],
+        [(n, s, f"other {p}") for n, s, p in facts],
+        [(n, "other", f"other {p}") for n, s, p in facts],
+        [(f"renamed {n}", "other", p) for n, s, p in facts],
+    ):
+        assert Split.load(path, dataset_of(changed)).groups == split.groups
+        back = Split.load(path, dataset_of(changed[::-1]))
+        assert back.indices == {"train": (4, 5), "val": (2, 3), "test": (0, 1)}
+    first = [facts[0], *((f"renamed {n}", "other", f"other {p}") for n, s, p in facts[1:])]
+    assert Split.load(path, dataset_of(first[::-1])).groups[-1] == 0
+
+
+def test_thousands_of_equal_files_are_matched_without_comparing_each_with_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Counter[str]()
+
+    class Counting(str):
+        def __eq__(self, other: object) -> bool:
+            asked["comparisons"] += 1
+            return str.__eq__(self, str(other))
+
+        __hash__ = str.__hash__
+
+    monkeypatch.setattr(Sample, "content_hash", lambda self: "0" * 32)
+    plain = listed(*balanced(500))
+    whole = ChestXrayDataset(
+        (replace(s, patient_id=Counting(s.patient_id)) for s in plain.samples), classes=LABELS
+    )
+    split = split_by_patient(whole, find_copies=False)
+    path = split.save(tmp_path / "split.json")
+    asked.clear()
+    assert Split.load(path, whole).indices == split.indices
+    assert asked["comparisons"] < 20 * len(whole)
+
+
 def test_a_hostile_file_name_is_no_obstacle(tmp_path: Path) -> None:
     write_folder(tmp_path / "site")
     for name in ("new\nline.png", "not utf-8 \udcff.png", '"quoted".png', "\u202egnp.png"):
@@ -398,8 +469,9 @@ def test_a_split_of_another_data_set_is_refused(tmp_path: Path, site: FolderData
         Split.load(path, FolderDataset(write_nih(tmp_path / "nih"), classes=("normal",)))
     with pytest.raises(SplitError, match="holds 16 samples, the data set 15"):
         Split.load(path, site.subset(range(15)))
+    again = ChestXrayDataset([*site.samples, site.samples[0]], classes=site.classes)
     with pytest.raises(SplitError, match="is not in the split"):
-        Split.load(path, concatenate([site, site.subset([0])]))
+        Split.load(path, again)
     write_image(site.samples[3].path, "changed")
     with pytest.raises(SplitError, match=r"COVID-3\.png is not in the split .*content changed"):
         Split.load(path, site)
@@ -425,6 +497,27 @@ def test_a_saved_split_with_overlap_is_refused(tmp_path: Path, site: FolderDatas
     for read in (lambda: Split.load(path, site), lambda: saved_side(path, "train")):
         with pytest.raises(SplitError, match=r"puts patient .* of site on two sides"):
             read()
+
+
+def test_a_patient_on_two_sides_is_noticed_whatever_the_groups_say(tmp_path: Path) -> None:
+    for folder in ("COVID", "Normal"):
+        for i in range(12):
+            write_image(tmp_path / folder / f"{folder == 'COVID'}{i // 2}-{i}.png")
+    each = FolderDataset(tmp_path, patient_id=None)
+    path = split_by_patient(each, val=0.25, test=0.25).save(tmp_path / "split.json")
+    assert Split.load(path, each).groups
+    with pytest.raises(SplitError, match=r"puts patient \w+ of .* on two sides, as the data set"):
+        Split.load(path, FolderDataset(tmp_path, patient_id=r"^(\w+)-"))
+
+
+def test_a_split_may_lie_in_the_home_folder(
+    tmp_path: Path, site: FolderDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    split = split_by_patient(site)
+    assert split.save("~/split.json") == tmp_path / "home" / "split.json"
+    assert Split.load("~/split.json", site).indices == split.indices
+    assert saved_side("~/split.json", "test")
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ import pytest
 from chestxray_covid.datasets.storage import (
     exclusive,
     path_problem,
+    read_csv,
     sync_file,
+    write_csv,
     write_file,
     writing_to,
 )
-from chestxray_covid.errors import DownloadError, IntegrityError
+from chestxray_covid.errors import DatasetError, DownloadError, IntegrityError
 from chestxray_covid.files import sync_folder
 from servers import forkserver
 
@@ -85,6 +87,36 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) ->
     with pytest.raises(OSError, match="a"):
         write_file(tmp_path / "a", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    rows = [["a, b.png", "1"], ["not utf-8 \udcff.png", 'a "quoted" cell']]
+    write_csv(tmp_path / "a.csv", ["path", "note"], rows)
+    assert [list(r.values()) for r in read_csv(tmp_path / "a.csv", required=["path"])] == rows
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_a_table_that_cannot_be_finished_leaves_the_one_before(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", ["path"], [["1"]])
+    with pytest.raises(UnicodeEncodeError):
+        write_csv(tmp_path / "a.csv", ["path"], [["a lone surrogate \ud800"]])
+    assert [r["path"] for r in read_csv(tmp_path / "a.csv", required=["path"])] == ["1"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,note,note\n", r"more than one column \['note'\].*Remove or rename the others"),
+        ("path\na,b\n", "line 2: 2 cells, but the header has 1"),
+        ("path\n", "has a header and no rows"),
+        ("name\tpath\n", r"separated by '\\t': save it with commas"),
+    ],
+)
+def test_a_table_that_is_not_clear_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(DatasetError, match=message):
+        list(read_csv(tmp_path / "a.csv", required=["path"]))
 
 
 def test_files_and_folders_can_be_synced(tmp_path: Path) -> None:

@@ -299,6 +299,18 @@ def test_saving_takes_an_empty_folder_and_the_usual_permissions(tmp_path: Path) 
     assert len(FolderDataset(root)) == 2
 
 
+def test_saving_does_not_replace_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dataset = SyntheticChestXray(2, image_size_px=32)
+    for current in (".", tmp_path):
+        with pytest.raises(DatasetError, match=r"is the current folder.*Pass a folder inside it"):
+            dataset.save(current)
+    assert list(Path.cwd().iterdir()) == []
+    assert len(FolderDataset(dataset.save("phantoms"))) == 2
+
+
 def test_saving_ignores_transforms(tmp_path: Path) -> None:
     dataset = SyntheticChestXray(2, image_size_px=32, transform=lambda image: None)
     assert FolderDataset(dataset.save(tmp_path / "phantoms"))[0][0].size == (32, 32)

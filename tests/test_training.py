@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 
 from chestxray_covid import (
     Augmentation,
@@ -36,10 +39,11 @@ from chestxray_covid import (
 from chestxray_covid.augment import hide_centres, swap_backgrounds, swap_frames
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.engine_torch import native_bfloat16
-from chestxray_covid.errors import TrainingError, TrainingInterrupted
+from chestxray_covid.errors import ConfigError, TrainingError, TrainingInterrupted
 from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
-from chestxray_covid.models import to_tensors
+from chestxray_covid.models import load_tensors, to_tensors
 from chestxray_covid.training_network import TrainingNetwork
+from chestxray_covid.training_state import StateStore
 
 QUICK = TrainingConfig(
     preprocess=Preprocess(size_px=32),
@@ -164,6 +168,163 @@ def test_resuming_after_any_step_gives_the_same_weights_bit_for_bit(
         resumed = Trainer(model, split.train, split.val, config, output=run).fit(resume=True)
         assert equal(to_tensors(model), tensors)
         assert numbers(resumed) == numbers(whole)
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once: nothing in the library catches it."""
+
+
+def test_a_kill_while_the_end_of_an_epoch_is_saved_loses_nothing(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(QUICK, samples_per_epoch=6, batch_size=6)
+    whole, tensors = trained(split, tmp_path / "whole", config)
+    run, left = tmp_path / "run", iter(range(1))  # the first save is of the epoch's last step
+    rename = Path.replace
+
+    def mortal(path: Path, target: Path) -> Path:
+        if target.name.startswith("step-") and next(left, None) is None:
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", mortal)
+        with pytest.raises(Killed):
+            trained(split, run, config)
+    model = network(seed=99)
+    resumed = Trainer(model, split.train, split.val, config, output=run).fit(resume=True)
+    assert numbers(resumed) == numbers(whole)
+    assert equal(to_tensors(model), tensors)
+
+
+def test_an_unfinished_run_without_its_state_is_not_taken_for_a_finished_one(
+    split: Split, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(TrainingInterrupted):
+        trained(split, run, callbacks=[StopAfter(4)])
+    assert len(History.from_dict(json.loads((run / "history.json").read_text()))) == 1
+    shutil.rmtree(run / "state")
+    trainer = Trainer(network(), split.train, split.val, QUICK, output=run)
+    with pytest.raises(TrainingError, match=r"no state to resume from .*, and no finished run"):
+        trainer.fit(resume=True)
+
+
+class StopAtOnce(Callback):
+    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> bool:
+        return True
+
+
+def test_a_run_that_died_while_it_deleted_its_state_is_finished(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halfway(store: StateStore) -> None:
+        for path in (tmp_path / "run" / "state").glob("step-*/state.json"):
+            path.unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateStore, "clear", halfway)
+        history, tensors = trained(split, tmp_path / "run", callbacks=[StopAtOnce()])
+    assert history.finished
+    assert len(history) == 1
+    model = network(seed=99)
+    again = Trainer(model, split.train, split.val, QUICK, output=tmp_path / "run").fit(resume=True)
+    assert again == history
+    assert equal(to_tensors(model), tensors)
+    assert not (tmp_path / "run" / "state").exists()
+
+
+def test_a_wish_to_stop_outlives_a_signal_of_the_same_moment(split: Split, tmp_path: Path) -> None:
+    class Both(StopAtOnce):
+        def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> bool:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return True
+
+    with pytest.raises(TrainingInterrupted):
+        trained(split, tmp_path / "run", callbacks=[Both()])
+    again = Trainer(network(), split.train, split.val, QUICK, output=tmp_path / "run")
+    assert len(again.fit(resume=True)) == 1
+
+
+def test_a_second_run_of_a_trainer_begins_at_the_first_image(split: Split, tmp_path: Path) -> None:
+    class FailOnce(Callback):
+        steps: list[int] = []  # noqa: RUF012 - of one test
+
+        def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+            self.steps.append(step)
+            if self.steps == [1, 2]:
+                raise ArithmeticError
+
+    config, watch = replace(QUICK, epochs=1), FailOnce()
+    trainer = Trainer(
+        network(), split.train, split.val, config, output=tmp_path / "run", callbacks=[watch]
+    )
+    with pytest.raises(ArithmeticError):
+        trainer.fit()
+    began = to_tensors(trainer.model)
+    assert len(trainer.fit()) == 1
+    assert watch.steps == [1, 2, 1, 2, 3]
+    other = network()
+    load_tensors(other, began)
+    Trainer(other, split.train, split.val, config, output=tmp_path / "other").fit()
+    assert equal(to_tensors(other), to_tensors(trainer.model))
+
+
+@pytest.mark.parametrize("class_weights", [False, True])
+def test_accumulated_batches_are_one_large_batch(tmp_path: Path, class_weights: bool) -> None:
+    # A head alone sees each image on its own; the last batch has two images, of one class.
+    phantoms = SyntheticChestXray(24, image_size_px=32)
+    normal, covid = (
+        [s for s in phantoms.samples if s.label == label] for label in phantoms.classes
+    )
+    train = ChestXrayDataset([*normal[:8], *covid[:4]], classes=phantoms.classes)
+    val = ChestXrayDataset([normal[10], covid[10]], classes=phantoms.classes)
+    config = replace(
+        QUICK,
+        epochs=1,
+        samples_per_epoch=None,
+        augmentation=Augmentation.none(),
+        balance="none",
+        class_weights=class_weights,
+        optimizer="sgd",
+        learning_rate=0.1,
+        weight_decay=0.0,
+        warmup_epochs=0.0,
+    )
+    heads = []
+    for size, accumulate in ((12, 1), (10, 2), (5, 3)):
+        model = network(trainable="head")
+        own = replace(config, batch_size=size, accumulate=accumulate)
+        Trainer(model, train, val, own, output=tmp_path / str(size)).fit()
+        heads.append(model.classifier.weight.detach())
+    assert not torch.allclose(heads[0], network().classifier.weight, atol=1e-3)
+    for head in heads[1:]:
+        assert torch.allclose(head, heads[0], rtol=0, atol=1e-6)
+
+
+def test_another_loop_of_the_process_that_accumulates_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = 255 * torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    targets, hidden = torch.tensor([0, 1] * 2), torch.zeros(4, dtype=torch.bool)
+    before, moved = dict(GradientState._shared_state), []
+    try:
+        for steps in (1, 4):
+            monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(steps))
+            net = TrainingNetwork(
+                network(), replace(QUICK, optimizer="sgd"), Accelerator(cpu=True), [0, 1]
+            )
+            GradientState()._set_sync_gradients(steps == 1)  # as within accelerator.accumulate
+            net.backward(images, targets, hidden=hidden, counted=4, share=0.25, last=True)
+            net.step(0.1)
+            moved.append(net.state())
+    finally:
+        GradientState._shared_state.clear()
+        GradientState._shared_state.update(before)
+    assert equal(*moved)
+    assert not np.array_equal(
+        moved[0]["model.classifier.bias"], to_tensors(network())["classifier.bias"]
+    )
 
 
 def test_a_step_sees_lungs_before_other_backgrounds_frames_and_hidden_centres() -> None:
@@ -559,6 +720,59 @@ class TestWhatDoesNotFit:
     def test_a_model_that_is_all_frozen(self, split: Split, tmp_path: Path) -> None:
         frozen = network().requires_grad_(False)
         self.refused("nothing would train", frozen, split=split, tmp_path=tmp_path)
+
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"train": None}, "train must be a ChestXrayDataset, got Split. Of a Split, pass"),
+            ({"val": None}, "val must be a ChestXrayDataset, got NoneType"),
+            ({"config": {"epochs": 1}}, "config must be a TrainingConfig, got dict"),
+            ({"config": {}}, "config must be a TrainingConfig, got dict"),
+            ({"callbacks": Callback()}, "callbacks must be a list of Callback, got <"),
+            ({"callbacks": [print]}, "must be instances of Callback .*, got <built-in"),
+            ({"callbacks": [Callback]}, "must be instances of Callback .*, got <class"),
+        ],
+    )
+    def test_arguments_of_another_kind(
+        self, split: Split, tmp_path: Path, changes: dict[str, Any], match: str
+    ) -> None:
+        if "train" in changes:
+            changes = {"train": split}
+        given = {"train": split.train, "val": split.val, "config": QUICK, **changes}
+        with pytest.raises(TypeError, match=match):
+            Trainer(network(), output=tmp_path, **given)
+
+    @pytest.mark.parametrize("name", ["x" * 101, "covid\n19", "covid\u00ad19"])
+    def test_class_names_that_cannot_be_saved(
+        self, split: Split, tmp_path: Path, name: str
+    ) -> None:
+        train, val = (
+            ChestXrayDataset(
+                [replace(s, label=name if s.label == "covid19" else s.label) for s in side.samples],
+                classes=("normal", name),
+            )
+            for side in (split.train, split.val)
+        )
+        with pytest.raises(ConfigError, match=r"classes must be 2 to 1000 .* printable names"):
+            Trainer(network(), train, val, QUICK, output=tmp_path)
+
+    def test_data_of_one_class(self, split: Split, tmp_path: Path) -> None:
+        healthy = [s for s in split.train.samples if s.label == "normal"]
+        one = ChestXrayDataset(healthy, classes=("normal",))
+        with pytest.raises(ConfigError, match="classes must be 2 to 1000"):
+            Trainer(network(), one, one, QUICK, output=tmp_path)
+
+    @pytest.mark.parametrize("name", ["batch_size", "samples_per_epoch"])
+    def test_single_images_that_leave_batch_norm_without_statistics(
+        self, split: Split, tmp_path: Path, name: str
+    ) -> None:
+        single = replace(QUICK, epochs=1, **{"samples_per_epoch": 2, name: 1})
+        sizes = [replace(single, preprocess=Preprocess(size_px=size)) for size in (60, 61)]
+        with pytest.raises(ValueError, match=f"{name} must be at least 2, got 1.* image of 60 px"):
+            Trainer(network(), split.train, split.val, sizes[0], output=tmp_path / "a")
+        for place, trainable, config in (("b", "head", sizes[0]), ("c", "all", sizes[1])):
+            model = network(trainable=trainable)
+            Trainer(model, split.train, split.val, config, output=tmp_path / place).fit()
 
     def test_validation_data_with_other_classes(self, split: Split, tmp_path: Path) -> None:
         other = ChestXrayDataset(split.val.samples, classes=("covid19", "normal"))

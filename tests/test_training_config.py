@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from chestxray_covid import EpochRecord, History, Preprocess, TrainingConfig
 from chestxray_covid.errors import TrainingError
-from chestxray_covid.training_config import validation_numbers
+from chestxray_covid.training_network import validation_numbers
 
 
 def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
@@ -61,7 +62,11 @@ def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
             )
             for v in (-0.1, 1, math.nan)
         ],
-        *[("max_repeats", v) for v in (0.5, "4", True, math.nan)],
+        *[("max_repeats", v) for v in (0.5, math.nan, math.inf)],
+        ("epochs", ""),
+        ("epochs", None),
+        ("patience", np.int64(0)),
+        ("seed", np.bool_(True)),
         *[("step_factor", v) for v in (0, 1.1, math.nan)],
         *[(n, "x") for n in ("optimizer", "schedule", "balance", "monitor", "precision", "device")],
         ("compile_backend", "turbo"),
@@ -81,13 +86,44 @@ def test_an_impossible_option_is_refused_by_name(field: str, value: object) -> N
         ("allow_confounded_sources", 1),
         ("gradient_checkpointing", 1),
         ("progress", 1),
-        ("learning_rate", np.float32(1e-3)),
+        ("learning_rate", "0.1"),
         ("ema_decay", True),
+        ("ema_decay", None),
+        *[("max_repeats", v) for v in ("4", True)],
     ],
 )
 def test_an_option_of_the_wrong_type_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(TypeError, match=field):
         TrainingConfig(**{field: value})
+
+
+def test_numbers_of_other_kinds_become_pythons_own() -> None:
+    config = TrainingConfig(
+        learning_rate=np.float32(0.5),
+        weight_decay=Fraction(1, 4),
+        max_repeats=np.int64(3),
+        epochs=np.int64(3),
+        batch_size=np.uint8(4),
+        patience=np.int32(2),
+        seed=np.int64(7),
+    )
+    assert config == TrainingConfig(
+        learning_rate=0.5,
+        weight_decay=0.25,
+        max_repeats=3,
+        epochs=3,
+        batch_size=4,
+        patience=2,
+        seed=7,
+    )
+    data = config.to_dict()
+    assert json.loads(json.dumps(data)) == data
+
+
+@pytest.mark.parametrize("balance", ["class", "none"])
+def test_a_limit_of_repeats_is_refused_where_no_sources_are_balanced(balance: str) -> None:
+    with pytest.raises(ValueError, match=f"max_repeats limits .* balance='{balance}' does not"):
+        TrainingConfig(max_repeats=3, balance=balance)
 
 
 def test_class_weights_on_top_of_balanced_drawing_are_refused() -> None:
@@ -166,13 +202,39 @@ def test_a_history_survives_json_and_csv_exactly(tmp_path) -> None:
 def test_the_best_epoch_is_the_last_that_was_best() -> None:
     records = (record(1, is_best=True), record(2, is_best=True), record(3))
     assert History(records=records).best.epoch == 2
-    with pytest.raises(ValueError, match="No epoch is finished"):
-        _ = History().best
+    for without in ((), (record(1),)):
+        with pytest.raises(ValueError, match=f"No epoch is finished: .* of {len(without)} rec"):
+            _ = History(records=without).best
 
 
-@pytest.mark.parametrize("data", [None, {}, {"epochs": [{"epoch": 1}]}, {"epochs": [3]}])
+def test_a_history_that_does_not_say_so_is_not_finished(tmp_path) -> None:
+    data = History(records=(record(1),), finished=True).to_dict()
+    assert History.from_dict(data).finished
+    del data["finished"]
+    assert History.from_dict(data) == History(records=(record(1),))
+
+
+WHOLE = History(records=(record(1),)).to_dict()["epochs"][0]
+
+
+def test_numbers_that_another_program_wrote_without_a_point_are_taken() -> None:
+    (read,) = History.from_dict({"epochs": [{**WHOLE, "val_accuracy": 1}]})
+    assert read.val_accuracy == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(None, {}, [], {"epochs": [{"epoch": 1}]}, {"epochs": [3]}, {"epochs": "abc"}),
+        {"epochs": [], "finished": "yes"},
+        *[
+            {"epochs": [{**WHOLE, **wrong}]}
+            for wrong in ({"epoch": "1"}, {"epoch": 1.5}, {"is_best": 1}, {"val_loss": None})
+        ],
+    ],
+)
 def test_what_is_no_history_is_refused(data: object) -> None:
-    with pytest.raises(TrainingError, match="no training history"):
+    with pytest.raises(TrainingError, match=r"no training history.*Expected what History\.to_dict"):
         History.from_dict(data)
 
 

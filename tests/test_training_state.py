@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chestxray_covid import Augmentation, TrainingConfig
+from chestxray_covid import Augmentation, EpochRecord, History, TrainingConfig
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
-from chestxray_covid.errors import TrainingError
+from chestxray_covid.errors import ConfigError, TrainingError
 from chestxray_covid.training_order import Batch, epoch_batches, epoch_order, repetitions
 from chestxray_covid.training_state import SignalWatch, StateStore, check_identity, run_identity
 
@@ -186,6 +189,120 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, damage: str
     else:
         (newest / "state.safetensors").unlink()
     assert store.load()[0] == 1
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once: nothing in the library catches it."""
+
+
+@pytest.mark.parametrize("moment", range(13))
+def test_a_kill_while_the_same_step_is_saved_again_leaves_one_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    store, moments = StateStore(tmp_path), iter(range(moment))
+
+    def die_in_time() -> None:
+        if next(moments, None) is None:
+            raise Killed
+
+    def mortal(change: Any) -> Any:
+        def changed(*arguments: Any, **options: Any) -> Any:
+            die_in_time()
+            result = change(*arguments, **options)
+            die_in_time()
+            return result
+
+        return changed
+
+    store.save(3, TENSORS, {"n": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", mortal(shutil.rmtree))
+        patch.setattr(Path, "replace", mortal(Path.replace))
+        with contextlib.suppress(Killed):
+            store.save(3, TENSORS, {"n": 2})
+    step, _, values = store.load()
+    assert step == 3
+    assert values["n"] in (1, 2)
+    store.save(3, TENSORS, {"n": 3})
+    assert store.load()[2] == {"n": 3}
+    assert len(list((tmp_path / "state").iterdir())) == 1
+
+
+def test_a_state_outlives_a_newer_one_that_is_damaged(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    store.save(9, TENSORS, {})
+    (tmp_path / "state" / "step-000000009" / "state.json").write_text("{")
+    store.save(4, TENSORS, {})
+    assert store.load()[0] == 4
+
+
+def test_folders_of_other_names_are_no_states_and_stay(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    other = tmp_path / "state" / "step-000000001 (copy)"
+    other.mkdir(parents=True)
+    assert store.steps() == []
+    store.save(2, TENSORS, {})
+    assert store.steps() == [2]
+    assert other.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("{", "cannot be read as JSON"), ("[1]", "holds a list, expected an obj")]
+)
+def test_a_damaged_state_is_an_error_that_names_the_file(
+    tmp_path: Path, text: str, reason: str
+) -> None:
+    store = StateStore(tmp_path)
+    store.save(1, TENSORS, {})
+    (tmp_path / "state" / "step-000000001" / "state.json").write_text(text)
+    with pytest.raises(TrainingError, match=rf"step-000000001.state\.json.*{reason}"):
+        store.load()
+
+
+def epochs(count: int, *, best: int) -> tuple[EpochRecord, ...]:
+    numbers = {"val_accuracy": 0.5, "val_kappa": None, "val_auroc": None, "learning_rate": 0.1}
+    times = {"images_per_s": 1.0, "seconds": 1.0, "data_seconds": 0.0}
+    return tuple(
+        EpochRecord(epoch=e, train_loss=1.0, val_loss=1.0, is_best=e == best, **numbers, **times)
+        for e in range(1, count + 1)
+    )
+
+
+def test_the_longest_runs_can_be_read_again(tmp_path: Path) -> None:
+    history = History(records=epochs(5000, best=1), finished=True)
+    history.save(tmp_path)
+    assert (tmp_path / "history.json").stat().st_size > 1_000_000
+    store = StateStore(tmp_path)
+    assert store.finished(TrainingConfig()) == history
+    store.save(1, {}, history.to_dict())
+    assert History.from_dict(store.load()[2]) == history
+
+
+@pytest.mark.parametrize(
+    ("count", "best", "finished"), [(4, 4, True), (3, 1, True), (3, 2, False), (0, 0, False)]
+)
+def test_a_run_that_does_not_say_that_it_is_finished_is_where_no_epoch_would_follow(
+    tmp_path: Path, count: int, best: int, finished: bool
+) -> None:
+    store, config = StateStore(tmp_path), TrainingConfig(epochs=4, patience=2)
+    history = History(records=epochs(count, best=best))
+    history.save(tmp_path)
+    data = history.to_dict()
+    del data["finished"]  # as runs were written at first
+    (tmp_path / "history.json").write_text(json.dumps(data))
+    assert store.finished(config) == (history if finished else None)
+    store.save(7, TENSORS, {})
+    assert store.finished(config) is None, "there is a state to go on from"
+
+
+def test_a_damaged_history_hinders_only_where_there_is_no_state(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "history.json").write_text(text)
+        with pytest.raises((ConfigError, TrainingError)):
+            store.finished(TrainingConfig())
+    store.save(1, TENSORS, {})
+    assert store.finished(TrainingConfig()) is None
 
 
 def test_no_state_is_an_error_that_says_where(tmp_path: Path) -> None:

@@ -244,6 +244,7 @@ def test_what_is_not_the_file_never_takes_its_place(
         Reply(body=DATA + b"more than expected"),
         Reply(body=gzip.compress(DATA), headers={"Content-Encoding": "gzip"}),
         Reply(body=DATA, headers={"Content-Type": "text/html"}),
+        Reply(body=DATA, headers={"Content-Length": "9" * 5000}),
     ],
 )
 def test_odd_answers_with_the_right_bytes_are_taken(

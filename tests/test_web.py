@@ -73,6 +73,13 @@ def test_patience_ends_after_the_wanted_number_of_repetitions(client: Client) ->
         assert len(server.requests) == 4
 
 
+def test_thousands_of_repetitions_do_not_overflow_the_pause() -> None:
+    with Client(retries=5000, backoff_s=1e-300) as client:
+        assert 0 <= client._backoff(5000) <= 120
+    with Client(retries=5000) as client:
+        assert client._backoff(5000) == 120
+
+
 def test_progress_gives_new_patience(client: Client) -> None:
     kept = 0
 
@@ -222,6 +229,48 @@ def test_endless_redirects_are_refused(client: Client) -> None:
         assert len(server.requests) == 6
 
 
+def test_the_signature_of_a_redirect_is_in_no_message(client: Client) -> None:
+    with LocalServer(replies(GOOD)) as gone:
+        pass
+    with LocalServer(replies(Reply(body=bytes(50_000), cut_after=9))) as cut:
+        for place, reason in ((gone, "ConnectionError: .*refused"), (cut, "ChunkedEncodingError")):
+            away = Reply(status=302, headers={"Location": f"{place.url}/x?Signature=SECRET"})
+            with (
+                LocalServer(replies(away)) as server,
+                pytest.raises(DownloadError, match=rf"{server.url}/start.*{reason}") as caught,
+            ):
+                client.read_json(f"{server.url}/start")
+            assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("location", ["/x?Signature=SECRET", "http://[::1/?SECRET"])
+def test_redirects_from_a_signed_address_do_not_show_it(client: Client, location: str) -> None:
+    with (
+        LocalServer(replies(Reply(status=302, headers={"Location": location}))) as server,
+        pytest.raises(DownloadError, match="redirects ") as caught,
+    ):
+        client.read_json(f"{server.url}/start")
+    assert "SECRET" not in str(caught.value)
+    with pytest.raises(DownloadError, match=r"^https://a\.org:443 redirects to ") as caught:
+        redirect_target("https://a.org/x?Signature=SECRET", "http://b.org")
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_stopped_client_does_not_show_where_it_was_sent(client: Client) -> None:
+    away = Reply(status=302, headers={"Location": "/big?Signature=SECRET"})
+    big = Reply(body=bytes(100_000))
+    with LocalServer(lambda request: away if request.path == "/start" else big) as server:
+
+        def stopped() -> None:
+            with client.open(f"{server.url}/start") as response:
+                client.stop()
+                list(client.pieces(response))
+
+        with pytest.raises(DownloadError, match="was stopped") as caught:
+            stopped()
+    assert "SECRET" not in str(caught.value)
+
+
 def test_a_token_is_sent_to_its_origin_and_to_no_other() -> None:
     with LocalServer(replies(GOOD)) as other:
 
@@ -356,6 +405,8 @@ def test_a_stopped_client_ends_its_pauses_and_its_reading(client: Client) -> Non
     [
         {"timeout_s": 0},
         {"timeout_s": float("nan")},
+        {"timeout_s": float("inf")},
+        {"backoff_s": float("inf")},
         {"retries": -1},
         {"backoff_s": -0.1},
         {"connections": 0},
@@ -366,11 +417,19 @@ def test_impossible_numbers_are_refused(options: dict[str, float]) -> None:
         Client(**options)
 
 
-@pytest.mark.parametrize("token", ["", "with space", "line\r\nend", "ü"])
+@pytest.mark.parametrize("token", ["", "\n", "with space", "line\r\nend", "ü"])
 def test_an_impossible_token_is_refused_without_showing_it(token: str) -> None:
     with pytest.raises(ValueError, match="token must be printable ASCII") as caught:
         Client(tokens={"https://a.org:443": token})
     assert not token or token not in str(caught.value)
+
+
+def test_white_space_around_a_token_is_no_part_of_it() -> None:
+    with LocalServer(replies(GOOD)) as server:
+        tokens = {origin(server.url): f" {TOKEN}\r\n"}
+        with Client(timeout_s=5, tokens=tokens) as client:
+            client.read_json(f"{server.url}/x")
+    assert server.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
 
 
 def test_origins_tell_ports_and_schemes_apart() -> None:

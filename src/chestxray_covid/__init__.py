@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.errors import DatasetNotFoundError as DatasetNotFoundError
     from chestxray_covid.errors import DownloadError as DownloadError
     from chestxray_covid.errors import ExportError as ExportError
+    from chestxray_covid.errors import ForkedError as ForkedError
     from chestxray_covid.errors import ImageError as ImageError
     from chestxray_covid.errors import ImageNotFoundError as ImageNotFoundError
     from chestxray_covid.errors import IntegrityError as IntegrityError
@@ -150,6 +151,7 @@ _MODULES = {
         "DatasetNotFoundError",
         "DownloadError",
         "ExportError",
+        "ForkedError",
         "ImageError",
         "ImageNotFoundError",
         "IntegrityError",

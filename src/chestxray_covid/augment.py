@@ -8,8 +8,10 @@ change nothing.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,17 @@ _BACKGROUND_STREAM = 77  # any number of its own; the bundled weights were train
 _LEAST_LUNG = 0.08
 
 
+def as_number(name: str, value: Any) -> int | float:
+    """Return an option that is a number as Python's own, where it is one of NumPy's for example.
+
+    Raises:
+        TypeError: If it is no number, with its name.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """How training images are varied; a value of 0 (or a range of width 0) leaves a thing alone.
@@ -36,8 +49,10 @@ class Augmentation:
         rotation_deg: Largest rotation to either side, in degrees, in [0, 45]. Corners that turn in
             are filled with the image's own border: black ones ruin batch-norm statistics.
         horizontal_flip: Probability of a mirror image, in [0, 1]. The heart then lies right.
-        crop_min: Smallest side of a random crop, as a fraction in (0, 1]; the crop is scaled back.
-        aspect: Largest factor by which a crop's sides differ, at least 1; needs ``crop_min`` < 1.
+        crop_min: Smallest side of a random crop, as a fraction in [0.05, 1]; the crop is scaled
+            back. With ``aspect``, which makes it longer and narrower, a side may be as short as
+            ``crop_min / sqrt(aspect)``.
+        aspect: Largest factor by which a crop's sides differ, in [1, 2]; needs ``crop_min`` < 1.
         gamma: Largest factor by which the exponent of the grey scale moves up or down, at least 1.
         contrast: Largest factor by which contrast moves up or down, at least 1.
         brightness: Largest shift of the grey level, as a fraction of white, in [0, 1).
@@ -79,9 +94,8 @@ class Augmentation:
             "hide_border": (0, 0.45),
         }
         for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+            value = as_number(name, getattr(self, name))
+            object.__setattr__(self, name, value)
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
 

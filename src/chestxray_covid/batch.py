@@ -7,25 +7,31 @@ import itertools
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.loading import map_ahead
-from chestxray_covid.errors import DatasetNotFoundError, ImageError, require_extra
+from chestxray_covid.errors import (
+    DatasetError,
+    DatasetNotFoundError,
+    ImageError,
+    ImageNotFoundError,
+    first_of,
+    require_extra,
+)
+from chestxray_covid.files import is_folder
 from chestxray_covid.places import Places, is_address
 from chestxray_covid.prediction import FailedPrediction
-from chestxray_covid.shards import Place, Shard, ShardedTable, listed
-
-if TYPE_CHECKING:
-    from chestxray_covid.prediction_table import Row
+from chestxray_covid.prediction_table import Row
+from chestxray_covid.shards import Place, Shard, ShardedTable, check_apart, listed
 
 #: Objects that are fetched at once; waiting for object storage costs no processor.
 _FETCHES = 16
 #: Raised when what a shard holds changes, so that none of an older version is taken.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,8 @@ def predict_files(
     Raises:
         DatasetNotFoundError: If there is no image file.
         DatasetError: If a CSV of paths cannot be read.
-        ValueError: If a size is not positive, or the classifier was never saved.
+        ValueError: If a size is not positive, the classifier was never saved, the output is a file
+            where a folder is expected or the contrary, or it is one of the inputs.
         OSError: If the output cannot be written; what was finished is kept.
         MissingExtraError: If Parquet or an address needs pyarrow, which is not installed.
     """
@@ -86,6 +93,7 @@ def predict_files(
 
     clf = classifier or Classifier.from_pretrained()
     table = _table(clf, output, shard_size)
+    check_apart(images, table.output)
     judge = _Judge(clf, table, batch_size=batch_size, workers=workers)
     finished = table.finished()
     sizes: dict[str, int] = {}
@@ -97,6 +105,7 @@ def predict_files(
                 if shard.name in finished:
                     bar.update(len(shard.files))
                 else:
+                    table.begin(finished)
                     yield shard
 
         for shard in judge.write_all(missing()):
@@ -140,8 +149,8 @@ def ray_predict(
     Raises:
         DatasetNotFoundError: If there is no image file.
         DatasetError: If a CSV of paths cannot be read.
-        ValueError: If the output is no Parquet, a size is not positive, the data set has no column
-            ``path``, or the classifier was never saved.
+        ValueError: If the output is no Parquet, or a file, or one of the inputs, a size is not
+            positive, the data set has no column ``path``, or the classifier was never saved.
         OSError: If the output cannot be listed.
         ray.exceptions.RayError: If a worker cannot write its shard.
         MissingExtraError: If Ray is not installed.
@@ -157,11 +166,14 @@ def ray_predict(
     if not table.is_parquet:
         raise ValueError(f"Ray writes Parquet: output must end in .parquet, got {target!r}")
     given = isinstance(images, data.Dataset)
+    if not given:
+        check_apart(images, table.output)
     shards = list(table.shards(_column(images) if given else listed(images, table.places)))
     finished = table.finished()
     missing = [shard._asdict() for shard in shards if shard.name not in finished]
     count = sum(len(shard.files) for shard in shards)
     if missing:
+        table.begin(finished)
         if not ray.is_initialized():
             ray.init(**({} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}))
         if num_cpus is None:
@@ -194,7 +206,10 @@ def _table(classifier: Classifier, output: Place, shard_size: int) -> ShardedTab
             "own. Save it with save_pretrained, and load it with from_pretrained."
         )
     flags = "" if gate is None else hashlib.sha256(gate.to_bytes()).hexdigest()
-    model = [_VERSION, config.weights_sha256, flags, config.classes, config.threshold]
+    precision = classifier.engine.precision
+    if precision == "int8" and classifier.int8 is not None:
+        precision = classifier.int8.digest
+    model = [_VERSION, config.weights_sha256, flags, config.classes, config.threshold, precision]
     return ShardedTable(
         output,
         classes=config.classes,
@@ -205,8 +220,11 @@ def _table(classifier: Classifier, output: Place, shard_size: int) -> ShardedTab
 
 def _complete(table: ShardedTable, names: list[str], count: int, images: Any) -> PredictedFiles:
     if not names:
-        several = isinstance(images, (list, tuple))
-        shown = ", ".join(map(str, images)) if several else str(images)
+        shown = str(images)
+        if isinstance(images, (list, tuple)):
+            shown = first_of([*map(str, images)]) if images else "an empty list"
+        elif isinstance(images, Iterator):
+            shown = "what was given"
         raise DatasetNotFoundError(f"No image file in {shown}. Check the path.")
     return PredictedFiles(output=table.output, count=count, failed=table.complete(names))
 
@@ -241,9 +259,8 @@ class _Judge:
         own = isinstance(classifier, Classifier)
         self._classifier = classifier if own else require_extra("ray", "ray").get(classifier)
         self._table = table
-        self._options = {"batch_size": batch_size, "workers": workers}
+        self._options: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
         self._root = root
-        self._places = Places()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Compute a shard, as Ray asks for it."""
@@ -256,39 +273,83 @@ class _Judge:
 
         Threads of their own for every shard would keep memory that the next ones do not use.
         """
-        unread: dict[int, OSError] = {}
         ahead, behind = itertools.tee(shards)
-        sources = self._sources((file for shard in ahead for file in shard.files), unread)
-        found = self._classifier.predict_stream(sources, on_error="return", **self._options)
-        positions = itertools.count()
-        with closing(found):
+        files = (file for shard in ahead for file in shard.files)
+        rows = judge_files(self._classifier, files, root=self._root, **self._options)
+        with closing(rows):
             for shard in behind:
-                rows: list[Row] = []
-                for file, row, position in zip(shard.files, found, positions, strict=False):
-                    if position in unread:
-                        error = ImageError(f"{file} cannot be fetched: {unread.pop(position)}")
-                        rows.append(FailedPrediction(source=file, error=error))
-                    else:
-                        rows.append(replace(row, source=file))
-                self._table.write(shard, rows)
+                own = list(itertools.islice(rows, len(shard.files)))
+                if len(own) != len(shard.files):
+                    raise _not_one_row_each(shard.files[len(own)])
+                self._table.write(shard, own)
                 yield shard
+            next(rows, None)  # raises what ended the list of files, of which the copy knows nothing
 
-    def _sources(self, files: Iterable[str], unread: dict[int, OSError]) -> Iterator[str | bytes]:
-        """Yield paths and the content of objects; note which could not be fetched."""
 
-        def fetch(file: str) -> str | bytes | OSError:
-            if not is_address(file):
-                return os.path.join(self._root, file)  # noqa: PTH118 - a million of them
+def judge_files(
+    classifier: Classifier,
+    files: Iterable[str],
+    *,
+    batch_size: int,
+    workers: int | None = None,
+    root: str = "",
+) -> Generator[Row, None, None]:
+    """Yield a row per file, in order and in constant memory, named as it was given.
+
+    Args:
+        classifier: The model.
+        files: Paths and addresses of images.
+        batch_size: Images computed at once.
+        workers: Threads that decode; as many as there are cores if not given.
+        root: What relative paths are relative to.
+
+    Raises:
+        DatasetError: If a file becomes a folder meanwhile.
+        Exception: Whatever the source of the files raises, after the rows before it.
+    """
+    asked: deque[tuple[str, str | bytes | ImageError]] = deque()
+    sources = _sources(files, root, asked)
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
+    found = classifier.predict_stream(sources, on_error="return", **options)
+    with closing(cast(Generator[Row, None, None], found)) as rows:
+        for row in rows:
+            file, source = asked.popleft()
+            if isinstance(source, ImageError):
+                yield FailedPrediction(source=file, error=source)
+            elif row.source != (source if isinstance(source, str) else "<bytes>"):
+                raise _not_one_row_each(file)
+            else:
+                yield replace(row, source=file)
+    if asked:
+        raise _not_one_row_each(asked[0][0])
+
+
+def _sources(
+    files: Iterable[str], root: str, asked: deque[tuple[str, str | bytes | ImageError]]
+) -> Iterator[str | bytes]:
+    """Yield paths and the content of objects; note what was asked for, or why it is not there."""
+    places = Places()
+
+    def fetch(file: str) -> tuple[str, str | bytes | ImageError]:
+        if is_address(file):
             try:
-                return self._places.read(file)
+                return file, places.read(file)
             except OSError as error:
-                return error
+                return file, ImageError(f"{file} cannot be fetched: {error}")
+        path = os.path.join(root, file)  # noqa: PTH118 - a million of them
+        if is_folder(path):  # which would stand for the images below it
+            return file, ImageNotFoundError(f"{file} is a folder, expected a regular file.")
+        return file, path
 
-        fetched = map_ahead(fetch, files, workers=_FETCHES, ahead=2 * _FETCHES)
-        with closing(fetched):
-            for position, source in enumerate(fetched):
-                if isinstance(source, OSError):
-                    unread[position] = source
-                    yield b""  # keeps its place
-                else:
-                    yield source
+    fetched = map_ahead(fetch, files, workers=_FETCHES, ahead=2 * _FETCHES)
+    with closing(fetched):
+        for file, source in fetched:
+            asked.append((file, b"" if isinstance(source, bytes) else source))
+            yield b"" if isinstance(source, ImageError) else source  # keeps its place
+
+
+def _not_one_row_each(file: str) -> DatasetError:
+    return DatasetError(
+        f"{file} did not give one row: files and folders have changed while they were judged. "
+        "Run it again."
+    )

@@ -69,6 +69,7 @@ def predict(
     Exits with status 1 if a file could not be judged, and names it.
     """
     from chestxray_covid.classifier import Classifier
+    from chestxray_covid.datasets.report import printable
 
     if on_ray and output is None:
         raise click.UsageError("--ray needs --output, a folder whose name ends in .parquet.")
@@ -91,7 +92,8 @@ def predict(
 
         failed = dict(predict_files(paths, output, workers=workers, **options).failed)
     for path, reason in failed.items():
-        click.echo(f"failed: {reason if path in reason else f'{path}: {reason}'}", err=True)
+        named = path in reason or ascii(path) in reason
+        click.echo(printable(f"failed: {reason if named else f'{path}: {reason}'}"), err=True)
     click.echo(NOT_A_DEVICE, err=True)
     if failed:
         sys.exit(1)
@@ -101,6 +103,7 @@ def _show(
     classifier: Any, paths: tuple[str, ...], *, batch_size: int, workers: int | None
 ) -> dict[str, str]:
     """Print a table, and return path → reason of the files that failed."""
+    from chestxray_covid.batch import judge_files
     from chestxray_covid.errors import DatasetNotFoundError
     from chestxray_covid.places import Places
     from chestxray_covid.prediction import FailedPrediction
@@ -110,7 +113,7 @@ def _show(
     failed = {}
     files = listed(paths, Places())
     empty = True
-    for result in classifier.predict_stream(files, batch_size, "return", workers=workers):
+    for result in judge_files(classifier, files, batch_size=batch_size, workers=workers):
         if empty:
             click.echo(heading(classifier.classes))
         empty = False

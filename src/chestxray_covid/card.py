@@ -1,7 +1,7 @@
 """The model card, in the Hub's format, made from a checkpoint's config and results.
 
 Everything that comes from data (names of sources, texts in the provenance) is escaped: it can
-neither end a table's row nor bring links, pictures or HTML into the page.
+neither end a table's row nor bring headings, lists, links, pictures or HTML into the page.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 from chestxray_covid.audit_report import AuditReport
 from chestxray_covid.checkpoint import ModelConfig, load_config
 from chestxray_covid.evaluation_report import EvaluationReport
+from chestxray_covid.export_card import foreign_text
 from chestxray_covid.intervals import Estimate, proportion
-from chestxray_covid.reporting import CAUTION, counted, markdown_text
+from chestxray_covid.reporting import CAUTION, counted
 from chestxray_covid.results import Results, read_results
 from chestxray_covid.subgroups import SMALL, Subgroup
 
@@ -131,7 +132,7 @@ def _front_matter(
             EvalResult(
                 task_type="image-classification",
                 dataset_type=_slug(part.name),
-                dataset_name=f"{part.group}: {part.name}"[:200],
+                dataset_name=_printable(f"{part.group}: {part.name}"),
                 metric_type="roc_auc" if metric == "auroc" else metric,
                 metric_value=round(part.per_class[report.positive][metric].value, 4),
                 metric_name=f"{report.positive} {metric}",
@@ -141,23 +142,23 @@ def _front_matter(
             if _is_defined(part, report.positive, metric)
         ]
     data = ModelCardData(
-        license=stated if isinstance(stated, str) else "other",
+        license=_printable(stated if isinstance(stated, str) else "") or "other",
         library_name="chestxray_covid",
         pipeline_tag="image-classification",
         tags=["chest-x-ray", "covid-19", "densenet", "medical-imaging", "timm", "transformers"],
-        datasets=list(datasets) if isinstance(datasets, list | tuple) else None,
+        datasets=[_printable(d) for d in datasets] if isinstance(datasets, list | tuple) else None,
         metrics=["roc_auc", "recall", "specificity"] if results else None,
-        model_name=name,
+        model_name=_printable(name),
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---"
 
 
 def _introduction(config: ModelConfig, name: str) -> str:
-    return f"""# {markdown_text(name)}
+    return f"""# {foreign_text(name)}
 
 DenseNet-121 on chest radiographs, {config.preprocess.size_px} px, classes
-{", ".join(map(markdown_text, config.classes))}.
+{", ".join(map(foreign_text, config.classes))}.
 
 **This is not a medical device.** It makes no diagnosis and must not be used for any decision about
 a patient.
@@ -169,7 +170,7 @@ and whether they read lungs or the data set. Out of scope: diagnosis, triage, sc
 modalities and views, and children where the training data have none.
 
 The operating threshold on p(covid19) / (p(covid19) + p(normal)) is {config.threshold:.4g}; it comes
-from: {markdown_text(config.threshold_origin)}."""
+from: {foreign_text(config.threshold_origin)}."""
 
 
 def _data(config: ModelConfig) -> str:
@@ -189,20 +190,20 @@ def _items(content: Any, depth: int) -> Iterator[str]:
     indent = "  " * depth
     if isinstance(content, Mapping):
         for key, value in content.items():
-            label = markdown_text(str(key).replace("_", " "))
+            label = foreign_text(str(key).replace("_", " "))
             if isinstance(value, Mapping | list | tuple) and value:
                 yield f"{indent}- {label}:"
                 yield from _items(value, depth + 1)
             else:
-                yield f"{indent}- {label}: {markdown_text(value)}"
+                yield f"{indent}- {label}: {foreign_text(value)}"
     elif isinstance(content, list | tuple):
         for value in content:
             if isinstance(value, Mapping | list | tuple):
-                yield f"{indent}- {markdown_text(json.dumps(value))}"
+                yield f"{indent}- {foreign_text(json.dumps(value))}"
             else:
-                yield f"{indent}- {markdown_text(value)}"
+                yield f"{indent}- {foreign_text(value)}"
     else:
-        yield f"{indent}{markdown_text(content)}"
+        yield f"{indent}{foreign_text(content)}"
 
 
 def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[str]:
@@ -212,25 +213,25 @@ def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[st
         return
     yield (
         f"{report.n_images} images of {report.n_patients} patients; "
-        f"{markdown_text(report.positive)} against the other classes, with intervals at "
+        f"{foreign_text(report.positive)} against the other classes, with intervals at "
         f"{100 * report.confidence:g}%, by patient. A dash is a number that is not defined there, "
         f"a star marks fewer than {SMALL} images: what rests on them says next to nothing.\n"
     )
     if report.confounded:
         yield f"**{CAUTION}**\n"
-    positive = markdown_text(report.positive)
+    positive = foreign_text(report.positive)
     yield f"| Tested on | {positive} | Others | Patients | {' | '.join(_METRICS)} |"
     yield f"| --- | --- | --- | --- |{' --- |' * len(_METRICS)}"
     for part in report.subgroups:
         numbers = [_number(part.per_class[report.positive].get(metric)) for metric in _METRICS]
         where = "all" if part.group == "overall" else f"{part.group}: {part.name}"
         own = part.counts[report.positive]
-        counts = [markdown_text(counted(n)) for n in (own, part.n_images - own)]
-        cells = [markdown_text(where), *counts, str(part.n_patients), *numbers]
+        counts = [foreign_text(counted(n)) for n in (own, part.n_images - own)]
+        cells = [foreign_text(where), *counts, str(part.n_patients), *numbers]
         yield f"| {' | '.join(cells)} |"
     yield ""
     for metric, estimate in report.overall.metrics.items():
-        yield f"- {markdown_text(metric)}: {_number(estimate)}"
+        yield f"- {foreign_text(metric)}: {_number(estimate)}"
     if figure:
         yield f"\n![Predicted probability against the share that came true]({figure})"
 
@@ -283,7 +284,7 @@ def _decisions(report: EvaluationReport | None, config: ModelConfig) -> str:
     lines = [
         DECISIONS,
         ["---"] * len(DECISIONS),
-        *([markdown_text(cell) for cell in row] for row in rows),
+        *([foreign_text(cell) for cell in row] for row in rows),
     ]
     drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
@@ -296,27 +297,27 @@ def _decisions(report: EvaluationReport | None, config: ModelConfig) -> str:
 def _measurements(results: Results) -> Iterator[str]:
     """Yield a section for each further table."""
     for table in results.tables:
-        head = [markdown_text(cell) for cell in table["head"]]
+        head = [foreign_text(cell) for cell in table["head"]]
         lines = [
             head,
             ["---"] * len(head),
-            *([markdown_text(c) for c in row] for row in table["rows"]),
+            *([foreign_text(c) for c in row] for row in table["rows"]),
         ]
         drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        yield f"## {markdown_text(table['title'])}\n\n{markdown_text(table['note'])}\n\n{drawn}"
+        yield f"## {foreign_text(table['title'])}\n\n{foreign_text(table['note'])}\n\n{drawn}"
 
 
 def _audit(report: AuditReport | None) -> str:
     if report is None:
         return "## Audit\n\nThis model has not been audited for shortcuts."
     rows = [
-        f"| {' | '.join(map(markdown_text, (item.question, item.verdict, item.reason)))} |"
+        f"| {' | '.join(map(foreign_text, (item.question, item.verdict, item.reason)))} |"
         for item in report.items
     ]
     head = f"Shortcut audit of {report.n_images} images of {report.n_patients} patients"
     return "\n".join(
         [
-            f"## Audit\n\n{head}: **{markdown_text(report.verdict)}**.\n",
+            f"## Audit\n\n{head}: **{foreign_text(report.verdict)}**.\n",
             "| Question | Verdict | Why |\n| --- | --- | --- |",
             *rows,
         ]
@@ -324,11 +325,11 @@ def _audit(report: AuditReport | None) -> str:
 
 
 def _loading(config: ModelConfig, name: str) -> str:
-    where = re.sub(r"[^\w./-]", "", name)
-    others = f"""model = timm.create_model("hf-hub:{where}", pretrained=True).eval()
-classify = pipeline("image-classification", model="{where}")"""
-    if "/" not in where:  # no repository: a bundled model or a folder, which they open by its path
-        others = f"""folder = str(chestxray_covid.resolve("{where}"))
+    quoted = _quoted(name)
+    others = f"""model = timm.create_model({_quoted(f"hf-hub:{name}")}, pretrained=True).eval()
+classify = pipeline("image-classification", model={quoted})"""
+    if "/" not in name:  # no repository: a bundled model or a folder, which they open by its path
+        others = f"""folder = str(chestxray_covid.resolve({quoted}))
 model = timm.create_model(f"local-dir:{{folder}}", pretrained=True).eval()
 classify = pipeline("image-classification", model=folder)"""
     return f"""## How to load it
@@ -336,7 +337,7 @@ classify = pipeline("image-classification", model=folder)"""
 ```python
 from chestxray_covid import Classifier
 
-classifier = Classifier.from_pretrained("{where}")
+classifier = Classifier.from_pretrained({quoted})
 print(classifier.predict("radiograph.png"))
 ```
 
@@ -365,6 +366,16 @@ def _number(estimate: Estimate | None) -> str:
     if estimate.low != estimate.low:
         return f"{estimate.value:.3f}"
     return f"{estimate.value:.3f} ({estimate.low:.3f}–{estimate.high:.3f})"
+
+
+def _quoted(name: str) -> str:
+    """Return a name as Python's source code says it."""
+    return json.dumps(name, ensure_ascii=not name.isprintable())
+
+
+def _printable(value: Any) -> str:
+    """Return text for the front matter, without what YAML or UTF-8 cannot hold."""
+    return "".join(c for c in str(value) if c.isprintable())[:200]
 
 
 def _slug(text: str) -> str:

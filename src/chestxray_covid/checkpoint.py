@@ -38,6 +38,7 @@ FORMAT_VERSION = 2
 ARCHITECTURE = "densenet121"
 
 _MAX_CLASSES = 1000
+_MAX_TEXT = 2000
 _MAX_ATTACHMENTS = 16
 #: A segmenter has 2 MB; the statistics of 1024 features with their covariances 4.
 _MAX_ATTACHMENT_BYTES = 20_000_000
@@ -79,6 +80,8 @@ class ModelConfig:
         for name in texts:
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be text, got {getattr(self, name)!r}")
+            if (length := len(getattr(self, name))) > _MAX_TEXT:
+                raise ConfigError(f"{name} must have at most {_MAX_TEXT} characters, got {length}")
         if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise ConfigError(
                 f"format_version is {self.format_version!r}, chestxray-covid here writes "
@@ -187,7 +190,8 @@ def _check_class_names(classes: Any) -> None:
     if not good:
         shown = f"{str(classes)[:200]}"
         raise ConfigError(
-            f"classes must be 2 to {_MAX_CLASSES} different printable names, got {shown}"
+            f"classes must be 2 to {_MAX_CLASSES} different printable names of up to 100 "
+            f"characters, as a tuple, got {shown}"
         )
 
 
@@ -375,9 +379,14 @@ def _read_verified(path: Path, digest: str, limit: int) -> bytes:
         raise CheckpointNotFoundError(f"{path} is missing beside {CONFIG_NAME}. Save it again.")
     try:
         with path.open("rb") as file:
-            data = file.read(limit)
+            data = file.read(limit + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if len(data) > limit:
+        raise CheckpointError(
+            f"{path} is not the file that {CONFIG_NAME} describes: it has {path.stat().st_size} "
+            f"bytes, expected at most {limit}. Fetch or save the checkpoint again."
+        )
     if hashlib.sha256(data).hexdigest() != digest:
         raise CheckpointError(
             f"{path} is not the file that {CONFIG_NAME} describes: its SHA-256 differs. "

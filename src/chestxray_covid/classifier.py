@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, overload
 
@@ -26,9 +25,18 @@ from chestxray_covid.engines import open_engine, restrict_classes, softmax
 from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError
 from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
 from chestxray_covid.hub import resolve
-from chestxray_covid.inputs import ReadImage, check_positive, expand, is_single, name_of, read
+from chestxray_covid.inputs import (
+    ReadImage,
+    check_positive,
+    expand,
+    expand_any,
+    hold,
+    is_single,
+    name_of,
+    read,
+)
 from chestxray_covid.int8 import INT8_NAME, Int8
-from chestxray_covid.prediction import FailedPrediction, Prediction
+from chestxray_covid.prediction import FailedPrediction, Prediction, raising
 
 #: Name of an image, and its pixels or why there are none.
 _Decoded: TypeAlias = tuple[str, ReadImage | ChestXrayError]
@@ -38,8 +46,9 @@ class Classifier:
     """Judges chest radiographs with a checkpoint; stateless, thread-safe, deterministic.
 
     Images may be paths, bytes, binary streams, PIL images, arrays, tensors and DICOM files
-    (see :func:`load_image`); a folder stands for the image files below it, a data set for its
-    images, an array or tensor of four dimensions for a batch, and a list for all that is in it.
+    (see :func:`load_image`) and samples of data sets; a folder stands for the image files below it,
+    a data set for its images, an array or tensor of four dimensions for a batch, and a list, or a
+    pandas ``Series`` or NumPy array of paths, for all that is in it.
 
     Args:
         config: Config of the checkpoint.
@@ -51,7 +60,7 @@ class Classifier:
 
     Attributes:
         config: Config of the checkpoint.
-        gate: As given.
+        gate, int8: As given.
         engine: What computes; its ``name`` and ``precision`` say what was chosen.
 
     Raises:
@@ -73,7 +82,7 @@ class Classifier:
         if classes is not None:
             config, tensors = restrict_classes(config, tensors, classes)
         self.config = config
-        self.gate = gate
+        self.gate, self.int8 = gate, int8
         self._tensors, self._file_sha256 = tensors, ""
         self._origin: Path | None = None
         opened = partial(open_engine, int8=int8)
@@ -224,7 +233,7 @@ class Classifier:
         Raises:
             ImageError: If an image cannot be decoded.
             TypeError: If something is no image.
-            ValueError: If ``batch_size`` is not positive.
+            ValueError: If ``batch_size`` is not positive, or a list contains itself.
         """
         if not is_single(images):
             return list(self.predict_stream([images], batch_size))
@@ -253,7 +262,8 @@ class Classifier:
         from tqdm import tqdm
 
         check_positive("batch_size", batch_size)
-        items = list(expand(images))
+        check_positive("workers", workers)
+        items = [hold(image, self.config.preprocess) for image in expand(images)]
         if len(items) == 1:  # without the machinery
             return self._compute(read(items[0], self.config.preprocess)[0][np.newaxis])[0]
         rows = pipeline(
@@ -327,23 +337,22 @@ class Classifier:
         Raises:
             ImageError: If an image cannot be decoded and ``on_error="raise"``.
             TypeError: If something is no image.
-            ValueError: If ``on_error`` is unknown or ``batch_size`` not positive.
+            ValueError: If ``on_error`` is unknown, ``batch_size`` or ``workers`` not positive, or a
+                list contains itself.
         """
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error must be 'raise' or 'return', got {on_error!r}")
         check_positive("batch_size", batch_size)
-        whole = isinstance(images, (str, os.PathLike, ChestXrayDataset))
-        parts = iter([images] if whole else images)
-        items = chain.from_iterable(map(expand, parts))
+        check_positive("workers", workers)
         found = pipeline(
-            items,
+            (hold(image, self.config.preprocess) for image in expand_any(images)),
             self._decode,
             self._judge,
             batch_size=batch_size,
             workers=workers,
             calls=self.engine.calls,
         )
-        return found if on_error == "return" else _raising(found)
+        return found if on_error == "return" else raising(found)
 
     def _decode(self, image: Any) -> _Decoded:
         try:
@@ -388,10 +397,3 @@ class Classifier:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.engine = self._open(self.config, self._tensors)
-
-
-def _raising(results: Iterable[Prediction | FailedPrediction]) -> Iterator[Prediction]:
-    for result in results:
-        if isinstance(result, FailedPrediction):
-            raise result.error
-        yield result

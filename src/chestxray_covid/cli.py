@@ -42,32 +42,41 @@ for subcommand in (audit, evaluate, predict, models, push, export, quantize):
 @main.command()
 @click.argument("source", type=click.Choice(["cohen", "kermany", "phantoms"]))
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--ref", default="master", show_default=True, help="Cohen: branch, tag or commit.")
+@click.option("--ref", help="Cohen: branch, tag or commit; master if not given.")
 @click.option("--all-views", is_flag=True, help="Cohen: also lateral views and CT slices.")
 @click.option(
     "--archive",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Kermany: a zip that you have already, instead of fetching it from Kaggle.",
+    help="Kermany: a zip that you have already, unpacked into FOLDER. Else kagglehub fetches the "
+    "collection into its own cache; use the folder that the command names.",
 )
-@click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Phantoms.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Phantoms.")
+@click.option("--count", type=click.IntRange(3), help="Phantoms: number; 200 if not given.")
+@click.option("--seed", type=click.IntRange(0), help="Phantoms: other numbers, other patients.")
 @translated
 def download(
     source: str,
     folder: Path,
-    ref: str,
+    ref: str | None,
     all_views: bool,
     archive: Path | None,
-    count: int,
-    seed: int,
+    count: int | None,
+    seed: int | None,
 ) -> None:
     """Fetch a public data set into FOLDER, or draw phantoms there."""
+    given: dict[str, dict[str, object]] = {
+        "cohen": {"--ref": ref, "--all-views": all_views or None},
+        "kermany": {"--archive": archive},
+        "phantoms": {"--count": count, "--seed": seed},
+    }
+    for other in given.keys() - {source}:
+        if wrong := [name for name, value in given[other].items() if value is not None]:
+            raise click.UsageError(f"{' and '.join(wrong)} are for {other} alone, not {source}.")
     if source == "cohen":
         from chestxray_covid.datasets.cohen import is_frontal_radiograph
         from chestxray_covid.datasets.download import download_cohen
 
         include = None if all_views else is_frontal_radiograph
-        place = download_cohen(folder, ref=ref, include=include)
+        place = download_cohen(folder, ref=ref or "master", include=include)
     elif source == "kermany":
         from chestxray_covid.datasets.download import download_kermany
 
@@ -76,7 +85,7 @@ def download(
         from chestxray_covid.datasets.base import LABELS
         from chestxray_covid.datasets.synthetic import SyntheticChestXray
 
-        place = SyntheticChestXray(count, classes=LABELS, seed=seed).save(folder)
+        place = SyntheticChestXray(count or 200, classes=LABELS, seed=seed or 0).save(folder)
     click.echo(f"{source} is in {place}")
 
 
@@ -124,7 +133,7 @@ def download(
 )
 @click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run, with its split.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @translated
@@ -151,8 +160,7 @@ def train(
     """Train on data sets, split by patient, and judge the model on patients it never saw."""
     if no_pretrained and checkpoint is not None:
         raise click.UsageError("--no-pretrained and --pretrained exclude each other.")
-    if (output / "config.json").exists() and not resume:
-        raise click.UsageError(f"{output} already holds a run: use --resume or another folder.")
+    _check_run_folder(output, resume=resume)
     labels = _labels(classes)
     first = is_first_process()
     dataset = open_data(data, labels)
@@ -195,7 +203,7 @@ def train(
         num_classes=len(labels),
         seed=seed,
     )
-    split = _split(dataset, output, seed=seed, progress=config.progress, save=first)
+    split = _split(dataset, output, seed=seed, resume=resume, progress=config.progress, save=first)
     found = confounding(dataset)
     if first:
         _write_json(output / "confounding.json", found.to_dict())
@@ -266,14 +274,31 @@ def _labels(classes: str) -> tuple[str, ...]:
     return labels
 
 
+def _check_run_folder(output: Path, *, resume: bool) -> None:
+    """Raise if a run would be overwritten, or there is none to resume."""
+    from chestxray_covid.training_state import StateStore
+
+    holds_run = StateStore(output).holds_run()
+    if holds_run and not resume:
+        raise click.UsageError(f"{output} already holds a run: use --resume or another folder.")
+    if resume and not holds_run:
+        raise click.UsageError(f"{output} holds no run to continue: leave out --resume.")
+
+
 def _split(
-    dataset: ChestXrayDataset, output: Path, *, seed: int, progress: bool, save: bool
+    dataset: ChestXrayDataset,
+    output: Path,
+    *,
+    seed: int,
+    resume: bool,
+    progress: bool,
+    save: bool,
 ) -> Split:
-    """Return the run's split: the saved one if there is one, else a new one, saved if asked."""
+    """Return the run's split: that of a run that is resumed, else a new one, saved if asked."""
     from chestxray_covid.splits import Split, split_by_patient
 
     saved = output / SPLIT_NAME
-    if saved.is_file():
+    if resume and saved.is_file():  # one that is left of a run that never came to a state is not
         return Split.load(saved, dataset)
     split = split_by_patient(dataset, seed=seed, progress=progress)
     if save:

@@ -24,6 +24,9 @@ from chestxray_covid.pixels import (
     value_range,
 )
 
+#: VOI functions whose window is as wide as it says; that of LINEAR is 1 narrower.
+_EXACT = ("LINEAR_EXACT", "SIGMOID")
+
 
 def decode_dicom(
     file: io.BufferedIOBase, name: str, max_pixels: int
@@ -130,34 +133,69 @@ def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:
     if data.get("VOILUTSequence"):
         values, top = _lookup(values, data.VOILUTSequence[0], data)
         return stretch(values, 0, top)
-    center, width = _first(data, "WindowCenter"), _first(data, "WindowWidth")
-    if center is not None and width is not None:
-        function = str(data.get("VOILUTFunction") or "LINEAR").upper()
-        return stretch(_window(values, center, width, function), 0, 1)
+    function = str(data.get("VOILUTFunction") or "LINEAR").upper()
+    window = _first_window(data, function)
+    if window is not None:
+        return stretch(_window(values, *window, function), 0, 1)
     if values.dtype == np.uint8 and data.BitsStored == 8:
         return values
+    inside = _inside(frame, data)
+    if inside.any() and not inside.all():
+        low, high = value_range(values[inside], name)
+        values = np.clip(values, low, high)
     return stretch(values, low, high)
+
+
+def _inside(frame: NDArray[Any], data: Any) -> NDArray[np.bool_]:
+    """Return which stored values are of the image, not padding around it (PS3.3 C.7.5.1.1.2)."""
+    padding = _first(data, "PixelPaddingValue")
+    if padding is None:
+        return np.ones(1, np.bool_)
+    limit = _first(data, "PixelPaddingRangeLimit")
+    ends = sorted([padding, padding if limit is None else limit])
+    return np.asarray((frame < ends[0]) | (frame > ends[1]))
+
+
+def _numbers(data: Any, keyword: str) -> list[float]:
+    """Return the values of a numeric element, none where it is absent or empty."""
+    value = data.get(keyword)
+    empty = value is None or str(value) == ""
+    return [] if empty else np.ravel(np.asarray(value, dtype=np.float64)).tolist()
 
 
 def _first(data: Any, keyword: str) -> float | None:
     """Return the first value of a numeric element, ``None`` where it is absent or empty."""
-    value = data.get(keyword)
-    if value is None or str(value) == "":
-        return None
-    number = float(np.ravel(np.asarray(value, dtype=np.float64))[0])
-    if not math.isfinite(number):
+    number = next(iter(_numbers(data, keyword)), None)
+    if number is not None and not math.isfinite(number):
         raise ValueError(f"{keyword} is {number}")
     return number
+
+
+def _first_window(data: Any, function: str) -> tuple[float, float] | None:
+    """Return centre and width of the first window that is possible, ``None`` if there is none.
+
+    The width is 1 or more for LINEAR, for others more than 0 (PS3.3 C.11.2.1.2 and C.11.2.1.3).
+    """
+    try:
+        centers, widths = _numbers(data, "WindowCenter"), _numbers(data, "WindowWidth")
+    except (TypeError, ValueError):  # no numbers
+        return None
+    narrowest = math.ulp(0.0) if function in _EXACT else 1
+    for center, width in zip(centers, widths, strict=False):
+        if math.isfinite(center) and narrowest <= width < math.inf:
+            return center, width
+    return None
 
 
 def _window(
     values: NDArray[Any], center: float, width: float, function: str
 ) -> NDArray[np.float64]:
-    """Return values in [0, 1] after a VOI window (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
-    if function == "LINEAR" and width >= 1:
+    """Return values in [0, 1] after a VOI window (PS3.3 C.11.2.1.2 and C.11.2.1.3).
+
+    A function that the standard does not know is taken for LINEAR, its default.
+    """
+    if function not in _EXACT:
         center, width = center - 0.5, width - 1
-    elif function not in ("LINEAR_EXACT", "SIGMOID") or not width > 0:
-        raise ValueError(f"window width {width} is impossible for the VOI function {function}")
     # A width of 0 is a threshold.
     position = (values.astype(np.float64) - center) / max(width, 1e-9)
     if function == "SIGMOID":

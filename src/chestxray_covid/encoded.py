@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
+import sys
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, Protocol, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -24,6 +28,7 @@ from chestxray_covid.pixels import (
     check_size,
     is_sideways,
     orientation,
+    picture,
     reason,
     to_grey,
 )
@@ -56,6 +61,20 @@ _LOOKALIKES = (
     (b"\0\0\0\x0cjp  ", "is a JPEG 2000 image"),
     (b"\xffo\xffq", "is a JPEG 2000 image"),
 )
+
+
+# Raw modes of several channels of 16 bits, of which Pillow keeps the high byte alone.
+_DEEP_CHANNELS = re.compile("(LA|RGB|RGBA|RGBX);16([BLN])")
+# Order of the bytes in them → the order in which Pillow takes the low byte for the high one.
+_OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+
+
+class Stream(Protocol):
+    """An open file, or whatever else gives bytes."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return the next bytes, at most so many."""
+        ...  # pragma: no cover - a declaration
 
 
 def decode_image(
@@ -100,7 +119,7 @@ def decode_image(
             # Either way luma as it is stored; "L" would lose what says whether it is coloured.
             mode = "YCbCr" if _holds_ycbcr(image) else "L"
             image.draft(mode, min_size[::-1] if min_size and sideways else min_size)
-        grey, facts = to_grey(image, name, size)
+        grey, facts = to_grey(_whole_depth(image, file, name), name, size)
     except ImageError:
         raise
     except DECODE_ERRORS as error:
@@ -108,6 +127,43 @@ def decode_image(
             f"{name} is damaged, or not a {plugin.format} that can be read: {reason(error)}"
         ) from error
     return grey, facts, _has_more_frames(image)
+
+
+def _whole_depth(image: ImageFile, file: io.BufferedIOBase, name: str) -> Image.Image:
+    """Return an image of several channels of 16 bits scaled to 8, any other as it is."""
+    args = image.tile[0].args if image.tile else None
+    rawmode = str(args[0] if isinstance(args, tuple) else args)
+    deep = _DEEP_CHANNELS.fullmatch(rawmode)
+    if isinstance(image, TiffImageFile) and len(image.getbands()) > 1:
+        depth = max(np.ravel(image.tag_v2.get(258, 1)))
+        # TIFF 6.0, tag 284: 2 is a plane per channel.
+        if depth > 8 and (image.tag_v2.get(284) == 2 or deep is None):
+            raise ImageError(
+                f"{name} is a TIFF of {depth} bits a channel in a layout ({rawmode}) of which some "
+                "bits would be lost. Save it as 16-bit grey."
+            )
+    if deep is None:
+        return image
+    if deep[1] == "LA":
+        # Four bytes a pixel, as RGBA has them: both of the grey level, both of the opacity.
+        planes: NDArray[Any] = _decoded(image, "RGBA").view(">u2")
+    else:
+        file.seek(0)
+        low = _decoded(type(image)(cast(IO[bytes], file)), f"{deep[1]};16{_OTHER_ORDER[deep[2]]}")
+        file.seek(0)
+        planes = _decoded(image, rawmode).astype(np.uint16) << 8 | low
+    scaled = picture(planes, name)
+    scaled.getexif()[0x0112] = orientation(image)
+    return scaled
+
+
+def _decoded(image: ImageFile, rawmode: str) -> NDArray[np.uint8]:
+    """Return ``(H, W, C)`` pixels, unpacked in another way than the header asks for."""
+    image.tile = [
+        part._replace(args=(rawmode, *part.args[1:]) if isinstance(part.args, tuple) else rawmode)
+        for part in image.tile
+    ]
+    return np.asarray(image)
 
 
 def open_header(path: Path) -> ImageFile | None:
@@ -121,6 +177,36 @@ def open_header(path: Path) -> ImageFile | None:
         return plugin(cast(IO[bytes], data))
     except (StopIteration, *DECODE_ERRORS):
         return None
+
+
+def read_stream(stream: Stream) -> bytes:
+    """Return what a binary stream holds, a seekable one from its start.
+
+    Raises:
+        ImageError: If it cannot be read, or does not end.
+        TypeError: If it is one of text.
+    """
+    parts: list[bytes] = []
+    total = 0
+    try:
+        if getattr(stream, "seekable", bool)():
+            cast(io.IOBase, stream).seek(0)
+        while part := stream.read(1 << 20):
+            if not isinstance(part, bytes | bytearray | memoryview):
+                raise TypeError(
+                    f"expected a binary stream, got one of {type(part).__name__}; open it with 'rb'"
+                )
+            parts.append(bytes(part))
+            total += len(part)
+            if total > MAX_STREAM_BYTES:
+                raise ImageError(
+                    f"<stream> is longer than {MAX_STREAM_BYTES} bytes. Save it to a file first."
+                )
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: closed
+        raise ImageError(f"<stream> cannot be read: {reason(error)}") from error
+    return b"".join(parts)
 
 
 def _holds_ycbcr(image: JpegImageFile) -> bool:

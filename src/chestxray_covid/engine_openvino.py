@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import queue
 import sys
 import threading
@@ -41,6 +42,8 @@ _MANY = 8
 #: Each stream has its own activations, some 20 MB.
 _MAX_STREAMS = 16
 _CORE_LOCK = threading.Lock()
+#: What a forked process has of its parent's: without the threads, so that to end it may hang.
+_OF_THE_PARENT: list[Any] = []
 
 
 def import_openvino() -> Any:
@@ -144,7 +147,8 @@ class OpenVinoEngine:
 
     Every image is a request of its own, so that an answer does not depend on the batch that it is
     asked in. A few images are computed one after the other, each by all cores; for many there is a
-    second copy of the compiled model, in which every stream of images has cores for itself.
+    second copy of the compiled model, in which every stream of images has cores for itself. A
+    process that was forked compiles its own.
 
     Args:
         tensors: Weights of a checkpoint.
@@ -171,16 +175,28 @@ class OpenVinoEngine:
         self.precision = precision
         self._classes = len(tensors["classifier.bias"])
         self._core = openvino_core()
-        one = self._options(streams=1)
-        compiled, self._model = _compiled(self._core, tensors, preprocess, int8 or precision, one)
+        self._made_of = tensors, preprocess, int8 or precision
+        self._lock = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
+        compiled, self._model = _compiled(self._core, *self._made_of, self._options(streams=1))
         self._one = _Lanes(compiled, requests=1, lanes=cores())
         self._many: _Lanes | None = None
-        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def _reopen(self) -> None:
+        with self._lock:
+            if self._process != os.getpid():
+                _OF_THE_PARENT.append((self._one, self._many))
+                self._open()
 
     def __call__(
         self, pixels: NDArray[np.uint8]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return ``(N, K)`` logits and ``(N, 1024)`` features of ``(N, 1, S, S)`` pixels."""
+        if self._process != os.getpid():
+            self._reopen()
         pixels = np.ascontiguousarray(pixels)
         logits = np.empty((len(pixels), self._classes), np.float32)
         features = np.empty((len(pixels), FEATURE_COUNT), np.float32)
@@ -230,6 +246,8 @@ class _Lanes:
     def take(self) -> Iterator[list[Any]]:
         requests = self._free.get()
         try:
+            for request in requests:
+                request.wait()  # if Ctrl-C ended a call, its request runs on
             yield requests
         finally:
             self._free.put(requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from chestxray_covid.errors import ForkedError
 from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, Step, fold
 from chestxray_covid.image import Preprocess
 
@@ -120,8 +122,11 @@ class TorchEngine:
         precision: str,
     ) -> None:
         self.precision = precision
+        self._process = os.getpid()
         with _device_errors(device):
             self._device: torch.device = torch.device(device)
+            if self._device.type == "meta":
+                raise RuntimeError("it holds no values")
             folded = fold(tensors, preprocess, precision=precision)
             network = FoldedNetwork(folded, _DTYPES[precision])
             self._network = network.to(self._device).eval()
@@ -129,7 +134,14 @@ class TorchEngine:
     def __call__(
         self, pixels: NDArray[np.uint8]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return ``(N, K)`` logits and ``(N, 1024)`` features of ``(N, 1, S, S)`` pixels."""
+        """Return ``(N, K)`` logits and ``(N, 1024)`` features of ``(N, 1, S, S)`` pixels.
+
+        Raises:
+            ForkedError: In a process that was forked after the engine was opened, unless torch
+                computes on the CPU in one thread.
+        """
+        if self._process != os.getpid():
+            self._check_forked()
         batch = torch.from_numpy(pixels)
         size = _CPU_BATCH if self._device.type == "cpu" else max(1, len(batch))
         starts = range(0, max(1, len(batch)), size)
@@ -137,6 +149,15 @@ class TorchEngine:
             parts = [self._network(batch[k : k + size].to(self._device)) for k in starts]
         logits, features = (torch.cat(found).cpu().numpy() for found in zip(*parts, strict=True))
         return logits, features
+
+    def _check_forked(self) -> None:
+        # Neither the threads of OpenMP nor what CUDA knows of the device are in the new process.
+        if self._device.type != "cpu" or torch.get_num_threads() > 1:
+            raise ForkedError(
+                "This process was forked from the one that opened the classifier, where its "
+                'threads have stayed. Start processes with multiprocessing.get_context("spawn"), '
+                "or, on the CPU, call torch.set_num_threads(1) in each of them first."
+            )
 
 
 def native_precision(device: str) -> str:

@@ -20,6 +20,7 @@ missing package) is a :class:`ChestXrayError` and also the builtin that a caller
     ├── ReportError (ValueError)
     ├── TrainingError (ValueError)
     ├── TrainingInterrupted
+    ├── ForkedError (RuntimeError)
     └── MissingExtraError (ImportError)
 
 A wrong argument is a plain ``ValueError`` or ``TypeError``.
@@ -114,6 +115,10 @@ class TrainingInterrupted(ChestXrayError):  # noqa: N818 - it is no error, like 
             f"Training stopped by signal {self.signal_number}; the state is saved in {self.run}. "
             "Continue with resume=True (command line: --resume)."
         )
+
+
+class ForkedError(ChestXrayError, RuntimeError):
+    """A process was forked from one in which torch had computed, and would wait without end."""
 
 
 class MissingExtraError(ChestXrayError, ImportError):

@@ -343,6 +343,7 @@ def _predict_fold(
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.models import build_densenet121
     from chestxray_covid.training import Trainer
+    from chestxray_covid.training_state import StateStore
 
     rest, held_out = fold
     train, chooses = divide(dataset, rest, np.asarray(groups), val, seed)
@@ -352,6 +353,6 @@ def _predict_fold(
     trainer = Trainer(
         network, dataset.subset(train), dataset.subset(chooses), config, output=output
     )
-    trainer.fit(resume=(output / "history.json").exists())
+    trainer.fit(resume=StateStore(output).holds_run())
     classifier = Classifier.from_pretrained(output)
     return classifier.predict_proba(dataset.subset(held_out), workers=config.workers)

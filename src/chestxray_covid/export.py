@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid._version import __version__
-from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
+from chestxray_covid.checkpoint import CONFIG_NAME, ModelConfig, load_checkpoint
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.engine_onnx import onnx_model
 from chestxray_covid.engine_openvino import import_openvino, openvino_core, openvino_model
@@ -33,6 +33,8 @@ CARD_NAME, TEXT_NAME = "card.json", "README.md"
 MAX_PROBABILITY_DIFFERENCE, MAX_RELATIVE_DIFFERENCE = 1e-4, 1e-4
 #: Images that are compared at once, and phantoms where the caller has no images.
 _BATCH, _PHANTOMS = 8, 8
+#: Calibration finds temperatures of about 1; an identifier of a licence has some 20 characters.
+_MAX_TEMPERATURE, _MAX_LICENSE = 1e6, 100
 
 #: ``(N, K)`` logits and ``(N, 1024)`` features.
 _Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -93,11 +95,18 @@ def export_model(
         CheckpointError: If the checkpoint is missing or damaged.
         ImageError: If an image cannot be decoded.
         MissingExtraError: If a package for the format is not installed.
-        ValueError: If the format is unknown, or there are no images.
+        ValueError: If the format is unknown, there are no images, or ``output`` is the folder of a
+            checkpoint, which has a card of its own.
         OSError: If the folder cannot be written; older files are intact.
     """
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {tuple(_FORMATS)}, got {format!r}")
+    target = Path(output)
+    if (target / CONFIG_NAME).exists():
+        raise ValueError(
+            f"output must not be the folder of a checkpoint, as {target} is: its {TEXT_NAME} would "
+            f"be replaced. Pass another one, for example {target / format}."
+        )
     config, tensors = load_checkpoint(resolve(checkpoint))
     pixels = _pixels(images, config)
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +125,6 @@ def export_model(
     card = _card(format, name, contents, config, parity)
     contents[TEXT_NAME] = card_text(card).encode()
     contents[CARD_NAME] = json.dumps(card, indent=2, allow_nan=False).encode()
-    target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     write_files(target, contents)
     return target
@@ -126,6 +134,7 @@ def _card(
     format: str, name: str, contents: dict[str, bytes], config: ModelConfig, parity: Parity
 ) -> dict[str, Any]:
     side = config.preprocess.size_px
+    license = config.provenance.get("license")  # whatever its author wrote there
     return {
         "format": format,
         "file": name,
@@ -139,12 +148,20 @@ def _card(
         "classes": list(config.classes),
         "threshold": config.threshold,
         "threshold_origin": config.threshold_origin,
-        "temperature": config.provenance.get("temperature"),
+        "temperature": _temperature(config),
         "weights_sha256": config.weights_sha256,
-        "license": config.provenance.get("license"),
+        "license": license[:_MAX_LICENSE] if isinstance(license, str) else None,
         "parity": asdict(parity),
         "chestxray_covid_version": __version__,
     }
+
+
+def _temperature(config: ModelConfig) -> float | None:
+    """Return what the logits were divided by; ``None`` if the provenance holds no such number."""
+    found = config.provenance.get("temperature")
+    if isinstance(found, int | float) and not isinstance(found, bool):
+        return found if 0 < found < _MAX_TEMPERATURE else None
+    return None
 
 
 def _pixels(images: Any, config: ModelConfig) -> NDArray[np.uint8]:

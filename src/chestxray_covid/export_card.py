@@ -1,10 +1,15 @@
-"""The card of an exported file, in words."""
+"""The card of an exported file, in words; and text of others in a card, as text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from chestxray_covid.reporting import markdown_text
+
+#: What makes a line of Markdown a heading, a fence, a rule, or an item of a list.
+_BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?: |$))|(?=[#=~]|[-+](?:[ -]|$)))")
 #: Format → how it is opened and run.
 _USE = {
     "onnx": """import onnxruntime
@@ -25,6 +30,23 @@ with torch.inference_mode():
 }
 
 
+def foreign_text(value: Any, max_chars: int = 1000) -> str:
+    r"""Return text that somebody else wrote so that Markdown, and a terminal, show it as it is.
+
+    Characters that cannot be printed are left out: they could steer a terminal or turn the text
+    around. It is one line, and no heading or list even where a line begins with it.
+
+    Args:
+        value: Text, or anything that becomes one.
+        max_chars: It is cut after so many characters.
+
+    >>> print(foreign_text("# Approved\n\x1b[31mby nobody"))
+    \# Approved \[31mby nobody
+    """
+    line = "".join(c for c in " ".join(str(value).split()) if c.isprintable())
+    return _BLOCK.sub(r"\1\\", markdown_text(line, max_chars))
+
+
 def card_text(card: Mapping[str, Any]) -> str:
     """Return what a card says, as Markdown.
 
@@ -32,7 +54,7 @@ def card_text(card: Mapping[str, Any]) -> str:
         card: As :func:`export.export_model` writes it as ``card.json``.
     """
     side, parity = card["preprocess"]["size_px"], card["parity"]
-    temperature, classes = card["temperature"], ", ".join(card["classes"])
+    temperature, classes = card["temperature"], ", ".join(map(foreign_text, card["classes"]))
     hashes = "\n".join(f"- `{name}`: {digest}" for name, digest in card["sha256"].items())
     return f"""# {card["file"]}
 
@@ -68,7 +90,7 @@ Compared with the checkpoint on {parity["images"]} images: probabilities within
 
 - weights: {card["weights_sha256"]}
 {hashes}
-- licence: {card["license"] or "not stated"}
+- licence: {foreign_text(card["license"] or "", 100) or "not stated"}
 """
 
 
@@ -77,5 +99,5 @@ def _decision(card: Mapping[str, Any]) -> str:
         return ""
     return (
         "A case counts as positive if p(covid19) / (p(covid19) + p(normal)) is at least\n"
-        f"{card['threshold']:.6g} ({card['threshold_origin']}).\n"
+        f"{card['threshold']:.6g} ({foreign_text(card['threshold_origin'])}).\n"
     )

@@ -17,13 +17,13 @@ MAX_JSON_BYTES = 1_000_000
 _MAX_JSON_DEPTH = 20
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a small JSON file.
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
+    """Return the content of a JSON file of at most so many bytes.
 
     Raises:
         ConfigError: If it is too large, nested too deep, or no strict JSON.
     """
-    return parse_json(read_limited(path, MAX_JSON_BYTES))
+    return parse_json(read_limited(path, limit), limit=limit)
 
 
 def read_limited(path: Path, limit: int) -> bytes:
@@ -39,14 +39,14 @@ def read_limited(path: Path, limit: int) -> bytes:
         raise ConfigError(f"cannot be read: {error}") from error
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, *, limit: int = MAX_JSON_BYTES) -> Any:
     """Return the content of small, strict JSON: UTF-8, finite numbers, not nested too deep.
 
     Raises:
         ConfigError: If it is anything else.
     """
-    if len(data) > MAX_JSON_BYTES:
-        raise ConfigError(f"more than {MAX_JSON_BYTES} bytes, too large for a config")
+    if len(data) > limit:
+        raise ConfigError(f"more than {limit} bytes, too large for a config")
     try:
         content = json.loads(data.decode(), parse_float=_finite, parse_constant=_finite)
         if _depth(content) > _MAX_JSON_DEPTH:

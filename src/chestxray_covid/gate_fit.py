@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chestxray_covid.errors import first_of
 from chestxray_covid.gate import FEATURES, KINDS, Gate, describe, standardise
 
 #: Kinds that are made of frontal radiographs, and so show the look of their source.
@@ -72,12 +73,13 @@ def fit_gate(
     Raises:
         ValueError: If lengths or shapes differ, values are not finite, a kind is unknown or
             missing, there are fewer than five frontal patients, or too few frontal radiographs
-            for the components.
+            for the components; all of it also where a fold or a source is left out.
     """
     if not 0 < false_alarms < 1:
         raise ValueError(f"false_alarms must be inside (0, 1), got {false_alarms}")
     examples = _gather(pixels, features, kinds, patients, sources)
     _check_enough(examples, components)
+    _check_folds(examples, components)
     level = 1 - false_alarms / len(KINDS)
     held_out = np.concatenate([_judge(*fold, components) for fold in _by_patient(examples)])
     limits = [np.quantile(held_out, level, axis=0)]
@@ -137,6 +139,30 @@ def _check_enough(examples: _Examples, components: int) -> None:
         raise ValueError(
             f"components must be in 1 to {least} for {len(frontal.kinds)} frontal radiographs, "
             f"got {components}"
+        )
+
+
+def _check_folds(examples: _Examples, components: int) -> None:
+    for rest, left in _by_patient(examples):
+        _check_rest(rest, f"patients {first_of(sorted({*left.patients}))}", components)
+    for rest, left in _by_source(examples):
+        _check_rest(rest, f"source {left.sources[0]}", components)
+
+
+def _check_rest(rest: _Examples, without: str, components: int) -> None:
+    """Refuse what stays when some are left out, to choose thresholds, if it is not enough."""
+    missing = [kind for k, kind in enumerate(KINDS) if not (rest.kinds == k).any()]
+    if missing:
+        raise ValueError(
+            f"without {without} there is no example of {missing}; examples of every kind must come "
+            f"from {_FOLDS} patients or more, and those made of frontal radiographs from every "
+            "source"
+        )
+    count = int(rest.is_frontal.sum())
+    if components > count - 2:
+        raise ValueError(
+            f"without {without} there are {count} frontal radiographs, too few for {components} "
+            f"components; expected at least {components + 2}"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from chestxray_covid.checkpoint import CONFIG_NAME, ModelConfig, load_config
 from chestxray_covid.datasets.storage import path_problem
+from chestxray_covid.datasets.web import clean_token
 from chestxray_covid.errors import CheckpointNotFoundError
 from chestxray_covid.files import is_folder
 from chestxray_covid.hub_cache import Repository, hub_errors
@@ -67,7 +68,8 @@ def resolve(
         ConfigError: If ``config.json`` on the Hub is not one of this library.
         DownloadError: If a file cannot be fetched or written.
         IntegrityError: If a file has other bytes than its hash says, after one more download.
-        ValueError: If ``subfolder`` leads elsewhere.
+        ValueError: If ``subfolder`` leads elsewhere, a bundled model is wanted by ``revision`` or
+            ``subfolder``, or no header can hold ``token``.
         huggingface_hub.errors.HfHubHTTPError: In person: ``RepositoryNotFoundError``,
             ``GatedRepoError``, ``RevisionNotFoundError``, ``RemoteEntryNotFoundError``. They are
             ``OSError``, too.
@@ -79,6 +81,12 @@ def resolve(
     if subfolder and (problem := path_problem(subfolder)):
         raise ValueError(f"subfolder {problem}: {subfolder!r}")
     if name_or_path is None or _is_bundled(name_or_path):
+        if revision or subfolder:
+            raise ValueError(
+                f"revision and subfolder are those of a repository, got {revision!r} and "
+                f"{subfolder!r}, but {name_or_path or DEFAULT_MODEL} is bundled. Leave them out, "
+                'or name a repository: "user/name".'
+            )
         return _bundled(DEFAULT_MODEL if name_or_path is None else str(name_or_path))
     if is_folder(name_or_path):
         return Path(name_or_path) / (subfolder or "")
@@ -93,7 +101,7 @@ def resolve(
         revision=revision or "main",
         subfolder=(subfolder or "").strip("/") or None,
         cache_dir=None if cache_dir is None else Path(cache_dir),
-        token=token,
+        token=clean_token(token) if isinstance(token, str) else token,
         force_download=force_download,
         offline=local_files_only,
     )

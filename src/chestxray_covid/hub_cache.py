@@ -22,7 +22,7 @@ from chestxray_covid._version import __version__
 from chestxray_covid.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_config, size_limit
 from chestxray_covid.datasets.storage import exclusive, write_file
 from chestxray_covid.datasets.transfer import RemoteFile, fetch, has_oid, remove_stale_parts
-from chestxray_covid.datasets.web import Client, origin
+from chestxray_covid.datasets.web import Client, clean_token, origin
 from chestxray_covid.errors import (
     CheckpointError,
     ChestXrayError,
@@ -39,19 +39,43 @@ BACKOFF_S = 0.5
 
 _LIBRARY = "chestxray_covid"
 _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_ADVICE = {
+    "fetched": "Check the network and HF_ENDPOINT; and that the cache can be written, or choose "
+    "another one with cache_dir or in the environment, HF_HOME or HF_HUB_CACHE.",
+    "published": "Check the network and HF_ENDPOINT; that there is a token (token=, HF_TOKEN or "
+    "hf auth login) with write access; and that the name is one of yours: user/name.",
+}
 
 
 @contextmanager
 def hub_errors(repo_id: str, what: str = "fetched") -> Iterator[None]:
     """Let errors that people know from the Hub through, and make all others ours.
 
+    Where nothing came, a note says that there is no folder of that name either.
+
     Args:
         repo_id: Named in messages.
-        what: What cannot be done with it.
+        what: What cannot be done with it, ``"fetched"`` or ``"published"``.
 
     Raises:
         DownloadError: For everything that went wrong on the way and has no name of its own.
     """
+    from huggingface_hub import errors
+
+    nothing_came = (DownloadError, errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError)
+    try:
+        with _translated(repo_id, what):
+            yield
+    except nothing_came as error:
+        if what == "fetched" and not isinstance(error, IntegrityError):
+            error.add_note(
+                f"There is no folder {repo_id} either; paths are relative to {Path.cwd()}."
+            )
+        raise
+
+
+@contextmanager
+def _translated(repo_id: str, what: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     named = (
@@ -63,16 +87,11 @@ def hub_errors(repo_id: str, what: str = "fetched") -> Iterator[None]:
     )
     try:
         yield
-    except errors.RepositoryNotFoundError as error:
-        error.add_note(f"There is no folder {repo_id} either; paths are relative to {Path.cwd()}.")
-        raise
     except (ChestXrayError, *named):
         raise
     except (OSError, ValueError, _transport_error()) as error:
         raise DownloadError(
-            f"{repo_id} cannot be {what}: {error or type(error).__name__}. Check the network and "
-            "HF_ENDPOINT; and that the cache can be written, or choose another one with cache_dir "
-            "or in the environment, HF_HOME or HF_HUB_CACHE."
+            f"{repo_id} cannot be {what}: {error or type(error).__name__}. {_ADVICE[what]}"
         ) from error
 
 
@@ -81,6 +100,33 @@ def _transport_error() -> type[Exception]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
+def request_headers(token: str | bool | None) -> dict[str, str]:
+    """Return the headers of a request to the Hub, with the token that is given or stored.
+
+    Raises:
+        DownloadError: If no header can hold the token; the message does not show it.
+    """
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    headers: dict[str, str] = build_hf_headers(
+        token=token, library_name=_LIBRARY, library_version=__version__
+    )
+    try:
+        clean_token(headers.get("authorization", "none").removeprefix("Bearer "))
+    except ValueError as error:
+        raise DownloadError(
+            f"The {error}: correct HF_TOKEN, or log in again with hf auth login."
+        ) from error
+    return headers
+
+
+class _Anew(RemoteFile):
+    """A file that is fetched even if it is there; it is replaced when the new bytes are right."""
+
+    def is_at(self, path: Path) -> bool:
+        return path != self.target and super().is_at(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +189,7 @@ class Repository:
 
         if self.offline or is_offline_mode():
             return errors.OfflineModeIsEnabled("the network must not be used")
+        request_headers(self.token)  # before a library shows a token that is none
         url = hf_hub_url(self.repo_id, name, subfolder=self.subfolder, revision=revision)
         try:
             found = get_hf_file_metadata(
@@ -188,7 +235,6 @@ class Repository:
     def _fetch(self, name: str, found: HfFileMetadata, digest: str) -> None:
         """Put the bytes into the cache, under the name that huggingface_hub looks for."""
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         oid, size = str(found.etag), int(found.size or 0)
         if size > size_limit(name):
@@ -204,9 +250,7 @@ class Repository:
         url = hf_hub_url(
             self.repo_id, name, subfolder=self.subfolder, revision=str(found.commit_hash)
         )
-        headers = build_hf_headers(
-            token=self.token, library_name=_LIBRARY, library_version=__version__
-        )
+        headers = request_headers(self.token)
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
         blob = self._blobs / oid
         cache, folder = self._blobs.parents[1], self._blobs.parent.name
@@ -224,15 +268,8 @@ class Repository:
             ) as client,
             exclusive(lock) as alone,
         ):
-            aside = blob.with_name(f"{oid}.aside")
-            if self.force_download and blob.exists():
-                blob.replace(aside)
-            try:
-                fetch(client, RemoteFile(url=url, target=blob, size=size, oid=oid), alone=alone)
-            finally:
-                if not blob.exists() and aside.exists():
-                    aside.replace(blob)  # what was good stays until there is another
-                aside.unlink(missing_ok=True)
+            kind = _Anew if self.force_download else RemoteFile
+            fetch(client, kind(url=url, target=blob, size=size, oid=oid), alone=alone)
         if digest and not has_oid(blob, digest):
             raise IntegrityError(
                 f"{self.repo_id} contradicts itself: {name} has another SHA-256 than the {digest} "
@@ -248,14 +285,15 @@ class Repository:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.file_download import are_symlinks_supported
 
-        if cached is not None and not cached.is_symlink():
+        oid = str(found.etag)
+        if cached is not None and not cached.is_symlink() and not self._is_right(cached, "", oid):
             cached.unlink(missing_ok=True)  # a copy, where the system has no links
         if are_symlinks_supported(self._blobs.parent):
             snapshot = self._blobs.parent / "snapshots" / str(found.commit_hash)
             link = snapshot / (self.subfolder or "") / name
             link.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
-                link.symlink_to(os.path.relpath(self._blobs / str(found.etag), link.parent))
+                link.symlink_to(os.path.relpath(self._blobs / oid, link.parent))
         return Path(
             hf_hub_download(
                 self.repo_id,

@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeAlias, cast
@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chestxray_covid.dicom import decode_dicom
-from chestxray_covid.encoded import decode_image
+from chestxray_covid.encoded import Stream, decode_image, read_stream
 from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError
 from chestxray_covid.pixels import (
     DECODE_ERRORS,
-    MAX_STREAM_BYTES,
     ImageFacts,
     channels_last,
     check_size,
@@ -38,10 +37,22 @@ from chestxray_covid.pixels import (
 #: Largest image that is decoded unless told otherwise, in pixels. The largest in the public sources
 #: has 18 million; Pillow itself only warns at 89 and refuses at 179.
 MAX_PIXELS = 64_000_000
+#: Ends of the names of image files, in lower case, where a folder is searched for them.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+    *(".dcm", ".dicom"),
+)
+#: Smallest deviation, a quarter of a grey level: far smaller ones overflow as they are divided by.
+_MIN_STD = 1e-3
 
 
-class _Stream(Protocol):
-    def read(self, size: int, /) -> bytes: ...
+class _Sample(Protocol):  # of a data set, which is above this module
+    @property
+    def path(self) -> Path: ...
+    @property
+    def is_file(self) -> bool: ...
+    @property
+    def read(self) -> Callable[..., Image.Image]: ...
 
 
 class _Tensor(Protocol):  # torch's, on any device; torch itself is not imported
@@ -49,8 +60,9 @@ class _Tensor(Protocol):  # torch's, on any device; torch itself is not imported
 
 
 _PathOrBytes: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview
-#: What :func:`load_image` takes: path, encoded bytes, binary stream, PIL image, array, tensor.
-ImageSource: TypeAlias = _PathOrBytes | _Stream | Image.Image | NDArray[Any] | _Tensor
+#: What :func:`load_image` takes: path, encoded bytes, binary stream, PIL image, array, tensor,
+#: sample of a data set.
+ImageSource: TypeAlias = _PathOrBytes | Stream | Image.Image | NDArray[Any] | _Tensor | _Sample
 
 
 class ImageWarning(UserWarning):
@@ -71,8 +83,9 @@ def load_image(
     * ``bool`` and 1-bit: 0 and 255.
     * Integers: 0 to 255 are taken as they are; where any pixel is outside, the image's own range
       [min, max] becomes 0 to 255, so that 12 bits stored in 16 do not come out black.
-    * Floats: [0, 1] becomes 0 to 255; [0, 255] with a maximum of 2 or more is taken as it is;
-      everything else is scaled by its own range.
+    * Floats: [0, 1] becomes 0 to 255; [0, 255] with a maximum of 2 or more is taken as it is, both
+      with a thousandth beyond the ends for rounding; everything else is scaled by its own range.
+    * Opacity by itself: 1, 255, or what is greater than 255 and greatest, is opaque.
     * A constant image without any of these scales becomes black.
     * DICOM: modality LUT or rescale first; then the VOI LUT or window if there is one, else 8-bit
       pixels as they are and deeper ones by their own range. MONOCHROME1 is inverted.
@@ -81,9 +94,9 @@ def load_image(
 
     Args:
         source: Path, encoded bytes, binary stream (a seekable one is read from its start), PIL
-            image, array, or torch tensor. Arrays are ``(H, W)``, ``(1, H, W)``, ``(H, W, 1)``,
-            or have 3 (RGB) or 4 (RGBA) channels first or last. Encoded: PNG, JPEG, BMP, TIFF,
-            WebP, GIF or DICOM. Of several frames the first is used.
+            image, array, torch tensor, or :class:`Sample` of a data set. Arrays are ``(H, W)``,
+            ``(1, H, W)``, ``(H, W, 1)``, or have 3 (RGB) or 4 (RGBA) channels first or last.
+            Encoded: PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM. Of several frames the first is used.
         min_size: ``(width, height)`` in pixels that the caller needs. A larger JPEG may be decoded
             at 1/2, 1/4 or 1/8 as long as neither side falls below; others come in full.
         max_pixels: Larger images are refused from their header.
@@ -128,8 +141,12 @@ def read_image(
         return _from_path(Path(os.fsdecode(source)), min_size, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(bytes(source)), "<bytes>", min_size, max_pixels)
+    if hasattr(source, "patient_id"):
+        sample = cast(_Sample, source)
+        pixels = sample.path if sample.is_file else sample.read(sample, min_size)
+        return read_image(pixels, min_size=min_size, max_pixels=max_pixels)
     if hasattr(source, "read"):
-        data = _read_all(cast(_Stream, source))
+        data = read_stream(cast(Stream, source))
         return _decode(io.BytesIO(data), "<stream>", min_size, max_pixels)
     return _from_array(_as_array(source), "<array>", max_pixels)
 
@@ -169,31 +186,6 @@ def _from_path(
         raise ImageNotFoundError(f"{name} {what}. Check the path.") from error
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
         raise ImageError(f"{name} cannot be opened: {reason(error)}") from error
-
-
-def _read_all(stream: _Stream) -> bytes:
-    """Return what a binary stream holds, a seekable one from its start."""
-    parts: list[bytes] = []
-    total = 0
-    try:
-        if getattr(stream, "seekable", bool)():
-            cast(io.IOBase, stream).seek(0)
-        while part := stream.read(1 << 20):
-            if not isinstance(part, bytes | bytearray | memoryview):
-                raise TypeError(
-                    f"expected a binary stream, got one of {type(part).__name__}; open it with 'rb'"
-                )
-            parts.append(bytes(part))
-            total += len(part)
-            if total > MAX_STREAM_BYTES:
-                raise ImageError(
-                    f"<stream> is longer than {MAX_STREAM_BYTES} bytes. Save it to a file first."
-                )
-    except ImageError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: closed
-        raise ImageError(f"<stream> cannot be read: {reason(error)}") from error
-    return b"".join(parts)
 
 
 def _as_array(source: object) -> NDArray[Any]:
@@ -257,7 +249,8 @@ class Preprocess:
         size_px: Side of the square in pixels, 32 to 2048.
         mean: Grey level that becomes 0, a fraction of white. The default is the average of
             ImageNet's three channel means.
-        std: Deviation that becomes 1, a fraction of white; the default likewise.
+        std: Deviation that becomes 1, a fraction of white, at least a quarter of a grey level,
+            0.001; the default likewise.
         resize: How the image becomes square; only ``"squash"``.
 
     Raises:
@@ -284,8 +277,8 @@ class Preprocess:
                 raise TypeError(f"{name} must be a number, got {value!r}")
         if not 0 <= self.mean <= 1:
             raise ValueError(f"mean must be a fraction of white in [0, 1], got {self.mean}")
-        if not 0 < self.std <= 1:
-            raise ValueError(f"std must be a fraction of white in (0, 1], got {self.std}")
+        if not _MIN_STD <= self.std <= 1:
+            raise ValueError(f"std must be a fraction of white in [{_MIN_STD}, 1], got {self.std}")
         if self.resize != "squash":
             raise ValueError(f'resize must be "squash", got {self.resize!r}')
 

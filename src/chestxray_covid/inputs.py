@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import operator
 import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -11,15 +13,20 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
-from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.loading import image_files
+from chestxray_covid.encoded import read_stream
+from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError
 from chestxray_covid.files import is_folder
 from chestxray_covid.image import Preprocess
 from chestxray_covid.pixels import ImageFacts
 
 #: Pixels of an image, and what it was before.
 ReadImage: TypeAlias = tuple[NDArray[np.uint8], ImageFacts]
+#: Lists within lists: from so many on, one of them is thought to contain itself.
+_MAX_DEPTH = 32
 
 
 class Item(NamedTuple):
@@ -29,29 +36,82 @@ class Item(NamedTuple):
     position: int
 
 
+class Held(NamedTuple):
+    """An image that was read, wholly or from its stream, where it was given, or why it cannot."""
+
+    name: str
+    found: ReadImage | io.BytesIO | ChestXrayError
+
+
 def is_single(images: Any) -> bool:
     """Return whether something is one image, as opposed to what holds images."""
     if isinstance(images, (str, os.PathLike)):
         return not is_folder(images)
-    if hasattr(images, "read"):  # an open file, which is also an iterator of its lines
+    if hasattr(images, "read"):  # a sample, or an open file, also an iterator of its lines
         return True
+    dimensions = getattr(images, "ndim", None)
     several = isinstance(images, (list, tuple, ChestXrayDataset, Iterator))
-    return not several and getattr(images, "ndim", None) != 4
+    # Of one dimension: paths or other objects, as pandas and NumPy keep them.
+    kept = dimensions == 1 and getattr(getattr(images, "dtype", None), "kind", "") in (
+        "O",
+        "U",
+        "T",
+    )
+    return not (several or kept or dimensions == 4)
 
 
-def expand(images: Any) -> Iterable[Any]:
-    """Return the single images of whatever holds images."""
+def expand(images: Any, depth: int = 0) -> Iterable[Any]:
+    """Return the single images of whatever holds images.
+
+    Raises:
+        ValueError: While they are taken, if lists are nested too deeply.
+    """
     if is_single(images):
         return [images]
     if isinstance(images, ChestXrayDataset):
         return (Item(images, position) for position in range(len(images)))
     if isinstance(images, (str, os.PathLike)):
         return image_files(Path(images))
-    return chain.from_iterable(map(expand, images))
+    if depth == _MAX_DEPTH:
+        raise ValueError(
+            f"images are nested more than {_MAX_DEPTH} lists deep; does a list contain itself?"
+        )
+    return chain.from_iterable(expand(one, depth + 1) for one in images)
+
+
+def expand_any(images: Any) -> Iterable[Any]:
+    """Return what :func:`expand` does, and of any other iterable what it iterates over."""
+    one = isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image))
+    one = one or any(hasattr(images, name) for name in ("read", "__array__", "detach"))
+    iterable = hasattr(images, "__iter__") or hasattr(images, "__getitem__")
+    return expand(images if one or not iterable or not is_single(images) else iter(images))
+
+
+def hold(image: Any, preprocess: Preprocess) -> Any:
+    """Return a single image so that another thread may read it, whatever happens to it meanwhile.
+
+    A stream is read here, and a file that Pillow has opened, of which the next frame may be next.
+    What cannot be read is an error once :func:`read` is asked for it.
+
+    Raises:
+        TypeError: If it is a stream of text.
+    """
+    try:
+        if isinstance(image, ImageFile):
+            return Held(name_of(image), read(image, preprocess))
+        if hasattr(image, "read") and not isinstance(image, (Sample, os.PathLike)):
+            return Held(name_of(image), io.BytesIO(read_stream(image)))
+    except (ImageError, MissingExtraError) as error:
+        return Held(name_of(image), error)
+    return image
 
 
 def name_of(image: Any) -> str:
     """Return what a prediction calls an image: its path, or what it was given as."""
+    if isinstance(image, Held):
+        return image.name
+    if isinstance(image, Sample):
+        return str(image.path)
     if isinstance(image, Item):
         return str(image.dataset.samples[image.position].path)
     if isinstance(image, (str, os.PathLike)):
@@ -71,19 +131,29 @@ def read(image: Any, preprocess: Preprocess) -> ReadImage:
         MissingExtraError: If it is DICOM and pydicom is not installed.
         TypeError: If it is no image.
     """
+    if isinstance(image, Held):
+        if isinstance(image.found, ChestXrayError):
+            raise image.found
+        return image.found if isinstance(image.found, tuple) else preprocess.read(image.found)
     if not isinstance(image, Item):
         return preprocess.read(image)
-    sample = image.dataset.samples[image.position]
-    if sample.is_file and image.dataset.transform is None:
-        return preprocess.read(sample.path)
+    if image.dataset.transform is None:
+        return preprocess.read(image.dataset.samples[image.position])
     return preprocess.read(image.dataset.image(image.position, preprocess.decode_size()))
 
 
-def check_positive(name: str, value: int) -> None:
-    """Refuse an argument that counts nothing.
+def check_positive(name: str, value: int | None) -> None:
+    """Refuse an argument that counts nothing; ``None`` is one that was not given.
 
     Raises:
+        TypeError: If it is no whole number.
         ValueError: If it is not positive.
     """
+    if value is None:
+        return
+    try:
+        operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from error
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.datasets.loading import in_batches
+from chestxray_covid.datasets.loading import image_files, in_batches
 from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError
-from chestxray_covid.files import write_files
+from chestxray_covid.files import is_folder, write_files
 from chestxray_covid.image import Preprocess, load_image
 from chestxray_covid.tensors import read_tensors
 
@@ -40,21 +40,22 @@ def segment(images: Any, *, batch_size: int = 16) -> Any:
     for cropping, hiding and auditing, not for measuring.
 
     Args:
-        images: One image (whatever :func:`load_image` takes); or a list or a data set of them.
+        images: One image (whatever :func:`load_image` takes); or a list, an iterator, a folder, a
+            data set or a batch of them, as for :meth:`Classifier.predict`.
         batch_size: Images computed at once.
 
     Returns:
-        For one image ``(H, W)`` bool, true inside the lungs, of the size of the upright image; for
-        several a list of such masks. A mask may be empty: the network found no lung.
+        For one image ``(H, W)`` bool, true inside the lungs, of the size of the upright image, or
+        of what a data set's own transform makes of it; for several a list of such masks. A mask
+        may be empty: the network found no lung.
 
     Raises:
         ImageError: If an image cannot be decoded.
         CheckpointError: If the bundled weights are missing or damaged.
         ValueError: If ``batch_size`` is not positive.
     """
-    several = isinstance(images, (list, tuple, ChestXrayDataset))
-    found = list(segment_stream(images if several else [images], batch_size=batch_size))
-    return found if several else found[0]
+    found = list(segment_stream([images], batch_size=batch_size))
+    return found if _holds_several(images) else found[0]
 
 
 def segment_stream(
@@ -63,11 +64,29 @@ def segment_stream(
     """Yield a mask per image, in order, in constant memory; see :func:`segment`."""
     if not batch_size > 0:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    if isinstance(images, ChestXrayDataset):
-        loaded: Iterator[Image.Image] = (images.image(i) for i in range(len(images)))
+    return draw_masks(_bundled(WEIGHTS), _loaded(images), batch_size=batch_size)
+
+
+def _holds_several(images: Any) -> bool:
+    if isinstance(images, (str, os.PathLike)):
+        return is_folder(images)
+    if hasattr(images, "read"):  # a sample, or an open file, also an iterator of its lines
+        return False
+    several = isinstance(images, (list, tuple, ChestXrayDataset, Iterator))
+    return several or getattr(images, "ndim", None) == 4
+
+
+def _loaded(images: Any) -> Iterator[Image.Image]:
+    """Yield the images of whatever holds images, decoded."""
+    if not _holds_several(images):
+        yield load_image(images)
+    elif isinstance(images, ChestXrayDataset):
+        yield from (load_image(images.image(position)) for position in range(len(images)))
+    elif isinstance(images, (str, os.PathLike)):
+        yield from map(load_image, image_files(Path(images)))
     else:
-        loaded = (load_image(image) for image in images)
-    return draw_masks(_bundled(WEIGHTS), loaded, batch_size=batch_size)
+        for one in images:
+            yield from _loaded(one)
 
 
 def draw_masks(

@@ -44,6 +44,7 @@ def build_densenet121(
         seed: Makes the random weights a function of it; ``None`` takes torch's own randomness.
 
     Raises:
+        TypeError: If ``pretrained`` is neither true nor false nor a checkpoint.
         ValueError: If ``trainable`` is unknown or ``num_classes`` is below 2.
         WeightsUnavailableError: If ImageNet weights are neither cached nor to be fetched.
         CheckpointError: If the checkpoint is missing or damaged.
@@ -55,6 +56,11 @@ def build_densenet121(
     """
     if not num_classes >= 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if not isinstance(pretrained, (bool, str, os.PathLike)):
+        raise TypeError(
+            "pretrained must be True (ImageNet), False (random weights) or a checkpoint (a folder, "
+            f"a bundled name or a repository of the Hub), got {pretrained!r}"
+        )
     if pretrained is True:
         model = _imagenet()
         model.classifier = nn.Linear(model.classifier.in_features, num_classes)
@@ -188,7 +194,7 @@ def from_tensors(tensors: Mapping[str, NDArray[Any]]) -> torchvision.models.Dens
 
 
 def check_model(model: nn.Module, classes: Sequence[str]) -> None:
-    """Raise unless a model is a DenseNet-121 with one logit per class, some of which trains.
+    """Raise unless a model is a DenseNet-121 with one logit per class, and can be trained here.
 
     Raises:
         ValueError: If it is not.
@@ -203,6 +209,11 @@ def check_model(model: nn.Module, classes: Sequence[str]) -> None:
         raise ValueError(
             f"model has {logits} logits, the training data {len(classes)} classes "
             f"{tuple(classes)}. Build it with num_classes={len(classes)}."
+        )
+    if any(getattr(module, "drop_rate", 0) for module in model.modules()):
+        raise ValueError(
+            "model drops features at random (drop_rate), which no seed of a run determines: it "
+            "could not be resumed exactly. Build it with drop_rate=0, as build_densenet121 does."
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("All parameters are frozen: nothing would train.")

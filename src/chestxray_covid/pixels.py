@@ -50,6 +50,8 @@ COLOURED_CHANNELS = 40
 # within 0.06 % (one standard error), whatever the size of the image.
 _COLOUR_GRID = 128
 _GREY_MODES = ("1", "L", "LA", "La", "I", "F")
+#: So far beyond the end of a scale, relative to it, a value still counts as rounded.
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +78,29 @@ def from_planes(planes: NDArray[Any], name: str, max_pixels: int) -> tuple[Image
     """
     height, width, channels = planes.shape
     check_size((width, height), name, max_pixels)
-    grey = np.ascontiguousarray(_to_uint8(planes, name))
     if channels == 1:
+        grey = np.ascontiguousarray(_to_uint8(planes, name))
         facts = ImageFacts(width_px=width, height_px=height)
         return Image.fromarray(grey[..., 0]).copy(), facts
-    return to_grey(Image.fromarray(grey), name)
+    return to_grey(picture(planes, name), name)
+
+
+def picture(planes: NDArray[Any], name: str) -> Image.Image:
+    """Return ``(H, W, C)`` values as a picture of 8 bits: LA, RGB or RGBA for C 2, 3 or 4.
+
+    Colour and opacity are scaled apart: 12 bits beside an opacity of 16 must not come out black.
+
+    Raises:
+        ImageError: If a value is not finite.
+    """
+    if planes.shape[-1] == 3 or planes.dtype in (np.uint8, np.bool_):
+        return Image.fromarray(np.ascontiguousarray(_to_uint8(planes, name)))
+    opacity = planes[..., -1:]
+    _, high = value_range(opacity, name)
+    # Whatever its depth, what nothing exceeds is opaque.
+    opaque = 1 if opacity.dtype.kind == "f" and high <= 1 + _ROUNDING else max(high, 255)
+    parts = [_to_uint8(planes[..., :-1], name), stretch(np.maximum(opacity, 0), 0, opaque)]
+    return Image.fromarray(np.concatenate(parts, axis=-1))
 
 
 def channels_last(array: NDArray[Any], name: str) -> NDArray[Any]:
@@ -108,12 +128,14 @@ def to_grey(
         size: ``(width, height)`` as stored, if the image is being decoded at a reduced size.
     """
     width, height = size or image.size
+    if image.mode == "La":  # of which Pillow makes nothing but this
+        image = image.convert("LA")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = _to_uint8(np.asarray(image), name)
         # TIFF 6.0, tag 262: 0 is WhiteIsZero, which Pillow inverts in shallow modes only.
         white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0
         grey = Image.fromarray(255 - values if white_is_zero else values).copy()
-    elif image.has_transparency_data:
+    elif _is_transparent(image):
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         grey, opacity = rgba.convert("L"), rgba.getchannel("A")
         if opacity.getextrema() != (255, 255):
@@ -130,16 +152,22 @@ def to_grey(
     return grey, ImageFacts(width_px=width, height_px=height, colour=_coloured_share(image))
 
 
+def _is_transparent(image: Image.Image) -> bool:
+    # A later frame of a GIF may lack the palette that Pillow insists on.
+    return (image.mode != "P" or image.palette is not None) and image.has_transparency_data
+
+
 def _coloured_share(image: Image.Image) -> float:
     if image.mode in _GREY_MODES or image.mode.startswith("I;16"):
         return 0.0
     grid = (min(image.width, _COLOUR_GRID), min(image.height, _COLOUR_GRID))
-    mode = "RGBA" if image.has_transparency_data else "RGB"
+    mode = "RGBA" if _is_transparent(image) else "RGB"
     points = np.asarray(image.resize(grid, Image.Resampling.NEAREST).convert(mode))
     red, green, blue = points[..., 0], points[..., 1], points[..., 2]
     highest = np.maximum(np.maximum(red, green), blue)
     lowest = np.minimum(np.minimum(red, green), blue)
-    return float(np.count_nonzero(highest - lowest > COLOURED_CHANNELS) / highest.size)
+    seen = (highest - lowest) * (points[..., 3] / 255 if mode == "RGBA" else 1)
+    return float(np.count_nonzero(seen > COLOURED_CHANNELS) / seen.size)
 
 
 def _to_uint8(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
@@ -150,9 +178,10 @@ def _to_uint8(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
         return values.astype(np.uint8) * np.uint8(255)
     low, high = value_range(values, name)
     is_float = values.dtype.kind == "f"
-    if is_float and low >= 0 and high <= 1:
+    if is_float and low >= -_ROUNDING and high <= 1 + _ROUNDING:
         return stretch(values, 0, 1)
-    if low >= 0 and high <= 255 and (high >= 2 or not is_float):
+    beyond = 255 * _ROUNDING
+    if low >= -beyond and high <= 255 + beyond and (high >= 2 or not is_float):
         return stretch(values, 0, 255)
     return stretch(values, low, high)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chestxray_covid.datasets.base import IMAGE_SUFFIXES
 from chestxray_covid.datasets.loading import image_files
 from chestxray_covid.errors import require_extra
 from chestxray_covid.files import is_folder, write_files
+from chestxray_covid.image import IMAGE_SUFFIXES
 
 
 def is_address(place: str) -> bool:
@@ -21,10 +22,11 @@ def is_address(place: str) -> bool:
 class Places:
     """Lists, reads, writes and deletes files, wherever they lie.
 
-    An address is what ``pyarrow.fs.FileSystem.from_uri`` takes: ``s3://``, ``gs://``, ``abfs://``,
-    ``hdfs://``, ``file://``; credentials come from the environment. Every method raises
+    An address begins as ``pyarrow.fs.FileSystem.from_uri`` takes it: ``s3://``, ``gs://``,
+    ``abfs://``, ``hdfs://``, ``file://``; it ends as the name of the file or folder, not quoted,
+    without options. Credentials and region come from the environment. Every method raises
     ``OSError`` where a file or folder cannot be reached, ``ValueError`` where the kind of an
-    address is unknown, and :class:`MissingExtraError` without pyarrow.
+    address is unknown or it has options, and :class:`MissingExtraError` without pyarrow.
     """
 
     def __init__(self) -> None:
@@ -41,9 +43,10 @@ class Places:
             yield place
             return
         selector = pyarrow.FileSelector
-        head = place.rstrip("/").removesuffix(path)
+        head = place.rstrip("/")
         found = (i.path for i in fs.get_file_info(selector(path, recursive=True)) if i.is_file)
-        yield from sorted(head + n for n in found if Path(n).suffix.lower() in IMAGE_SUFFIXES)
+        images = (n for n in found if Path(n).suffix.lower() in IMAGE_SUFFIXES)
+        yield from sorted(head + n.removeprefix(path.rstrip("/")) for n in images)
 
     def names(self, folder: str) -> set[str]:
         """Return the names of what lies in a folder; nothing where there is none."""
@@ -86,15 +89,23 @@ class Places:
 
     def _opened(self, address: str) -> tuple[Any, str]:
         """Return file system and path; a client is made once per bucket."""
-        scheme, _, rest = address.rstrip("/").partition("://")
+        if _OPTIONS.search(address) and not address.startswith("file:"):
+            raise ValueError(
+                f"an address must have no options, got some after {address.partition('?')[0]}. "
+                "Leave out the question mark and what follows; the region, for example, comes "
+                "from AWS_DEFAULT_REGION."
+            )
+        scheme, _, rest = address.partition("://")
         host, _, key = rest.partition("/")
         root = f"{scheme}://{host}" if host else f"{scheme}:///"
         if root not in self._systems:
             # Of the bucket alone: the name of an object may hold what no URI may.
             self._systems[root] = require_extra("pyarrow.fs", "parquet").FileSystem.from_uri(root)
         fs, path = self._systems[root]
-        return fs, f"{path.rstrip('/')}/{key}"
+        return fs, f"{path.rstrip('/')}/{key}".rstrip("/") or "/"
 
 
+#: How ``from_uri`` takes options; an object may have any name, but hardly one such as this.
+_OPTIONS = re.compile(r"\?\w+=[^/]*$")
 #: Names that pyarrow gives the file systems whose objects appear complete.
 _OBJECT_STORES = frozenset({"s3", "gcs", "abfs"})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 from chestxray_covid.errors import ChestXrayError
@@ -25,7 +26,7 @@ class Prediction:
     """
 
     label: str
-    probabilities: Mapping[str, float]
+    probabilities: Mapping[str, float] = field(hash=False)
     threshold: float
     source: str
     flags: tuple[Flag, ...] = ()
@@ -96,3 +97,18 @@ class FailedPrediction:
 
     def __str__(self) -> str:
         return str(self.error) if self.source in str(self.error) else f"{self.source}: {self.error}"
+
+
+def raising(
+    results: Generator[Prediction | FailedPrediction, None, None],
+) -> Iterator[Prediction]:
+    """Yield predictions up to the first failure, and raise that when all threads have ended.
+
+    Raises:
+        ChestXrayError: That of the failure.
+    """
+    with closing(results):  # or its threads and their images would outlive the error
+        for result in results:
+            if isinstance(result, FailedPrediction):
+                raise result.error
+            yield result

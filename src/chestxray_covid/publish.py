@@ -14,14 +14,16 @@ from chestxray_covid._version import __version__
 from chestxray_covid.card import calibration_figure, compose, is_generated, stated_license
 from chestxray_covid.checkpoint import (
     ModelConfig,
+    config_text,
     load_attachment,
     load_config,
     read_checkpoint,
     save_checkpoint,
 )
+from chestxray_covid.datasets.web import clean_token
 from chestxray_covid.errors import ReportError
 from chestxray_covid.files import write_files
-from chestxray_covid.hub_cache import hub_errors
+from chestxray_covid.hub_cache import hub_errors, request_headers
 from chestxray_covid.results import JUDGED, RESULTS, Results, read_file, read_results
 
 CARD_NAME = "README.md"
@@ -60,10 +62,12 @@ def export(
             attachments[name] = load_attachment(origin, config, name) or b""
         if load_config(origin).classes == config.classes:
             results = read_results(origin, config)
-    saved = save_checkpoint(folder, config, tensors, {**attachments, **(own or {})})
-    write_files(folder, results.contents)
-    if card and _own_card(folder) is None:
-        write_files(folder, make_card(saved, results, folder.name, None))
+    config_text(config)  # a provenance that is no JSON has a message of its own
+    made = (
+        make_card(config, results, folder.name, None) if card and _own_card(folder) is None else {}
+    )
+    save_checkpoint(folder, config, tensors, {**attachments, **(own or {})})
+    write_files(folder, {**results.contents, **made})
 
 
 def push(
@@ -102,7 +106,9 @@ def push(
             weights, or somebody's own card states another licence.
         DownloadError: If the Hub cannot be reached or says no; errors that have a name of their
             own on the Hub come as they are, as from :func:`hub.resolve`.
+        ValueError: If no header can hold ``token``.
     """
+    token = clean_token(token) if isinstance(token, str) else token
     source = Path(folder)
     config, contents = read_checkpoint(source)
     results = read_results(source, config)
@@ -124,6 +130,7 @@ def push(
 
     api = HfApi(library_name="chestxray_covid", library_version=__version__, token=token)
     with tempfile.TemporaryDirectory() as place, hub_errors(repo_id, "published"):
+        request_headers(token)  # before a library shows a token that is none
         write_files(Path(place), contents)
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if branch is not None and not create_pr:

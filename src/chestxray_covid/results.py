@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ JUDGED = ("evaluation.json", "audit.json")
 RESULTS = (*JUDGED, MEASUREMENTS_NAME, "history.json", "confounding.json")
 #: The predictions of a large evaluation come to some MB.
 _MAX_BYTES = 50_000_000
+_LARGEST = 2**63 - 1
 Report = TypeVar("Report", EvaluationReport, AuditReport)
 
 
@@ -109,11 +109,29 @@ def _report(
     if path.name not in contents:
         return None
     try:
-        report = kind.from_dict(json.loads(contents[path.name].decode()))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(contents[path.name], limit=_MAX_BYTES)
+        _check_values(content)
+        report = kind.from_dict(content)
+        table = getattr(report, "predictions", None)
+        if table is not None and any(isinstance(c, list | dict) for c in table.to_numpy().flat):
+            raise ValueError("a cell of the predictions is neither text nor number")
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise ReportError(f"{path} cannot be read as a report: {error}. Make it again.") from error
     check_origin(path, config, report.weights_sha256, report.classes)
     return report
+
+
+def _check_values(content: Any) -> None:
+    """Raise ``ValueError`` if JSON holds half a character, or an integer that NumPy has not."""
+    if isinstance(content, dict):
+        _check_values([*content, *content.values()])
+    elif isinstance(content, list):
+        for value in content:
+            _check_values(value)
+    elif isinstance(content, str):
+        content.encode()
+    elif isinstance(content, int) and abs(content) > _LARGEST:
+        raise ValueError(f"an integer is larger than {_LARGEST}")
 
 
 def _measurements(
@@ -123,7 +141,10 @@ def _measurements(
         return ()
     try:
         content = parse_json(contents[path.name])
+        _check_values(content)
         tables, weights, classes = (content[k] for k in ("tables", "weights_sha256", "classes"))
+        if not isinstance(classes, list):
+            raise ValueError("classes are no list")
         for table in tables:
             lines = [table["head"], *table["rows"], [table["title"], table["note"]]]
             if not all(isinstance(cell, str) for line in lines for cell in line):

@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeAlias
 from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.errors import DatasetError
 from chestxray_covid.files import sync_folder
+from chestxray_covid.inputs import check_positive
 from chestxray_covid.places import Places, is_address
 from chestxray_covid.prediction_table import PARQUET, Row, TableFormat, format_of
 
@@ -47,14 +48,14 @@ class ShardedTable:
         shard_size: Files per shard.
 
     Raises:
-        ValueError: If ``shard_size`` is not positive, or an address does not end in ``.parquet``.
+        ValueError: If ``shard_size`` is not positive, an address does not end in ``.parquet``, or a
+            file is where a folder of Parquet is to be, or the contrary.
     """
 
     def __init__(
         self, output: Place, *, classes: Sequence[str], model: str, shard_size: int
     ) -> None:
-        if not shard_size > 0:
-            raise ValueError(f"shard_size must be positive, got {shard_size}")
+        check_positive("shard_size", shard_size)
         self.output = os.fspath(output)
         self.places = Places()
         if is_address(self.output) and not self.is_parquet:
@@ -63,6 +64,11 @@ class ShardedTable:
         self._model = model
         self._shard_size = shard_size
         path = Path(self.output)
+        if path.exists() and path.is_dir() != self.is_parquet:
+            raise ValueError(
+                f"output must be a folder if it ends in .parquet, and a file if not, but {path} is "
+                f"a {'folder' if path.is_dir() else 'file'}. Give another name."
+            )
         hidden = path.with_name(f".{path.name}.parts")
         self._folder = self.output if self.is_parquet else str(hidden)
 
@@ -87,6 +93,19 @@ class ShardedTable:
         """Return the names of the shards that are there, maybe among others."""
         return self.places.names(self._folder)
 
+    def begin(self, finished: set[str]) -> None:
+        """Take back that the table is whole, before a shard of it is written or removed.
+
+        Args:
+            finished: From :meth:`finished`; no longer says so either.
+
+        Raises:
+            OSError: If it cannot be taken back.
+        """
+        if self.is_parquet and _DONE in finished:
+            self.places.remove(self._folder, _DONE)
+            finished.discard(_DONE)
+
     def write(self, shard: Shard, rows: Sequence[Row]) -> None:
         """Write a shard.
 
@@ -110,8 +129,10 @@ class ShardedTable:
         if self.is_parquet:
             for name in names:
                 failed.update(self._format.failures(self.places.read(f"{self._folder}/{name}")))
-            for name in self.finished() - {*names}:
+            there = self.finished()
+            for name in there - {*names}:
                 if _SHARD_NAME.fullmatch(name):  # of an older list of files, or not finished
+                    self.begin(there)
                     self.places.remove(self._folder, name)
             self.places.write(self._folder, _DONE, b"")
             return failed
@@ -132,6 +153,30 @@ class ShardedTable:
             partial.unlink(missing_ok=True)
         shutil.rmtree(self._folder)
         return failed
+
+
+def check_apart(images: Place | Iterable[Place], output: str) -> None:
+    """Refuse an output that is one of the inputs, which it would replace.
+
+    An iterator is not looked at, for it can be read only once.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    given = [images] if isinstance(images, (str, os.PathLike)) else images
+    own = _identity(output)
+    for one in () if isinstance(given, Iterator) else given:
+        place = os.fspath(one)
+        if place == output or (own is not None and _identity(place) == own):
+            raise ValueError(f"output {output} is one of the inputs. Give it another name.")
+
+
+def _identity(place: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(place)  # noqa: PTH116 - many
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def listed(images: Place | Iterable[Place], places: Places) -> Iterator[str]:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
-from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.datasets.duplicates import patient_groups, patient_on_two_sides
+from chestxray_covid.datasets.storage import write_file
 from chestxray_covid.errors import SplitError
-
-if TYPE_CHECKING:
-    pass
 
 SIDES = ("train", "val", "test")
 _FORMAT = 1
 #: Samples from which scikit-learn's search, of some 70 s per million, gives way to a plain draw.
 _MANY = 50_000
+_FACTS = ("name", "source", "patient_id")
+#: Which facts of a sample and of a saved entry are equal, the best first.
+_LIKENESS = tuple(("hash", *more) for n in (3, 2, 1, 0) for more in combinations(_FACTS, n))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +69,17 @@ class Split:
                         f"duplicate) is in {other} and in {side}. Split by patient again."
                     )
 
-    @property
+    @cached_property
     def train(self) -> ChestXrayDataset:
         """The samples to train on."""
         return self.dataset.subset(self.indices["train"])
 
-    @property
+    @cached_property
     def val(self) -> ChestXrayDataset:
         """The samples that choose the epoch."""
         return self.dataset.subset(self.indices["val"])
 
-    @property
+    @cached_property
     def test(self) -> ChestXrayDataset:
         """The samples that nothing was chosen on."""
         return self.dataset.subset(self.indices["test"])
@@ -87,26 +91,14 @@ class Split:
             DatasetError: If a file cannot be read.
         """
         entries = [
-            {
-                "side": side,
-                "hash": self.dataset.samples[i].content_hash(),
-                "name": self.dataset.samples[i].path.name,
-                "source": self.dataset.samples[i].source,
-                "patient_id": self.dataset.samples[i].patient_id,
-                "group": self.groups[i],
-            }
+            {"side": side, **_facts(self.dataset.samples[i]), "group": self.groups[i]}
             for side, indices in self.indices.items()
             for i in indices
         ]
         data = {"format_version": _FORMAT, "seed": self.seed, "samples": entries}
-        target = Path(path)
+        target = Path(path).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_file(target, json.dumps(data, indent=1).encode())
         return target
 
     @classmethod
@@ -119,30 +111,25 @@ class Split:
             DatasetError: If a file of the data set cannot be read.
         """
         seed, entries = _read_split(Path(path))
-        by_hash: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for entry in entries:
-            by_hash[entry["hash"]].append(entry)
-        indices: dict[str, list[int]] = {side: [] for side in SIDES}
-        groups = []
-        for i, sample in enumerate(dataset.samples):
-            alike = by_hash[sample.content_hash()]
-            if not alike:
-                raise SplitError(
-                    f"{sample.path} is not in the split {path} (or its content changed). "
-                    "Open the data set as it was when it was split, or split again."
-                )
-            # Equal files that were not taken for copies may be on two sides.
-            entry = max(alike, key=lambda e: _likeness(e, sample))
-            alike.remove(entry)
-            indices[entry["side"]].append(i)
-            groups.append(int(entry["group"]))
-        if len(groups) != len(entries):
+        found = _entries_of(dataset, entries)
+        if strange := [s for i, s in enumerate(dataset.samples) if i not in found]:
             raise SplitError(
-                f"{path} holds {len(entries)} samples, the data set {len(groups)}. "
+                f"{strange[0].path} is not in the split {path} (or its content changed). "
                 "Open the data set as it was when it was split, or split again."
             )
-        sides = {side: tuple(chosen) for side, chosen in indices.items()}
-        return cls(dataset=dataset, indices=sides, groups=tuple(groups), seed=seed)
+        if len(found) != len(entries):
+            raise SplitError(
+                f"{path} holds {len(entries)} samples, the data set {len(found)}. "
+                "Open the data set as it was when it was split, or split again."
+            )
+        sides = {s: tuple(i for i in sorted(found) if found[i]["side"] == s) for s in SIDES}
+        if (shared := patient_on_two_sides(dataset, sides)) is not None:
+            raise SplitError(
+                f"{path} puts patient {shared.patient_id} of {shared.source} on two sides, as the "
+                "data set now tells patients. Open it as it was split, or split by patient again."
+            )
+        groups = tuple(int(found[i]["group"]) for i in range(len(dataset)))
+        return cls(dataset=dataset, indices=sides, groups=groups, seed=seed)
 
 
 def saved_side(path: str | os.PathLike[str], side: str) -> frozenset[str]:
@@ -157,14 +144,36 @@ def saved_side(path: str | os.PathLike[str], side: str) -> frozenset[str]:
     return frozenset(e["hash"] for e in _read_split(Path(path))[1] if e["side"] == side)
 
 
-def _likeness(entry: Mapping[str, Any], sample: Sample) -> int:
-    known = (("name", sample.path.name), ("source", sample.source))
-    return sum(entry.get(k) == v for k, v in (*known, ("patient_id", sample.patient_id)))
+def _entries_of(
+    dataset: ChestXrayDataset, entries: Sequence[Mapping[str, Any]]
+) -> dict[int, Mapping[str, Any]]:
+    """Return position → saved entry of the same content, where there is one for it.
+
+    Equal files that were not taken for copies may be on two sides, so that each gets the entry
+    that is most like it.
+    """
+    wanted = {i: _facts(sample) for i, sample in enumerate(dataset.samples)}
+    left = dict(enumerate(entries))
+    found: dict[int, Mapping[str, Any]] = {}
+    for equal in _LIKENESS:
+        waiting: dict[tuple[str, ...], deque[int]] = defaultdict(deque)
+        for n, entry in left.items():
+            waiting[tuple(str(entry.get(name)) for name in equal)].append(n)
+        for i, facts in list(wanted.items()):
+            if alike := waiting.get(tuple(facts[name] for name in equal)):
+                found[i] = left.pop(alike.popleft())
+                del wanted[i]
+    return found
+
+
+def _facts(sample: Sample) -> dict[str, str]:
+    own = {name: getattr(sample, name) for name in _FACTS[1:]}
+    return {"hash": sample.content_hash(), "name": sample.path.name, **own}
 
 
 def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.expanduser().read_text(encoding="utf-8"))
         if data["format_version"] != _FORMAT:
             raise SplitError(f"{path} has format {data['format_version']}, expected {_FORMAT}.")
         seed, entries = int(data["seed"]), list(data["samples"])
@@ -211,7 +220,8 @@ def split_by_patient(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If a fraction is outside [0, 0.5], or their sum outside (0, 1).
+        TypeError: If the seed is no whole number.
+        ValueError: If a fraction is outside [0, 0.5], their sum or the seed out of range.
         SplitError: If a class has too few patients to be on every side.
         ImageError: If a file cannot be decoded.
     """
@@ -220,6 +230,8 @@ def split_by_patient(
             raise ValueError(f"{name} must be a fraction in [0, 0.5], got {fraction}")
     if not 0 < val + test < 1:
         raise ValueError(f"val and test must add up to more than 0 and less than 1: {val}, {test}")
+    if not 0 <= operator.index(seed) <= 2**32 - 2:  # scikit-learn's limit; one is added
+        raise ValueError(f"seed must be from 0 to {2**32 - 2}, got {seed}")
     groups = np.array(
         patient_groups(dataset, find_copies=find_copies, workers=workers, progress=progress)
     )

@@ -79,7 +79,7 @@ def check_tensors(tensors: Mapping[str, NDArray[Any]], num_classes: int, where: 
 
     Raises:
         CheckpointError: If a tensor is missing, extra, misshapen, not finite or neither half nor
-            single precision (int64 for a batch norm's counter).
+            single precision (int64 for a batch norm's counter), or a variance is negative.
     """
     shapes = densenet121_shapes(num_classes)
     missing = [name for name in shapes if name not in tensors]
@@ -101,3 +101,7 @@ def check_tensors(tensors: Mapping[str, NDArray[Any]], num_classes: int, where: 
             )
         if not np.isfinite(tensors[name]).all():
             raise CheckpointError(f"{where}: {name} has values that are not finite.")
+        if name.endswith("running_var") and (tensors[name] < 0).any():
+            raise CheckpointError(
+                f"{where}: {name} has a negative variance. It is damaged; fetch or train it again."
+            )

@@ -22,18 +22,17 @@ from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkp
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import Loader, map_ahead
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
-from chestxray_covid.files import read_json
 from chestxray_covid.models import check_model, load_tensors, to_tensors
-from chestxray_covid.training_config import (
-    Callback,
-    EpochRecord,
-    History,
-    TrainingConfig,
+from chestxray_covid.training_config import Callback, EpochRecord, History, TrainingConfig
+from chestxray_covid.training_network import (
+    TrainingNetwork,
+    check_smallest_batch,
+    open_accelerator,
     validation_numbers,
 )
-from chestxray_covid.training_network import TrainingNetwork, open_accelerator
 from chestxray_covid.training_order import (
     Batch,
+    check_options,
     check_sides,
     epoch_batches,
     pixel_loader,
@@ -45,6 +44,7 @@ from chestxray_covid.training_state import (
     StateStore,
     check_identity,
     run_identity,
+    saving,
 )
 
 
@@ -62,14 +62,17 @@ class Trainer:
 
     Args:
         model: From :func:`build_densenet121`, with as many logits as ``train`` has classes.
-        train: Training data; the order of its classes is that of the logits.
+        train: Training data; the order of its classes is that of the logits. What is learned is
+            the class of each sample, whatever ``target_transform`` makes of it.
         val: Validation data with the same classes, no patient shared with ``train``.
         config: Options; the recommended recipe if not given.
         output: The run directory, made if missing.
         callbacks: Called while it trains.
 
     Raises:
-        ValueError: If model, classes and data do not fit.
+        TypeError: If data, options or callbacks are of the wrong type.
+        ValueError: If model, classes, data and options do not fit.
+        ConfigError: If the names of the classes cannot be saved.
         TrainingError: If a class has no training image.
 
     Warns:
@@ -89,12 +92,14 @@ class Trainer:
         self.model = model
         self.train = train
         self.val = val
-        self.config = config or TrainingConfig()
+        self.config = TrainingConfig() if config is None else config
         self.output = Path(output)
+        check_options(self.config, callbacks)
         self.callbacks = tuple(callbacks)
         self.history = History()
-        check_model(model, train.classes)
         check_sides(train, val)
+        check_model(model, train.classes)
+        check_smallest_batch(model, self.config)
         if not self.config.allow_confounded_sources:
             warn_if_confounded(train, stacklevel=2)
         self._states = StateStore(self.output)
@@ -105,6 +110,8 @@ class Trainer:
     def fit(self, *, resume: bool = False) -> History:
         """Train, and return the history; the run directory then holds the best weights.
 
+        It begins with the weights that the model has, also where it was trained before.
+
         Args:
             resume: Continue the run in ``output``, which must have the same options and data.
                 Of a run that is finished, the history and the weights are read.
@@ -113,36 +120,42 @@ class Trainer:
             TrainingError: If there is a run that is not to be resumed, none to resume or one of
                 other options or data; if the loss is not a number; or if a state cannot be saved.
             CheckpointError: If a finished run is damaged.
-            TrainingInterrupted: If SIGINT or SIGTERM arrived; the state was saved.
+            TrainingInterrupted: If SIGINT or SIGTERM arrived; the state was saved, or the run was
+                finished, because a callback wanted to stop at the same time.
             ImageError: If a file cannot be decoded.
         """
         self._accelerator = open_accelerator(self.config)
         self.device: torch.device = self._accelerator.device
-        if resume and (self.output / "history.json").exists() and not self._states.steps():
-            return self._read_finished()
+        if resume and (finished := self._states.finished(self.config)) is not None:
+            return self._take_finished(finished)
         self._prepare(resume)
         with SignalWatch() as self._signals, self._network.checkpointed():
             for callback in self.callbacks:
                 callback.on_train_begin(self)
             while self._at.epoch < self.config.epochs and not self._has_stalled():
                 self._train_epoch()
-                if self._finish_epoch():
+                if self._finish_epoch():  # before a signal, after which it would be forgotten
                     break
+                self._stop_if_signalled()
         self._finish()
+        self._stop_if_signalled()
         return self.history
 
-    def _read_finished(self) -> History:
+    def _take_finished(self, history: History) -> History:
         """Take over a finished run, if it is one of these options and data."""
         config, tensors = load_checkpoint(self.output)
         self._take_over(config.provenance.get("identity", {}))
-        self.history = History.from_dict(read_json(self.output / "history.json"))
         load_tensors(self.model, tensors)
         self.model.eval()
-        return self.history
+        self.history = history
+        if self._accelerator.is_main_process:
+            self._states.clear()  # what is left of them where a process died meanwhile
+        return history
 
     def _prepare(self, resume: bool) -> None:
         config = self.config
         self._states.claim(resume=resume, make=self._accelerator.is_main_process)
+        self.history, self._at = History(), Position()
         self._load_train = self._loader(self.train)
         self._load_val = self._loader(self.val)
         self._network = TrainingNetwork(self.model, config, self._accelerator, self.train.targets)
@@ -200,6 +213,8 @@ class Trainer:
         """Take one optimizer step over a group of accumulated batches."""
         at, network = self._at, self._network
         start = time.perf_counter()
+        # Processes take the mean of their gradients, which shall be the mean over all images.
+        weight = network.weight_of([self.train.targets[i] for b in group for i in b.together])
         for number, batch in enumerate(group, 1):
             waiting = time.perf_counter()
             images = torch.from_numpy(np.stack([next(pixels) for _ in batch.images]))
@@ -208,14 +223,12 @@ class Trainer:
             labels = [self.train.targets[i] for i, _ in batch.images]
             targets = torch.tensor(labels, device=self.device)
             varied, hidden = network.vary(images, at.epoch, [draw for _, draw in batch.images])
-            # Processes take the mean of their gradients, which shall be the mean over all images.
-            weight = network.weight_of([self.train.targets[i] for i in batch.together])
             loss = network.backward(
                 varied,
                 targets,
                 hidden=hidden,
                 counted=batch.counted,
-                share=self._accelerator.num_processes / weight / len(group),
+                share=self._accelerator.num_processes / weight,
                 last=number == len(group),
             )
             self._count(loss, batch)
@@ -248,6 +261,10 @@ class Trainer:
         if signal_number:
             raise TrainingInterrupted(signal_number, self.output)
 
+    def _stop_if_signalled(self) -> None:
+        if signal_number := self._signal():
+            raise TrainingInterrupted(signal_number, self.output)
+
     def _signal(self) -> int:
         """Return the signal that arrived in any process, or 0."""
         own = torch.tensor([self._signals.received], device=self.device)
@@ -261,11 +278,9 @@ class Trainer:
         seconds = at.seconds + time.perf_counter() - start
         numbers = validation_numbers(np.array(self.val.targets), probabilities)
         loss_sum, seen = self._network.sums([self._at.loss_sum, self._at.seen])
-        auroc = numbers["val_auroc"]
-        by_auroc = self.config.monitor == "val_auroc" and auroc is not None
-        score = auroc if by_auroc and auroc is not None else -loss
-        newest = self.config.monitor == "last"
-        is_best = newest or at.best_score is None or score > at.best_score
+        auroc = numbers["val_auroc"] if self.config.monitor == "val_auroc" else None
+        score = -loss if auroc is None else auroc
+        is_best = self.config.monitor == "last" or at.best_score is None or score > at.best_score
         record = EpochRecord(
             epoch=at.epoch + 1,
             learning_rate=self._rate,
@@ -278,17 +293,11 @@ class Trainer:
             is_best=is_best,
         )
         self.history = History(records=(*self.history.records, record))
-        at.epochs_since_best = 0 if is_best else at.epochs_since_best + 1
-        at.best_score = score if is_best else at.best_score
-        self._at = replace(
-            at, epoch=at.epoch + 1, batch=0, loss_sum=0.0, seen=0, seconds=0.0, data_seconds=0.0
-        )
+        self._at = at.next_epoch(best=score if is_best else None)
         if is_best:
             self._save_best(record)
         self._save_state()
         wishes = [c.on_epoch_end(self, record) for c in self.callbacks]
-        if signal_number := self._signal():
-            raise TrainingInterrupted(signal_number, self.output)
         return any(wishes)
 
     def _validate(self) -> tuple[float, NDArray[np.float64]]:
@@ -337,18 +346,8 @@ class Trainer:
         config = ModelConfig(
             classes=self.train.classes, preprocess=self.config.preprocess, provenance=provenance
         )
-        with self._saving("weights"):
+        with saving("weights", self.output):
             save_checkpoint(self.output, config, to_tensors(self._network.best))
-
-    @contextlib.contextmanager
-    def _saving(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise TrainingError(
-                f"The {what} cannot be saved in {self.output}: {error}. Make room or mend the "
-                "folder, then continue with resume=True."
-            ) from error
 
     def _save_state(self) -> None:
         loss_sum, seen = self._network.sums([self._at.loss_sum, self._at.seen])
@@ -359,9 +358,13 @@ class Trainer:
                 "identity": self._identity(),
             }
             self._states.save(self._at.step, self._network.state(), values)
-            with self._saving("history"):
-                self.history.save(self.output)
+        self._save_history()
         self._accelerator.wait_for_everyone()
+
+    def _save_history(self) -> None:
+        if self._accelerator.is_main_process:
+            with saving("history", self.output):
+                self.history.save(self.output)
 
     def _identity(self) -> dict[str, Any]:
         trains = [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -389,6 +392,8 @@ class Trainer:
         self._accelerator.wait_for_everyone()
         load_tensors(self.model, load_checkpoint(self.output)[1])
         self.model.eval()
+        self.history = replace(self.history, finished=True)
+        self._save_history()  # before the states go: it says that none is needed
         if self._accelerator.is_main_process:
             self._states.clear()
         for callback in self.callbacks:

@@ -6,16 +6,14 @@ import csv
 import io
 import json
 import math
+import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_type_hints
 
-import numpy as np
-from numpy.typing import NDArray
-
-from chestxray_covid.augment import Augmentation
+from chestxray_covid.augment import Augmentation, as_number
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.files import write_files
 from chestxray_covid.image import Preprocess
@@ -25,12 +23,19 @@ if TYPE_CHECKING:
 
     from chestxray_covid.training import Trainer
 
+HISTORY_NAME = "history.json"
 _SWITCHES = (
     *("class_weights", "channels_last", "progress"),
     *("allow_confounded_sources", "gradient_checkpointing"),
 )
 _SHARES = ("label_smoothing", "ema_decay", "swap_background", "swap_frame", "hide_centre")
 _NUMBERS = ("learning_rate", "weight_decay", "warmup_epochs", "step_factor", *_SHARES)
+_COUNTS = ("epochs", "accumulate", "step_epochs", "workers", "seed")
+#: What these may be instead of a number.
+_INSTEAD = {
+    "batch_size": "auto",
+    **dict.fromkeys(("max_repeats", "samples_per_epoch", "patience", "checkpoint_every")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +63,11 @@ class TrainingConfig:
         label_smoothing: Share of the target spread over all classes, in [0, 1).
         balance: How images are drawn. ``"class_and_source"``: every class as often as another, and
             within a class every source; ``"class"``: classes only; ``"none"``: each image once.
-        max_repeats: How often an image may come in an epoch, on average, for the sake of balance;
-            a small source then gets less than an equal share. ``None``: as often as it takes.
+        max_repeats: How often an image may come in an epoch, on average, so that the sources of a
+            class are balanced; a small one then gets less than an equal share. With
+            ``balance="class_and_source"`` only. ``None``: as often as it takes. Classes stay
+            balanced all the same: where all sources of one are too small for its share, its
+            images come as often as that takes, each as often as another.
         swap_background: Share of the training images, in [0, 1), whose lungs are shown before
             something else, see :func:`augment.swap_backgrounds`; the bundled network finds them.
         swap_frame: Share of the training images, in [0, 1), that get the frame of another one of
@@ -70,9 +78,11 @@ class TrainingConfig:
         class_weights: Weigh the loss by inverse class frequency; with ``balance="none"`` only.
         ema_decay: Decay of the exponential moving average of the weights per step, in [0, 1);
             0 keeps none. With one, it is what is validated and saved.
-        monitor: What chooses the epoch: the lowest ``"val_loss"``, the highest ``"val_auroc"``, or
-            ``"last"``, the end of the schedule whatever the validation says.
-        patience: Epochs without improvement after which training stops; ``None`` never stops.
+        monitor: What chooses the epoch: the lowest ``"val_loss"``, the highest ``"val_auroc"`` (the
+            lowest loss where validation data lack a class, and there is no AUROC), or ``"last"``,
+            the end of the schedule whatever the validation says.
+        patience: Epochs without improvement after which training stops; ``None`` never stops, nor
+            does ``monitor="last"``, for which every epoch is an improvement.
         precision: ``"bfloat16"`` (autocast), ``"float32"``, or ``"auto"``: bfloat16 where the
             processor or GPU computes it natively.
         device: ``"auto"`` takes a GPU where there is one, or ``"cpu"``.
@@ -138,18 +148,11 @@ class TrainingConfig:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in _NUMBERS:
-            if type(getattr(self, name)) not in (int, float):
-                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
-        for name in ("epochs", "accumulate", "step_epochs", "workers"):
-            _check_count(name, getattr(self, name))
-        if self.batch_size != "auto":
-            _check_count("batch_size", self.batch_size)
-        for name in ("samples_per_epoch", "patience", "checkpoint_every"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
-        if type(self.seed) is not int or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
+        for name in (*_NUMBERS, *_COUNTS, *_INSTEAD):
+            value = getattr(self, name)
+            if name not in _INSTEAD or value != _INSTEAD[name]:
+                convert = as_number if name in (*_NUMBERS, "max_repeats") else _as_count
+                object.__setattr__(self, name, convert(name, value))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         for name in ("weight_decay", "warmup_epochs"):
@@ -158,9 +161,15 @@ class TrainingConfig:
         for name in _SHARES:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        repeats = self.max_repeats
-        if repeats is not None and (type(repeats) not in (int, float) or not repeats >= 1):
-            raise ValueError(f"max_repeats must be at least 1, or None, got {repeats!r}")
+        if self.max_repeats is not None and not 1 <= self.max_repeats < math.inf:
+            raise ValueError(
+                f"max_repeats must be finite and at least 1, or None, got {self.max_repeats}"
+            )
+        if self.max_repeats is not None and self.balance != "class_and_source":
+            raise ValueError(
+                f"max_repeats limits how sources are balanced, which balance={self.balance!r} does "
+                'not do. Leave it out, or use balance="class_and_source".'
+            )
         if self.class_weights and self.balance != "none":
             raise ValueError(
                 f"class_weights would correct a second time what balance={self.balance!r} does. "
@@ -247,9 +256,15 @@ def _backends() -> list[str]:
     return list(torch.compiler.list_backends(exclude_tags=()))
 
 
-def _check_count(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def _as_count(name: str, value: Any) -> int:
+    least = 0 if name == "seed" else 1
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = -1
+    if count < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,9 +301,15 @@ class EpochRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """The epochs of a run, in order."""
+    """The epochs of a run, in order.
+
+    Attributes:
+        records: One per epoch.
+        finished: Whether the run came to its end; also false where a file does not say.
+    """
 
     records: tuple[EpochRecord, ...] = ()
+    finished: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
@@ -301,15 +322,18 @@ class History:
         """The epoch whose weights were kept.
 
         Raises:
-            ValueError: If no epoch is finished.
+            ValueError: If no epoch is finished, or none is marked as the best.
         """
-        if not self.records:
-            raise ValueError("No epoch is finished.")
-        return [r for r in self.records if r.is_best][-1]
+        best = [r for r in self.records if r.is_best]
+        if not best:
+            raise ValueError(
+                f"No epoch is finished: is_best is true in none of {len(self)} records."
+            )
+        return best[-1]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able data."""
-        return {"epochs": [asdict(r) for r in self.records]}
+        return {"finished": self.finished, "epochs": [asdict(r) for r in self.records]}
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per epoch."""
@@ -324,7 +348,7 @@ class History:
         writer.writeheader()
         writer.writerows(asdict(r) for r in self.records)
         data = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        contents = {"history.json": data.encode(), "history.csv": table.getvalue().encode()}
+        contents = {HISTORY_NAME: data.encode(), "history.csv": table.getvalue().encode()}
         write_files(Path(folder), contents)
 
     @classmethod
@@ -335,9 +359,26 @@ class History:
             TrainingError: If it is damaged.
         """
         try:
-            return cls(records=tuple(EpochRecord(**entry) for entry in data["epochs"]))
+            records = tuple(EpochRecord(**entry) for entry in data["epochs"])
+            finished = data.get("finished", False)
+            _check_types(records, finished)
         except (TypeError, KeyError) as error:
-            raise TrainingError(f"This is no training history: {error!r}.") from error
+            raise TrainingError(
+                f"This is no training history: {error!r}. Expected what History.to_dict returns."
+            ) from error
+        return cls(records=records, finished=finished)
+
+
+def _check_types(records: Sequence[EpochRecord], finished: Any) -> None:
+    if not isinstance(finished, bool):
+        raise TypeError(f"finished must be true or false, got {finished!r}")
+    for name, hint in get_type_hints(EpochRecord).items():
+        kinds = get_args(hint) or (hint,)
+        whole = (int,) if float in kinds else ()  # JSON of other programs writes 1.0 as 1
+        for value in (getattr(record, name) for record in records):
+            if type(value) not in (*kinds, *whole):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"{name} must be {wanted}, got {value!r}")
 
 
 class Callback:
@@ -354,32 +395,3 @@ class Callback:
 
     def on_train_end(self, trainer: Trainer, history: History) -> None:
         """Run after the last epoch."""
-
-
-def validation_numbers(
-    targets: NDArray[np.int64], probabilities: NDArray[np.float64]
-) -> dict[str, Any]:
-    """Return accuracy, kappa and AUROC as :class:`EpochRecord` holds them.
-
-    Args:
-        targets: ``(N,)`` true classes.
-        probabilities: ``(N, K)``, rows summing to 1.
-    """
-    from sklearn.metrics import cohen_kappa_score, roc_auc_score
-
-    predicted = probabilities.argmax(1)
-    classes = probabilities.shape[1]
-    several = len(np.unique(targets)) > 1
-    whole = len(np.unique(targets)) == classes
-    auroc = kappa = None
-    if whole and classes == 2:
-        auroc = float(roc_auc_score(targets, probabilities[:, 1]))
-    elif whole:
-        auroc = float(roc_auc_score(targets, probabilities, multi_class="ovr"))
-    if several:
-        kappa = float(cohen_kappa_score(targets, predicted))
-    return {
-        "val_accuracy": float((predicted == targets).mean()),
-        "val_kappa": kappa,
-        "val_auroc": auroc,
-    }

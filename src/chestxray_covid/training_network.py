@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -55,6 +56,26 @@ def open_accelerator(config: TrainingConfig) -> Accelerator:
         ) from error
 
 
+def check_smallest_batch(model: torchvision.models.DenseNet, config: TrainingConfig) -> None:
+    """Raise if a batch norm would have to make statistics of one number.
+
+    That is a batch of one image where the last block's maps are of one pixel: below 61 px.
+
+    Raises:
+        ValueError: If it would, with the option to change.
+    """
+    size = config.preprocess.size_px
+    options = [n for n in ("batch_size", "samples_per_epoch") if getattr(config, n) == 1]
+    last = [*model.features.denseblock4.modules(), model.features.norm5]
+    norms = [module for module in last if isinstance(module, torch.nn.BatchNorm2d)]
+    trains = any(p.requires_grad for norm in norms for p in norm.parameters())
+    if options and trains and math.ceil(size / 4) // 8 == 1:
+        raise ValueError(
+            f"{options[0]} must be at least 2, got 1: batch norm has no statistics of a single "
+            f"image of {size} px. Use more images, larger ones (from 61 px), or trainable='head'."
+        )
+
+
 class TrainingNetwork:
     """A network with its optimizer on the run's device, in the run's precision.
 
@@ -81,14 +102,16 @@ class TrainingNetwork:
         trained = [p for p in model.parameters() if p.requires_grad]
         if accelerator.num_processes > 1 and self.device.type == "cuda":
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        plain = _OPTIMIZERS[config.optimizer](
+        # The optimizer stays plain: Accelerate's own skips steps whenever another loop of this
+        # process stopped amid its accumulation, which the two would share.
+        self._net = accelerator.prepare(model)
+        self._optimizer = _OPTIMIZERS[config.optimizer](
             trained,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             # A CPU gains 1 to 2 % of a step, for kernels that trust every layout; a GPU gains more.
             fused=self.device.type == "cuda",
         )
-        self._net, self._optimizer = accelerator.prepare(model, plain)
         # Validation stays as it is: its last batch is smaller, and would be compiled again.
         self._forward = (
             self._net
@@ -208,7 +231,8 @@ class TrainingNetwork:
                 reduction="none",
             )
             loss = losses[:counted].sum()
-            self._accelerator.backward(loss * share)
+            # Accelerate's own would divide by what the environment says of accumulation.
+            torch.autograd.backward(loss * share)
         return float(loss.detach())
 
     def _soften(self, targets: Tensor, hidden: Tensor) -> Tensor:
@@ -296,3 +320,32 @@ class TrainingNetwork:
 
 def _below(tensors: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def validation_numbers(
+    targets: NDArray[np.int64], probabilities: NDArray[np.float64]
+) -> dict[str, Any]:
+    """Return accuracy, kappa and AUROC as :class:`EpochRecord` holds them.
+
+    Args:
+        targets: ``(N,)`` true classes.
+        probabilities: ``(N, K)``, rows summing to 1.
+    """
+    from sklearn.metrics import cohen_kappa_score, roc_auc_score
+
+    predicted = probabilities.argmax(1)
+    classes = probabilities.shape[1]
+    several = len(np.unique(targets)) > 1
+    whole = len(np.unique(targets)) == classes
+    auroc = kappa = None
+    if whole and classes == 2:
+        auroc = float(roc_auc_score(targets, probabilities[:, 1]))
+    elif whole:
+        auroc = float(roc_auc_score(targets, probabilities, multi_class="ovr"))
+    if several:
+        kappa = float(cohen_kappa_score(targets, predicted))
+    return {
+        "val_accuracy": float((predicted == targets).mean()),
+        "val_kappa": kappa,
+        "val_auroc": auroc,
+    }

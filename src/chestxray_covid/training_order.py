@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chestxray_covid.checkpoint import ModelConfig
 from chestxray_covid.confounders import ConfoundingWarning, confounding_of_question
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_key
@@ -17,7 +18,7 @@ from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder
 from chestxray_covid.errors import TrainingError
 
 if TYPE_CHECKING:  # it imports torch, which nothing here needs
-    from chestxray_covid.training_config import TrainingConfig
+    from chestxray_covid.training_config import Callback, TrainingConfig
 
 #: Domain of the random numbers, see :mod:`chestxray_covid.augment`.
 _STREAM = 1
@@ -171,9 +172,18 @@ def check_sides(train: ChestXrayDataset, val: ChestXrayDataset) -> None:
     """Raise unless these can train and validate a model.
 
     Raises:
+        TypeError: If one is no data set.
         ValueError: If their classes differ.
+        ConfigError: If the classes cannot be saved in a checkpoint.
         TrainingError: If validation data or a class are missing, or the two share a patient.
     """
+    for name, data in (("train", train), ("val", val)):
+        if not isinstance(data, ChestXrayDataset):
+            raise TypeError(
+                f"{name} must be a ChestXrayDataset, got {type(data).__name__}. Of a Split, pass "
+                "split.train and split.val."
+            )
+    ModelConfig(classes=train.classes)
     if train.classes != val.classes:
         raise ValueError(f"train has the classes {train.classes}, val {val.classes}")
     if not len(val):
@@ -190,6 +200,28 @@ def check_sides(train: ChestXrayDataset, val: ChestXrayDataset) -> None:
             f"No training image of {missing}: a classifier cannot learn a class that it never "
             "sees. Add a data set that has it, or ask for other classes=."
         )
+
+
+def check_options(config: TrainingConfig, callbacks: Sequence[Callback]) -> None:
+    """Raise unless these can configure and watch a run.
+
+    Raises:
+        TypeError: If they are of the wrong type.
+    """
+    from chestxray_covid.training_config import Callback, TrainingConfig
+
+    if not isinstance(config, TrainingConfig):
+        raise TypeError(
+            f"config must be a TrainingConfig, got {type(config).__name__}. Name options as in "
+            "TrainingConfig(epochs=3)."
+        )
+    if not isinstance(callbacks, Sequence):
+        raise TypeError(f"callbacks must be a list of Callback, got {callbacks!r}")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks must be instances of Callback or of a subclass, got {callback!r}"
+            )
 
 
 def warn_if_confounded(train: ChestXrayDataset, *, stacklevel: int) -> None:

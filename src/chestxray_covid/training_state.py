@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 import shutil
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -17,14 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.errors import CheckpointError, TrainingError
+from chestxray_covid.errors import CheckpointError, ConfigError, TrainingError
 from chestxray_covid.files import read_json, sync_folder, write_files
 from chestxray_covid.tensors import read_tensors
 
 if TYPE_CHECKING:  # it imports torch, which nothing here needs
-    from chestxray_covid.training_config import TrainingConfig
+    from chestxray_covid.training_config import History, TrainingConfig
 
 STATE_FOLDER = "state"
+#: Of history and state: an epoch is some 400 bytes of each.
+_MAX_JSON_BYTES = 50_000_000
+#: Step, and the number of the save where there were several after it.
+_STATE_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 #: Options that change how fast a run goes, not what it computes.
 RUNTIME_OPTIONS = frozenset(
     {
@@ -47,6 +53,15 @@ class Position:
     data_seconds: float = 0.0
     epochs_since_best: int = 0
     best_score: float | None = None
+
+    def next_epoch(self, *, best: float | None) -> Position:
+        """Return the beginning of the next epoch; ``best`` is the score of this one, if it is."""
+        return Position(
+            epoch=self.epoch + 1,
+            step=self.step,
+            epochs_since_best=self.epochs_since_best + 1 if best is None else 0,
+            best_score=self.best_score if best is None else best,
+        )
 
 
 def run_identity(
@@ -112,8 +127,8 @@ def _completed(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
 class StateStore:
     """The saved states of a run: one folder each, complete or not there, the newest kept.
 
-    A state is written to a temporary folder, synced and renamed, and only then are older ones
-    deleted, so that one can be read whenever the process may have died.
+    A state is written to a temporary folder, synced and renamed to a name that no other has, and
+    only then are the others deleted, so that one can be read whenever the process may have died.
 
     Args:
         run: The run directory.
@@ -123,12 +138,20 @@ class StateStore:
         self._folder = run / STATE_FOLDER
 
     def claim(self, *, resume: bool, make: bool) -> None:
-        """Make the run directory if it is to be made here.
+        """Make the run directory if a run begins and it is to be made here.
 
         Raises:
-            TrainingError: If it cannot be made, or holds a run that is not to be resumed.
+            TrainingError: If it cannot be made, holds a run that is not to be resumed, or none
+                that can be.
         """
         run = self._folder.parent
+        if resume and not self.steps():
+            raise self._nothing(", and no finished run beside it")
+        if not resume and self.holds_run():
+            raise TrainingError(
+                f"{run} already holds a run. Continue it with resume=True (command line: "
+                "--resume), or choose another folder."
+            )
         try:
             if make:
                 run.mkdir(parents=True, exist_ok=True)
@@ -136,48 +159,72 @@ class StateStore:
             raise TrainingError(
                 f"{run} cannot become a run directory: {error}. Choose another."
             ) from error
-        if ((run / "config.json").exists() or self.steps()) and not resume:
-            raise TrainingError(
-                f"{run} already holds a run. Continue it with resume=True (command line: "
-                "--resume), or choose another folder."
-            )
+
+    def holds_run(self) -> bool:
+        """Return whether there is a run, finished or not."""
+        return (self._folder.parent / "config.json").exists() or bool(self.steps())
+
+    def finished(self, config: TrainingConfig) -> History | None:
+        """Return the history of a run of these options that came to its end, else ``None``.
+
+        Raises:
+            ConfigError: If the history cannot be read, and there is no state to go on from.
+            TrainingError: If it is none, and there is no state to go on from.
+        """
+        from chestxray_covid.training_config import HISTORY_NAME, History
+
+        path = self._folder.parent / HISTORY_NAME
+        if not path.exists():
+            return None
+        try:
+            history = History.from_dict(_read_object(path))
+        except (CheckpointError, TrainingError):
+            if self.steps():  # with which it is written anew
+                return None
+            raise
+        # Runs once did not say that they were finished, but deleted their states then.
+        finished = history.finished or (not self.steps() and _is_complete(history, config))
+        return history if finished else None
 
     def steps(self) -> list[int]:
         """Return the steps that have a state, newest first."""
-        names = [p.name for p in self._folder.glob("step-*")] if self._folder.is_dir() else []
-        return sorted((int(n.removeprefix("step-")) for n in names), reverse=True)
+        return [step for step, _, _ in self._saved()]
+
+    def _saved(self) -> list[tuple[int, int, Path]]:
+        """Return step, number of the save and folder of each state, newest first."""
+        matches = [(_STATE_NAME.fullmatch(p.name), p) for p in self._folder.glob("step-*")]
+        saved = [(int(m[1]), int(m[2] or 0), path) for m, path in matches if m]
+        return sorted(saved, reverse=True)
 
     def save(
         self, step: int, tensors: Mapping[str, NDArray[Any]], values: Mapping[str, Any]
     ) -> None:
-        """Write the state after a step and delete older ones.
+        """Write the state after a step and then delete the others.
 
         Raises:
             TrainingError: If it cannot be written; older states are as they were.
         """
         from safetensors.numpy import save
 
-        partial = self._folder / f".partial-{step:09d}"
-        final = self._folder / f"step-{step:09d}"
-        try:
+        numbers = [number for saved, number, _ in self._saved() if saved == step]
+        name = f"step-{step:09d}" + (f"-{numbers[0] + 1}" if numbers else "")
+        partial, final = self._folder / ".partial", self._folder / name
+        text = json.dumps(values, allow_nan=False)
+        # safetensors takes the bytes as they lie in memory, whatever the order of the axes.
+        ordered = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
+        contents = {"state.safetensors": save(ordered), "state.json": text.encode()}
+        with saving(f"state of step {step}", self._folder):
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            text = json.dumps(values, allow_nan=False)
-            # safetensors takes the bytes as they lie in memory, whatever the order of the axes.
-            ordered = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-            write_files(partial, {"state.safetensors": save(ordered), "state.json": text.encode()})
-            if final.exists():  # the same step, computed again after a resume
-                shutil.rmtree(final)
-            partial.replace(final)
+            try:
+                partial.mkdir(parents=True)
+                write_files(partial, contents)
+                partial.replace(final)
+            finally:  # there is one only if it was not renamed
+                shutil.rmtree(partial, ignore_errors=True)
             sync_folder(self._folder)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise TrainingError(
-                f"The state of step {step} cannot be saved in {self._folder}: {error}. "
-                "Make room or mend the folder, then continue with resume=True."
-            ) from error
-        for older in self.steps()[1:]:
-            shutil.rmtree(self._folder / f"step-{older:09d}", ignore_errors=True)
+        for _, _, other in self._saved():
+            if other != final:
+                shutil.rmtree(other, ignore_errors=True)
 
     def load(self) -> tuple[int, dict[str, NDArray[Any]], dict[str, Any]]:
         """Return step, tensors and values of the newest state that can be read.
@@ -186,26 +233,58 @@ class StateStore:
             TrainingError: If there is none.
         """
         damaged = []
-        for step in self.steps():
-            place = self._folder / f"step-{step:09d}"
+        for step, _, place in self._saved():
             path = place / "state.safetensors"
             try:
-                return (
-                    step,
-                    read_tensors(path.read_bytes(), path),
-                    dict(read_json(place / "state.json")),
-                )
+                tensors = read_tensors(path.read_bytes(), path)
+                return step, tensors, _read_object(place / "state.json")
             except (OSError, CheckpointError) as error:
                 damaged.append(str(error))
-        raise TrainingError(
-            f"There is no state to resume from in {self._folder}"
-            + (f": {'; '.join(damaged)}" if damaged else ".")
-            + " Train without resume, into a new folder."
+        raise self._nothing(f": {'; '.join(damaged)}" if damaged else "")
+
+    def _nothing(self, why: str) -> TrainingError:
+        return TrainingError(
+            f"There is no state to resume from in {self._folder}{why}. "
+            "Train without resume, into a new folder."
         )
 
     def clear(self) -> None:
         """Delete all states, which a finished run needs no more."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _is_complete(history: History, config: TrainingConfig) -> bool:
+    """Return whether these are all epochs that a run of these options has."""
+    since_best = len(history) - max((r.epoch for r in history if r.is_best), default=0)
+    stalled = config.patience is not None and since_best >= config.patience
+    return stalled or len(history) >= config.epochs
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object.
+
+    Raises:
+        ConfigError: If it cannot be read, or holds something else.
+    """
+    try:
+        content = read_json(path, limit=_MAX_JSON_BYTES)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+@contextlib.contextmanager
+def saving(what: str, folder: Path) -> Iterator[None]:
+    """Turn what the system says of a file that cannot be written into a :class:`TrainingError`."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"The {what} cannot be saved in {folder}: {error}. Make room or mend the folder, then "
+            "continue with resume=True."
+        ) from error
 
 
 class SignalWatch:

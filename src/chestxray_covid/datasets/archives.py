@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from chestxray_covid.datasets.storage import (
     exclusive,
+    is_current,
     path_problem,
     sync_file,
     write_file,
@@ -82,7 +83,7 @@ def unpack_zip(
     Raises:
         ArchiveError: If the archive is damaged or hostile, or holds nothing that is wanted.
         DatasetNotFoundError: If there is no such archive.
-        DownloadError: If ``root`` holds other files or cannot be written.
+        DownloadError: If ``root`` holds other files, is the current folder or cannot be written.
         ValueError: If a limit is not positive.
     """
     if not max_bytes > 0 or not max_files > 0 or not max_ratio > 0:
@@ -97,6 +98,11 @@ def unpack_zip(
             folder.parent.mkdir(parents=True, exist_ok=True)
             with exclusive(folder.parent / f".{folder.name}.lock") as alone:
                 if not _is_there(folder, members):
+                    if is_current(folder):
+                        raise DownloadError(
+                            f"{folder} is the current folder and cannot be replaced. Pass a "
+                            "folder inside it, which may not exist yet."
+                        )
                     if alone:
                         _remove_leftovers(folder)
                     _unpack(zipped, source, members, folder, progress)

@@ -6,14 +6,13 @@ No torch here: a :class:`ChestXrayDataset` has ``__len__`` and ``__getitem__``, 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import operator
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
@@ -21,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid.datasets.report import DatasetReport, summarise
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.datasets.report import DatasetReport, added, printable, summarise
+from chestxray_covid.datasets.storage import write_csv
+from chestxray_covid.errors import DatasetError
 from chestxray_covid.image import load_image
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ MANIFEST_COLUMNS = ("path", "label", "finding", "patient_id", "source", "view")
 #: Metadata that goes into the CSV, too: who a patient or an image is across collections, and what
 #: an evaluation divides patients by.
 KEPT_COLUMNS = ("origin", "image_id", "numbered_by", "content_hash", "sex", "age")
-
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".dcm"}
-)
 
 
 def read_file(sample: Sample, min_size: tuple[int, int] | None = None) -> Image.Image:
@@ -81,6 +77,10 @@ class Sample:
     read: Callable[[Sample, tuple[int, int] | None], Image.Image] = field(
         default=read_file, repr=False
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.path, str):
+            object.__setattr__(self, "path", Path(self.path))
 
     @property
     def is_file(self) -> bool:
@@ -159,6 +159,8 @@ class ChestXrayDataset:
         self.transform = transform
         self.target_transform = target_transform
         self._report = report
+        #: Sources that nobody named → the resolved folder or CSV that they are named after.
+        self._named_after: Mapping[str, Path] = {}
         strange = {s.label for s in self.samples} - set(self.classes)
         if strange:
             raise DatasetError(
@@ -183,8 +185,8 @@ class ChestXrayDataset:
     def __repr__(self) -> str:
         counts = Counter(s.label for s in self.samples)
         parts = ", ".join(f"{name}: {counts[name]}" for name in self.classes)
-        sources = ", ".join(self.sources) or "empty"
-        return f"<{type(self).__name__} of {len(self)} radiographs ({parts}) from {sources}>"
+        where = ", ".join(self.sources) or "empty"
+        return f"<{type(self).__name__} of {len(self)} radiographs ({parts}) from {where}>"
 
     def image(self, index: int, min_size: tuple[int, int] | None = None) -> Any:
         """Return one radiograph, transformed where a transform was given.
@@ -212,13 +214,12 @@ class ChestXrayDataset:
         """One row per sample, in order: the sample's fields and its source's own columns."""
         import pandas as pd
 
-        names = ("path", "label", "finding", "patient_id", "source", "view")
         rows = [
-            {**s.metadata, **{n: getattr(s, n) for n in names}, "path": str(s.path)}
+            {**s.metadata, **{n: getattr(s, n) for n in MANIFEST_COLUMNS}, "path": str(s.path)}
             for s in self.samples
         ]
-        frame = pd.DataFrame(rows, columns=None if rows else list(names))
-        return frame[[*names, *(c for c in frame.columns if c not in names)]]
+        frame = pd.DataFrame(rows, columns=None if rows else list(MANIFEST_COLUMNS))
+        return frame[[*MANIFEST_COLUMNS, *(c for c in frame if c not in MANIFEST_COLUMNS)]]
 
     def report(self) -> DatasetReport:
         """Return what was found, kept and dropped, and why."""
@@ -231,8 +232,9 @@ class ChestXrayDataset:
 
         Raises:
             IndexError: If a position is outside the data set.
+            TypeError: If a position is no whole number, as in a mask.
         """
-        return self._with(self.samples[operator.index(i)] for i in indices)
+        return self._with(self.samples[i] for i in _positions(indices))
 
     def filter(self, keep: Callable[[Sample], bool]) -> ChestXrayDataset:
         """Return the samples for which ``keep(sample)`` is true."""
@@ -265,7 +267,7 @@ class ChestXrayDataset:
         Raises:
             DatasetError: If a sample is a phantom that lies in no file.
         """
-        target = Path(path)
+        target = Path(path).expanduser()
         phantoms = [s for s in self.samples if not s.is_file]
         if phantoms:
             raise DatasetError(
@@ -275,28 +277,33 @@ class ChestXrayDataset:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = target.parent.resolve()
         kept = [n for n in KEPT_COLUMNS if any(s.metadata.get(n) for s in self.samples)]
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow([*MANIFEST_COLUMNS, *kept])
-                for s in self.samples:
-                    full = s.path.resolve()
-                    where = full.relative_to(folder) if full.is_relative_to(folder) else full
-                    known = [str(where), s.label, s.finding, s.patient_id, s.source, s.view]
-                    writer.writerow([*known, *(s.metadata.get(n, "") for n in kept)])
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        resolved = cache(Path.resolve)
+
+        def row(s: Sample) -> list[str]:
+            # A link keeps its own name, which may say more than its target's.
+            full = resolved(s.path.parent) / s.path.name
+            where = full.relative_to(folder) if full.is_relative_to(folder) else full
+            known = [str(where), s.label, s.finding, s.patient_id, s.source, s.view]
+            return [*known, *(s.metadata.get(n, "") for n in kept)]
+
+        write_csv(target, [*MANIFEST_COLUMNS, *kept], map(row, self.samples))
         return target
 
-    def _with(self, samples: Iterable[Sample]) -> ChestXrayDataset:
-        return ChestXrayDataset(
+    def _with(
+        self,
+        samples: Iterable[Sample],
+        classes: Sequence[str] = (),
+        report: DatasetReport | None = None,
+    ) -> ChestXrayDataset:
+        other = ChestXrayDataset(
             samples,
-            classes=self.classes,
+            classes=classes or self.classes,
             transform=self.transform,
             target_transform=self.target_transform,
+            report=report,
         )
+        other._named_after = self._named_after
+        return other
 
     def _promise(self, promised: Iterable[str]) -> Self:
         """Return self, or raise if a class that this source can contain has no sample."""
@@ -306,22 +313,21 @@ class ChestXrayDataset:
             raise DatasetError(
                 f"No usable image of {missing} where the data set promises it. "
                 f"What was found:\n{self.report()}\n"
-                "Check the folder, or ask for other classes=, views= or modalities=."
+                "Check the folder, give labels=, or ask for other classes=, views= or modalities=."
             )
         return self
 
 
 def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
-    """Return one data set with the samples of all; no pixels are copied.
+    """Return one data set with the samples of all, at least one; no pixels are copied.
 
     A sample whose source took it over from a collection that is present too (``origin`` in its
     metadata) is counted to that collection, so that the two copies are seen to be one source.
 
-    Args:
-        datasets: At least one data set; transforms must be equal.
-
     Raises:
         ValueError: If there is nothing to concatenate or the transforms differ.
+        DatasetError: If a file is in two of them, or two are named after different folders or
+            CSVs of the same name.
     """
     if not datasets:
         raise ValueError("concatenate needs at least one data set")
@@ -332,16 +338,40 @@ def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
                 "Data sets with different transforms cannot be concatenated; "
                 "give all of them the same transform objects."
             )
-    names = {name for d in datasets for name in d.classes}
-    own = [name for d in datasets for name in d.classes if name not in LABELS]
-    classes = [*(name for name in LABELS if name in names), *dict.fromkeys(own)]
+    names = dict.fromkeys(name for d in datasets for name in d.classes)
+    classes = [*(name for name in LABELS if name in names), *(n for n in names if n not in LABELS)]
+    named = _told_apart(datasets)
     loaded = {s.source for d in datasets for s in d.samples}
-    return ChestXrayDataset(
-        (_counted_to_origin(s, loaded) for d in datasets for s in d.samples),
-        classes=classes,
-        transform=first.transform,
-        target_transform=first.target_transform,
-    )
+    samples = [_counted_to_origin(s, loaded) for d in datasets for s in d.samples]
+    whole = first._with(samples, classes, added([d.report() for d in datasets], samples, classes))
+    whole._named_after = named
+    return whole
+
+
+def _told_apart(datasets: Iterable[ChestXrayDataset]) -> dict[str, Path]:
+    """Return what all sources that nobody named are named after, after a look for mistakes."""
+    named: dict[str, Path] = {}
+    files: set[str] = set()
+    for d in datasets:
+        for name, root in d._named_after.items():
+            if (other := named.setdefault(name, root)) != root:
+                raise DatasetError(
+                    f"{printable(f'{other} and {root}')} are both called {name!r} by default, so "
+                    "that their patients would be taken for the same. Name them with source=."
+                )
+        own = {str(s.path) for s in d.samples if s.is_file}
+        if again := files & own:
+            raise DatasetError(f"{printable(min(again))} is in two data sets; add each only once.")
+        files |= own
+    return named
+
+
+def _positions(indices: Iterable[SupportsIndex]) -> Iterator[int]:
+    is_mask = "bool" in str(getattr(indices, "dtype", ""))
+    for index in indices:
+        if is_mask or isinstance(index, bool | np.bool_):  # which Python takes for 0 and 1
+            raise TypeError("subset takes positions, got a bool; use np.flatnonzero(mask)")
+        yield operator.index(index)
 
 
 def _counted_to_origin(sample: Sample, loaded: set[str]) -> Sample:
@@ -365,18 +395,3 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     if not names or len(set(names)) != len(names) or not all(names):
         raise ValueError(f"classes must be one or more different names, got {list(names)}")
     return names
-
-
-def existing_folder(root: str | os.PathLike[str], what: str) -> Path:
-    """Return ``root`` with ``~`` expanded.
-
-    Raises:
-        DatasetNotFoundError: If it is no folder.
-    """
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise DatasetNotFoundError(
-            f"{folder} is no folder, expected {what}. Check the path, or use download=True "
-            "where the data set offers it."
-        )
-    return folder

@@ -19,10 +19,11 @@ from chestxray_covid.datasets.base import (
     ChestXrayDataset,
     Sample,
     check_classes,
-    existing_folder,
 )
 from chestxray_covid.datasets.download import download_cohen, recorded_commit
+from chestxray_covid.datasets.loading import entries
 from chestxray_covid.datasets.report import summarise
+from chestxray_covid.datasets.storage import existing_folder, refuse_repeated
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
 
 #: Views as the metadata spells them (lower case) → canonical view.
@@ -37,6 +38,7 @@ _VIEWS = {
     "axial": "Axial",
     "coronal": "Coronal",
 }
+_CANONICAL = {*_VIEWS.values(), UNKNOWN_VIEW}
 #: Leaves of the flat, older taxonomy that are pneumonias; the newer one says ``Pneumonia/…``.
 _PNEUMONIAS = frozenset(
     {
@@ -71,7 +73,7 @@ class CohenCovidDataset(ChestXrayDataset):
         root: The repository's folder, which holds ``metadata.csv`` and ``images/``.
         classes: Labels to keep, of ``normal``, ``pneumonia`` and ``covid19``.
         views: Canonical views to keep; ``None`` keeps all.
-        modalities: Modalities to keep, ``"X-ray"`` or ``"CT"``.
+        modalities: Modalities to keep, ``"X-ray"`` or ``"CT"``; ``None`` keeps all.
         findings: Findings, as the source writes them → label, before the built-in taxonomy.
         transform: Applied to the PIL image.
         target_transform: Applied to the integer target.
@@ -80,6 +82,8 @@ class CohenCovidDataset(ChestXrayDataset):
     Raises:
         DatasetNotFoundError: If the folder or ``metadata.csv`` is missing.
         DatasetError: If the metadata cannot be read or a class has no usable image.
+        TypeError: If ``views`` or ``modalities`` is a single string.
+        ValueError: If a view is unknown.
     """
 
     def __init__(
@@ -88,18 +92,23 @@ class CohenCovidDataset(ChestXrayDataset):
         *,
         classes: Sequence[str] = DEFAULT_CLASSES,
         views: Sequence[str] | None = FRONTAL_VIEWS,
-        modalities: Sequence[str] = ("X-ray",),
+        modalities: Sequence[str] | None = ("X-ray",),
         findings: Mapping[str, str] | None = None,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
         download: bool = False,
     ) -> None:
+        for name, wanted in (("views", views), ("modalities", modalities)):
+            if isinstance(wanted, str):
+                raise TypeError(f"{name} must be a sequence of names, got the string {wanted!r}")
+        if views is not None and (strange := sorted(set(views) - _CANONICAL)):
+            raise ValueError(f"Unknown views {strange}. Valid are {sorted(_CANONICAL)}")
         if download:
             _download(Path(root).expanduser(), views, modalities)
         classes = check_classes(classes)
         folder = existing_folder(root, "the folder of covid-chestxray-dataset")
         rows = read_metadata(folder / "metadata.csv")
-        files = {entry.name for entry in os.scandir(_images(folder)) if entry.is_file()}
+        files = {entry.name for entry in entries(_images(folder)) if entry.is_file()}
         masks = _mask_names(folder)
         patients = _patient_aliases(rows)
         own_labels = {key.strip().lower(): value for key, value in (findings or {}).items()}
@@ -130,13 +139,12 @@ class CohenCovidDataset(ChestXrayDataset):
         self._promise(classes)
 
 
-def _download(root: Path, views: Sequence[str] | None, modalities: Sequence[str]) -> None:
+def _download(root: Path, views: Sequence[str] | None, modalities: Sequence[str] | None) -> None:
     """Fetch the images that are asked for, of the commit that is there already if one is."""
 
     def include(row: Mapping[str, str]) -> bool:
-        view = _VIEWS.get(row.get("view", "").strip().lower(), UNKNOWN_VIEW)
-        wanted = views is None or view in views
-        return wanted and row.get("modality", "").strip() in modalities
+        wanted = views is None or canonical_view(row.get("view", "")) in views
+        return wanted and (modalities is None or row.get("modality", "").strip() in modalities)
 
     download_cohen(root, ref=recorded_commit(root) or "master", include=include)
 
@@ -195,8 +203,26 @@ def read_metadata(path: Path) -> list[dict[str, str]]:
 
 
 def is_frontal_radiograph(row: Mapping[str, str]) -> bool:
-    """Return whether a row of the metadata is a frontal radiograph (and no CT slice or lateral)."""
-    return row["modality"] == "X-ray" and _VIEWS.get(row["view"].lower()) in FRONTAL_VIEWS
+    """Return whether a row of the metadata is a frontal radiograph (and no CT slice or lateral).
+
+    Raises:
+        DatasetError: If the metadata do not say so.
+    """
+    if missing := [name for name in ("modality", "view") if name not in row]:
+        raise DatasetError(
+            f"A row of the metadata lacks {missing}; it has {sorted(row)}. Take a metadata.csv "
+            "that has these columns, or all views."
+        )
+    return row["modality"] == "X-ray" and canonical_view(row["view"]) in FRONTAL_VIEWS
+
+
+def canonical_view(text: str, unknown: str = UNKNOWN_VIEW) -> str:
+    """Return the canonical name of a projection, however it is spelled, or else ``unknown``.
+
+    >>> canonical_view("ap supine"), canonical_view("?")
+    ('AP Supine', 'unknown')
+    """
+    return _VIEWS.get(text.strip().lower(), unknown)
 
 
 def _records(lines: Iterator[list[str]], path: Path) -> Iterator[dict[str, str]]:
@@ -214,6 +240,7 @@ def _records(lines: Iterator[list[str]], path: Path) -> Iterator[dict[str, str]]
             f"{path} lacks the columns {missing}; it has {[n for n in names if n]}. "
             "Expected the metadata.csv of covid-chestxray-dataset."
         )
+    refuse_repeated(path, names)
     for line in lines:
         if any(cell.strip() for cell in line):
             cells = line + [""] * (len(names) - len(line))
@@ -258,7 +285,7 @@ def _why_drop(
     seen: set[str],
     classes: Sequence[str],
     views: Sequence[str] | None,
-    modalities: Sequence[str],
+    modalities: Sequence[str] | None,
     own_labels: Mapping[str, str],
 ) -> tuple[str, str]:
     """Return ``(reason, "")`` for a row to be dropped, ``("", label)`` for one to be kept."""
@@ -270,9 +297,9 @@ def _why_drop(
         return "file listed twice", ""
     if not row["patientid"]:
         return "patient not given", ""
-    if row["modality"] not in modalities:
+    if modalities is not None and row["modality"] not in modalities:
         return f"modality {row['modality'] or 'not given'}", ""
-    view = _VIEWS.get(row["view"].lower(), UNKNOWN_VIEW)
+    view = canonical_view(row["view"])
     if views is not None and view not in views:
         return f"view {view}", ""
     finding = row["finding"]
@@ -304,6 +331,6 @@ def _sample(
         finding=row["finding"],
         patient_id=patients[row["patientid"]],
         source="cohen",
-        view=_VIEWS.get(row["view"].lower(), UNKNOWN_VIEW),
+        view=canonical_view(row["view"]),
         metadata=metadata,
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import operator
 import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -31,7 +33,8 @@ _MASKS = "annotations/lungVAE-masks/"
 _PAPERS = re.compile(r"(readme|schema|licen[cs]e|copying|notice|citation)(\..*)?", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_MODES = frozenset({"100644", "100755", "100664"})
-_KERMANY_IMAGE = re.compile(r"(.*/)?(train|val|test)/(NORMAL|PNEUMONIA)/[^/]+")
+#: The folder around the splits, and the class.
+_KERMANY_IMAGE = re.compile(r"((?:.*/)?chest_xray/|)(?:train|val|test)/([^/]+)/[^/]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,7 @@ def download_cohen(
         IntegrityError: If a file arrives with wrong bytes twice.
         ValueError: If ``include`` and ``images`` are given both, or a number, the ref or the
             token is impossible.
-        TypeError: If ``images`` is a single string.
+        TypeError: If ``images`` is a single string, or holds something else than strings.
     """
     if isinstance(images, str):
         raise TypeError(f"images must be file names, got the string {images!r}")
@@ -140,6 +143,8 @@ def download_cohen(
     if not ref or ".." in ref or not ref.isprintable():
         raise ValueError(f"ref must be a branch, tag or commit, got {ref!r}")
     names = None if images is None else list(images)
+    if not all(isinstance(name, str) for name in names or ()):
+        raise TypeError(f"images must be file names, got {names!r}")
     folder = Path(root).expanduser()
     with (
         Client(
@@ -181,12 +186,12 @@ def download_kermany(
     archive: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Path:
-    """Return the folder that holds Kermany's paediatric radiographs.
+    """Return the folder that holds Kermany's paediatric radiographs, which may not be ``root``.
 
     With ``archive``, the zip file that Kaggle (``archive.zip``) or Mendeley
     (``ChestXRay2017.zip``) gives to a browser is unpacked into ``root``; of the nested copy in
     Kaggle's, only one is. Without, and unless ``root`` was unpacked before, ``kagglehub`` fetches
-    the collection into its own cache, and the folder there is returned.
+    the collection into its own cache; ``root`` stays as it is, and the folder there is returned.
 
     Citation: D. S. Kermany, M. Goldbaum, W. Cai et al.: Identifying Medical Diagnoses and
     Treatable Diseases by Image-Based Deep Learning. Cell 172(5), 2018,
@@ -205,11 +210,11 @@ def download_kermany(
     """
     folder = Path(root).expanduser()
     if archive is not None:
-        images = {name for name in member_names(archive) if _KERMANY_IMAGE.fullmatch(name)}
+        images = _kermany_images(member_names(archive))
         if not images:
             raise ArchiveError(
-                f"{os.fspath(archive)} is not the Kermany collection: it holds no train/NORMAL. "
-                "Expected Kaggle's archive.zip or Mendeley's ChestXRay2017.zip."
+                f"{os.fspath(archive)} is not the Kermany collection: no chest_xray/train holds "
+                "NORMAL and PNEUMONIA alone. Expected archive.zip (Kaggle) or ChestXRay2017.zip."
             )
         copies = {name for name in images if name.startswith("chest_xray/chest_xray/")}
         wanted = images - copies or images
@@ -230,6 +235,13 @@ def download_kermany(
             f"by hand from https://www.kaggle.com/datasets/{KAGGLE_HANDLE} or "
             "https://data.mendeley.com/datasets/rscbjbr9sj and pass archive="
         ) from error
+
+
+def _kermany_images(names: Iterable[str]) -> set[str]:
+    """Return the names of chest radiographs; OCT images, and other classes, lie elsewhere."""
+    found = {name: match for name in names if (match := _KERMANY_IMAGE.fullmatch(name))}
+    others = {match[1] for match in found.values() if match[2] not in {"NORMAL", "PNEUMONIA"}}
+    return {name for name, match in found.items() if match[1] not in others}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,11 +309,13 @@ def _read_record(folder: Path, endpoints: GitHubEndpoints) -> _Record | None:
         data = json.loads((folder / RECORD_NAME).read_bytes())
         if data["repository"] != f"{endpoints.owner}/{endpoints.repo}":
             return None
+        if not _COMMIT.fullmatch(data["commit"]):
+            return None
         tree = {path: (size, sha1) for path, (size, sha1) in data["tree"].items()}
         for path, (size, sha1) in tree.items():
             _check_entry(path, size, sha1)
         commit = _Commit(endpoints=endpoints, sha=data["commit"], tree=tree)
-        return _Record(commit=commit, ref=data["ref"], count=int(data["count"]))
+        return _Record(commit=commit, ref=data["ref"], count=operator.index(data["count"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # a damaged record costs two requests, which write it anew
         return None
@@ -380,9 +394,7 @@ def _rows(metadata: Path) -> list[dict[str, str]]:
         with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             lines = csv.reader(file)
             names = [re.sub(r"\s+", "_", name.strip().lower()) for name in next(lines, [])]
-            return [
-                {name: cell.strip() for name, cell in zip(names, line, strict=False) if name}
-                for line in lines
-            ]
+            padded = (zip_longest(names, line[: len(names)], fillvalue="") for line in lines)
+            return [{name: cell.strip() for name, cell in row if name} for row in padded]
     except csv.Error as error:
         raise DownloadError(f"{metadata} cannot be read as CSV: {error}.") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +29,9 @@ def patient_groups(
 ) -> list[int]:
     """Return the group of each sample, numbered from 0; samples of a group belong together.
 
-    A group is a patient of a source, joined with every other that shares a duplicate image
-    (:func:`find_duplicates`), an image of the same ``content_hash`` in the metadata, or one known
-    under the same id in two collections (``origin`` and ``image_id`` in the metadata).
+    A group is a patient of a source, joined with every other that shares a file, a duplicate
+    image (:func:`find_duplicates`), an image of the same ``content_hash`` in the metadata, or one
+    known under the same id in two collections (``origin`` and ``image_id`` in the metadata).
     """
     joined = _UnionFind(len(dataset))
     first: dict[tuple[str, ...], int] = {}
@@ -37,8 +39,17 @@ def patient_groups(
         for key in _identities(sample):
             joined.join(first.setdefault(key, i), i)
     if find_copies:
-        for a, b in find_duplicates(dataset, workers=workers, progress=progress):
-            joined.join(a, b)
+        thumbnails = _thumbnails(dataset, workers, progress)
+        # Equal ones are joined at once: pairs of thousands of copies would be millions.
+        equal: dict[bytes, int] = {}
+        for i, pixels in enumerate(thumbnails):
+            if pixels.any():  # blank ones are no copies
+                joined.join(equal.setdefault(hashlib.blake2b(pixels).digest(), i), i)
+        different = list(equal.values())
+        for k, i in enumerate(different):
+            thumbnails[k] = thumbnails[i]
+        for a, b in _similar(thumbnails[: len(different)], DUPLICATE_CORRELATION):
+            joined.join(different[a], different[b])
     number: dict[int, int] = {}
     return [number.setdefault(joined.root(i), len(number)) for i in range(len(dataset))]
 
@@ -51,8 +62,27 @@ def patient_key(sample: Sample) -> tuple[str, str]:
     return sample.metadata.get("numbered_by") or sample.source, sample.patient_id
 
 
+def patient_on_two_sides(
+    dataset: ChestXrayDataset, sides: Mapping[str, Sequence[int]]
+) -> Sample | None:
+    """Return a sample whose patient is on an earlier side too, ``None`` where there is none.
+
+    Args:
+        dataset: What was divided.
+        sides: Side → positions in ``dataset``.
+    """
+    side_of: dict[tuple[str, str], str] = {}
+    for side, positions in sides.items():
+        for sample in (dataset.samples[i] for i in positions):
+            if side_of.setdefault(patient_key(sample), side) != side:
+                return sample
+    return None
+
+
 def _identities(sample: Sample) -> Iterable[tuple[str, ...]]:
     yield "patient", *patient_key(sample)
+    if sample.is_file:
+        yield "file", os.path.normpath(sample.path)
     if image_id := sample.metadata.get("image_id"):
         yield "image", sample.metadata.get("origin") or sample.source, image_id
     if content := sample.metadata.get("content_hash"):
@@ -79,21 +109,29 @@ def find_duplicates(
     """
     if not 0 < correlation < 1:
         raise ValueError(f"correlation must be in (0, 1), got {correlation}")
+    return list(_similar(_thumbnails(dataset, workers, progress), correlation))
+
+
+def _thumbnails(dataset: ChestXrayDataset, workers: int, progress: bool) -> NDArray[np.float32]:
+    """Return ``(N, 4096)`` float32 thumbnails, each as :func:`_thumbnail` makes it."""
     shrink = map_ahead(
         lambda s: _thumbnail(s.read(s, (_THUMBNAIL_PX, _THUMBNAIL_PX))),
         dataset.samples,
         workers=workers,
     )
     bar = tqdm(shrink, "duplicates", len(dataset), unit="img", disable=not progress)
-    thumbnails = np.stack(list(bar)) if len(dataset) else np.zeros((0, 1), np.float32)
-    pairs = []
+    thumbnails = np.empty((len(dataset), _THUMBNAIL_PX**2), np.float32)
+    for i, pixels in enumerate(bar):
+        thumbnails[i] = pixels
+    return thumbnails
+
+
+def _similar(thumbnails: NDArray[np.float32], correlation: float) -> Iterator[tuple[int, int]]:
     block = 1024
     for start in range(0, len(thumbnails), block):
         similar = thumbnails[start : start + block] @ thumbnails[start:].T > correlation
-        for a, b in zip(*np.nonzero(similar), strict=True):
-            if a < b:
-                pairs.append((int(start + a), int(start + b)))
-    return pairs
+        for a, b in zip(*np.nonzero(np.triu(similar, 1)), strict=True):
+            yield int(start + a), int(start + b)
 
 
 def _thumbnail(image: Image.Image) -> NDArray[np.float32]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import gc
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,23 @@ from PIL import Image
 
 from chestxray_covid.datasets.base import (
     DEFAULT_CLASSES,
-    IMAGE_SUFFIXES,
+    LABELS,
     MANIFEST_COLUMNS,
     UNKNOWN_VIEW,
     ChestXrayDataset,
     Sample,
     check_classes,
-    existing_folder,
 )
-from chestxray_covid.datasets.cohen import CohenCovidDataset
+from chestxray_covid.datasets.cohen import CohenCovidDataset, canonical_view
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layout
+from chestxray_covid.datasets.loading import entries, images_below, may_hold_images
 from chestxray_covid.datasets.report import summarise
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.datasets.storage import existing_folder, read_csv
+from chestxray_covid.errors import DatasetNotFoundError
+from chestxray_covid.files import is_folder
 
-#: Folder names of public collections (lower case, letters and digits only) → canonical label.
-_FOLDER_LABELS = {
+#: Names in public collections (lower case, letters and digits only) → canonical label.
+_KNOWN_LABELS = {
     "normal": "normal",
     "nofinding": "normal",
     "nofindings": "normal",
@@ -42,29 +43,36 @@ _FOLDER_LABELS = {
     "covid": "covid19",
     "covid19": "covid19",
 }
-#: Folders inside a class folder that hold no radiographs.
-_NOT_IMAGES = frozenset({"__MACOSX", "masks"})
+#: Words that turn a name into its opposite.
+_NEGATIONS = frozenset({"no", "non", "not", "negative"})
+#: Folders, in lower case, that divide a collection and hold class folders themselves.
+_SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 
 
 class FolderDataset(ChestXrayDataset):
     """Radiographs sorted into one folder per class: ``root/<class>/<image>``.
 
+    Where all folders in ``root`` are called ``train``, ``val`` or ``test``, the class folders are
+    those inside, and the parts are merged.
+
     Args:
         root: Folder of class folders. Files below a class folder count too, except in hidden
-            folders, ``__MACOSX`` and ``masks``.
+            folders, ``__MACOSX``, folders of masks (``lung masks``) and links to folders.
         labels: Folder name → label; ``None`` knows the names that public collections use
             (``No_findings``, ``COVID``, ``Viral Pneumonia``, …) and else takes the name itself.
         patient_id: Regular expression; its first group (or whole match) in the file name is the
             patient. A file that it does not match counts as a patient of its own, which
             ``report()`` notes. ``None``: every file is a patient.
-        source: Name of the collection; the folder's name if not given.
+        source: Name of the collection; the folder's name if not given. Two data sets of one
+            source share their patients.
         classes: Labels to keep, in order.
         transform: Applied to the PIL image.
         target_transform: Applied to the integer target.
 
     Raises:
         DatasetNotFoundError: If ``root`` is no folder or has no class folder.
-        DatasetError: If a class folder that was asked for has no image, or none was asked for.
+        DatasetError: If a class folder that was asked for has no image, if none was asked for,
+            if the name of another looks like a class without images, or one cannot be listed.
         ValueError: If ``patient_id`` is no regular expression.
     """
 
@@ -81,9 +89,10 @@ class FolderDataset(ChestXrayDataset):
     ) -> None:
         classes = check_classes(classes)
         folder = existing_folder(root, "a folder with one folder per class")
-        source = source or folder.resolve().name
+        name = source or folder.resolve().name
         pattern = _pattern(patient_id)
-        found = class_folders(folder, labels)
+        notes: Counter[str] = Counter()
+        found = class_folders(folder, labels, classes, notes)
         if not found:
             raise DatasetNotFoundError(
                 f"{folder} has no class folder. Expected {folder}/<class>/<image>"
@@ -91,12 +100,9 @@ class FolderDataset(ChestXrayDataset):
             )
         samples: list[Sample] = []
         dropped: Counter[str] = Counter()
-        notes: Counter[str] = Counter()
         for child, label in found.items():
-            for path in _walk(child):
-                if path.suffix.lower() not in IMAGE_SUFFIXES:
-                    dropped["not an image file name"] += 1
-                elif label not in classes:
+            for path in images_below(child, dropped, notes):
+                if label not in classes:
                     dropped[f"folder outside the classes ({label})"] += 1
                 else:
                     patient = _patient(path, folder, pattern)
@@ -108,7 +114,7 @@ class FolderDataset(ChestXrayDataset):
                             label=label,
                             finding=child.name,
                             patient_id=patient or path.relative_to(folder).as_posix(),
-                            source=source,
+                            source=name,
                         )
                     )
         super().__init__(
@@ -117,10 +123,11 @@ class FolderDataset(ChestXrayDataset):
             transform=transform,
             target_transform=target_transform,
             report=summarise(
-                samples, classes, source=source, root=folder, dropped=dropped, notes=notes
+                samples, classes, source=name, root=folder, dropped=dropped, notes=notes
             ),
         )
-        self._promise([c for c in classes if c in found.values()] or classes)
+        self._named_after = {} if source else {name: folder.resolve()}
+        self._promise(_promised(classes, found.values()))
 
 
 #: Columns of a manifest that are fields of a sample.
@@ -130,14 +137,18 @@ _KNOWN = frozenset(MANIFEST_COLUMNS)
 class ManifestDataset(ChestXrayDataset):
     """Radiographs listed in a CSV, the interchange format of :meth:`ChestXrayDataset.to_manifest`.
 
-    Columns ``path``, ``label`` and ``patient_id`` are required; ``source`` (else the CSV's name),
-    ``view`` and ``finding`` are optional; further columns go to ``sample.metadata``, where equal
+    Columns ``path``, ``label`` and ``patient_id`` are required; ``source``, ``view`` and
+    ``finding`` are optional; further columns go to ``sample.metadata``, where equal
     ``image_id`` (of equal ``origin``, else ``source``) or ``content_hash`` mark copies of one
-    image. Relative paths
-    start at the CSV's folder. Rows without a file or label are dropped and counted.
+    image. Relative paths start at the CSV's folder; blanks around other cells do not count. Rows
+    without a file or label are dropped and counted.
 
     Args:
         path: The CSV, UTF-8 with a header; or a folder that holds ``manifest.csv``.
+        labels: Label as the CSV writes it → label, before the names that :class:`FolderDataset`
+            knows (``COVID-19``, ``No finding``, …), which are understood here, too.
+        source: Name of the collection where a row names none; the CSV's name if not given, or
+            for ``manifest.csv`` that of its folder.
         classes: Labels to keep, in order.
         transform: Applied to the PIL image.
         target_transform: Applied to the integer target.
@@ -150,6 +161,8 @@ class ManifestDataset(ChestXrayDataset):
     def __init__(
         self,
         path: str | os.PathLike[str],
+        labels: Mapping[str, str] | None = None,
+        source: str | None = None,
         *,
         classes: Sequence[str] = DEFAULT_CLASSES,
         transform: Callable[[Image.Image], Any] | None = None,
@@ -157,35 +170,42 @@ class ManifestDataset(ChestXrayDataset):
     ) -> None:
         classes = check_classes(classes)
         table = Path(path).expanduser()
-        if table.is_dir():
+        if is_folder(table):
             table = table / "manifest.csv"
+        lies_in_its_folder = table.name == "manifest.csv"
+        place = table.parent.resolve() / ("" if lies_in_its_folder else table.name)
+        name = source or (place.name if lies_in_its_folder else place.stem)
         samples: list[Sample] = []
         dropped: Counter[str] = Counter()
-        promised: set[str] = set()
+        meant: dict[str, str] = {}
+        unnamed = False
         more: list[str] = []  # columns that go to the metadata, the same in all rows
-        folder, name = os.path.join(table.parent, ""), table.stem  # noqa: PTH118 - ends in "/"
+        folder = os.path.join(table.parent, "")  # noqa: PTH118 - ends in "/"
         with _nothing_collected():
-            for row in _rows(table, required=("path", "label", "patient_id")):
-                promised.add(row["label"])
+            for row in read_csv(table, required=("path", "label", "patient_id")):
+                if (label := meant.get(row["label"])) is None:
+                    label = meant[row["label"]] = _label(row["label"], labels or {}, classes)
                 given = row["path"]
                 file = given if os.path.isabs(given) else folder + given  # noqa: PTH117 - fast
-                if row["label"] not in classes:
-                    dropped[f"label outside the classes ({row['label'] or 'empty'})"] += 1
+                if label not in classes:
+                    dropped[f"label outside the classes ({label or 'empty'})"] += 1
                 elif not row["patient_id"]:
                     dropped["no patient_id"] += 1
                 elif not given or not os.path.isfile(file):  # noqa: PTH113 - keeps no copy
                     dropped["image file missing"] += 1
                 else:
                     more = more or [k for k in row if k not in _KNOWN]
-                    samples.append(_listed(file, row, name, more))
+                    unnamed = unnamed or not row.get("source")
+                    samples.append(_listed(file, row, label, name, more))
         super().__init__(
             samples,
             classes=classes,
             transform=transform,
             target_transform=target_transform,
-            report=summarise(samples, classes, source=table.stem, root=table, dropped=dropped),
+            report=summarise(samples, classes, source=name, root=table, dropped=dropped),
         )
-        self._promise([c for c in classes if c in promised] or classes)
+        self._named_after = {name: place} if unnamed and not source else {}
+        self._promise(_promised(classes, meant.values()))
 
 
 class HannoverCovidDataset(ChestXrayDataset):
@@ -220,7 +240,7 @@ class HannoverCovidDataset(ChestXrayDataset):
         required = ("patient_id", "image_id", "projection")
         samples: list[Sample] = []
         dropped: Counter[str] = Counter()
-        for row in _rows(folder / "data.csv", required=required):
+        for row in read_csv(folder / "data.csv", required=required):
             path = folder / "png" / f"{row['image_id']}.png"
             if "covid19" not in classes:
                 dropped["finding outside the classes (covid19)"] += 1
@@ -267,15 +287,16 @@ def open_dataset(
         DatasetError: If the data set is damaged or lacks a class that it promises.
     """
     place = Path(path).expanduser()
-    if place.suffix.lower() == ".csv" or (place / "manifest.csv").is_file():
+    holds = {entry.name for entry in entries(place)} if is_folder(place) else set()
+    if place.suffix.lower() == ".csv" or "manifest.csv" in holds:
         return ManifestDataset(place, classes=classes)
-    if (place / "metadata.csv").is_file():
+    if "metadata.csv" in holds:
         return CohenCovidDataset(place, classes=classes)
-    if (place / "data.csv").is_file() and (place / "png").is_dir():
+    if {"data.csv", "png"} <= holds:
         return HannoverCovidDataset(place, classes=classes)
-    if find_layout(place) is not None:
+    if holds and find_layout(place) is not None:
         return KermanyPneumoniaDataset(place, classes=classes)
-    if place.is_dir() and class_folders(place, None):
+    if holds and class_folders(place, None):
         return FolderDataset(place, classes=classes)
     raise DatasetNotFoundError(
         f"{place} is no data set of a known layout. Expected one of: metadata.csv with images/ "
@@ -284,30 +305,47 @@ def open_dataset(
     )
 
 
-def class_folders(root: Path, labels: Mapping[str, str] | None) -> dict[Path, str]:
+def class_folders(
+    root: Path,
+    labels: Mapping[str, str] | None,
+    classes: Sequence[str] = (),
+    notes: Counter[str] | None = None,
+) -> dict[Path, str]:
     """Return class folder → label, in the order of their names; see :class:`FolderDataset`."""
-    found = {}
-    for child in sorted(p for p in root.iterdir() if p.is_dir()):
-        if child.name.startswith(".") or child.name in _NOT_IMAGES:
-            continue
-        if labels is None:
-            key = re.sub(r"[^a-z0-9]", "", child.name.lower())
-            found[child] = _FOLDER_LABELS.get(key, child.name)
-        elif child.name in labels:
-            found[child] = labels[child.name]
-    missing = sorted(set(labels or ()) - {child.name for child in found})
+    passed_over = Counter[str]() if notes is None else notes
+    inside = _folders(root, labels or {}, passed_over)
+    if inside and all(f.name.lower() in _SPLITS and f.name not in (labels or {}) for f in inside):
+        inside = [f for part in inside for f in _folders(part, labels or {}, passed_over)]
+    named = [f for f in inside if labels is None or f.name in labels]
+    found = {f: _label(f.name, labels or {}, classes) for f in named}
+    missing = sorted(set(labels or ()) - {f.name for f in found})
     if found and missing:
         raise DatasetNotFoundError(
             f"{root} has no folder {missing}, which labels= names; it has "
-            f"{sorted(p.name for p in root.iterdir() if p.is_dir())}. Mend the names."
+            f"{sorted({f.name for f in inside})}. Mend the names."
         )
     return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for here, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in _NOT_IMAGES)
-        yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
+def _folders(root: Path, labels: Mapping[str, str], notes: Counter[str]) -> list[Path]:
+    inside = [entry for entry in entries(root) if is_folder(entry.path)]
+    return [Path(e.path) for e in inside if e.name in labels or may_hold_images(e.name, notes)]
+
+
+def _label(name: str, labels: Mapping[str, str], classes: Sequence[str]) -> str:
+    """Return the label that a folder or a CSV means by a name."""
+    if name in labels:
+        return labels[name]
+    if name in classes:
+        return name
+    return _KNOWN_LABELS.get(re.sub(r"[^a-z0-9]", "", name.lower()), name)
+
+
+def _promised(classes: Sequence[str], labels: Collection[str]) -> Sequence[str]:
+    """Return the classes that labels name, or seem to (``Covid-positive``); all, if none does."""
+    words = [set(re.findall("[a-z]+", name.lower())) for name in labels if name not in LABELS]
+    likely = set[str]().union(*(w for w in words if w.isdisjoint(_NEGATIONS)))
+    return [c for c in classes if c in labels or c.rstrip("0123456789") in likely] or classes
 
 
 def _pattern(expression: str | None) -> re.Pattern[str] | None:
@@ -338,41 +376,15 @@ def _nothing_collected() -> Iterator[None]:
             gc.enable()
 
 
-def _rows(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yield the rows of a CSV one by one: a million of them would be a gigabyte."""
-    if not table.is_file():
-        raise DatasetNotFoundError(f"{table} is missing; expected a CSV with columns {required}.")
-    row: list[str] = []
-    try:
-        # surrogateescape: file names need not be UTF-8
-        with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file)
-            names = [name.strip() for name in next(reader, [])]
-            missing = [name for name in required if name not in names]
-            if missing:
-                raise DatasetError(
-                    f"{table} lacks the columns {missing}; it has {names}. "
-                    f"Expected a CSV with a header that names {list(required)}."
-                )
-            for row in filter(None, reader):
-                row += [""] * (len(names) - len(row))
-                known = dict(zip(names, row, strict=False))
-                known.pop("", None)
-                yield known
-    except (csv.Error, OSError) as error:
-        raise DatasetError(f"{table} cannot be read as CSV: {error}.") from error
-    if not row:
-        raise DatasetError(f"{table} has a header and no rows.")
-
-
-def _listed(file: str, row: dict[str, str], name: str, more: Iterable[str]) -> Sample:
+def _listed(file: str, row: dict[str, str], label: str, name: str, more: Iterable[str]) -> Sample:
     """Return a row's sample; text that many rows share is kept once."""
+    view = row.get("view") or UNKNOWN_VIEW
     return Sample(
         path=Path(file),
-        label=sys.intern(row["label"]),
+        label=label,
         finding=sys.intern(row.get("finding") or row["label"]),
         patient_id=row["patient_id"],
         source=sys.intern(row.get("source") or name),
-        view=sys.intern(row.get("view") or UNKNOWN_VIEW),
+        view=sys.intern(canonical_view(view, view)),
         metadata={k: row[k] for k in more},
     )

@@ -13,22 +13,26 @@ from PIL import Image
 
 from chestxray_covid.datasets.base import (
     DEFAULT_CLASSES,
-    IMAGE_SUFFIXES,
     ChestXrayDataset,
     Sample,
     check_classes,
-    existing_folder,
 )
 from chestxray_covid.datasets.download import download_kermany
+from chestxray_covid.datasets.loading import entries, why_no_image
 from chestxray_covid.datasets.report import summarise
+from chestxray_covid.datasets.storage import existing_folder
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.files import is_folder
 
 SPLITS = ("train", "val", "test")
 _FOLDERS = {"NORMAL": "normal", "PNEUMONIA": "pneumonia"}
 #: Where ``train/`` may lie: as is, as Kaggle and Mendeley unpack, and Kaggle's nested copy.
-_NESTING = ("", "chest_xray", "chest_xray/chest_xray", "ChestXRay2017/chest_xray")
+_NESTING = (
+    *("", "chest_xray", "chest_xray/chest_xray"),
+    *("ChestXRay2017/chest_xray", "CellData/chest_xray"),
+)
 #: Kaggle and Mendeley's first version number patients per aetiology; Mendeley's later version
-#: writes ``BACTERIA-<patient>-<image>.jpeg``.
+#: writes ``BACTERIA-<patient>-<image>.jpeg``, and numbers anew.
 _NAMES = (
     re.compile(r"person(?P<patient>\d+)_(?P<group>bacteria|virus)_\d+", re.IGNORECASE),
     re.compile(r"(?P<group>(?:NORMAL2-)?IM)-(?P<patient>\d+)-\d+", re.IGNORECASE),
@@ -51,7 +55,8 @@ class KermanyPneumoniaDataset(ChestXrayDataset):
     on Kaggle as paultimothymooney/chest-xray-pneumonia.
 
     Args:
-        root: The folder that holds ``chest_xray``, or ``chest_xray`` itself.
+        root: The folder that holds ``chest_xray``, or ``chest_xray`` itself, whose splits hold
+            ``NORMAL`` and ``PNEUMONIA`` alone.
         classes: Labels to keep; only ``normal`` and ``pneumonia`` can be promised.
         split: ``"train"``, ``"val"`` or ``"test"`` as shipped; ``None`` merges them.
         transform: Applied to the PIL image.
@@ -60,7 +65,7 @@ class KermanyPneumoniaDataset(ChestXrayDataset):
 
     Raises:
         DatasetNotFoundError: If the layout is not found below ``root``.
-        DatasetError: If a promised class has no image.
+        DatasetError: If a promised class has no image, or a folder cannot be listed.
         ValueError: If ``split`` is unknown.
     """
 
@@ -90,19 +95,21 @@ class KermanyPneumoniaDataset(ChestXrayDataset):
         layout = find_layout(folder)
         if layout is None:
             raise DatasetNotFoundError(
-                f"{folder} is not the Kermany download: no chest_xray/train/NORMAL below it. "
-                "Unpack the archive there, or pass the folder that holds chest_xray."
+                f"{folder} is not the Kermany download: no chest_xray/train below it that holds "
+                "NORMAL and PNEUMONIA alone. Unpack the archive there, pass the folder that holds "
+                "chest_xray, or read other classes with FolderDataset."
             )
         samples: list[Sample] = []
         dropped: Counter[str] = Counter()
         notes: Counter[str] = Counter()
         for part in SPLITS if split is None else (split,):
             for name, label in _FOLDERS.items():
-                for path in _files(layout / part / name):
-                    reason = _why_drop(path, label, classes)
-                    if reason:
+                place = layout / part / name
+                for entry in entries(place) if is_folder(place) else ():
+                    if reason := why_no_image(entry) or _why_drop(label, classes):
                         dropped[reason] += 1
                         continue
+                    path = Path(entry.path)
                     sample = _sample(path, label, part)
                     notes["names without a patient number"] += sample.patient_id == path.stem
                     samples.append(sample)
@@ -119,24 +126,33 @@ class KermanyPneumoniaDataset(ChestXrayDataset):
 
 
 def find_layout(root: Path) -> Path | None:
-    """Return the folder at or below ``root`` that holds ``train/NORMAL``, if there is one."""
-    places = (root / nesting for nesting in _NESTING)
-    return next((p for p in places if any((p / s / "NORMAL").is_dir() for s in SPLITS)), None)
+    """Return the folder at or below ``root`` that holds ``train/NORMAL``, if there is one.
+
+    One that also holds other classes is another collection's.
+
+    Raises:
+        DatasetError: If a folder cannot be listed.
+    """
+    return next((p for nesting in _NESTING if _is_layout(p := root / nesting)), None)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*") if not p.name.startswith("."))
+def _is_layout(place: Path) -> bool:
+    splits = [folder for name in SPLITS if is_folder(folder := place / name)]
+    inner = {e.name for folder in splits for e in entries(folder) if is_folder(e.path)} - {
+        "__MACOSX"
+    }
+    return "NORMAL" in inner and inner <= set(_FOLDERS)
 
 
-def _why_drop(path: Path, label: str, classes: Sequence[str]) -> str:
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        return "not an image file name"
+def _why_drop(label: str, classes: Sequence[str]) -> str:
     return "" if label in classes else f"finding outside the classes ({label})"
 
 
 def _sample(path: Path, label: str, part: str) -> Sample:
     match = next((m for pattern in _NAMES if (m := pattern.match(path.name))), None)
-    group = match["group"] if match else ""
+    group = match["group"].upper() if match else ""
+    if match and match.re is _NAMES[0]:
+        group = group.lower()
     return Sample(
         path=path,
         label=label,

@@ -7,8 +7,9 @@ import io
 import itertools
 import json
 import os
-import tempfile
-from collections import deque
+import re
+import secrets
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -19,8 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from chestxray_covid.datasets.base import IMAGE_SUFFIXES, ChestXrayDataset
-from chestxray_covid.image import Preprocess
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.storage import remove_stale
+from chestxray_covid.errors import DatasetError
+from chestxray_covid.files import is_folder
+from chestxray_covid.image import IMAGE_SUFFIXES, Preprocess
 
 Item = TypeVar("Item")
 Decoded = TypeVar("Decoded")
@@ -30,6 +34,8 @@ Loader = Callable[[int], NDArray[np.uint8]]
 
 #: Raised when decoding or resizing changes, so that no cache of the older kind is taken.
 _CACHE_VERSION = 1
+#: What a shard is called until it is complete.
+_PARTIAL = re.compile(r"\.[0-9a-f]{24}\.\w+\.partial(\.json)?")
 
 
 def cores() -> int:
@@ -52,18 +58,26 @@ def map_ahead(
     interpreter's lock while it decodes, so threads serve as well as processes and need no copies.
 
     Raises:
-        Exception: Whatever ``function`` raises, at the item that it belongs to.
+        Exception: Whatever ``function`` or the source raises, after all results before it.
     """
     source = iter(items)
+    pending: deque[Future[Result]] = deque()
+    result: list[Result] = []  # at most one, held back until the next item is under way
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode") as pool:
-        pending: deque[Future[Result]] = deque(
-            pool.submit(function, item) for item in itertools.islice(source, max(1, ahead))
-        )
         try:
-            while pending:
-                result = pending.popleft().result()
-                pending.extend(pool.submit(function, item) for item in itertools.islice(source, 1))
-                yield result
+            while True:
+                try:
+                    for item in itertools.islice(source, max(1, ahead) - len(pending)):
+                        pending.append(pool.submit(function, item))
+                except Exception:
+                    yield from result
+                    while pending:
+                        yield pending.popleft().result()
+                    raise
+                yield from result
+                if not pending:
+                    return
+                result = [pending.popleft().result()]
         finally:
             for future in pending:
                 future.cancel()
@@ -127,7 +141,7 @@ def cached_decoder(
     Radiographs that the cache lacks are decoded first, into one more shard. An entry is keyed by
     the content of the file and by the size, so a file that moved is still found and one that
     changed is decoded again. Shards appear complete or not at all; several processes may share
-    the folder.
+    the folder. What killed runs left of one is removed after a day.
 
     Args:
         dataset: The samples; must have no transform, whose result the key would not show.
@@ -148,7 +162,7 @@ def cached_decoder(
             "Leave out the cache or the transform."
         )
     size = preprocess.size_px
-    place = Path(folder) / f"v{_CACHE_VERSION}-{preprocess.resize}-{size}px"
+    place = Path(folder).expanduser() / f"v{_CACHE_VERSION}-{preprocess.resize}-{size}px"
     place.mkdir(parents=True, exist_ok=True)
     keys = list(
         map_ahead(lambda s: s.content_hash(), dataset.samples, workers=workers, ahead=4 * workers)
@@ -205,12 +219,13 @@ def _write_shard(
     workers: int,
     progress: bool,
 ) -> None:
+    remove_stale(place, _PARTIAL)
     name = hashlib.blake2b("".join(missing).encode(), digest_size=12).hexdigest()
-    handle, partial = tempfile.mkstemp(prefix=f".{name}.", suffix=".partial", dir=place)
+    partial = place / f".{name}.{secrets.token_hex(4)}.partial"
     index = Path(f"{partial}.json")
     try:
         # Not through a memory map: on a full disk that ends the process (SIGBUS).
-        with os.fdopen(handle, "wb") as file:
+        with partial.open("xb") as file:
             file.write(_npy_header(len(missing), size))
             decoded = map_ahead(load, missing.values(), workers=workers)
             for image in tqdm(decoded, "decoding", len(missing), unit="img", disable=not progress):
@@ -219,17 +234,30 @@ def _write_shard(
             os.fsync(file.fileno())
         index.write_text(json.dumps(list(missing)), encoding="utf-8")
         # The index makes a shard valid, so it comes last.
-        Path(partial).replace(place / f"{name}.npy")
+        partial.replace(place / f"{name}.npy")
         index.replace(place / f"{name}.json")
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         index.unlink(missing_ok=True)
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Yield the items in lists of ``size``, the last one maybe shorter."""
+    """Yield the items in lists of ``size``, the last one maybe shorter.
+
+    Raises:
+        Exception: Whatever the source raises, after the items before it.
+    """
     iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
+    while True:
+        batch: list[Item] = []
+        try:
+            batch.extend(itertools.islice(iterator, size))
+        except Exception:
+            if batch:
+                yield batch
+            raise
+        if not batch:
+            return
         yield batch
 
 
@@ -245,3 +273,65 @@ def image_files(folder: Path) -> Iterator[Path]:
             if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 yield Path(here, name)
     yield from (Path(error.filename) for error in unlisted)
+
+
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what a folder holds, without what is hidden, by name.
+
+    Raises:
+        DatasetError: If it cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return sorted((e for e in found if e.name[0] != "."), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DatasetError(
+            f"{folder} cannot be listed: {error}. Mend its permissions, or move it away."
+        ) from error
+
+
+def why_no_image(entry: os.DirEntry[str]) -> str:
+    """Return why an entry of a folder is no image by its name and kind, or an empty string."""
+    if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:  # noqa: PTH122 - fast
+        return "not an image file name"
+    # A link to a file is one, too; what the listing says already costs no look at the disk.
+    if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):  # noqa: PTH113
+        return ""
+    return "no regular file"
+
+
+def images_below(folder: Path, dropped: Counter[str], notes: Counter[str]) -> Iterator[Path]:
+    """Yield the image files below a folder, those of a folder before those of the ones inside.
+
+    Hidden files and folders, ``__MACOSX`` and folders of masks are not read, nor are links to
+    folders followed, whose images may count already.
+
+    Args:
+        folder: Where to look.
+        dropped: Counts the files that are no images, by reason.
+        notes: Counts the folders that are passed over.
+
+    Raises:
+        DatasetError: If a folder cannot be listed.
+    """
+    inside = []
+    for entry in entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            inside.append(entry)
+        elif entry.is_symlink() and is_folder(entry.path):
+            notes["links to folders, not followed"] += 1
+        elif reason := why_no_image(entry):
+            dropped[reason] += 1
+        else:
+            yield Path(entry.path)
+    for entry in inside:
+        if may_hold_images(entry.name, notes):
+            yield from images_below(Path(entry.path), dropped, notes)
+
+
+def may_hold_images(name: str, notes: Counter[str]) -> bool:
+    """Return whether a folder of this name may hold radiographs; one of masks is noted."""
+    if name.casefold().endswith(("mask", "masks")):
+        notes["folders of masks, not read"] += 1
+        return False
+    return name != "__MACOSX"

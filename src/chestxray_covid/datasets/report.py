@@ -41,6 +41,7 @@ class DatasetReport:
         return asdict(self)
 
     def __str__(self) -> str:
+        """Return lines of text; what cannot be printed, as of a strange file name, is escaped."""
         lines = [f"{self.source}: {self.kept} of {self.found} kept ({self.root or 'no files'})"]
         lines += [
             f"  class    {name:<12} {count:>6} images, {self.patients[name]} patients"
@@ -48,7 +49,18 @@ class DatasetReport:
         ]
         lines += [f"  dropped  {count:>6}  {reason}" for reason, count in self.dropped.items()]
         lines += [f"  note     {count:>6}  {note}" for note, count in self.notes.items()]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
+
+
+def printable(text: str) -> str:
+    r"""Return text in which what no terminal prints is escaped.
+
+    >>> printable("naïve\udce8 \x1b")
+    'naïve\\udce8 \\x1b'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def summarise(
@@ -73,4 +85,18 @@ def summarise(
         images={c: images[c] for c in classes},
         patients={c: len(patients[c]) for c in classes},
         notes=dict(notes or {}),
+    )
+
+
+def added(
+    reports: Sequence[DatasetReport], samples: Sequence[Sample], classes: Sequence[str]
+) -> DatasetReport:
+    """Return the report of the samples of several data sets together."""
+    return summarise(
+        samples,
+        classes,
+        source="+".join(dict.fromkeys(r.source for r in reports)),
+        root=", ".join(r.root for r in reports if r.root),
+        dropped=sum((Counter(r.dropped) for r in reports), Counter[str]()),
+        notes=sum((Counter(r.notes) for r in reports), Counter[str]()),
     )

@@ -1,16 +1,24 @@
-"""Files that appear whole or not at all, and only where they belong."""
+"""Files that appear whole or not at all, and only where they belong; and tables among them."""
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
-from chestxray_covid.errors import ChestXrayError, DownloadError
+from chestxray_covid.errors import (
+    ChestXrayError,
+    DatasetError,
+    DatasetNotFoundError,
+    DownloadError,
+)
 
 if sys.platform == "win32":
     import msvcrt
@@ -24,6 +32,8 @@ _MAX_PATH_BYTES = 1024
 _STRANGE = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\]')
 #: Names that Windows gives to devices, whatever their suffix.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+#: What nobody has touched for so long, nobody is writing.
+_STALE_S = 24 * 3600
 
 
 def path_problem(path: str) -> str:
@@ -116,24 +126,143 @@ def _take(handle: int, *, wait: bool) -> bool:
     return True
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a hidden path beside another; the file there takes its place if the body succeeds.
+
+    Raises:
+        OSError: If it cannot be replaced; what was there before is untouched.
+    """
+    partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file, complete or not at all, and synced to the disk.
 
     Raises:
         OSError: If it cannot be written; what was there before is untouched.
     """
-    partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_current(folder: Path) -> bool:
+    """Return whether a folder is the current one, which cannot be replaced under its user."""
+    return folder.exists() and folder.samefile(".")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a CSV, complete or not at all; names of files in it need not be UTF-8.
+
+    Raises:
+        OSError: If it cannot be written; what was there before is untouched.
+    """
+    with (
+        replacing(path) as partial,
+        partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        csv.writer(file).writerows(chain([header], rows))
+
+
+def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yield the rows of a CSV one by one: a million of them would be a gigabyte.
+
+    Cells and names of columns are stripped, except ``path``; columns without a name are left out.
+
+    Raises:
+        DatasetNotFoundError: If there is no such file.
+        DatasetError: If it is no CSV, has no rows, lacks a column or has it twice, or if a row
+            is longer than the header.
+    """
+    if not os.path.isfile(table):  # noqa: PTH113 - Path.is_file raises if the name is too long
+        raise DatasetNotFoundError(f"{table} is missing; expected a CSV with columns {required}.")
+    row: list[str] = []
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        # surrogateescape: file names need not be UTF-8
+        with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.reader(file)
+            names = [name.strip() for name in next(reader, [])]
+            if missing := [name for name in required if name not in names]:
+                raise DatasetError(
+                    f"{table} lacks the columns {missing}; it has {names}. Expected a CSV with a "
+                    f"header that names {list(required)}.{_likely_cause(table, names)}"
+                )
+            refuse_repeated(table, names)
+            for row in filter(None, reader):
+                if any(map(str.strip, row[len(names) :])):
+                    raise DatasetError(
+                        f"{table}, line {reader.line_num}: {len(row)} cells, but the header has "
+                        f"{len(names)}. Put cells that hold a comma in quotes."
+                    )
+                row += [""] * (len(names) - len(row))
+                known = dict(zip(names, map(str.strip, row), strict=False))
+                known.pop("", None)
+                if "path" in known:
+                    known["path"] = row[names.index("path")]
+                yield known
+    except (csv.Error, OSError) as error:
+        raise DatasetError(f"{table} cannot be read as CSV: {error}.") from error
+    if not row:
+        raise DatasetError(f"{table} has a header and no rows.")
+
+
+def refuse_repeated(table: Path, names: Sequence[str]) -> None:
+    """Do nothing where a CSV has every column once.
+
+    Raises:
+        DatasetError: If it has not.
+    """
+    if again := sorted({name for name in names if name and names.count(name) > 1}):
+        raise DatasetError(
+            f"{table} has more than one column {again}, and nothing says which is right. Remove "
+            "or rename the others."
+        )
+
+
+def _likely_cause(table: Path, names: Sequence[str]) -> str:
+    head = "".join(names)
+    if "\0" in head:
+        return " It seems to be UTF-16: save it as UTF-8."
+    for mark in (";", "\t"):
+        if len(names) == 1 and mark in head:
+            return f" Its cells are separated by {mark!r}: save it with commas."
+    if table.name in {"metadata.csv", "data.csv"}:
+        return " If it belongs to a public collection, pass its folder."
+    return ""
+
+
+def remove_stale(folder: Path, name: re.Pattern[str]) -> None:
+    """Remove the files in a folder that have such a name and that nobody touched for 24 hours."""
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        if name.fullmatch(entry.name):
+            with suppress(OSError):  # a folder may be read-only, a file already gone
+                if entry.stat(follow_symlinks=False).st_mtime < time.time() - _STALE_S:
+                    Path(entry.path).unlink()
 
 
 def sync_file(path: Path) -> None:
     """Make a file's bytes last through a power cut."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def existing_folder(root: str | os.PathLike[str], what: str) -> Path:
+    """Return ``root`` with ``~`` expanded.
+
+    Raises:
+        DatasetNotFoundError: If it is no folder.
+    """
+    folder = Path(root).expanduser()
+    if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises if the name is too long
+        raise DatasetNotFoundError(
+            f"{folder} is no folder, expected {what}. Check the path, or use download=True "
+            "where the data set offers it."
+        )
+    return folder

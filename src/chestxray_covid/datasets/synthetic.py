@@ -28,6 +28,7 @@ from chestxray_covid.datasets.base import (
     read_file,
 )
 from chestxray_covid.datasets.phantom import VISITS, Recipe, render_phantom
+from chestxray_covid.datasets.storage import is_current
 from chestxray_covid.errors import DatasetError
 
 SIGNALS = ("lungs", "none")
@@ -162,7 +163,8 @@ class SyntheticChestXray(ChestXrayDataset):
 
         Raises:
             ValueError: If the layout is unknown.
-            DatasetError: If ``root`` is a file or a folder with content, or cannot be written.
+            DatasetError: If ``root`` is a file, a folder with content or the current one, or
+                cannot be written.
         """
         if layout != "folder":
             raise ValueError(f"layout must be 'folder', got {layout!r}")
@@ -172,6 +174,11 @@ class SyntheticChestXray(ChestXrayDataset):
                 raise DatasetError(
                     f"{target} exists and is not an empty folder; nothing was written. "
                     "Pass another folder, or remove it first."
+                )
+            if is_current(target):
+                raise DatasetError(
+                    f"{target} is the current folder and cannot be replaced; nothing was written. "
+                    "Pass a folder inside it, which may not exist yet."
                 )
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(

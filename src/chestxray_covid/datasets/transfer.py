@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import requests
 from tqdm import tqdm
 
-from chestxray_covid.datasets.storage import sync_file, writing_to
+from chestxray_covid.datasets.storage import remove_stale, sync_file, writing_to
 from chestxray_covid.datasets.web import Client, TransientError
 from chestxray_covid.errors import DownloadError, IntegrityError
 
 _PART = re.compile(r"\.[0-9a-f]{16}-[0-9a-f]{8}\.part")
-_STALE_S = 24 * 3600
 #: A part that nobody has written for so long has lost its process: longer than any pause.
 _QUIET_S = 300
 
@@ -120,10 +117,7 @@ def fetch(client: Client, file: RemoteFile, *, alone: bool = False) -> bool:
 
 def remove_stale_parts(folder: Path) -> None:
     """Remove the ``.part`` files in a folder that nobody has touched for 24 hours."""
-    for entry in os.scandir(folder) if folder.is_dir() else ():
-        if _PART.fullmatch(entry.name) and _is_older(path := Path(entry.path), _STALE_S):
-            with suppress(OSError):  # a folder may be read-only
-                path.unlink()
+    remove_stale(folder, _PART)
 
 
 def _bring(client: Client, file: RemoteFile, anew: bool, alone: bool) -> bool:
@@ -187,7 +181,7 @@ def _receive(client: Client, file: RemoteFile, part: Path) -> None:
             if response.status_code != 200:
                 raise TransientError("the server does not continue what it began")
         promised = response.headers.get("Content-Length", "")
-        end = offset + int(promised) if promised.isdecimal() else file.size
+        end = offset + int(promised) if re.fullmatch(r"\d{1,18}", promised) else file.size
         with part.open("ab") as output:
             for piece in client.pieces(response):
                 output.write(piece[: file.size - offset])

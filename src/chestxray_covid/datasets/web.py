@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -79,15 +80,15 @@ class Client:
         tokens: Mapping[str, str] | None = None,
         user_agent: str = f"chestxray-covid/{__version__}",
     ) -> None:
-        if not timeout_s > 0 or not retries >= 0 or not backoff_s >= 0 or not connections >= 1:
+        numbers = (timeout_s, retries, backoff_s, connections)
+        positive = timeout_s > 0 and retries >= 0 and backoff_s >= 0 and connections >= 1
+        if not positive or not all(map(math.isfinite, numbers)):
             raise ValueError(
                 "timeout_s and the number of connections must be positive, retries and backoff_s "
-                f"not negative; got {timeout_s}, {connections}, {retries} and {backoff_s}"
+                "not negative, and all of them finite; got "
+                f"{timeout_s}, {connections}, {retries} and {backoff_s}"
             )
-        self._tokens = dict(tokens or {})
-        if not all(re.fullmatch(r"[!-~]+", token) for token in self._tokens.values()):
-            # without the token itself, which must not appear in a message
-            raise ValueError("token must be printable ASCII without spaces or line ends")
+        self._tokens = {where: clean_token(token) for where, token in (tokens or {}).items()}
         self._user_agent = user_agent
         self._timeout_s = timeout_s
         self._retries = retries
@@ -171,9 +172,11 @@ class Client:
                     _check_status(url, response)
                 yield response
         except _TRANSIENT as error:
-            raise TransientError(str(error)) from error
+            raise TransientError(_reason(error)) from error
         except requests.RequestException as error:
-            raise DownloadError(f"{url} cannot be fetched: {error}. Check the address.") from error
+            raise DownloadError(
+                f"{url} cannot be fetched: {_reason(error)}. Check the address."
+            ) from error
 
     def pieces(self, response: requests.Response) -> Iterator[bytes]:
         """Yield the body of an answer in chunks.
@@ -185,7 +188,7 @@ class Client:
             if self._stopped.is_set():
                 break
             yield piece
-        self._refuse_stopped(response.url)
+        self._refuse_stopped(origin(response.url))
 
     def _refuse_stopped(self, url: str) -> None:
         if self._stopped.is_set():
@@ -206,12 +209,13 @@ class Client:
     def _backoff(self, failures: int) -> float:
         if not failures:
             return 0.0
-        doubled: float = self._backoff_s * 2 ** (failures - 1)
+        doubled = self._backoff_s * 2.0 ** min(failures - 1, 60)
         return min(doubled * random.uniform(0.5, 1.5), _MAX_PAUSE_S)
 
-    def _follow(self, url: str, start: int) -> requests.Response:
+    def _follow(self, asked: str, start: int) -> requests.Response:
+        url = asked  # and later where it leads, with a signature maybe, which no message may show
         for _ in range(_MAX_REDIRECTS + 1):
-            self._refuse_stopped(url)
+            self._refuse_stopped(asked)
             # identity: sizes and ranges count the bytes that the hash counts
             headers = {"Accept-Encoding": "identity", "User-Agent": self._user_agent}
             if start:
@@ -223,7 +227,9 @@ class Client:
                 return response
             response.close()
             url = redirect_target(url, response.headers["Location"])
-        raise DownloadError(f"{url} redirects more than {_MAX_REDIRECTS} times. Check the address.")
+        raise DownloadError(
+            f"{asked} redirects more than {_MAX_REDIRECTS} times. Check the address."
+        )
 
     def _get(self, url: str, headers: Mapping[str, str]) -> requests.Response:
         try:
@@ -235,9 +241,38 @@ class Client:
         except OSError as error:
             # how requests reports that REQUESTS_CA_BUNDLE or a proxy's certificate is missing
             raise DownloadError(
-                f"{url} cannot be fetched: {error}. Check the certificates that the "
+                f"{origin(url)} cannot be reached: {error}. Check the certificates that the "
                 "environment names."
             ) from error
+        except ValueError as error:
+            # requests looks where a redirect leads even if it must not follow
+            raise DownloadError(f"{origin(url)} redirects to no valid address") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong without an address: the class, and what the system says of it.
+
+    The message of an error of requests holds the address, that of a redirect with its signature.
+    """
+    cause: BaseException | None = error
+    while isinstance(cause, requests.RequestException) or not isinstance(cause, OSError | None):
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(error).__name__}: {cause}" if cause else type(error).__name__
+
+
+def clean_token(token: str) -> str:
+    r"""Return a token without the white space around it, such as the line end of its file.
+
+    Raises:
+        ValueError: If no header can hold it; the message does not show it.
+
+    >>> clean_token("hf_abc\n")
+    'hf_abc'
+    """
+    cleaned = token.strip()
+    if not re.fullmatch(r"[!-~]+", cleaned):
+        raise ValueError("token must be printable ASCII without spaces or line ends")
+    return cleaned
 
 
 def origin(url: str) -> str:
@@ -261,12 +296,12 @@ def redirect_target(url: str, location: str) -> str:
         target = urljoin(url, location)
         scheme, where = urlsplit(target).scheme, origin(target)
     except ValueError as error:
-        raise DownloadError(f"{url} redirects to no valid address: {error}") from error
+        raise DownloadError(f"{origin(url)} redirects to no valid address") from error
     if scheme not in {"http", "https"} or (urlsplit(url).scheme == "https" and scheme == "http"):
-        # the origin alone: a query can hold a signature
+        # the origins alone: a query can hold a signature
         raise DownloadError(
-            f"{url} redirects to {where}, which is not safe: expected https. The network may be "
-            "interfering; try another one."
+            f"{origin(url)} redirects to {where}, which is not safe: expected https. The network "
+            "may be interfering; try another one."
         )
     return target
 
