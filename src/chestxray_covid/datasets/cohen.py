@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,7 @@ def is_frontal_radiograph(row: Mapping[str, str]) -> bool:
     return row["modality"] == "X-ray" and canonical_view(row["view"]) in FRONTAL_VIEWS
 
 
+@lru_cache(1000)
 def canonical_view(text: str, unknown: str = UNKNOWN_VIEW) -> str:
     """Return the canonical name of a projection, however it is spelled, or else ``unknown``.
 

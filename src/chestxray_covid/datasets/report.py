@@ -74,7 +74,9 @@ def summarise(
 ) -> DatasetReport:
     """Return the report of a data set that kept ``samples`` and dropped what ``dropped`` counts."""
     images = Counter(s.label for s in samples)
-    patients = {c: {(s.source, s.patient_id) for s in samples if s.label == c} for c in classes}
+    patients: dict[str, set[tuple[str, str]]] = {label: set() for label in (*images, *classes)}
+    for s in samples:
+        patients[s.label].add((s.source, s.patient_id))
     gone = dict(sorted((dropped or {}).items(), key=lambda item: -item[1]))
     return DatasetReport(
         source=source,

@@ -195,17 +195,19 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
                     f"header that names {list(required)}.{_likely_cause(table, names)}"
                 )
             refuse_repeated(table, names)
+            width, path = len(names), names.index("path") if "path" in names else None
             for row in filter(None, reader):
-                if any(map(str.strip, row[len(names) :])):
+                if len(row) > width and any(map(str.strip, row[width:])):
                     raise DatasetError(
                         f"{table}, line {reader.line_num}: {len(row)} cells, but the header has "
-                        f"{len(names)}. Put cells that hold a comma in quotes."
+                        f"{width}. Put cells that hold a comma in quotes."
                     )
-                row += [""] * (len(names) - len(row))
+                if len(row) < width:
+                    row += [""] * (width - len(row))
                 known = dict(zip(names, map(str.strip, row), strict=False))
                 known.pop("", None)
-                if "path" in known:
-                    known["path"] = row[names.index("path")]
+                if path is not None:
+                    known["path"] = row[path]
                 yield known
     except (csv.Error, OSError) as error:
         raise DatasetError(f"{table} cannot be read as CSV: {error}.") from error
