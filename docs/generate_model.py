@@ -196,6 +196,9 @@ def model_page() -> str:
     calibration = read("calibration")
     fills = read("other_fills")["fills"]
     met = "; ".join(f"{name}: {where}" for name, where in fills.items())
+    fills_text = f"""
+        The same under other fills; of a large source, other images were drawn. Where the weights
+        met each of them: {met}."""
     threshold = calibration["threshold"]
     calibrated = table(("", "before", "after"), calibration_rows())
     gate = table(("Held-out images", "N", "flagged", "refused"), gate_rows())
@@ -252,8 +255,7 @@ patients in sight.
 
 {table(("Pairing", "Images", "whole", "70 % hidden", "90 % hidden"), frame_rows())}
 
-{wrapped(f"The same under other fills; of a large source, other images were drawn. "
-         f"Where the weights met each of them: {met}.")}
+{wrapped(fills_text)}
 
 {table(("Pairing", "Images", *fills), fill_rows())}
 

@@ -56,10 +56,10 @@ ROWS = (
     ("publish",),
     # Here begins torch: layer 4 of the design.
     (
-        *("augment", "models", "lung_network", "training_memory"),
+        *("augment", "models", "lung_network", "training_memory", "inputs"),
         *("engine_torch", "engine_openvino", "engine_onnx"),
     ),
-    ("engines", "training_config", "lungs", "inputs", "int8_worker"),
+    ("engines", "training_config", "lungs", "int8_worker"),
     ("training_network", "training_order", "training_state"),
     ("training",),
     ("classifier",),

@@ -36,6 +36,15 @@ def test_what_is_certain_stays_certain_and_what_is_undefined_undefined() -> None
     assert np.isnan(corrected_v({"a": {"x": 3, "y": 2}}))
     assert np.isnan(corrected_v({"a": {"x": 3, "y": 0}, "b": {"x": 1, "y": 0}}))
     assert corrected_v({"a": {"x": 1, "y": 0}, "b": {"x": 0, "y": 1}}) == 0
+    assert np.isnan(corrected_v({}))
+
+
+def test_as_many_sources_as_images_tell_nothing() -> None:
+    design = dealt(100, 1, 0)
+    assert design.determined == 1
+    assert not design.is_severe
+    assert "1.00 (0.00 without what chance gives)" in str(design)
+    assert "not defined" in str(Confounding.of(["a", "a"], ["normal", "covid19"]))
 
 
 def test_one_label_alone_is_not_confounded() -> None:

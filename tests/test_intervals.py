@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from sklearn import metrics as sk
@@ -292,7 +293,7 @@ def test_a_band_refuses_other_lengths_and_options() -> None:
         iv.band_by_group(m.auroc, "ab", [0, 1], [0.1, 0.2], n_resamples=0)
 
 
-@pytest.mark.parametrize("missing", [None, math.nan, ("a", None), ("a", np.nan)])
+@pytest.mark.parametrize("missing", [None, math.nan, pd.NA, ("a", None), ("a", pd.NA)])
 def test_an_image_without_a_patient_is_refused_by_its_position(missing: Any) -> None:
     with pytest.raises(ValueError, match=r"needs a patient, got .* at position 2"):
         iv.group_codes(["a", "b", missing, missing])

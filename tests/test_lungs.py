@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -67,6 +68,11 @@ def test_a_folder_an_iterator_and_a_batch_stand_for_their_images(tmp_path: Path)
         found = segment(several)
         assert [mask.shape for mask in found] == [(40, 50)] * 2
         assert all(map(np.array_equal, found, expected))
+    paths = [f"{tmp_path}/{number}.png" for number in range(2)]
+    for several in (pd.Series(paths), np.array(paths), dict.fromkeys(paths).keys(), {*paths}):
+        found = list(segment_stream(several))
+        assert sorted(m.sum() for m in found) == sorted(m.sum() for m in expected)
+    assert all(map(np.array_equal, segment(pd.Series(paths)), expected))
     sample = SyntheticChestXray(2, image_size_px=64).samples[0]
     assert segment(sample).shape == (64, 64)
     with (tmp_path / "0.png").open("rb") as file:

@@ -17,9 +17,8 @@ from typing import Any
 from chestxray_covid.audit_report import AuditReport
 from chestxray_covid.checkpoint import ModelConfig, load_config
 from chestxray_covid.evaluation_report import EvaluationReport
-from chestxray_covid.export_card import foreign_text
 from chestxray_covid.intervals import Estimate, proportion
-from chestxray_covid.reporting import CAUTION, counted
+from chestxray_covid.reporting import CAUTION, counted, foreign_text
 from chestxray_covid.results import Results, read_results
 from chestxray_covid.subgroups import SMALL, Subgroup
 

@@ -61,10 +61,10 @@ class Confounding:
     @property
     def is_severe(self) -> bool:
         """Whether the source all but gives the label: a corrected V of 0.8 or more, or one label
-        per source, of two labels or more.
+        per source where V is above 0 (two labels, and not as many sources as images).
         """
-        labels = {name for row in self.table.values() for name, n in row.items() if n}
-        return self.corrected_v >= CONFOUNDED_V or (self.determined == 1 and len(labels) > 1)
+        v = self.corrected_v
+        return v >= CONFOUNDED_V or (self.determined == 1 and v > 0)
 
     def to_frame(self) -> pd.DataFrame:
         """Return the table with sources as rows and labels as columns."""
@@ -79,9 +79,12 @@ class Confounding:
         return {"table": table, "cramers_v": v, "determined": self.determined}
 
     def __str__(self) -> str:
+        v = f"{self.cramers_v:.2f} ({self.corrected_v:.2f} without what chance gives)"
+        if np.isnan(self.cramers_v):
+            v = "not defined, for there is one source or one label"
         return (
             f"{self.to_frame().to_string()}\n"
-            f"Cramér's V of source and label: {self.cramers_v:.2f}; "
+            f"Cramér's V of source and label: {v}; "
             f"{self.determined:.0%} of the images have a label that follows from the source alone."
         )
 
@@ -98,7 +101,7 @@ def corrected_v(table: Mapping[str, Mapping[str, int]]) -> float:
     >>> corrected_v({"ward": {"normal": 5, "covid19": 0}, "clinic": {"normal": 0, "covid19": 5}})
     1.0
     """
-    counts = np.array([list(row.values()) for row in table.values()], float)
+    counts = np.array([list(row.values()) for row in table.values()] or [[0]], float)
     counts = counts[counts.sum(1) > 0][:, counts.sum(0) > 0]
     n, sizes = counts.sum(), np.array(counts.shape) - 1
     if sizes.min() < 1:

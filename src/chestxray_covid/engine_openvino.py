@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, cast
@@ -42,8 +42,6 @@ _MANY = 8
 #: Each stream has its own activations, some 20 MB.
 _MAX_STREAMS = 16
 _CORE_LOCK = threading.Lock()
-#: What a forked process has of its parent's: without the threads, so that to end it may hang.
-_OF_THE_PARENT: list[Any] = []
 
 
 def import_openvino() -> Any:
@@ -176,27 +174,24 @@ class OpenVinoEngine:
         self._classes = len(tensors["classifier.bias"])
         self._core = openvino_core()
         self._made_of = tensors, preprocess, int8 or precision
-        self._lock = threading.Lock()
+        #: What a forked process has of its parent's: without its threads, so that its end may hang.
+        self._of_parents: list[Any] = []
         self._open()
 
     def _open(self) -> None:
         compiled, self._model = _compiled(self._core, *self._made_of, self._options(streams=1))
         self._one = _Lanes(compiled, requests=1, lanes=cores())
         self._many: _Lanes | None = None
+        self._lock = threading.Lock()  # that of a parent may be held by a thread that is not here
         self._process = os.getpid()
-
-    def _reopen(self) -> None:
-        with self._lock:
-            if self._process != os.getpid():
-                _OF_THE_PARENT.append((self._one, self._many))
-                self._open()
 
     def __call__(
         self, pixels: NDArray[np.uint8]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return ``(N, K)`` logits and ``(N, 1024)`` features of ``(N, 1, S, S)`` pixels."""
         if self._process != os.getpid():
-            self._reopen()
+            self._of_parents.append((self._one, self._many))
+            self._open()
         pixels = np.ascontiguousarray(pixels)
         logits = np.empty((len(pixels), self._classes), np.float32)
         features = np.empty((len(pixels), FEATURE_COUNT), np.float32)
@@ -247,7 +242,8 @@ class _Lanes:
         requests = self._free.get()
         try:
             for request in requests:
-                request.wait()  # if Ctrl-C ended a call, its request runs on
+                with suppress(RuntimeError):  # of the call that it failed
+                    request.wait()  # if Ctrl-C ended a call, its request runs on
             yield requests
         finally:
             self._free.put(requests)

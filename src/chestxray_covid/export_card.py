@@ -1,15 +1,12 @@
-"""The card of an exported file, in words; and text of others in a card, as text."""
+"""The card of an exported file, in words."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from chestxray_covid.reporting import markdown_text
+from chestxray_covid.reporting import foreign_text
 
-#: What makes a line of Markdown a heading, a fence, a rule, or an item of a list.
-_BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?: |$))|(?=[#=~]|[-+](?:[ -]|$)))")
 #: Format → how it is opened and run.
 _USE = {
     "onnx": """import onnxruntime
@@ -28,23 +25,6 @@ model = torch.export.load("model.pt2").module()
 with torch.inference_mode():
     logits, features = model(torch.from_numpy(pixels))""",
 }
-
-
-def foreign_text(value: Any, max_chars: int = 1000) -> str:
-    r"""Return text that somebody else wrote so that Markdown, and a terminal, show it as it is.
-
-    Characters that cannot be printed are left out: they could steer a terminal or turn the text
-    around. It is one line, and no heading or list even where a line begins with it.
-
-    Args:
-        value: Text, or anything that becomes one.
-        max_chars: It is cut after so many characters.
-
-    >>> print(foreign_text("# Approved\n\x1b[31mby nobody"))
-    \# Approved \[31mby nobody
-    """
-    line = "".join(c for c in " ".join(str(value).split()) if c.isprintable())
-    return _BLOCK.sub(r"\1\\", markdown_text(line, max_chars))
 
 
 def card_text(card: Mapping[str, Any]) -> str:

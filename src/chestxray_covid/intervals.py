@@ -293,7 +293,7 @@ def group_codes(groups: Iterable[Hashable]) -> Labels:
     known: dict[Hashable, int] = {}
     codes = np.array([known.setdefault(g, len(known)) for g in groups], dtype=np.int64)
     for group, code in known.items():
-        if any(part is None or part != part for part in _parts(group)):
+        if type(group) not in (int, str) and _is_missing(group):
             raise ValueError(
                 f"Every image needs a patient, got {group!r} at position "
                 f"{int(np.argmax(codes == code))}. Give images of unknown patients ids of their own"
@@ -301,5 +301,11 @@ def group_codes(groups: Iterable[Hashable]) -> Labels:
     return codes
 
 
-def _parts(group: Hashable) -> tuple[Any, ...]:
-    return group if isinstance(group, tuple) else (group,)
+def _is_missing(group: Any) -> bool:
+    """Return whether this is ``None``, not a number or pandas' ``NA``, or a tuple with one."""
+    if isinstance(group, tuple):
+        return any(map(_is_missing, group))
+    try:
+        return group is None or bool(group != group)
+    except TypeError:  # NA, which is neither
+        return True

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.datasets.loading import image_files, in_batches
+from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError
-from chestxray_covid.files import is_folder, write_files
+from chestxray_covid.files import write_files
 from chestxray_covid.image import Preprocess, load_image
+from chestxray_covid.inputs import Item, expand_any, is_single
 from chestxray_covid.tensors import read_tensors
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def segment(images: Any, *, batch_size: int = 16) -> Any:
         ValueError: If ``batch_size`` is not positive.
     """
     found = list(segment_stream([images], batch_size=batch_size))
-    return found if _holds_several(images) else found[0]
+    return found[0] if is_single(images) else found
 
 
 def segment_stream(
@@ -64,29 +65,11 @@ def segment_stream(
     """Yield a mask per image, in order, in constant memory; see :func:`segment`."""
     if not batch_size > 0:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    return draw_masks(_bundled(WEIGHTS), _loaded(images), batch_size=batch_size)
+    return draw_masks(_bundled(WEIGHTS), map(_load, expand_any(images)), batch_size=batch_size)
 
 
-def _holds_several(images: Any) -> bool:
-    if isinstance(images, (str, os.PathLike)):
-        return is_folder(images)
-    if hasattr(images, "read"):  # a sample, or an open file, also an iterator of its lines
-        return False
-    several = isinstance(images, (list, tuple, ChestXrayDataset, Iterator))
-    return several or getattr(images, "ndim", None) == 4
-
-
-def _loaded(images: Any) -> Iterator[Image.Image]:
-    """Yield the images of whatever holds images, decoded."""
-    if not _holds_several(images):
-        yield load_image(images)
-    elif isinstance(images, ChestXrayDataset):
-        yield from (load_image(images.image(position)) for position in range(len(images)))
-    elif isinstance(images, (str, os.PathLike)):
-        yield from map(load_image, image_files(Path(images)))
-    else:
-        for one in images:
-            yield from _loaded(one)
+def _load(image: Any) -> Image.Image:
+    return load_image(image.dataset.image(image.position) if isinstance(image, Item) else image)
 
 
 def draw_masks(

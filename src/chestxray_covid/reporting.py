@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 #: Shares of the images that a table of the risk shows.
 _COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.5)
 CAUTION = "The source all but gives the label here: these numbers cannot tell disease from source."
+#: What makes a line of Markdown a heading, a fence, a rule, or an item of a list.
+_BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?: |$))|(?=[#=~]|[-+](?:[ -]|$)))")
 
 
 def report_text(report: EvaluationReport) -> Iterator[str]:
@@ -163,3 +165,20 @@ def short_name(name: str, limit: int = 24) -> str:
     """Return a name from data as a label: printable, and not longer than there is room."""
     text = name if name.isprintable() else ascii(name)[1:-1]
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def foreign_text(value: Any, max_chars: int = 1000) -> str:
+    r"""Return text that somebody else wrote so that Markdown, and a terminal, show it as it is.
+
+    Characters that cannot be printed are left out: they could steer a terminal or turn the text
+    around. It is one line, and no heading or list even where a line begins with it.
+
+    Args:
+        value: Text, or anything that becomes one.
+        max_chars: It is cut after so many characters.
+
+    >>> print(foreign_text("# Approved\n\x1b[31mby nobody"))
+    \# Approved \[31mby nobody
+    """
+    line = "".join(c for c in " ".join(str(value).split()) if c.isprintable())
+    return _BLOCK.sub(r"\1\\", markdown_text(line, max_chars))

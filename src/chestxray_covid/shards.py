@@ -164,10 +164,10 @@ def check_apart(images: Place | Iterable[Place], output: str) -> None:
         ValueError: If it is one.
     """
     given = [images] if isinstance(images, (str, os.PathLike)) else images
-    own = _identity(output)
+    own, suffix = _identity(output), os.path.splitext(output)[1]  # noqa: PTH122 - as below
     for one in () if isinstance(given, Iterator) else given:
         place = os.fspath(one)
-        if place == output or (own is not None and _identity(place) == own):
+        if place == output or (own and place.endswith(suffix) and _identity(place) == own):
             raise ValueError(f"output {output} is one of the inputs. Give it another name.")
 
 

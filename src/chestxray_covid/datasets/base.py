@@ -357,7 +357,8 @@ def _told_apart(datasets: Iterable[ChestXrayDataset]) -> dict[str, Path]:
             if (other := named.setdefault(name, root)) != root:
                 raise DatasetError(
                     f"{printable(f'{other} and {root}')} are both called {name!r} by default, so "
-                    "that their patients would be taken for the same. Name them with source=."
+                    "their patients would be taken for the same. Name them with source=, rename a "
+                    "folder, or list the images in a CSV with a column source."
                 )
         own = {str(s.path) for s in d.samples if s.is_file}
         if again := files & own:

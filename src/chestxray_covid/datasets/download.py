@@ -33,8 +33,8 @@ _MASKS = "annotations/lungVAE-masks/"
 _PAPERS = re.compile(r"(readme|schema|licen[cs]e|copying|notice|citation)(\..*)?", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_MODES = frozenset({"100644", "100755", "100664"})
-#: The folder around the splits, and the class.
-_KERMANY_IMAGE = re.compile(r"((?:.*/)?chest_xray/|)(?:train|val|test)/([^/]+)/[^/]+")
+_KERMANY = r"((?:(?:chest_xray|ChestXRay2017|CellData)/)?chest_xray/|)"
+_KERMANY_IMAGE = re.compile(_KERMANY + r"(?:train|val|test)/([^/]+)/[^/]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +240,7 @@ def download_kermany(
 def _kermany_images(names: Iterable[str]) -> set[str]:
     """Return the names of chest radiographs; OCT images, and other classes, lie elsewhere."""
     found = {name: match for name in names if (match := _KERMANY_IMAGE.fullmatch(name))}
-    others = {match[1] for match in found.values() if match[2] not in {"NORMAL", "PNEUMONIA"}}
+    others = {m[1] for m in found.values() if m[2] not in ("NORMAL", "PNEUMONIA")}
     return {name for name, match in found.items() if match[1] not in others}
 
 

@@ -82,7 +82,8 @@ def patient_on_two_sides(
 def _identities(sample: Sample) -> Iterable[tuple[str, ...]]:
     yield "patient", *patient_key(sample)
     if sample.is_file:
-        yield "file", os.path.normpath(sample.path)
+        path = str(sample.path)
+        yield "file", os.path.normpath(path) if ".." in path else path
     if image_id := sample.metadata.get("image_id"):
         yield "image", sample.metadata.get("origin") or sample.source, image_id
     if content := sample.metadata.get("content_hash"):
