@@ -20,6 +20,7 @@ from chestxray_covid.datasets.loading import decoder, in_batches, map_ahead
 from chestxray_covid.hiding import Region, lung_region
 from chestxray_covid.image import Preprocess
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
+from chestxray_covid.judged_images import default_positive
 from chestxray_covid.lungs import segment
 
 #: Everything but the positive class.
@@ -56,7 +57,7 @@ class Question:
             ValueError: If a class is unknown, or the data set lacks one of the two sides.
         """
         names = tuple(classes)
-        chosen = positive or ("covid19" if "covid19" in names else names[-1])
+        chosen = positive or default_positive(names)
         held = {sample.label for sample in dataset.samples}
         normal = "normal" in names and "normal" in held and chosen != "normal"
         against = negative or ("normal" if normal else REST)

@@ -20,7 +20,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.intervals import check_resampling, group_codes
-from chestxray_covid.judged_images import IDENTITY, UNKNOWN
+from chestxray_covid.judged_images import IDENTITY, UNKNOWN, default_positive
 from chestxray_covid.splits import divide, folds_by_patient
 from chestxray_covid.subgroups import GROUPS, age_band, judge, parts_of, sex_of
 
@@ -259,7 +259,7 @@ def _positive(labels: Sequence[str], classes: Sequence[str], positive: str | Non
             f"Labels {strange} are not among the classes {list(classes)} of the classifier. "
             "Filter the data set, or take a classifier that knows them."
         )
-    chosen = positive or ("covid19" if "covid19" in classes else classes[-1])
+    chosen = positive or default_positive(classes)
     if chosen not in classes:
         raise ValueError(f"positive must be one of {list(classes)}, got {chosen!r}")
     return chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,15 @@ def ask(
         patients=table["patient_group"].to_numpy()[rows],
         rows=rows,
     )
+
+
+def default_positive(classes: Sequence[str]) -> str:
+    """Return the class in question where nobody names one: ``"covid19"``, or else the last.
+
+    >>> default_positive(("normal", "covid19", "other")), default_positive(("normal", "tb"))
+    ('covid19', 'tb')
+    """
+    return "covid19" if "covid19" in classes else classes[-1]
 
 
 def aligned(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:

@@ -182,9 +182,10 @@ def _check_rules(
     versus: str | None,
 ) -> None:
     """Raise now, not after an hour of predictions, unless every rule gives a threshold."""
+    from chestxray_covid.judged_images import default_positive
     from chestxray_covid.operating_points import choose_threshold
 
-    positive = "covid19" if "covid19" in classes else classes[-1]
+    positive = default_positive(classes)
     sides = {positive, versus} if versus else set(classes)
     truth = [s.label == positive for s in dataset.samples if s.label in sides]
     if rules and not truth:

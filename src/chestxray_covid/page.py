@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from chestxray_covid.datasets.report import printable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -69,7 +71,7 @@ def escaped(text: object) -> str:
     >>> escaped("<script>\u202e'")
     '&lt;script&gt;\\u202e&#x27;'
     """
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    shown = printable(str(text))
     return html.escape(shown)
 
 

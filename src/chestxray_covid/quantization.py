@@ -25,6 +25,7 @@ from chestxray_covid.inputs import expand, read
 from chestxray_covid.int8 import INT8_NAME, Int8
 from chestxray_covid.int8_worker import statistics_of
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
+from chestxray_covid.judged_images import default_positive
 
 REPORT_NAME = "int8.json"
 #: Largest change of an AUROC with which a quantised model is accepted.
@@ -141,7 +142,7 @@ def quantize(
     """
     folder = resolve(checkpoint)
     config, tensors = load_checkpoint(folder)
-    chosen = positive or ("covid19" if "covid19" in config.classes else config.classes[-1])
+    chosen = positive or default_positive(config.classes)
     _check_labels(evaluation, config.classes, chosen)
     pixels = [read(image, config.preprocess)[0] for image in expand(calibration)]
     if not pixels:
