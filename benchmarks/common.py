@@ -17,7 +17,7 @@ from chestxray_covid.engine_torch import native_bfloat16
 RESULTS = Path(__file__).parent / "results"
 #: Whose versions matter, where they are installed.
 PACKAGES = (
-    *("torch", "torchvision", "numpy", "openvino", "onnxruntime"),
+    *("torch", "torchvision", "numpy", "openvino", "onnxruntime", "nncf"),
     *("timm", "transformers", "monai", "torchxrayvision"),
 )
 

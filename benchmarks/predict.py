@@ -276,7 +276,7 @@ def files(data: Path) -> dict[str, list[str]]:
 def make_checkpoint(folder: str) -> None:
     """Write the bundled weights as a checkpoint of the peers' size.
 
-    The ranges of eight bits stay those of the bundled size: they change answers, not speed.
+    The statistics of eight bits stay those of the bundled size: they change answers, not speed.
     """
     from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
     from chestxray_covid.gate import GATE_NAME

@@ -59,7 +59,7 @@ ROWS = (
         *("augment", "models", "lung_network", "training_memory", "inputs"),
         *("engine_torch", "engine_openvino", "engine_onnx"),
     ),
-    ("engines", "training_config", "lungs", "int8_worker"),
+    ("engines", "training_config", "lungs"),
     ("training_network", "training_order", "training_state"),
     ("training",),
     ("classifier",),

@@ -278,3 +278,8 @@ def test_the_page_says_what_int8_moves_in_the_bundled_model(
     assert generate_export.page() == page
     report = json.loads((resolve() / "int8.json").read_text())
     assert f"| {report['max_difference']:.4f} |" in page
+    rounding = json.loads(generate_export.ROUNDING.read_text())
+    assert f"NNCF {rounding['machine']['versions']['nncf']}" in page
+    for name, row in rounding["models"].items():
+        rate = f"{row['p99']:.4f} | {row['largest']:.4f} | {row['images_per_s']:.0f} |"
+        assert f"| {generate_export.NAMES[name]} | {rate}" in page

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from chestxray_covid.checkpoint import ModelConfig
-from chestxray_covid.engine_openvino import openvino_core, openvino_model
+from chestxray_covid.engine_openvino import largest_values, openvino_core, openvino_model
 from chestxray_covid.engines import open_engine
 from chestxray_covid.errors import CheckpointError
-from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, fold
+from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, Step, fold
 from chestxray_covid.image import Preprocess
-from chestxray_covid.int8 import Int8
+from chestxray_covid.int8 import Int8, rounded_results
 from conftest import random_tensors
 
 FIRST = "features.denseblock1.denselayer1"
@@ -50,69 +51,125 @@ def results(network: Network, extra: str) -> tuple[NDArray[np.float32], ...]:
 
 @pytest.fixture(scope="module")
 def int8(network: Network) -> Int8:
-    """Return the ranges that two random images have, for every convolution's input but two."""
-    model = openvino_model(network, batch=2)
-    names = {s.inputs[0] for s in network.steps if s.op == "convolution"} - {PIXELS}
-    nodes = [n for n in model.get_ordered_ops() if n.get_friendly_name() in names]
-    model.add_outputs([node.output(0) for node in nodes])
-    compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = list(compiled({PIXELS: pixels()}).values())[2:]
-    ranges = {
-        node.get_friendly_name(): (0.0, float(values.max()))
-        for node, values in zip(nodes, found, strict=True)
-    }
-    return Int8(ranges=ranges, biases={f"{FIRST}.conv1": np.full(128, 0.25, np.float32)})
+    """Return the largest values that two random images have."""
+    names = list(rounded_results(network))
+    return Int8(largest=largest_values(network, names, pixels()))
+
+
+def test_largest_values_are_those_of_every_pixel_of_every_image(
+    network: Network, int8: Int8
+) -> None:
+    assert len(int8.largest) == 119, "what 120 convolutions take, but the first"
+    for name in (f"{FIRST}.norm1", f"{FIRST}.conv1", "features.transition2.pool"):
+        *_, found = results(network, name)
+        np.testing.assert_allclose(int8.largest[name], found.max((0, 2, 3)), rtol=1e-4)
 
 
 def test_what_is_saved_is_what_is_read(int8: Int8) -> None:
     read = Int8.from_bytes(int8.to_bytes())
-    assert read.ranges.keys() == int8.ranges.keys()
-    for name, (low, high) in read.ranges.items():
-        assert (low, high) == (0.0, np.float32(int8.ranges[name][1]))
-    np.testing.assert_array_equal(read.biases[f"{FIRST}.conv1"], np.full(128, 0.25))
+    assert read.largest.keys() == int8.largest.keys()
+    for name, values in read.largest.items():
+        np.testing.assert_array_equal(values, int8.largest[name])
     assert read.digest == int8.digest
-    other = Int8(ranges={**int8.ranges, f"{FIRST}.norm1": (0.0, 9.0)}, biases=int8.biases)
+    other = Int8(largest={**int8.largest, f"{FIRST}.norm1": np.ones(64, np.float32)})
     assert other.digest != int8.digest
+
+
+def test_scaling_every_channel_changes_nothing_in_exact_numbers(
+    network: Network, int8: Int8
+) -> None:
+    steps = tuple(
+        replace(s, range=None)
+        if s.scale is None
+        else replace(s, weight=exact_weight(network, int8, s), scale=None, range=None)
+        for s in int8.apply(network).steps
+    )
+    names = (f"{FIRST}.conv2", "features.transition1.conv")
+    for name in names:
+        before, after = (results(n, name) for n in (network, replace(network, steps=steps)))
+        for one, other in zip(before, after, strict=True):
+            assert np.abs(one - other).max() < 1e-4 * np.abs(one).max()
+    for name in (f"{FIRST}.norm1", f"{FIRST}.conv1", "features.transition1.pool"):
+        *_, scaled = results(replace(network, steps=steps), name)
+        seen = int8.largest[name] > 1e-3 * int8.largest[name].max()
+        np.testing.assert_allclose(scaled.max((0, 2, 3))[seen], 1, rtol=1e-4)
+
+
+def exact_weight(network: Network, int8: Int8, step: Step) -> NDArray[np.float32]:
+    """Return the weight of a scaled convolution before it is rounded, by the definition."""
+    weight = next(s.weight for s in network.steps if s.name == step.name)
+    assert weight is not None
+    taken, made = int8.largest[step.inputs[0]], int8.largest.get(step.name)
+    weight = weight * np.maximum(taken, 1e-3 * taken.max()).reshape(1, -1, 1, 1)
+    if made is not None:
+        weight = weight / np.maximum(made, 1e-3 * made.max()).reshape(-1, 1, 1, 1)
+    return weight.astype(np.float32)
 
 
 def test_weights_are_rounded_to_127_levels_of_the_largest_in_a_channel(
     network: Network, int8: Int8
 ) -> None:
-    steps = {step.name: step for step in int8.apply(network).steps}
-    for step in network.steps:
-        changed = steps[step.name]
+    for step in int8.apply(network).steps:
         if step.op != "convolution" or step.inputs[0] == PIXELS:
-            assert changed.weight is step.weight
-            assert changed.scale is None
+            assert step.scale is None
+            assert step.weight is None or step.weight.dtype == np.float32
             continue
-        assert changed.weight is not None
-        assert changed.scale is not None
-        assert changed.weight.dtype == np.int8
-        assert (np.abs(changed.weight.astype(int)).max((1, 2, 3)) == 127).all()
-        error = np.abs(changed.weight * changed.scale - step.weight)
-        assert (error <= 0.5001 * changed.scale).all()
-    np.testing.assert_array_equal(steps[f"{FIRST}.conv1"].bias, np.full(128, 0.25))
+        assert step.weight is not None
+        assert step.scale is not None
+        assert step.weight.dtype == np.int8
+        assert (np.abs(step.weight.astype(int)).max((1, 2, 3)) == 127).all()
+        error = np.abs(step.weight * step.scale - exact_weight(network, int8, step))
+        assert (error <= 0.5001 * step.scale).all()
 
 
 def test_a_network_in_eight_bits_answers_nearly_as_before(network: Network, int8: Int8) -> None:
-    ranges = Int8(ranges=int8.ranges, biases={})
-    before, after = (results(n, f"{FIRST}.conv2") for n in (network, ranges.apply(network)))
+    rounded = int8.apply(network)
+    before, after = (results(n, f"{FIRST}.conv2") for n in (network, rounded))
     for one, other in zip(before, after, strict=True):
         apart = np.abs(one - other).max() / np.abs(one).max()
         assert 0 < apart < 0.05
     # Two roundings, by hand: of the input to 256 levels, and of the weights.
-    _, _, inputs = results(ranges.apply(network), f"{FIRST}.conv1")
-    high = int8.ranges[f"{FIRST}.conv1"][1]
-    levels = np.rint(np.clip(inputs, 0, high) / high * 255)
-    assert levels.max() > 200
-    step = next(s for s in ranges.apply(network).steps if s.name == f"{FIRST}.conv2")
+    _, _, inputs = results(rounded, f"{FIRST}.conv1")
+    levels = np.rint(np.clip(inputs, 0, 1) * 255)
+    assert levels.max() == 255
+    step = next(s for s in rounded.steps if s.name == f"{FIRST}.conv2")
     assert step.weight is not None
     assert step.scale is not None
     padded = np.pad(levels, ((0, 0), (0, 0), (1, 1), (1, 1)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))
     whole = np.einsum("nchwij,ocij->nohw", windows, step.weight.astype(float), optimize=True)
-    expected = whole * (high / 255) * step.scale.reshape(1, -1, 1, 1)
+    expected = whole / 255 * step.scale.reshape(1, -1, 1, 1)
     np.testing.assert_allclose(after[2], expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_a_channel_of_small_values_is_rounded_as_finely_as_one_of_large_values(
+    tensors: dict[str, NDArray[Any]],
+) -> None:
+    uneven = dict(tensors)
+    small = np.array([1e-2] * 32 + [1] * 32, np.float32)
+    for part in ("weight", "bias"):
+        uneven[f"{FIRST}.norm1.{part}"] = tensors[f"{FIRST}.norm1.{part}"] * small
+    weight = tensors[f"{FIRST}.conv1.weight"]
+    uneven[f"{FIRST}.conv1.weight"] = weight / small.reshape(1, -1, 1, 1)
+    found = []
+    for given in (tensors, uneven):
+        network = fold(given, CONFIG.preprocess)
+        names = list(rounded_results(network))
+        own = Int8(largest=largest_values(network, names, pixels())).apply(network)
+        found.append(results(own, f"{FIRST}.conv2")[2])
+    np.testing.assert_allclose(found[0], found[1], atol=0.01 * np.abs(found[0]).max())
+
+
+def test_a_channel_that_is_never_seen_is_not_blown_up(network: Network, int8: Int8) -> None:
+    name = f"{FIRST}.norm1"
+    silent = Int8(largest={**int8.largest, name: np.zeros(64, np.float32)})
+    few = int8.largest[name].copy()
+    few[0] = 0
+    for statistics in (silent, Int8(largest={**int8.largest, name: few})):
+        for step in statistics.apply(network).steps:
+            for numbers in (step.weight, step.bias, step.scale):
+                assert numbers is None or np.isfinite(numbers).all()
+                assert numbers is None or np.abs(numbers.astype(float)).max() < 1e6
 
 
 def test_the_engine_computes_in_int8_what_was_quantised(
@@ -134,36 +191,37 @@ def test_int8_is_refused_where_it_cannot_be(tensors: dict[str, NDArray[Any]], in
         open_engine(CONFIG, tensors, engine="torch", precision="int8", int8=int8)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        Int8(ranges={"features.conv9": (0.0, 1.0)}, biases={}),
-        Int8(ranges={}, biases={"features.conv0": np.zeros(64, np.float32)}),
-        Int8(ranges={}, biases={f"{FIRST}.conv1": np.zeros(64, np.float32)}),
-        Int8(ranges={}, biases={f"{FIRST}.norm1": np.zeros(64, np.float32)}),
-        Int8(ranges={}, biases={"nothing": np.zeros(64, np.float32)}),
-    ],
-)
-def test_statistics_of_another_network_are_refused(wrong: Int8, network: Network) -> None:
-    with pytest.raises(CheckpointError, match="belongs to another network, this one has no such"):
-        wrong.apply(network)
+def test_statistics_of_another_network_are_refused(network: Network, int8: Int8) -> None:
+    for name, values in (
+        ("features.conv9", np.ones(64, np.float32)),
+        (f"{FIRST}.norm1", np.ones(63, np.float32)),
+    ):
+        strange = Int8(largest={**int8.largest, name: values})
+        with pytest.raises(CheckpointError, match=f"another network.* does not fit {name}"):
+            strange.apply(network)
+    fewer = Int8(largest={k: v for k, v in int8.largest.items() if k != f"{FIRST}.conv1"})
+    with pytest.raises(CheckpointError, match=r"does not fit .*conv1\. Quantise the checkpoint"):
+        fewer.apply(network)
 
 
 @pytest.mark.parametrize(
-    ("name", "values"),
+    "values",
     [
-        ("a.range", np.array([1, 0], np.float32)),
-        ("a.range", np.array([0, np.inf], np.float32)),
-        ("a.range", np.array([0, 1, 2], np.float32)),
-        ("a.range", np.array([0, 1], np.float16)),
-        ("a.bias", np.array([[1]], np.float32)),
-        ("a.bias", np.array([np.nan], np.float32)),
-        ("a.weight", np.array([1], np.float32)),
+        np.array([-1, 0], np.float32),
+        np.array([0, np.inf], np.float32),
+        np.array([0, 2e6], np.float32),
+        np.array([0, 1e-30], np.float32),
+        np.array([1, np.nan], np.float32),
+        np.array([], np.float32),
+        np.array([0, 1], np.float16),
+        np.array([[1]], np.float32),
     ],
 )
-def test_an_attachment_that_holds_anything_else_is_refused(name: str, values: Any) -> None:
-    with pytest.raises(CheckpointError, match=f"{name[:8]}.* is neither a range, two finite"):
-        Int8.from_bytes(save({name: values}))
+def test_an_attachment_that_holds_anything_else_is_refused(values: Any) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"'a\.norm1' is no list of largest values, float32 from"
+    ):
+        Int8.from_bytes(save({"a.norm1": values}))
 
 
 def test_a_damaged_attachment_is_refused() -> None:

@@ -15,17 +15,16 @@ from chestxray_covid import (
     Classifier,
     ExportError,
     FolderDataset,
-    MissingExtraError,
     ModelConfig,
     Preprocess,
     QuantizationReport,
-    int8_worker,
     quantization,
     quantize,
 )
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.cli import main
-from chestxray_covid.int8 import Int8
+from chestxray_covid.graph import Network
+from chestxray_covid.int8 import Int8, rounded_results
 from chestxray_covid.quantization import compare
 from conftest import random_tensors
 
@@ -83,7 +82,7 @@ def quantised(
     arguments += ["--calibration", images]
     done = CliRunner().invoke(main, list(map(str, arguments)))
     assert done.exit_code == 0, done.output
-    assert "12 images, ranges from 12: a probability moves by" in done.output
+    assert "12 images, calibrated on 12: a probability moves by" in done.output
     return folder, json.loads((folder / "int8.json").read_text())
 
 
@@ -112,14 +111,12 @@ def test_weights_and_other_attachments_are_those_of_the_original(
     assert set(config.attachments) == {"note.json", "int8.safetensors", "int8.json"}
 
 
-def test_what_is_kept_are_ranges_and_biases_and_no_image(quantised: Any) -> None:
+def test_what_is_kept_is_a_number_per_channel_and_no_image(quantised: Any) -> None:
     data = (quantised[0] / "int8.safetensors").read_bytes()
     found = Int8.from_bytes(data)
-    assert len(data) < 100_000
-    assert len(found.ranges) > 119, "every convolution's input but the first"
-    assert "features.denseblock4.denselayer16.norm1" in found.ranges
-    assert all(name.endswith(".conv1") for name in found.biases)
-    assert "features.conv0" not in found.biases
+    assert len(data) < 200_000
+    assert len(found.largest) == 119, "every convolution's input but the first"
+    assert len(found.largest["features.denseblock4.denselayer16.norm1"]) == 992
 
 
 def test_a_model_that_is_restricted_to_some_classes_keeps_its_int8(
@@ -138,8 +135,11 @@ def test_no_telemetry_leaves_a_trace(quantised: Any, home: Path) -> None:
 def test_a_model_that_answers_otherwise_is_refused_and_nothing_is_written(
     checkpoint: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blind = Int8(ranges={"features.norm5": (0.0, 1e-30)}, biases={})
-    monkeypatch.setattr(quantization, "statistics_of", lambda model, pixels: blind)
+    def blind(network: Network, names: list[str], pixels: object) -> dict[str, np.ndarray]:
+        """Return values so large that all that is seen is rounded to 0."""
+        return {k: np.full(n, 1e5, np.float32) for k, n in rounded_results(network).items()}
+
+    monkeypatch.setattr(quantization, "largest_values", blind)
     with pytest.raises(ExportError, match=r"AUROC moves by more than 0\.005.*\n.*0\.5000 after"):
         quantize(checkpoint, images, evaluation=FolderDataset(images), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -156,20 +156,6 @@ def test_wrong_arguments_are_named_before_anything_is_computed(
     one = dataset.filter(lambda sample: sample.label == "normal")
     with pytest.raises(ValueError, match="must have images of covid19 and of another class"):
         quantize(checkpoint, images, evaluation=one, output=out)
-
-
-def test_nncf_that_is_missing_or_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from chestxray_covid.engine_openvino import openvino_model
-    from chestxray_covid.graph import fold
-
-    model = openvino_model(fold(random_tensors(2), Preprocess(size_px=64)), batch=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(int8_worker, "_PIXELS", "elsewhere.npy")
-        with pytest.raises(ExportError, match=r"last words: FileNotFoundError.*pixels\.npy"):
-            int8_worker.statistics_of(model, np.zeros((1, 1, 64, 64), np.uint8))
-    monkeypatch.setattr(int8_worker.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install \"chestxray-covid\[int8\]\""):
-        int8_worker.statistics_of(model, np.zeros((1, 1, 64, 64), np.uint8))
 
 
 # ---------------------------------------------------------------- what moved

@@ -541,7 +541,7 @@ def test_the_audit_judges_the_design_of_training_on_test_patients(
     assert (report.positive, report.negative) == ("covid19", "normal")
 
 
-def test_images_that_give_ranges_and_those_that_judge_them_have_no_patient_in_common(
+def test_images_that_calibrate_and_those_that_judge_them_have_no_patient_in_common(
     recipes: dict[str, Any], data: Path
 ) -> None:
     dataset = recipes["collection"].open_sources(data)

@@ -7,7 +7,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from types import ModuleType
@@ -279,6 +279,36 @@ def _core() -> Any:
     # Two threads that ask for the first data of all wait for each other without end.
     _ = ov.Tensor(ov.Type.u8, ov.Shape([1])).data
     return ov.Core()
+
+
+def largest_values(
+    network: Network, names: Sequence[str], pixels: NDArray[np.uint8]
+) -> dict[str, NDArray[np.float32]]:
+    """Return the largest value of each channel of some results, over all pixels and images.
+
+    Args:
+        network: From :func:`graph.fold`.
+        names: Of steps with results ``(1, C, H, W)``.
+        pixels: ``(N, 1, S, S)``, at least one image.
+
+    Returns:
+        Name → ``(C,)`` float32.
+
+    Raises:
+        MissingExtraError: If OpenVINO is not installed.
+    """
+    model = openvino_model(network, batch=1)
+    ops = require_extra("openvino.opset13", "openvino")
+    nodes = {node.get_friendly_name(): node for node in model.get_ops()}
+    places = np.array([0, 2, 3])
+    model.add_results([ops.result(ops.reduce_max(nodes[n], places, False)) for n in names])
+    options = {"INFERENCE_PRECISION_HINT": _HINTS["float32"]}
+    compiled = openvino_core().compile_model(model, "CPU", options)
+    found: list[NDArray[np.float32]] = []
+    for image in pixels[:, np.newaxis]:
+        own = list(compiled({PIXELS: image}).values())[-len(names) :]
+        found = [np.maximum(*pair) for pair in zip(found, own, strict=True)] if found else own
+    return dict(zip(names, found, strict=True))
 
 
 def _compiled(

@@ -1,10 +1,15 @@
 """A network in eight bits: what has to be known beside its weights. NumPy only.
 
-A convolution is computed in eight-bit integers if its weights and its input are rounded to 255 and
-256 levels. The levels of weights follow from the weights; those of inputs come from radiographs
-that the network has seen: a lowest and a highest value per result. Beside these ranges there are
-biases, moved by what rounding adds on average. All of it is statistics, a few kilobytes that go
-with a checkpoint as an attachment; nobody can see a radiograph in them.
+A convolution is computed in eight-bit integers if its weights and its input are rounded, to 255 and
+256 levels. All channels of an input share the levels, so that one whose values are small gets few
+of them. Therefore every channel is scaled first, so that the largest value that it was seen to have
+becomes 1: the layer that makes it is multiplied by the scale, and the weights that take it are
+divided by it. In exact numbers that changes nothing, since a ReLU or an average lies between the
+two at most (Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction,
+ICCV 2019, section 4.1).
+
+What has to be known is one number per channel, its largest value on radiographs. These go with a
+checkpoint as an attachment; nobody can see a radiograph in them.
 """
 
 from __future__ import annotations
@@ -23,7 +28,12 @@ from chestxray_covid.graph import PIXELS, Network, Step
 from chestxray_covid.tensors import read_tensors
 
 INT8_NAME = "int8.safetensors"
-_RANGE, _BIAS = ".range", ".bias"
+#: Smallest share of a result's largest value that is scaled up; a channel that was never seen to
+#: have more is silent, and would be multiplied by any number.
+_SMALLEST_SHARE = 1e-3
+#: Largest value that is believed, and the smallest but for 0; those of trained networks stay below
+#: 100. Others would make infinities of the weights.
+_LARGEST, _SMALLEST = 1e6, 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,20 +41,17 @@ class Int8:
     """Statistics with which a network is computed in eight bits.
 
     Attributes:
-        ranges: Name of a step → its lowest and highest value, rounded to 256 levels in between.
-        biases: Name of a convolution → its ``(O,)`` bias instead of the folded one.
+        largest: Name of a result that is rounded, see :func:`rounded_results` → the largest value
+            of each of its channels, ``(C,)`` float32, not negative.
     """
 
-    ranges: Mapping[str, tuple[float, float]]
-    biases: Mapping[str, NDArray[np.float32]]
+    largest: Mapping[str, NDArray[np.float32]]
 
     def to_bytes(self) -> bytes:
         """Return the content of the attachment ``int8.safetensors``."""
         from safetensors.numpy import save
 
-        tensors = {f"{k}{_RANGE}": np.array(v, np.float32) for k, v in self.ranges.items()}
-        tensors |= {f"{k}{_BIAS}": np.asarray(v, np.float32) for k, v in self.biases.items()}
-        return save(dict(sorted(tensors.items())))
+        return save({k: np.asarray(v, np.float32) for k, v in sorted(self.largest.items())})
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = INT8_NAME) -> Self:
@@ -57,21 +64,14 @@ class Int8:
         Raises:
             CheckpointError: If it is damaged, or holds anything else.
         """
-        ranges: dict[str, tuple[float, float]] = {}
-        biases: dict[str, NDArray[np.float32]] = {}
-        for key, tensor in read_tensors(data, Path(name)).items():
-            step, dot, kind = key.rpartition(".")
-            good = tensor.dtype == np.float32 and tensor.ndim == 1 and np.isfinite(tensor).all()
-            if good and dot + kind == _RANGE and len(tensor) == 2 and tensor[0] < tensor[1]:
-                ranges[step] = (float(tensor[0]), float(tensor[1]))
-            elif good and dot + kind == _BIAS:
-                biases[step] = tensor
-            else:
+        tensors = read_tensors(data, Path(name))
+        for key, tensor in tensors.items():
+            if not _is_largest(tensor):
                 raise CheckpointError(
-                    f"{name}: {key[:100]!r} is neither a range, two finite float32 of which the "
-                    "first is lower, nor a bias. Quantise the checkpoint again."
+                    f"{name}: {key[:100]!r} is no list of largest values, float32 from 0 to "
+                    f"{_LARGEST:g}. Quantise the checkpoint again."
                 )
-        return cls(ranges=ranges, biases=biases)
+        return cls(largest=tensors)
 
     @property
     def digest(self) -> str:
@@ -79,38 +79,81 @@ class Int8:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def apply(self, network: Network) -> Network:
-        """Return the network with weights in int8 and results in their ranges.
+        """Return the network with convolutions in int8, but for the first.
 
-        Rounded are the weights of convolutions whose input is, symmetrically by output channel:
-        the largest weight of a channel becomes 127. Everything else stays in floating point, the
-        first and the last layer above all.
+        Their weights are rounded symmetrically by output channel: the largest weight of a channel
+        becomes 127. Everything else stays in floating point.
 
         Raises:
             CheckpointError: If the statistics are those of another network.
         """
-        by_name = {step.name: step for step in network.steps}
-        biased = [k for k, v in self.biases.items() if not _takes_bias(by_name.get(k), v)]
-        strange = sorted({*self.ranges} - {*by_name} | {*biased})
-        if strange:
+        expected, found = rounded_results(network), {k: len(v) for k, v in self.largest.items()}
+        if found != expected:
+            strange = sorted(k for k in found | expected if found.get(k) != expected.get(k))
             raise CheckpointError(
-                f"{INT8_NAME} belongs to another network, this one has no such result or bias: "
-                f"{first_of(strange)}. Quantise the checkpoint again."
+                f"{INT8_NAME} belongs to another network, or to an earlier version of this "
+                f"library: it does not fit {first_of(strange)}. Quantise the checkpoint again."
             )
-        return replace(network, steps=tuple(map(self._applied, network.steps)))
-
-    def _applied(self, step: Step) -> Step:
-        changed: dict[str, Any] = {"range": self.ranges.get(step.name)}
-        if step.name in self.biases:
-            changed["bias"] = self.biases[step.name]
-        if step.op == "convolution" and step.weight is not None and step.inputs[0] in self.ranges:
-            largest = np.abs(step.weight).max((1, 2, 3), keepdims=True)
-            scale = np.where(largest > 0, largest / np.float32(127), np.float32(1))
-            changed["weight"] = np.rint(step.weight / scale).astype(np.int8)
-            changed["scale"] = scale.astype(np.float32)
-        return replace(step, **changed)
+        levels = {k: _levels(v) for k, v in self.largest.items()}
+        makers = {_maker(network, name): name for name in levels}
+        return replace(
+            network,
+            steps=tuple(
+                _rounded(s, levels, levels.get(makers.get(s.name, ""))) for s in network.steps
+            ),
+        )
 
 
-def _takes_bias(step: Step | None, bias: NDArray[np.float32]) -> bool:
-    if step is None or step.op != "convolution" or step.weight is None:
+def rounded_results(network: Network) -> dict[str, int]:
+    """Return the results that are rounded to 256 levels, and the number of their channels.
+
+    They are what convolutions take, but for the first: grey levels are far from 0, so that rounding
+    its weights would shift all that follows. The last layer takes too little time to count.
+    """
+    return {
+        step.inputs[0]: step.weight.shape[1]
+        for step in network.steps
+        if step.op == "convolution" and step.weight is not None and step.inputs[0] != PIXELS
+    }
+
+
+def _is_largest(tensor: NDArray[Any]) -> bool:
+    if tensor.dtype != np.float32 or tensor.ndim != 1 or not len(tensor):
         return False
-    return step.inputs[0] != PIXELS and len(bias) == len(step.weight)
+    top = tensor.max()  # NaN if one is
+    return bool(tensor.min() >= 0 and (top == 0 or _SMALLEST <= top <= _LARGEST))
+
+
+def _maker(network: Network, name: str) -> str:
+    """Return the step whose weights scale a result: an average is scaled before it is taken."""
+    steps = {step.name: step for step in network.steps}
+    return steps[name].inputs[0] if steps[name].op == "average_pool" else name
+
+
+def _levels(largest: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return ``(C,)`` numbers by which channels are divided."""
+    top = float(largest.max()) or 1.0
+    return np.maximum(largest.astype(np.float64), _SMALLEST_SHARE * top)
+
+
+def _rounded(
+    step: Step, levels: Mapping[str, NDArray[np.float64]], own: NDArray[np.float64] | None
+) -> Step:
+    """Return a step in the scale of what it takes and makes; ``own`` is the scale that it makes."""
+    changed: dict[str, Any] = {"range": (0.0, 1.0) if step.name in levels else None}
+    weight = step.weight
+    if weight is not None and own is not None:
+        weight = weight / own.reshape(-1, *[1] * (weight.ndim - 1))
+        if step.bias is not None:
+            changed["bias"] = (step.bias / own.reshape(-1, *[1] * (step.bias.ndim - 1))).astype(
+                np.float32
+            )
+    if weight is not None and step.op == "convolution" and step.inputs[0] in levels:
+        weight = weight * levels[step.inputs[0]][:, np.newaxis, np.newaxis]
+        top = np.abs(weight).max((1, 2, 3), keepdims=True)
+        scale = np.where(top > 0, top / 127, 1.0)
+        weight = np.rint(weight / scale).astype(np.int8)
+        changed["scale"] = scale.astype(np.float32)
+    elif weight is not None:
+        weight = np.asarray(weight, np.float32)
+    return replace(step, weight=weight, **changed)

@@ -16,14 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 from chestxray_covid import metrics as m
 from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.engine_openvino import openvino_model
+from chestxray_covid.engine_openvino import largest_values
 from chestxray_covid.engines import open_engine, softmax
 from chestxray_covid.errors import ExportError
 from chestxray_covid.graph import fold
 from chestxray_covid.hub import resolve
 from chestxray_covid.inputs import expand, read
-from chestxray_covid.int8 import INT8_NAME, Int8
-from chestxray_covid.int8_worker import statistics_of
+from chestxray_covid.int8 import INT8_NAME, Int8, rounded_results
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
 from chestxray_covid.judged_images import default_positive
 
@@ -55,7 +54,7 @@ class QuantizationReport:
     """What moved when a model was computed in eight bits.
 
     Attributes:
-        calibration_images: Images that the ranges come from.
+        calibration_images: Images that the largest values come from.
         evaluation_images: Labelled images on which both models were compared.
         mean_difference: Of the largest difference of a probability per image, the mean.
         p99_difference: Its 99th percentile.
@@ -87,7 +86,7 @@ class QuantizationReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.evaluation_images} images, ranges from {self.calibration_images}: a "
+            f"{self.evaluation_images} images, calibrated on {self.calibration_images}: a "
             f"probability moves by {self.mean_difference:.4f} in the mean, "
             f"{self.p99_difference:.4f} at the 99th percentile, {self.max_difference:.4f} at most; "
             f"{self.flipped_labels} labels are others.",
@@ -112,19 +111,18 @@ def quantize(
 ) -> QuantizationReport:
     """Write a checkpoint that can be computed in eight bits, and return what that moves.
 
-    NNCF's post-training quantisation finds the ranges of all results on the calibration images, and
-    moves biases by what rounding adds on average. Both become an attachment of the checkpoint,
-    ``int8.safetensors``, with this report, ``int8.json``; weights and other attachments are those
-    of the original. The first and the last layer stay in floating point.
-    ``Classifier.from_pretrained(output, precision="int8")`` computes with it, and without NNCF.
+    The largest value of every channel that a convolution takes is looked for on the calibration
+    images, see :mod:`int8`. These become an attachment of the checkpoint, ``int8.safetensors``,
+    with this report, ``int8.json``; weights and other attachments are those of the original. The
+    first and the last layer stay in floating point.
+    ``Classifier.from_pretrained(output, precision="int8")`` computes with it.
 
     Nothing is written if an AUROC on the labelled images moves by more than 0.005.
 
     Args:
         checkpoint: ``None`` for the bundled model, or whatever :func:`resolve` takes.
         calibration: Radiographs like those of later use, some 200 of all sources: a folder, a data
-            set, or a list of images. Labels are not needed. Phantoms do not serve: with them
-            probabilities moved about twice as far.
+            set, or a list of images. Labels are not needed.
         evaluation: Labelled radiographs, other than those.
         output: Folder of the new checkpoint, made if missing.
         positive: The class in question; ``"covid19"`` or the last class if not given.
@@ -132,10 +130,10 @@ def quantize(
         seed: Of the bootstrap.
 
     Raises:
-        ExportError: If an AUROC moves too far, with the report's text; or if NNCF fails.
+        ExportError: If an AUROC moves too far, with the report's text.
         CheckpointError: If the checkpoint is missing or damaged.
         ImageError: If an image cannot be decoded.
-        MissingExtraError: If NNCF or OpenVINO is not installed.
+        MissingExtraError: If OpenVINO is not installed.
         ValueError: If there are no calibration images, a label is unknown to the model, or the
             labelled images have one class only.
         OSError: If the folder cannot be written.
@@ -147,8 +145,9 @@ def quantize(
     pixels = [read(image, config.preprocess)[0] for image in expand(calibration)]
     if not pixels:
         raise ValueError("calibration has no images; some 200 radiographs are needed")
-    model = openvino_model(fold(tensors, config.preprocess), batch=1)
-    int8 = statistics_of(model, np.stack(pixels))
+    network = fold(tensors, config.preprocess)
+    largest = largest_values(network, list(rounded_results(network)), np.stack(pixels))
+    int8 = Int8(largest=largest)
     before, after = _probabilities(config, tensors, int8, evaluation)
     report = compare(
         [sample.label for sample in evaluation.samples],
