@@ -61,7 +61,8 @@ def rounding_block(found: Mapping[str, Any]) -> str:
         f"{machine['cores']} cores ({machine['processor']}), in one run of `{found['command']}`:"
     )
     rows = [
-        f"| {NAMES[name]} | {row['p99']:.4f} | {row['largest']:.4f} | {row['images_per_s']:.0f} |"
+        f"| {NAMES[name]} | {row['mean']:.4f} | {row['p99']:.4f} | {row['largest']:.4f} "
+        f"| {row['images_per_s']:.0f} |"
         for name, row in models.items()
     ]
     plain, int8 = models["float32"], models["int8"]
@@ -71,8 +72,8 @@ def rounding_block(found: Mapping[str, Any]) -> str:
         f"{int8['first_start_s']:.1f} and {plain['first_start_s']:.1f} s."
     )
     table = [
-        "| Computed in | change of a probability, 99th percentile | largest | images/s |",
-        "| --- | --- | --- | --- |",
+        "| Computed in | change of a probability, mean | 99th percentile | largest | images/s |",
+        "| --- | --- | --- | --- | --- |",
         *rows,
     ]
     return "\n".join([wrapped(said), "", *table, "", wrapped(start)])

@@ -2,8 +2,9 @@
 
     python recipes/quantise_default.py --data ../shared/data --output quantised
 
-Some patients calibrate, what it moves is measured on others; as many images of each source. With
-the checkpoint's own folder as ``--output`` it is changed in place. Takes half a minute.
+The largest values come from some patients, what rounding moves is measured on others; as many
+images of each source. With the checkpoint's own folder as ``--output`` it is changed in place.
+Takes half a minute.
 """
 
 from __future__ import annotations

@@ -281,5 +281,6 @@ def test_the_page_says_what_int8_moves_in_the_bundled_model(
     rounding = json.loads(generate_export.ROUNDING.read_text())
     assert f"NNCF {rounding['machine']['versions']['nncf']}" in page
     for name, row in rounding["models"].items():
-        rate = f"{row['p99']:.4f} | {row['largest']:.4f} | {row['images_per_s']:.0f} |"
+        moved = " | ".join(f"{row[key]:.4f}" for key in ("mean", "p99", "largest"))
+        rate = f"{moved} | {row['images_per_s']:.0f} |"
         assert f"| {generate_export.NAMES[name]} | {rate}" in page

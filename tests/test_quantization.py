@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.numpy import save
 from sklearn.metrics import roc_auc_score
 
 from chestxray_covid import (
+    CheckpointError,
     Classifier,
     ExportError,
     FolderDataset,
@@ -65,17 +67,8 @@ def checkpoint(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return a home folder of the tests' own, in which telemetry would leave its traces."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
 def quantised(
-    checkpoint: Path, images: Path, home: Path, tmp_path_factory: pytest.TempPathFactory
+    checkpoint: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, QuantizationReport]:
     folder = tmp_path_factory.mktemp("quantised") / "model"
     arguments = ["quantize", "--model", checkpoint, "--data", images, "--output", folder]
@@ -128,8 +121,42 @@ def test_a_model_that_is_restricted_to_some_classes_keeps_its_int8(
     np.testing.assert_allclose(found, straight.predict_proba(images), atol=1e-6)
 
 
-def test_no_telemetry_leaves_a_trace(quantised: Any, home: Path) -> None:
-    assert not (home / "intel").exists(), "where openvino_telemetry keeps who and what it counts"
+def test_a_model_of_an_earlier_version_serves_in_every_other_precision(
+    checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    config, tensors = load_checkpoint(checkpoint)
+    earlier = save({"features.norm5.range": np.array([0, 1], np.float32)})
+    save_checkpoint(tmp_path / "old", config, tensors, {"int8.safetensors": earlier})
+    exact = Classifier.from_pretrained(tmp_path / "old", precision="float32")
+    assert exact.predict_proba(images).shape == (12, 2)
+    with pytest.raises(CheckpointError, match=r"old.int8\.safetensors was made by an earlier"):
+        Classifier.from_pretrained(tmp_path / "old", precision="int8")
+    quantize(tmp_path / "old", images, evaluation=FolderDataset(images), output=tmp_path / "old")
+    assert Classifier.from_pretrained(tmp_path / "old", precision="int8").engine.name == "openvino"
+
+
+def test_values_that_no_network_has_are_refused_and_nothing_is_written(
+    checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    config, tensors = load_checkpoint(checkpoint)
+    name = "features.denseblock1.denselayer1.norm1"
+    wild = dict(tensors)
+    for part in ("weight", "bias"):
+        wild[f"{name}.{part}"] = tensors[f"{name}.{part}"] * 3e5
+    save_checkpoint(tmp_path / "wild", config, wild)
+    with pytest.raises(CheckpointError, match=f"largest values of '{name}' must be .* is damaged"):
+        quantize(tmp_path / "wild", images, evaluation=FolderDataset(images), output=tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_statistics_that_were_given_are_saved(quantised: Any, tmp_path: Path) -> None:
+    config, tensors = load_checkpoint(quantised[0])
+    int8 = Int8.from_bytes((quantised[0] / "int8.safetensors").read_bytes())
+    plain = replace(config, attachments={})
+    Classifier(plain, tensors, int8=int8, precision="int8").save_pretrained(tmp_path / "out")
+    again = Classifier.from_pretrained(tmp_path / "out", precision="int8")
+    assert again.int8 is not None
+    assert again.int8.digest == int8.digest
 
 
 def test_a_model_that_answers_otherwise_is_refused_and_nothing_is_written(

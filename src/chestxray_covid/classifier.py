@@ -59,8 +59,7 @@ class Classifier:
         classes, device, engine, precision: See :meth:`from_pretrained`.
 
     Attributes:
-        config: Config of the checkpoint.
-        gate, int8: As given.
+        config, gate, int8: As given; the config's classes are those that were chosen.
         engine: What computes; its ``name`` and ``precision`` say what was chosen.
 
     Raises:
@@ -138,12 +137,13 @@ class Classifier:
             local_files_only=local_files_only,
         )
         config, tensors = load_checkpoint(folder)
-        gate, int8 = (load_attachment(folder, config, name) for name in (GATE_NAME, INT8_NAME))
+        gate = load_attachment(folder, config, GATE_NAME)
+        int8 = load_attachment(folder, config, INT8_NAME) if precision == "int8" else None
         made = cls(
             config,
             tensors,
             gate=None if gate is None else Gate.from_bytes(gate),
-            int8=None if int8 is None else Int8.from_bytes(int8),
+            int8=None if int8 is None else Int8.from_bytes(int8, str(folder / INT8_NAME)),
             classes=classes,
             device=device,
             engine=engine,
@@ -203,7 +203,8 @@ class Classifier:
             return push(folder, repo_id, **options)
 
     def _attachments(self) -> dict[str, bytes]:
-        return {} if self.gate is None else {GATE_NAME: self.gate.to_bytes()}
+        given = {GATE_NAME: self.gate, INT8_NAME: self.int8}
+        return {name: made.to_bytes() for name, made in given.items() if made is not None}
 
     @property
     def classes(self) -> tuple[str, ...]:

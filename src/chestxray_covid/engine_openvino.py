@@ -81,9 +81,8 @@ def openvino_model(network: Network, *, batch: int | None = None) -> Any:
     pixels = ops.parameter(shape, np.uint8, name=PIXELS)
     made: dict[str, Any] = {PIXELS: ops.convert(pixels, np.float32)}
     for step in network.steps:
-        made[step.name] = _rounded(
-            ops, step, _node(ops, step, [made[name] for name in step.inputs])
-        )
+        result = _node(ops, step, [made[name] for name in step.inputs])
+        made[step.name] = _rounded(ops, result) if step.rounded else result
     results = []
     for name in (LOGITS, FEATURES):
         made[name].output(0).get_tensor().set_names({name})
@@ -121,12 +120,10 @@ def _node(ops: Any, step: Step, inputs: list[Any]) -> Any:
     return made
 
 
-def _rounded(ops: Any, step: Step, made: Any) -> Any:
-    """Return the result, rounded to 256 levels if the step has a range."""
-    if step.range is None:
-        return made
-    ends = [ops.constant(np.float32(end)) for end in step.range] * 2
-    return ops.fake_quantize(made, *ends, levels=256)
+def _rounded(ops: Any, result: Any) -> Any:
+    """Return the result, rounded to 256 levels from 0 to 1."""
+    ends = [ops.constant(np.float32(end)) for end in (0, 1)] * 2
+    return ops.fake_quantize(result, *ends, levels=256)
 
 
 def _convolution(ops: Any, step: Step, value: Any, weight: Any) -> Any:

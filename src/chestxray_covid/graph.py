@@ -58,7 +58,7 @@ class Step:
         fill: What a convolution pads with.
         relu: Whether a ReLU follows.
         scale: ``(O, 1, 1, 1)``, times which the weight counts, if that is int8, see :mod:`int8`.
-        range: Lowest and highest value of the result, which is rounded to 256 levels in between.
+        rounded: Whether the result is rounded to 256 levels from 0 to 1, see :mod:`int8`.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Step:
     fill: float = 0.0
     relu: bool = False
     scale: NDArray[np.float32] | None = None
-    range: tuple[float, float] | None = None
+    rounded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from chestxray_covid import metrics as m
 from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.engine_openvino import largest_values
+from chestxray_covid.engine_openvino import import_openvino, largest_values
 from chestxray_covid.engines import open_engine, softmax
 from chestxray_covid.errors import ExportError
 from chestxray_covid.graph import fold
@@ -112,9 +112,9 @@ def quantize(
     """Write a checkpoint that can be computed in eight bits, and return what that moves.
 
     The largest value of every channel that a convolution takes is looked for on the calibration
-    images, see :mod:`int8`. These become an attachment of the checkpoint, ``int8.safetensors``,
-    with this report, ``int8.json``; weights and other attachments are those of the original. The
-    first and the last layer stay in floating point.
+    images: each is rounded to 256 levels up to there. These values become an attachment of the
+    checkpoint, ``int8.safetensors``, with this report, ``int8.json``; weights and other
+    attachments are those of the original. The first and the last layer stay in floating point.
     ``Classifier.from_pretrained(output, precision="int8")`` computes with it.
 
     Nothing is written if an AUROC on the labelled images moves by more than 0.005.
@@ -131,13 +131,15 @@ def quantize(
 
     Raises:
         ExportError: If an AUROC moves too far, with the report's text.
-        CheckpointError: If the checkpoint is missing or damaged.
+        CheckpointError: If the checkpoint is missing or damaged, or a layer's largest value is
+            below 1e-6 or above 1e6.
         ImageError: If an image cannot be decoded.
         MissingExtraError: If OpenVINO is not installed.
         ValueError: If there are no calibration images, a label is unknown to the model, or the
             labelled images have one class only.
         OSError: If the folder cannot be written.
     """
+    import_openvino()
     folder = resolve(checkpoint)
     config, tensors = load_checkpoint(folder)
     chosen = positive or default_positive(config.classes)
