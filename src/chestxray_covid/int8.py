@@ -149,7 +149,7 @@ def rounded_results(network: Network) -> dict[str, int]:
 def _divisors(largest: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return ``(C,)`` positive numbers by which channels are divided."""
     exact = largest.astype(np.float64)
-    return np.maximum(exact, _SMALLEST_SHARE * exact.max())
+    return np.asarray(np.maximum(exact, _SMALLEST_SHARE * exact.max()))
 
 
 def _scaled(
