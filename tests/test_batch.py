@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.fs
 import pyarrow.parquet
 import pytest
@@ -26,8 +27,11 @@ from chestxray_covid import (
     ray_predict,
 )
 from chestxray_covid.batch import judge_files
+from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.cli import main
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.graph import fold
+from chestxray_covid.int8 import Int8, rounded_results
 from chestxray_covid.places import Places
 from chestxray_covid.prediction import FailedPrediction, Prediction
 from chestxray_covid.shards import Shard, ShardedTable
@@ -171,6 +175,22 @@ def test_another_precision_is_computed_again(
         made.append(name)
         expected = [p.probabilities["covid19"] for p in clf.predict([images / "00.png"])]
         assert rows_of(output)[0]["p_covid19"] == pytest.approx(expected[0], abs=1e-6)
+    assert made[0] == made[2] != made[1]
+
+
+def test_other_statistics_of_eight_bits_are_computed_again(
+    images: Path, tmp_path: Path, checkpoint_folder: Path
+) -> None:
+    output = tmp_path / "out.parquet"
+    config, tensors = load_checkpoint(checkpoint_folder)
+    channels = rounded_results(fold(tensors, config.preprocess))
+    made = []
+    for largest in (1, 2, 1):
+        values = {name: np.full(count, largest, np.float32) for name, count in channels.items()}
+        clf = Classifier(config, tensors, int8=Int8(largest=values), precision="int8")
+        predict_files([images / "00.png"], output, classifier=clf)
+        (name,) = (path.name for path in output.glob("part-*"))
+        made.append(name)
     assert made[0] == made[2] != made[1]
 
 

@@ -279,6 +279,8 @@ def test_the_page_says_what_int8_moves_in_the_bundled_model(
     report = json.loads((resolve() / "int8.json").read_text())
     assert f"| {report['max_difference']:.4f} |" in page
     rounding = json.loads(generate_export.ROUNDING.read_text())
+    for count in ("calibration_images", "evaluation_images"):
+        assert rounding[count] == report[count], "the page says that both are of the same images"
     assert f"NNCF {rounding['machine']['versions']['nncf']}" in page
     for name, row in rounding["models"].items():
         moved = " | ".join(f"{row[key]:.4f}" for key in ("mean", "p99", "largest"))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from chestxray_covid import (
     Classifier,
     ExportError,
     FolderDataset,
+    MissingExtraError,
     ModelConfig,
     Preprocess,
     QuantizationReport,
@@ -144,7 +147,7 @@ def test_values_that_no_network_has_are_refused_and_nothing_is_written(
     for part in ("weight", "bias"):
         wild[f"{name}.{part}"] = tensors[f"{name}.{part}"] * 3e5
     save_checkpoint(tmp_path / "wild", config, wild)
-    with pytest.raises(CheckpointError, match=f"largest values of '{name}' must be .* is damaged"):
+    with pytest.raises(CheckpointError, match=f"largest values of '{name}' must be .* are damaged"):
         quantize(tmp_path / "wild", images, evaluation=FolderDataset(images), output=tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
@@ -157,6 +160,45 @@ def test_statistics_that_were_given_are_saved(quantised: Any, tmp_path: Path) ->
     again = Classifier.from_pretrained(tmp_path / "out", precision="int8")
     assert again.int8 is not None
     assert again.int8.digest == int8.digest
+    exact = Classifier.from_pretrained(quantised[0], precision="float32")
+    assert exact.int8 is None
+    exact.save_pretrained(tmp_path / "exact")
+    for name in ("int8.safetensors", "int8.json"):
+        original = (quantised[0] / name).read_bytes()
+        assert (tmp_path / "exact" / name).read_bytes() == original
+
+
+def test_a_damaged_attachment_is_found_in_every_precision_and_mended_by_quantising(
+    quantised: Any, images: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(quantised[0], tmp_path / "damaged")
+    data = bytearray((folder / "int8.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "int8.safetensors").write_bytes(data)
+    for precision in ("float32", "int8"):
+        with pytest.raises(CheckpointError, match=r"int8\.safetensors"):
+            Classifier.from_pretrained(folder, precision=precision)
+    quantize(folder, images, evaluation=FolderDataset(images), output=folder)
+    assert Classifier.from_pretrained(folder, precision="int8").int8 is not None
+
+
+def test_calibration_images_that_show_nothing_are_named(
+    checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    config, tensors = load_checkpoint(checkpoint)
+    name = "features.denseblock1.denselayer1.norm1"
+    dead = {**tensors, f"{name}.bias": np.full(64, -1e3, np.float32)}
+    save_checkpoint(tmp_path / "dead", config, dead)
+    with pytest.raises(CheckpointError, match=r"from 0 to 0\..* images show nothing: quantise aga"):
+        quantize(tmp_path / "dead", images, evaluation=FolderDataset(images), output=tmp_path / "o")
+
+
+def test_openvino_that_is_missing_is_named_first(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"chestxray-covid\[openvino\]"):
+        quantize(tmp_path, images, evaluation=FolderDataset(images), output=tmp_path)
 
 
 def test_a_model_that_answers_otherwise_is_refused_and_nothing_is_written(

@@ -59,7 +59,7 @@ class Classifier:
         classes, device, engine, precision: See :meth:`from_pretrained`.
 
     Attributes:
-        config, gate, int8: As given; the config's classes are those that were chosen.
+        config, gate, int8: As given, with the chosen classes; ``int8`` only where it computes so.
         engine: What computes; its ``name`` and ``precision`` say what was chosen.
 
     Raises:
@@ -137,13 +137,13 @@ class Classifier:
             local_files_only=local_files_only,
         )
         config, tensors = load_checkpoint(folder)
-        gate = load_attachment(folder, config, GATE_NAME)
-        int8 = load_attachment(folder, config, INT8_NAME) if precision == "int8" else None
+        gate, data = (load_attachment(folder, config, name) for name in (GATE_NAME, INT8_NAME))
+        asked = data if precision == "int8" else None  # one of before serves otherwise
         made = cls(
             config,
             tensors,
             gate=None if gate is None else Gate.from_bytes(gate),
-            int8=None if int8 is None else Int8.from_bytes(int8, str(folder / INT8_NAME)),
+            int8=None if asked is None else Int8.from_bytes(asked, str(folder / INT8_NAME)),
             classes=classes,
             device=device,
             engine=engine,

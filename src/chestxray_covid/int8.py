@@ -64,7 +64,8 @@ class Int8:
                 raise CheckpointError(
                     f"The largest values of {key[:100]!r} must be float32, none negative, the "
                     f"highest from {_LOWEST:g} to {_HIGHEST:g}, got {values.dtype}"
-                    f"{_ends(values)}. The checkpoint or its {INT8_NAME} is damaged."
+                    f"{_ends(values)}. The weights or {INT8_NAME} are damaged, or the calibration "
+                    "images show nothing: quantise again, with radiographs."
                 )
 
     def to_bytes(self) -> bytes:

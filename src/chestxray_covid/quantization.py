@@ -144,6 +144,8 @@ def quantize(
     config, tensors = load_checkpoint(folder)
     chosen = positive or default_positive(config.classes)
     _check_labels(evaluation, config.classes, chosen)
+    others = {*config.attachments} - {INT8_NAME, REPORT_NAME}  # these are made anew
+    attachments = {name: load_attachment(folder, config, name) or b"" for name in others}
     pixels = [read(image, config.preprocess)[0] for image in expand(calibration)]
     if not pixels:
         raise ValueError("calibration has no images; some 200 radiographs are needed")
@@ -167,9 +169,6 @@ def quantize(
             f"In int8 an AUROC moves by more than {MAX_AUROC_CHANGE}. {report}\nNothing was "
             "written. Calibrate with more images, of every source that the model will meet."
         )
-    attachments = {
-        name: load_attachment(folder, config, name) or b"" for name in config.attachments
-    }
     attachments[INT8_NAME] = int8.to_bytes()
     attachments[REPORT_NAME] = json.dumps(report.to_dict(), indent=1, allow_nan=False).encode()
     save_checkpoint(Path(output), config, tensors, attachments)
