@@ -258,6 +258,13 @@ def wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False)
 
 
+def with_blocks(page: str, blocks: Mapping[str, str]) -> str:
+    """Return a page with the text between its markers replaced, by the markers' name."""
+    for name, block in blocks.items():
+        page = with_block(page, block, start=f"<!-- {name}:start -->", end=f"<!-- {name}:end -->")
+    return page
+
+
 def with_block(page: str, block: str, *, start: str = START, end: str = END) -> str:
     """Return a page with the text between its markers replaced."""
     before, found_start, rest = page.partition(start)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from generate import DOCS, SOURCE_KEY, digest, table, with_block, wrapped
+from generate import DOCS, SOURCE_KEY, digest, table, with_blocks, wrapped
 
 from chestxray_covid import bundled_models
 
@@ -28,11 +28,7 @@ KINDS = {"originals": "untouched originals", "reduced": "reduced files"}
 def write_pages() -> None:
     """Write the blocks of ``docs/engines.md``, and the figure if speed was measured."""
     page = DOCS / "engines.md"
-    text = page.read_text(encoding="utf-8")
-    for name, block in blocks().items():
-        marks = {"start": f"<!-- {name}:start -->", "end": f"<!-- {name}:end -->"}
-        text = with_block(text, block, **marks)
-    page.write_text(text, encoding="utf-8")
+    page.write_text(with_blocks(page.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
     if SPEED.is_file():
         draw(_read(SPEED), SPEED, FIGURE)
 

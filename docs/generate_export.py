@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from generate import DOCS, with_block, wrapped
+from generate import DOCS, table, with_blocks, wrapped
 
 from chestxray_covid import resolve
 
@@ -35,19 +35,13 @@ def int8_block(report: Mapping[str, Any]) -> str:
         rows.append(
             (f"AUROC, {found['question']}", f"{values}, {change['value']:+.4f} ({interval})")
         )
-    return "\n".join(
-        [
-            f"It was calibrated on {report['calibration_images']} radiographs and compared on "
-            f"{report['evaluation_images']},",
-            "of other patients. Many of both were among those that it was trained on, so that the "
-            "AUROC",
-            "says nothing about the model, and its change all about int8:",
-            "",
-            "| What moved | By |",
-            "| --- | --- |",
-            *(f"| {name} | {value} |" for name, value in rows),
-        ]
+    said = (
+        f"It was calibrated on {report['calibration_images']} radiographs and compared on "
+        f"{report['evaluation_images']}, of other patients. Many of both were among those that it "
+        "was trained on, so that the AUROC says nothing about the model, and its change all about "
+        "int8:"
     )
+    return "\n\n".join([wrapped(said), table(("What moved", "By"), rows)])
 
 
 def rounding_block(found: Mapping[str, Any]) -> str:
@@ -61,33 +55,30 @@ def rounding_block(found: Mapping[str, Any]) -> str:
         f"{machine['cores']} cores ({machine['processor']}), in one run of `{found['command']}`:"
     )
     rows = [
-        f"| {NAMES[name]} | {row['mean']:.4f} | {row['p99']:.4f} | {row['largest']:.4f} "
-        f"| {row['images_per_s']:.0f} |"
+        (
+            NAMES[name],
+            *(f"{row[key]:.4f}" for key in ("mean", "p99", "largest")),
+            f"{row['images_per_s']:.0f}",
+        )
         for name, row in models.items()
     ]
+    moved = ("change of a probability, mean", "99th percentile", "largest")
     plain, int8 = models["float32"], models["int8"]
     start = (
         f"From the import to the first prediction a process took {int8['start_s']:.1f} s in int8 "
         f"and {plain['start_s']:.1f} s in float32; the first time, when nothing was compiled, "
         f"{int8['first_start_s']:.1f} and {plain['first_start_s']:.1f} s."
     )
-    table = [
-        "| Computed in | change of a probability, mean | 99th percentile | largest | images/s |",
-        "| --- | --- | --- | --- | --- |",
-        *rows,
-    ]
-    return "\n".join([wrapped(said), "", *table, "", wrapped(start)])
+    cells = table(("Computed in", *moved, "images/s"), rows)
+    return "\n\n".join([wrapped(said), cells, wrapped(start)])
 
 
 def page(page: Path = DOCS / "export.md") -> str:
     """Return the page with its blocks as the bundled report and the benchmark have them."""
     report = json.loads((resolve() / "int8.json").read_text(encoding="utf-8"))
     found = json.loads(ROUNDING.read_text(encoding="utf-8"))
-    text = page.read_text(encoding="utf-8")
-    for name, block in (("int8", int8_block(report)), ("rounding", rounding_block(found))):
-        marks = {"start": f"<!-- {name}:start -->", "end": f"<!-- {name}:end -->"}
-        text = with_block(text, block, **marks)
-    return text
+    blocks = {"int8": int8_block(report), "rounding": rounding_block(found)}
+    return with_blocks(page.read_text(encoding="utf-8"), blocks)
 
 
 def write_page() -> None:

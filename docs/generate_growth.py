@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from generate import DOCS, SOURCE_KEY, digest, table, with_block, wrapped
+from generate import DOCS, SOURCE_KEY, digest, table, with_blocks, wrapped
 
 RESULT = DOCS.parent / "benchmarks" / "results" / "growth.json"
 SPEED = RESULT.with_name("predict.json")
@@ -27,11 +27,8 @@ def write_pages() -> None:
     """Write both blocks of ``docs/batch.md`` and the figure."""
     page = DOCS / "batch.md"
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    text = page.read_text(encoding="utf-8")
-    for name, block in (("cost", cost_block(result)), ("growth", growth_block(result))):
-        marks = {"start": f"<!-- {name}:start -->", "end": f"<!-- {name}:end -->"}
-        text = with_block(text, block, **marks)
-    page.write_text(text, encoding="utf-8")
+    blocks = {"cost": cost_block(result), "growth": growth_block(result)}
+    page.write_text(with_blocks(page.read_text(encoding="utf-8"), blocks), encoding="utf-8")
     draw(result, RESULT, FIGURE)
 
 

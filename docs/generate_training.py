@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from generate import DOCS, table, with_block, wrapped
+from generate import DOCS, table, with_blocks, wrapped
 
 RESULTS = DOCS.parent / "benchmarks" / "results"
 
@@ -21,8 +21,7 @@ def write_page() -> None:
     page = DOCS / "cluster.md"
     names = ("training_step", "time_to_auroc", "training_memory")
     block = training_block(*(load(name) for name in names))
-    marks = {"start": "<!-- training:start -->", "end": "<!-- training:end -->"}
-    text = with_block(page.read_text(encoding="utf-8"), block, **marks)
+    text = with_blocks(page.read_text(encoding="utf-8"), {"training": block})
     page.write_text(text, encoding="utf-8")
 
 
