@@ -7,6 +7,7 @@ each, which waits while the others run. Run: python benchmarks/training_step.py
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import statistics
@@ -41,7 +42,6 @@ STEPS = 8
 FULL_SIZE_PX = 224
 CONFIG = TrainingConfig(
     preprocess=Preprocess(size_px=160),
-    epochs=PAIRS + 1,
     batch_size=16,
     samples_per_epoch=16 * STEPS,
     patience=None,
@@ -52,7 +52,9 @@ CONFIG = TrainingConfig(
 class BareLoop:
     """The same arithmetic as a trainer's step over pixels that are in memory, and nothing else."""
 
-    def __init__(self, data: ChestXrayDataset, config: TrainingConfig) -> None:
+    def __init__(
+        self, data: ChestXrayDataset, config: TrainingConfig, *, fused: bool = True
+    ) -> None:
         self.config = config
         self.pixels = np.stack([config.preprocess(data.image(i)) for i in range(len(data))])
         self.targets = torch.tensor(data.targets)
@@ -61,7 +63,9 @@ class BareLoop:
             memory_format=torch.channels_last if config.channels_last else torch.contiguous_format
         )
         set_training_mode(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.05)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-6, weight_decay=0.05, fused=fused
+        )
         native = config.precision == "auto" and native_bfloat16(torch.device("cpu"))
         self.half = native or config.precision == "bfloat16"
 
@@ -95,7 +99,7 @@ def full_size_loop(plain: bool) -> BareLoop:
     )
     if plain:
         config = replace(config, precision="float32", channels_last=False)
-    return BareLoop(SyntheticChestXray(16 * STEPS), config)
+    return BareLoop(SyntheticChestXray(16 * STEPS), config, fused=not plain)
 
 
 _loop: BareLoop | None = None
@@ -110,7 +114,7 @@ def step_in_own_process(plain: bool) -> float:
     return _loop.step_seconds()
 
 
-def compare_settings() -> dict[str, list[float]]:
+def compare_settings(pairs: int) -> dict[str, list[float]]:
     """Return the seconds per step of three settings, a round of all of them at a time."""
     settings = {
         "plain": (True, "0"),
@@ -124,7 +128,7 @@ def compare_settings() -> dict[str, list[float]]:
         os.environ["THP_MEM_ALLOC_ENABLE"] = huge  # a process takes over what holds as it starts
         pools[name] = ProcessPoolExecutor(1, mp_context=context)
         pools[name].submit(step_in_own_process, plain).result()
-    for _ in range(PAIRS):
+    for _ in range(pairs):
         for name, (plain, _) in settings.items():
             seconds[name].append(pools[name].submit(step_in_own_process, plain).result())
     for pool in pools.values():
@@ -157,10 +161,13 @@ class Alternate(Callback):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="rounds that are compared")
+    options = parser.parse_args()
     split = split_by_patient(SyntheticChestXray(160), val=0.1, test=0.1)
     alternate = Alternate(BareLoop(split.train, CONFIG))
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(CONFIG, cache_dir=f"{folder}/cache")
+        config = replace(CONFIG, cache_dir=f"{folder}/cache", epochs=options.pairs + 1)
         model = build_densenet121(pretrained=False)
         output = Path(folder, "run")
         trainer = Trainer(
@@ -169,7 +176,7 @@ def main() -> None:
         trainer.fit()
     pairs = alternate.pairs[1:]  # the first warms up
     ratios = [bare / own for own, bare in pairs]
-    found = compare_settings()
+    found = compare_settings(options.pairs)
     gains = over(found["plain"], found["recommended"])
     small_gains = over(found["plain"], found["recommended, without huge pages"])
     write(

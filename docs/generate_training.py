@@ -1,28 +1,41 @@
 """Write what a training step costs in time and memory, from measured results.
 
 Called by ``generate.py``; reads what ``benchmarks/training_step.py``, ``time_to_auroc.py`` and
-``training_memory.py`` leave.
+``training_memory.py`` leave, and ``training_gpu.py`` where there was a GPU.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from generate import DOCS, table, with_blocks, wrapped
+from generate import DOCS, SOURCE_KEY, digest, table, with_blocks, wrapped
 
 RESULTS = DOCS.parent / "benchmarks" / "results"
+GPU = RESULTS / "training_gpu.json"
+FIGURE = DOCS / "training_gpu.png"
+#: What the others are compared with.
+PLAIN = "plain"
 
 
 def write_page() -> None:
-    """Write the block of ``docs/cluster.md``."""
+    """Write the blocks of ``docs/cluster.md``, and the figure if a GPU was measured."""
     page = DOCS / "cluster.md"
+    page.write_text(with_blocks(page.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+    if GPU.is_file():
+        draw(load(GPU.stem), GPU, FIGURE)
+
+
+def blocks() -> dict[str, str]:
+    """Return every block of the page, by its name."""
     names = ("training_step", "time_to_auroc", "training_memory")
-    block = training_block(*(load(name) for name in names))
-    text = with_blocks(page.read_text(encoding="utf-8"), {"training": block})
-    page.write_text(text, encoding="utf-8")
+    return {
+        "training": training_block(*(load(name) for name in names)),
+        "gpu": gpu_block(load(GPU.stem) if GPU.is_file() else None),
+    }
 
 
 def load(name: str) -> Mapping[str, Any]:
@@ -66,6 +79,94 @@ def training_block(
         "pass keeps:"
     )
     return "\n" + "\n\n".join([speed, wrapped(_time_to(auroc)), intro, table(head, cells)]) + "\n"
+
+
+def gpu_block(result: Mapping[str, Any] | None) -> str:
+    """Return images per second of all ways to train on a GPU; or that nobody measured yet."""
+    if result is None or result["gpu"] is None:
+        return "\nNot measured yet: `python benchmarks/training_gpu.py`.\n"
+    rows, card, machine = result["rows"], result["gpu"], result["machine"]
+    intro = wrapped(
+        f"DenseNet-121 from random weights at {result['size_px']} px on one {card['name']} and "
+        f"{machine['cores']} cores ({machine['processor']}; torch {machine['versions']['torch']}, "
+        f"CUDA {card['cuda']}), {result['images']} reduced files of Kermany's collection per "
+        f"epoch, {result['workers']} threads or processes that decode: the median (and range) of "
+        f"{result['rounds']} epochs each, which alternate (`python benchmarks/training_gpu.py`). "
+        "An epoch is timed from before its first batch until the GPU has done its last step."
+    )
+    plain = rows.get(PLAIN)
+    cells = (
+        [
+            name,
+            row["batch"],
+            f"{row['median']:.0f} ({row['range'][0]:.0f}–{row['range'][1]:.0f})",
+            f"{row['median'] / plain['median']:.2f}" if plain else "–",
+            f"{row['share_of_peak']:.1%}",
+        ]
+        for name, row in rows.items()
+    )
+    head = ["", "batch", "images/s", "times plain", "share of the matrix product"]
+    peers = "" if result["timm"] is None else f" of timm {result['timm']}"
+    legend = wrapped(
+        "*plain* is a tutorial's loop: Pillow and torchvision in worker processes, float32, Adam, "
+        "the loss read after each step; *plain, prepared* is the same step on normalised images "
+        "that lie on the GPU. *timm* is what the training script" + peers + " does with `--amp "
+        "--amp-dtype bfloat16 --channels-last`, *compiled* with `--torchcompile inductor`, all "
+        "else at its default. *trainer* is `TrainingConfig` with a cache that is filled, "
+        '*compiled* with `compile_backend="inductor"`. Each varies images in its own way. The last '
+        f"column is {result['flops_per_image'] / 1e9:.1f} GFLOP per image (forward and backward, "
+        f"as `FlopCounterMode` counts) over the {result['peak_flops'] / 1e12:.0f} TFLOP/s that a "
+        "product of large bfloat16 matrices reached in the same run."
+    )
+    shown = ["![Images per second of all ways to train on a GPU](training_gpu.png)"]
+    told = [_idle(result["idle"]), _left_out(result["left_out"])]
+    parts = [intro, table(head, cells), *shown, legend, *(wrapped(text) for text in told if text)]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def _idle(found: Mapping[str, Mapping[str, float]] | None) -> str:
+    if not found:
+        return ""
+    words = (
+        f"{name} {row['epoch']:.1%} ({row['profiled']:.1%} under the profiler)"
+        for name, row in found.items()
+    )
+    return (
+        "Share of an epoch in which the GPU had nothing to do: "
+        + "; ".join(words)
+        + ". That is the time in which no kernel and no copy ran, by the profiler's records of "
+        f"{_steps(found)} steps, set against the median epoch without the profiler; in brackets, "
+        "against the same steps with it, which makes launching slower."
+    )
+
+
+def _steps(found: Mapping[str, Mapping[str, float]]) -> str:
+    counts = sorted({int(row["steps"]) for row in found.values()})
+    return " or ".join(map(str, counts))
+
+
+def _left_out(reasons: Mapping[str, str]) -> str:
+    return f"Not measured: {', '.join(reasons)}." if reasons else ""
+
+
+def draw(result: Mapping[str, Any], source: Path, target: Path) -> None:
+    """Draw images per second of all ways to train, with the range of the rounds."""
+    from matplotlib.figure import Figure
+
+    ranked = sorted(result["rows"].items(), key=lambda item: item[1]["median"])
+    middle = [row["median"] for _, row in ranked]
+    spread = [
+        [row["median"] - row["range"][0] for _, row in ranked],
+        [row["range"][1] - row["median"] for _, row in ranked],
+    ]
+    panel = Figure(figsize=(8, 1 + 0.35 * len(ranked)), layout="constrained")
+    axes = panel.subplots()
+    bars = axes.barh([name for name, _ in ranked], middle, xerr=spread, color="C0", ecolor="0.3")
+    axes.bar_label(bars, fmt="%.0f", padding=4)
+    axes.set(xlabel="images per second", title=f"one {result['gpu']['name']}")
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    panel.savefig(target, dpi=120, metadata={SOURCE_KEY: digest(source)})
 
 
 def _ratio(pairs: Sequence[float]) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
 
 from chestxray_covid import (
     ChestXrayDataset,
@@ -91,3 +94,18 @@ def once(dataset: ChestXrayDataset) -> ChestXrayDataset:
 def count_by_licence(dataset: ChestXrayDataset) -> dict[str, int]:
     """Return licence → number of images, the most frequent first."""
     return dict(Counter(licence(s) for s in dataset.samples).most_common())
+
+
+def is_cohens(sample: Sample) -> bool:
+    """Return whether a sample is listed in Cohen's collection, also if it came from Hannover's."""
+    return sample.source == "cohen" or sample.metadata.get("numbered_by") == "cohen"
+
+
+def cohens(dataset: ChestXrayDataset) -> np.ndarray:
+    """Return the positions of what is listed in Cohen's collection."""
+    return np.array([i for i, s in enumerate(dataset.samples) if is_cohens(s)])
+
+
+def website(sample: Sample) -> str:
+    """Return the host that an image of Cohen's comes from."""
+    return urlparse(sample.metadata.get("url", "")).netloc

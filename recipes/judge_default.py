@@ -3,9 +3,11 @@
     python recipes/judge_default.py --data ../shared/data --run runs/default
 
 ``--what`` chooses parts: ``checkpoint`` judges the weights themselves, ``folds``, ``subsources``
-and ``hannover`` train shorter relatives of them, because the weights have seen most of what they
-would be judged on: three epochs at 160 px from a network that saw no image of Cohen's or
-Hannover's, but learned to tell bacterial and viral pneumonia apart, which COVID-19 is one of.
+and ``hannover`` train relatives of them, because the weights have seen most of what they would be
+judged on. All start from a network that saw no image of Cohen's or Hannover's, but learned to tell
+bacterial and viral pneumonia apart, which COVID-19 is one of. For ``hannover`` three short epochs
+at 160 px follow; for the other two, which ask for COVID-19 against other findings of Cohen's, four
+epochs on Cohen's rows alone.
 """
 
 from __future__ import annotations
@@ -17,10 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
-from collection import aetiology, once
+from collection import aetiology, cohens, once, website
 from frame import hide
 from train_default import COMMON, MILD, STAGES, STRONG, open_split
 
@@ -36,8 +37,10 @@ from chestxray_covid import (
     patient_groups,
 )
 from chestxray_covid.datasets.base import LABELS
+from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.evaluation import evaluate_probabilities
 from chestxray_covid.files import write_files
+from chestxray_covid.generalisation import within_sources
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
 from chestxray_covid.metrics import auroc
 from chestxray_covid.splits import divide, folds_by_patient
@@ -55,11 +58,25 @@ SHORT = replace(
     ema_decay=0.98,
     max_repeats=8,
 )
-#: Before it, on Kermany and NIH alone, which hold no COVID-19.
+#: On Cohen's rows alone, where the source gives nothing away, though the website may.
+INSIDE = replace(
+    COMMON,
+    preprocess=Preprocess(size_px=160),
+    augmentation=MILD,
+    epochs=4,
+    batch_size=32,
+    samples_per_epoch=3600,
+    learning_rate=5e-4,
+    balance="class",
+    max_repeats=None,
+    ema_decay=0.99,
+)
+#: Before them, on Kermany and NIH alone, which hold no COVID-19.
 BASE = replace(
     COMMON,
     preprocess=Preprocess(size_px=160),
     augmentation=MILD,
+    batch_size=32,
     epochs=12,
     learning_rate=1.5e-3,
     warmup_epochs=1.8,
@@ -98,13 +115,7 @@ def judge_frames(classifier: Classifier, dataset: ChestXrayDataset) -> list[dict
             counts = Counter(s.label for s in pair.samples)
             truth = [s.label == "covid19" for s in pair.samples]
             for part in (0.0, 0.7, 0.9):
-                images = (hide(pair.image(i), part) for i in range(len(pair)))
-                found = np.concatenate(
-                    [
-                        classifier.predict_proba(batch, batch_size=32)
-                        for batch in in_lists(images, 64)
-                    ]
-                )
+                found = predict_hidden(classifier, pair, part)
                 value = estimate_auroc(pair.samples, truth, score(found))
                 rows.append(
                     {
@@ -119,15 +130,11 @@ def judge_frames(classifier: Classifier, dataset: ChestXrayDataset) -> list[dict
     return rows
 
 
-def in_lists(items: Any, size: int) -> Any:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def predict_hidden(classifier: Classifier, dataset: ChestXrayDataset, part: float) -> np.ndarray:
+    """Return ``(N, 3)`` probabilities with the central part of each image hidden; 0 hides none."""
+    images = (hide(dataset.image(i), part) for i in range(len(dataset)))
+    found = [classifier.predict_proba(batch, batch_size=32) for batch in in_batches(images, 64)]
+    return np.concatenate(found)
 
 
 def judge_checkpoint(data: Path, run: Path, output: Path, checkpoint: Path) -> None:
@@ -170,7 +177,7 @@ def judge_inside(classifier: Classifier, split: Split) -> dict[str, Any]:
     return {"n": [int(truth.sum()), int((~truth).sum())], "auroc": value.to_dict()}
 
 
-# ---------------------------------------------------------------- shorter relatives
+# ---------------------------------------------------------------- relatives
 
 
 def train_network(
@@ -208,16 +215,27 @@ class Relatives:
         """Return the positions of all samples that share no group with these positions."""
         return np.flatnonzero(~np.isin(self.groups, self.groups[held_out]))
 
-    def predict_without(self, held_out: np.ndarray, name: str) -> np.ndarray:
-        """Train on everyone else and return ``(N, 3)`` probabilities of the held-out samples."""
+    def predict_without(
+        self, held_out: np.ndarray, name: str, config: Any, among: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Train on everyone else and return ``(N, 3)`` probabilities of the held-out samples.
+
+        Args:
+            held_out: Their positions.
+            name: Of the relative's run folder.
+            config: Options of its training.
+            among: Positions that it trains on at most; all if not given.
+        """
         self._train_base()
         chosen = self.without(held_out)
+        if among is not None:
+            chosen = np.intersect1d(chosen, among)
         classifier = train_relative(
             self.dataset.subset(chosen),
             self.groups[chosen].tolist(),
             self.base,
             self.folder / name,
-            replace(SHORT, cache_dir=self.cache),
+            replace(config, cache_dir=self.cache),
         )
         return classifier.predict_proba(self.dataset.subset(held_out), progress=True)
 
@@ -241,31 +259,61 @@ class Relatives:
         return np.array([i for i in held if self.dataset.samples[i].source == "nih"])
 
 
-def is_cohens(sample: Sample) -> bool:
-    """Return whether a sample is listed in Cohen's collection, also if it came from Hannover's."""
-    return sample.source == "cohen" or sample.metadata.get("numbered_by") == "cohen"
+def share_by_website(samples: Sequence[Sample], truth: np.ndarray, pairs: Any) -> np.ndarray:
+    """Return, out-of-fold, the share of COVID-19 among a website's images: no pixel is looked at.
+
+    Two images of the average share are added to each, so that a rare website says little.
+    """
+    hosts = np.array([website(s) for s in samples])
+    found = np.zeros(len(samples))
+    for rest, held_out in pairs:
+        average = truth[rest].mean()
+        for i in held_out:
+            own = truth[rest][hosts[rest] == hosts[i]]
+            found[i] = (own.sum() + 2 * average) / (len(own) + 2)
+    return found
 
 
 def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
     """COVID-19 against other findings inside Cohen, out-of-fold, by patient."""
-    samples = relatives.dataset.samples
-    cohen = np.array([i for i, s in enumerate(samples) if is_cohens(s)])
+    cohen = cohens(relatives.dataset)
     found = np.zeros((len(cohen), 3))
     inside = relatives.dataset.subset(cohen)
     pairs = folds_by_patient(inside, relatives.groups[cohen].tolist(), folds=folds, seed=0)
     for number, (_, held_out) in enumerate(pairs):
-        found[held_out] = relatives.predict_without(cohen[held_out], f"fold-{number}")
+        name = f"fold-{number}"
+        found[held_out] = relatives.predict_without(cohen[held_out], name, INSIDE, cohen)
+    write_folds(inside, pairs, found, output)
+
+
+def write_folds(
+    inside: ChestXrayDataset, pairs: Sequence[Any], found: np.ndarray, output: Path
+) -> None:
+    """Write what out-of-fold predictions say, also where the website cannot help, or alone does.
+
+    Args:
+        inside: Cohen's samples.
+        pairs: Positions of the rest and of the held out, a pair per fold.
+        found: ``(N, 3)`` probabilities.
+        output: Folder.
+    """
     truth = np.array([s.label == "covid19" for s in inside.samples])
     own = np.array([s.source == "cohen" for s in inside.samples])
+    alone = share_by_website(inside.samples, truth, pairs)
+    hosts = np.unique([website(s) for s in inside.samples], return_inverse=True)[1]
     parts: dict[str, Any] = {}
     for name, mask in {"all": own | ~own, "without Hannover's": own}.items():
         chosen = [s for s, kept in zip(inside.samples, mask, strict=True) if kept]
+        right, scores = truth[mask].astype(int), found[mask, 2]
+        same = bootstrap_by_group(within_sources, by_patient(chosen), right, scores, hosts[mask])
         parts[name] = {
             "n": [int(truth[mask].sum()), int((~truth[mask]).sum())],
-            "auroc": estimate_auroc(chosen, truth[mask], found[mask, 2]).to_dict(),
+            "auroc": estimate_auroc(chosen, right, scores).to_dict(),
+            "same_website": same.to_dict(),
+            "website_alone": estimate_auroc(chosen, right, alone[mask]).to_dict(),
         }
         print(name, parts[name])
-    write(output, "folds", {"folds": folds, "training": SHORT.to_dict(), **parts})
+    write(output, "folds", {"folds": len(pairs), "training": INSIDE.to_dict(), **parts})
     report = evaluate_probabilities(
         [s.label for s in inside.samples],
         found,
@@ -290,23 +338,20 @@ SUBSOURCES: dict[str, Callable[[str], bool]] = {
 def judge_subsources(relatives: Relatives, output: Path) -> None:
     """Cohen's own sources left out in turn: images that nobody of the same hospital was seen of."""
     samples = relatives.dataset.samples
-    rows = []
+    cohen, rows = cohens(relatives.dataset), []
     for name, chosen in SUBSOURCES.items():
         held_out = np.array(
-            [
-                i
-                for i, s in enumerate(samples)
-                if s.source == "cohen" and chosen(urlparse(s.metadata.get("url", "")).netloc)
-            ]
+            [i for i, s in enumerate(samples) if s.source == "cohen" and chosen(website(s))]
         )
-        found = relatives.predict_without(held_out, f"without-{name.split()[0]}")
+        place = f"without-{name.split()[0]}"
+        found = relatives.predict_without(held_out, place, INSIDE, cohen)
         own = [samples[i] for i in held_out]
         truth = np.array([s.label == "covid19" for s in own])
         value = estimate_auroc(own, truth, found[:, 2])
         counts = [int(truth.sum()), int((~truth).sum())]
         rows.append({"left_out": name, "n": counts, "auroc": value.to_dict()})
         print(rows[-1], flush=True)
-    write(output, "subsources", {"training": SHORT.to_dict(), "rows": rows})
+    write(output, "subsources", {"training": INSIDE.to_dict(), "rows": rows})
 
 
 def judge_hannover(relatives: Relatives, output: Path) -> None:
@@ -314,7 +359,7 @@ def judge_hannover(relatives: Relatives, output: Path) -> None:
     samples = relatives.dataset.samples
     hannover = np.array([i for i, s in enumerate(samples) if s.source == "hannover"])
     held_out = np.concatenate([hannover, relatives.held_out_nih()])
-    found = relatives.predict_without(held_out, "without-hannover")
+    found = relatives.predict_without(held_out, "without-hannover", SHORT)
     # Rows that Cohen took over from Hannover are the same radiographs again: not counted twice.
     once = np.array([samples[i].metadata.get("numbered_by") != "cohen" for i in held_out])
     normal = np.array([samples[i].label != "pneumonia" for i in held_out])

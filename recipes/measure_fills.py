@@ -20,7 +20,6 @@ from judge_default import (
     MOST_PER_CLASS,
     estimate_auroc,
     held_out,
-    in_lists,
     origin_of,
     score,
     write,
@@ -29,6 +28,7 @@ from PIL import Image
 from train_default import open_split
 
 from chestxray_covid import ChestXrayDataset, Classifier, Sample
+from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
 
 PARTS = (0.7, 0.9)
@@ -74,7 +74,7 @@ def score_variants(
 ) -> dict[Any, np.ndarray]:
     """Return name → ``(N, K)`` probabilities of all images, changed in this way."""
     found: dict[Any, list[np.ndarray]] = {name: [] for name in changes}
-    for batch in in_lists((dataset.image(i) for i in range(len(dataset))), 32):
+    for batch in in_batches((dataset.image(i) for i in range(len(dataset))), 32):
         for name, change in changes.items():
             shown = [change(image) for image in batch]
             found[name].append(classifier.predict_proba(shown, batch_size=32))

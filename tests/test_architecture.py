@@ -56,11 +56,12 @@ ROWS = (
     ("publish",),
     # Here begins torch: layer 4 of the design.
     (
-        *("augment", "models", "lung_network", "training_memory", "inputs"),
+        *("transforms", "models", "lung_network", "training_memory", "inputs"),
         *("engine_torch", "engine_openvino", "engine_onnx"),
     ),
+    ("augment",),
     ("engines", "training_config", "lungs"),
-    ("training_network", "training_order", "training_state"),
+    ("training_feed", "training_network", "training_order", "training_state"),
     ("training",),
     ("classifier",),
     ("evaluation", "prediction_table", "places", "explain", "export", "quantization"),
@@ -86,8 +87,8 @@ FIRST_WITH_TORCH = RANK["models"]
 TORCH = {"torch", "torchvision", "accelerate"}
 #: Modules that need torch as soon as they are imported; the others import it late or never.
 TORCH_AT_IMPORT = {
-    *("augment", "models", "training", "training_config", "training_network"),
-    *("lung_network", "engine_torch", "training_memory"),
+    *("transforms", "augment", "models", "training", "training_config", "training_network"),
+    *("lung_network", "engine_torch", "training_memory", "training_feed"),
 }
 
 #: Distribution → the name that is imported, where they differ.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
+from scipy.stats import norm
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual name
 
 from chestxray_covid import augment
@@ -37,6 +40,9 @@ STRONG = Augmentation(
     resample=0.3,
     hide_border=0.2,
 )
+#: Largest error of interpolated white noise: neighbours differ by up to 255, and float32 knows
+#: coordinates to about 1e-5 of 100 pixels. That of torchvision's own float32 is half of it.
+SAMPLED = 4e-3
 #: What changes nothing, as arguments to change one of.
 NOTHING = Augmentation.none().to_dict()
 
@@ -61,6 +67,18 @@ def smooth(side: int = 64) -> Tensor:
     return torch.from_numpy(np.array(image))[None, None]
 
 
+class Operators(TorchDispatchMode):
+    """Write down the operators that torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket._qualified_op_name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def vary(augmentation: Augmentation, pixels: Tensor, draws: list[int], **where: int) -> Tensor:
     return augmentation(pixels, **{"seed": 3, "epoch": 5, **where}, draws=draws)
 
@@ -77,6 +95,44 @@ def test_a_sample_is_varied_alike_whatever_its_batch() -> None:
     order = [5, 2, 7, 0, 1, 6, 4, 3]
     turned = vary(STRONG, pixels[order], [draws[i] for i in order])
     assert torch.equal(turned, together[order])
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """Let three threads share every operator on 32768 numbers or more.
+
+    Where the part of one begins then depends on the batch, and so does what is left over from its
+    vectors, which some operators compute otherwise.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({name: value} for name, value in STRONG.to_dict().items() if name != "aspect"),
+        {"crop_min": 0.6, "aspect": 1.3},
+        {"crop_min": 0.6, "contrast": 2},
+        STRONG.to_dict(),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", [33, 150, 225])
+def test_each_option_varies_a_sample_alike_whatever_its_batch(
+    options: dict[str, float], side: int
+) -> None:
+    pixels, augmentation = images(9, side), only(**options)
+    together = vary(augmentation, pixels, list(range(9)))
+    for size in (1, 2, 5):
+        for first in range(0, 9, size):
+            part = slice(first, first + size)
+            assert torch.equal(
+                vary(augmentation, pixels[part], list(range(9))[part]), together[part]
+            )
 
 
 def test_neither_global_random_state_nor_earlier_calls_matter() -> None:
@@ -184,6 +240,33 @@ def test_flips_are_torchvisions(draw: int) -> None:
     assert torch.equal(found, expected)
 
 
+def test_crops_of_the_whole_leave_an_image_as_it_is() -> None:
+    found = vary(only(crop_min=0.99), images(8), list(range(8)))
+    assert torch.equal(found, images(8).float())
+
+
+@pytest.mark.parametrize("draw", range(8))
+def test_a_rotation_and_a_crop_together_are_one_after_the_other(draw: int) -> None:
+    pixels, numbers = F.gaussian_blur(smooth(96), [15, 15], [4.0, 4.0]), drawn(draw)
+    found = vary(
+        only(rotation_deg=20, crop_min=0.6, aspect=1.3, horizontal_flip=0.5), pixels, [draw]
+    )[0]
+    expected = pixels[0].double()
+    if numbers["flip"] < 0.5:
+        expected = expected.flip(-1)
+    expected = F.rotate(
+        F.pad(expected, [40], padding_mode="edge"),
+        20 * numbers["angle"],
+        interpolation=F.InterpolationMode.BILINEAR,
+    )[:, 40:-40, 40:-40]
+    side, stretch = 96 * (0.6 + 0.4 * numbers["side"]), 1.3 ** (numbers["aspect"] / 2)
+    width, height = min(96, round(side * stretch)), min(96, round(side / stretch))
+    top, left = round(numbers["down"] * (96 - height)), round(numbers["across"] * (96 - width))
+    expected = F.resized_crop(expected, top, left, height, width, [96, 96], antialias=True)
+    # Interpolating twice blurs; a pixel off moves edges by 10.
+    torch.testing.assert_close(found.double(), expected, atol=1.5, rtol=0)
+
+
 @pytest.mark.parametrize("draw", range(5))
 def test_rotations_are_torchvisions_away_from_the_border(draw: int) -> None:
     pixels = smooth(65)
@@ -201,9 +284,9 @@ def test_crops_are_torchvisions(draw: int) -> None:
     found = vary(only(crop_min=0.5), pixels, [draw])[0]
     width = round(100 * (0.5 + 0.5 * numbers["side"]))
     top, left = (round(numbers[n] * (100 - width)) for n in ("down", "across"))
-    part = pixels[0, :, top : top + width, left : left + width].float()
+    part = pixels[0, :, top : top + width, left : left + width].double()
     expected = F.resize(part, [100, 100], antialias=True)
-    torch.testing.assert_close(found, expected.clamp(0, 255), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.double(), expected, atol=SAMPLED, rtol=0)
 
 
 @pytest.mark.parametrize("draw", range(5))
@@ -213,9 +296,9 @@ def test_crops_change_their_aspect_by_at_most_the_factor(draw: int) -> None:
     side, stretch = 100 * (0.5 + 0.5 * numbers["side"]), 1.5 ** (numbers["aspect"] / 2)
     width, height = min(100, round(side * stretch)), min(100, round(side / stretch))
     top, left = round(numbers["down"] * (100 - height)), round(numbers["across"] * (100 - width))
-    part = pixels[0, :, top : top + height, left : left + width].float()
+    part = pixels[0, :, top : top + height, left : left + width].double()
     expected = F.resize(part, [100, 100], antialias=True)
-    torch.testing.assert_close(found, expected.clamp(0, 255), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.double(), expected, atol=SAMPLED, rtol=0)
 
 
 @pytest.mark.parametrize("draw", range(8))
@@ -300,6 +383,39 @@ def test_noise_is_gaussian_and_of_at_most_the_given_strength() -> None:
     assert kurtosis.median().item() == pytest.approx(3, abs=0.1)
 
 
+@pytest.mark.parametrize("draw", range(3))
+def test_noise_is_a_hash_of_pixel_and_seed(draw: int) -> None:
+    grey = torch.full((1, 1, 40, 40), 128, dtype=torch.uint8)
+    found = (vary(only(noise=0.05), grey, [draw]) - 128).flatten().numpy()
+    rng = np.random.default_rng([3, 5, 2, draw])
+    strength = 255 * 0.05 * rng.random(22)[10]
+    seed = rng.integers(2**32, dtype=np.uint32)
+
+    def lowbias32(x: np.ndarray) -> np.ndarray:
+        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+        return x ^ (x >> 16)
+
+    bits = lowbias32(lowbias32(np.arange(1600, dtype=np.uint32)) ^ seed)
+    # Signed, as two's complement; the lowest of 25 bits is 1.
+    fraction = (bits.view(np.int32) >> 7 | 1) / 2**24
+    np.testing.assert_allclose(found, strength * norm.ppf((1 + fraction) / 2), atol=1e-4)
+
+
+def test_noise_of_neighbours_and_of_samples_is_uncorrelated() -> None:
+    grey = torch.full((60, 1, 64, 64), 128, dtype=torch.uint8)
+    noise = (vary(only(noise=0.05), grey, list(range(60))) - 128)[:, 0].double()
+    noise = (noise - noise.mean((1, 2), keepdim=True)) / noise.std((1, 2), keepdim=True)
+    five_deviations = 5 / math.sqrt(noise.numel())
+    for down, across in ((0, 1), (1, 0), (1, 1), (0, 2), (0, 32), (32, 0)):
+        neighbour = noise.roll((down, across), (1, 2))
+        assert (noise * neighbour).mean().abs() < five_deviations
+        assert (noise.abs() * neighbour.abs()).mean().sub(2 / math.pi).abs() < five_deviations
+    between = (noise.flatten(1) @ noise.flatten(1).T / 64**2).fill_diagonal_(0)
+    assert between.abs().max() < 5 / 64
+    assert between.std() == pytest.approx(1 / 64, rel=0.1)
+
+
 @pytest.mark.parametrize("probability", [0, 0.4, 1])
 def test_as_many_images_are_mirrored_as_asked(probability: float) -> None:
     ramp = torch.arange(32, dtype=torch.uint8).expand(1, 1, 32, 32)
@@ -353,14 +469,14 @@ def test_numbers_of_numpy_become_pythons_own() -> None:
 
 
 def test_a_side_of_a_crop_is_as_short_as_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    sides: list[int] = []
-    crop = augment.F.resized_crop
+    sides: list[float] = []
+    place = augment.place
 
-    def noted(image: Any, top: int, left: int, height: int, width: int, *rest: Any, **how: Any):
-        sides.extend((height, width))
-        return crop(image, top, left, height, width, *rest, **how)
+    def noted(images: Tensor, *where: Tensor) -> Tensor:
+        sides.extend(torch.cat(where[-2:]).flatten().tolist())
+        return place(images, *where)
 
-    monkeypatch.setattr(augment.F, "resized_crop", noted)
+    monkeypatch.setattr(augment, "place", noted)
     options = replace(Augmentation.none(), crop_min=0.8, aspect=2.0)
     options(torch.zeros((200, 1, 100, 100)), seed=0, epoch=0, draws=range(200))
     assert 100 * 0.8 / 2**0.5 - 0.5 <= min(sides) < 60
@@ -374,6 +490,42 @@ def test_options_become_data_and_come_back() -> None:
 def test_as_many_draws_as_images_are_needed() -> None:
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         vary(STRONG, images(3), [0, 1])
+
+
+# ---------------------------------------------------------------- work for the device
+
+RUNS: dict[str, Callable[[Tensor, Tensor, dict[str, Any]], Any]] = {
+    "strong": lambda varied, plain, stream: STRONG(plain, **stream),
+    "default": lambda varied, plain, stream: Augmentation()(plain, **stream),
+    "centres": lambda varied, plain, stream: hide_centres(varied, plain, 0.5, **stream),
+    "frames": lambda varied, plain, stream: swap_frames(varied, 0.5, **stream),
+    "backgrounds": lambda varied, plain, stream: swap_backgrounds(
+        varied, lungs_of(len(varied), 40), 0.5, **stream
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_larger_batch_takes_no_more_operators_and_none_waits_for_the_device(name: str) -> None:
+    counts = []
+    for size in (8, 16):
+        plain = images(size, 40)
+        varied, stream = plain.float(), {"seed": 3, "epoch": 5, "draws": range(size)}
+        with Operators() as operators:
+            RUNS[name](varied, plain, stream)
+        counts.append(operators.names)
+        # What would make the CPU wait for a number, or for the size of a result.
+        waiting = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal"}
+        assert not {n.removeprefix("aten::") for n in operators.names} & waiting
+    assert counts[0] == counts[1]
+    assert counts[0].total() < 300
+
+
+def test_the_operators_that_are_counted_are_those_that_run() -> None:
+    with Operators() as operators:
+        pixels = images(2).float()
+        float(pixels[pixels > 3].mean())
+    assert {"aten::_local_scalar_dense", "aten::index"} <= set(operators.names)
 
 
 # ---------------------------------------------------------------- hidden centres
@@ -404,8 +556,10 @@ def test_the_asked_share_of_centres_is_hidden_and_the_frame_stays() -> None:
     assert from_plain / int(hidden.sum()) == pytest.approx(2 / 3, abs=0.2)
 
 
-def test_a_centre_is_hidden_alike_whatever_its_batch() -> None:
-    plain, varied = images(30), images(30, seed=1).float()
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("side", [33, 225])
+def test_a_centre_is_hidden_alike_whatever_its_batch(side: int) -> None:
+    plain, varied = images(30, side) / 3, images(30, side, seed=1) / 3
     found, hidden = hide_centres(varied, plain, 0.5, seed=1, epoch=2, draws=range(30))
     for i in range(30):
         own = slice(i, i + 1)
@@ -449,6 +603,21 @@ def test_frames_are_swapped_alike_each_time_and_not_at_all_without_a_share() -> 
     assert torch.equal(found, swap_frames(pixels, 0.5, seed=1, epoch=2, draws=range(30)))
     assert not torch.equal(found, swap_frames(pixels, 0.5, seed=1, epoch=3, draws=range(30)))
     assert torch.equal(pixels, swap_frames(pixels, 0, seed=1, epoch=2, draws=range(30)))
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("side", [33, 225])
+def test_frames_and_backgrounds_depend_on_no_more_than_the_neighbour(side: int) -> None:
+    pixels, lungs = images(12, side) / 3, lungs_of(12, side)
+    stream = {"seed": 1, "epoch": 2}
+    frames = swap_frames(pixels, 0.5, **stream, draws=range(12))
+    backgrounds = swap_backgrounds(pixels, lungs, 0.8, **stream, draws=range(12))
+    for i in range(1, 12):
+        pair = slice(i - 1, i + 1)
+        alone = swap_frames(pixels[pair], 0.5, **stream, draws=[i - 1, i])
+        assert torch.equal(alone[1], frames[i])
+        alone = swap_backgrounds(pixels[pair], lungs[pair], 0.8, **stream, draws=[i - 1, i])
+        assert torch.equal(alone[1], backgrounds[i])
 
 
 def lungs_of(count: int, side: int) -> Tensor:

@@ -20,7 +20,15 @@ from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
 import sources
-from chestxray_covid import Augmentation, Classifier, History, ModelConfig, Preprocess, fit_gate
+from chestxray_covid import (
+    Augmentation,
+    Classifier,
+    History,
+    ModelConfig,
+    Preprocess,
+    Sample,
+    fit_gate,
+)
 from chestxray_covid.card import model_card
 from chestxray_covid.checkpoint import load_config, save_checkpoint
 from chestxray_covid.datasets.base import LABELS
@@ -468,9 +476,9 @@ def test_no_relative_trains_on_whom_it_is_judged_by(
     predicted: dict[str, np.ndarray] = {}
     predict = relatives.predict_without
 
-    def predict_without(held_out: np.ndarray, name: str) -> np.ndarray:
+    def predict_without(held_out: np.ndarray, name: str, *how: Any) -> np.ndarray:
         predicted[name] = held_out
-        found: np.ndarray = predict(held_out, name)
+        found: np.ndarray = predict(held_out, name, *how)
         return found
 
     bases: list[Any] = []
@@ -490,7 +498,10 @@ def test_no_relative_trains_on_whom_it_is_judged_by(
     for name, held_out in predicted.items():
         train, groups = trained[name]
         assert not set(groups) & set(relatives.groups[held_out]), name
-        assert len(train) == len(groups) == len(relatives.without(held_out))
+        allowed = set(relatives.without(held_out).tolist())
+        if name != "without-hannover":  # trained on what Cohen's collection lists, alone
+            allowed &= set(judge.cohens(relatives.dataset).tolist())
+        assert len(train) == len(groups) == len(allowed)
     of = dict(zip((s.path for s in relatives.dataset.samples), relatives.groups, strict=True))
     train, val = ({of[s.path] for s in side.samples} for side in bases[:2])
     assert train
@@ -513,7 +524,7 @@ def test_a_relative_is_trained_and_read_again(
     recipes: dict[str, Any], relatives: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = recipes["judge_default"]
-    for name in ("SHORT", "BASE"):
+    for name in ("INSIDE", "SHORT", "BASE"):
         config = replace(
             getattr(judge, name),
             preprocess=Preprocess(size_px=32),
@@ -524,12 +535,38 @@ def test_a_relative_is_trained_and_read_again(
         )
         monkeypatch.setattr(judge, name, config)
     held_out = relatives.held_out_nih()
-    first = relatives.predict_without(held_out, "nih")
+    first = relatives.predict_without(held_out, "nih", judge.SHORT)
     assert first.shape == (len(held_out), 3)
     weights = relatives.folder / "nih" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    assert np.array_equal(relatives.predict_without(held_out, "nih"), first)
+    assert np.array_equal(relatives.predict_without(held_out, "nih", judge.SHORT), first)
     assert weights.stat().st_mtime_ns == before
+    cohen = judge.cohens(relatives.dataset)
+    inside = relatives.predict_without(cohen[:8], "inside", judge.INSIDE, cohen)
+    assert inside.shape == (8, 3)
+
+
+def test_a_website_alone_gives_the_share_of_the_others_images_from_there(
+    recipes: dict[str, Any],
+) -> None:
+    judge = recipes["judge_default"]
+    hosts = ["a", "a", "a", "b", "b", "b", "c"]
+    samples = [
+        Sample(
+            path=Path(f"{i}.png"),
+            label="covid19",
+            patient_id=str(i),
+            source="cohen",
+            metadata={"url": f"https://{host}.org/{i}"},
+        )
+        for i, host in enumerate(hosts)
+    ]
+    truth = np.array([True, True, False, False, False, True, True])
+    rest, held_out = np.array([0, 1, 3, 4, 5]), np.array([2, 6])
+    found = judge.share_by_website(samples, truth, [(rest, held_out)])
+    average = 3 / 5
+    assert found[2] == pytest.approx((2 + 2 * average) / (2 + 2))
+    assert found[6] == pytest.approx(average), "of c nothing is known"
 
 
 def test_the_audit_judges_the_design_of_training_on_test_patients(

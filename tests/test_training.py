@@ -579,7 +579,7 @@ def test_class_weights_are_those_of_scikit_learn(split: Split, tmp_path: Path) -
 
 
 def test_images_with_a_hidden_centre_have_a_uniform_target() -> None:
-    config = replace(QUICK, label_smoothing=0.1)
+    config = replace(QUICK, label_smoothing=0.1, hide_centre=0.3)
     targets = [0, 0, 0, 1, 1, 0]
     trained_network = TrainingNetwork(network(), config, Accelerator(cpu=True), targets)
     pixels = torch.rand(6, 1, 32, 32) * 255

@@ -1,23 +1,27 @@
-"""Augmentation of batches on the device, each sample with random numbers of its own.
+"""Augmentation of whole batches on the device, each sample with random numbers of its own.
 
-Every transform is one of torchvision's v2 functionals, applied per sample, so that its numbers are
-a function of (seed, epoch, sample) alone: batch size, order, resuming and the number of processes
-change nothing.
+A sample's numbers are a function of (seed, epoch, sample) alone, and are drawn on the CPU. What is
+done with them is done to all images at once, by as many operators whatever the size of the batch,
+and nothing waits for the device. Operators are chosen that treat each image by itself, on a CPU to
+the last bit: batch size, order, resuming and the number of processes change nothing.
 """
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual name
 
+from chestxray_covid.transforms import blur, equalise, gaussian, inside, mean, place, resample
+
+#: ``(N,)``, a number per sample.
+_Floats = NDArray[np.float64]
 #: Domain of the random numbers, so that order and augmentation never share a stream.
 _STREAM = 2
 #: The same, of :func:`hide_centres`.
@@ -26,6 +30,15 @@ _CENTRE_STREAM = 3
 _FRAME_STREAM = 4
 #: The same, of :func:`swap_backgrounds`.
 _BACKGROUND_STREAM = 77  # any number of its own; the bundled weights were trained with this one
+_EDGES = ("left", "top", "right", "bottom")
+#: What a sample draws, in this order and all of it: one option leaves the others' numbers alone.
+_DRAWN = (
+    *("flip", "blur", "sigma", "angle", "side", "across", "down", "gamma", "contrast", "shift"),
+    *("noise", "aspect", "equalise", "mixed", "reduced", "scale", "covered", "grey"),
+    *_EDGES,
+)
+#: What :func:`place` needs to know of an image.
+_PLACE = ("cos", "sin", "left", "top", "width", "height")
 #: Share of an image that has to be lung, or near it, for :func:`swap_backgrounds`.
 _LEAST_LUNG = 0.08
 
@@ -123,80 +136,102 @@ class Augmentation:
         images = pixels.to(torch.float32)
         if self == Augmentation.none():
             return images
-        generators = [np.random.default_rng([seed, epoch, _STREAM, draw]) for draw in draws]
-        varied = [self._vary(i, g) for i, g in zip(images, generators, strict=True)]
-        return torch.stack(varied).clamp_(0, 255)
+        generators = _generators(len(images), _STREAM, seed, epoch, draws)
+        drawn = _uniform(generators, _DRAWN)
+        seeds = np.array([g.integers(2**32, dtype=np.uint32) for g in generators], np.uint32)
+        return self._vary(images, drawn, seeds.view(np.int32)).clamp(0, 255)
 
-    def _vary(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        # Every number is drawn, used or not: one option leaves the numbers of the others alone.
-        flip, blur, sigma = rng.random(), rng.random(), rng.uniform(0.3, 1.2)
-        angle, side, across, down = rng.uniform(-1, 1), rng.random(), rng.random(), rng.random()
-        log_gamma, log_contrast, shift = rng.uniform(-1, 1, 3)
-        noise = rng.random() * self.noise
-        log_aspect, equalise, mixed, reduced, scale = rng.uniform(-1, 1), *rng.random(4)
-        covered, grey, *edges = rng.random(6)
-        if flip < self.horizontal_flip:
-            image = F.horizontal_flip(image)
-        if self.rotation_deg:
-            image = _rotate(image, angle * self.rotation_deg)
-        if self.crop_min < 1:
-            fraction = self.crop_min + side * (1 - self.crop_min)
-            image = _crop(image, fraction, self.aspect ** (log_aspect / 2), across, down)
-        if equalise < self.equalise:
-            flat = F.equalize(image.clamp(0, 255).to(torch.uint8)).float()
-            image = torch.lerp(image, flat, mixed)
+    def _vary(self, images: Tensor, u: dict[str, _Floats], seeds: NDArray[np.int32]) -> Tensor:
+        """Return varied images, from ``(N,)`` numbers in [0, 1) and the seeds of their noise."""
+        side, device = images.shape[-1], images.device
+        signed = {name: 2 * u[name] - 1 for name in ("angle", "gamma", "contrast", "shift")}
+        angle, crops = np.radians(self.rotation_deg * signed["angle"]), self._crops(side, u)
+        equalised, blurred = u["equalise"] < self.equalise, u["blur"] < self.blur
+        reduced = (u["reduced"] < 0.5) & (self.resample < 1)
+        part = side * self.hide_border * (u["covered"] < 0.5)
+        n = _columns(
+            device,
+            flip=u["flip"] < self.horizontal_flip,
+            cos=np.cos(angle),
+            sin=np.sin(angle),
+            **crops,
+            mixed=u["mixed"],
+            gamma=self.gamma ** signed["gamma"],
+            contrast=self.contrast ** signed["contrast"],
+            shift=255 * self.brightness * signed["shift"],
+            sigma=0.3 + (1.2 - 0.3) * u["sigma"],
+            small=np.rint(side * (self.resample + u["scale"] * (1 - self.resample))).clip(1),
+            noise=255 * self.noise * u["noise"],
+            grey=255 * u["grey"],
+            **{f"hidden_{edge}": np.rint(part * u[edge]) for edge in _EDGES},
+        )
+        if self.horizontal_flip:
+            images = torch.where(n["flip"] > 0, images.flip(-1), images)
+        moved = (angle != 0) | (np.minimum(crops["width"], crops["height"]) < side)
+        images = _change(images, moved, place, *(n[name] for name in _PLACE))
+        images = _change(images, equalised, equalise, n["mixed"])
         if self.gamma > 1:
-            image = 255 * F.adjust_gamma(image / 255, self.gamma**log_gamma)
+            # Not pow, whose last bit on a CPU depends on where in the batch a pixel lies.
+            images = (images / 255).log_().mul_(n["gamma"]).exp_().mul_(255)
         if self.contrast > 1:
-            mean = image.mean()
-            image = (image - mean) * self.contrast**log_contrast + mean
-        image = image + 255 * self.brightness * shift
-        if blur < self.blur:
-            image = F.gaussian_blur(image, [5, 5], [sigma, sigma])
-        if self.resample < 1 and reduced < 0.5:
-            image = _resample(image, self.resample + scale * (1 - self.resample))
+            level = mean(images)
+            images = (images - level).mul_(n["contrast"]).add_(level)
+        images = images + n["shift"]
+        images = _change(images, blurred, blur, n["sigma"])
+        images = _change(images, reduced, resample, n["small"])
         if self.noise:
-            pattern = rng.standard_normal(image.shape, dtype=np.float32)
-            image = image + torch.from_numpy(pattern).to(image.device) * (255 * noise)
-        if self.hide_border and covered < 0.5:
-            image = _hide_border(image, [self.hide_border * edge for edge in edges], 255 * grey)
-        return image
+            images = images + gaussian(_send(seeds, device), side).mul_(n["noise"])
+        if self.hide_border:
+            seen = inside(side, *(n[f"hidden_{edge}"] for edge in _EDGES))
+            images = torch.where(seen, images, n["grey"])
+        return images
+
+    def _crops(self, side: int, u: dict[str, _Floats]) -> dict[str, _Floats]:
+        """Return the crops' sides and where they begin, in whole pixels."""
+        fraction = self.crop_min + u["side"] * (1 - self.crop_min)
+        stretch = self.aspect ** (u["aspect"] - 0.5) if self.crop_min < 1 else 1.0
+        width = np.rint(side * fraction * stretch).clip(1, side)
+        height = np.rint(side * fraction / stretch).clip(1, side)
+        left, top = np.rint(u["across"] * (side - width)), np.rint(u["down"] * (side - height))
+        return {"width": width, "height": height, "left": left, "top": top}
 
 
-def _rotate(image: Tensor, angle: float) -> Tensor:
-    """Rotate by degrees about the centre; the border's own pixels fill the corners."""
-    side = image.shape[-1]
-    radians = math.radians(abs(angle))
-    margin = math.ceil(side / 2 * (math.sin(radians) + math.cos(radians) - 1)) + 1
-    padded = F.pad(image, [margin], padding_mode="edge")
-    turned = F.rotate(padded, angle, interpolation=F.InterpolationMode.BILINEAR)
-    centre: Tensor = F.center_crop(turned, [side, side])
-    return centre
+def _generators(
+    count: int, stream: int, seed: int, epoch: int, draws: Sequence[int]
+) -> list[np.random.Generator]:
+    """Return the generators of as many samples."""
+    pairs = zip(range(count), draws, strict=True)
+    return [np.random.default_rng([seed, epoch, stream, draw]) for _, draw in pairs]
 
 
-def _crop(image: Tensor, fraction: float, aspect: float, across: float, down: float) -> Tensor:
-    side = image.shape[-1]
-    width = min(side, max(1, round(side * fraction * aspect)))
-    height = min(side, max(1, round(side * fraction / aspect)))
-    top, left = round(down * (side - height)), round(across * (side - width))
-    cropped: Tensor = F.resized_crop(image, top, left, height, width, [side, side], antialias=True)
-    return cropped
+def _uniform(generators: Sequence[np.random.Generator], names: Sequence[str]) -> dict[str, _Floats]:
+    """Return ``(N,)`` numbers in [0, 1) under each name, drawn in the order of the names."""
+    drawn = np.array([g.random(len(names)) for g in generators]).reshape(-1, len(names))
+    return dict(zip(names, drawn.T, strict=True))
 
 
-def _resample(image: Tensor, fraction: float) -> Tensor:
-    side = image.shape[-1]
-    small = F.resize(image, [max(1, round(side * fraction))] * 2, antialias=True)
-    enlarged: Tensor = F.resize(small, [side, side], antialias=True)
-    return enlarged
+def _send(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array on the device, without waiting for what the device is doing."""
+    tensor = torch.from_numpy(values)
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
-def _hide_border(image: Tensor, parts: Sequence[float], grey: float) -> Tensor:
-    side = image.shape[-1]
-    left, top, right, bottom = (round(side * part) for part in parts)
-    hidden = torch.full_like(image, grey)
-    rows, columns = slice(top, side - bottom), slice(left, side - right)
-    hidden[..., rows, columns] = image[..., rows, columns]
-    return hidden
+def _columns(device: torch.device, **columns: NDArray[Any]) -> dict[str, Tensor]:
+    """Return ``(N,)`` arrays as ``(N, 1, 1, 1)`` float32, in one transfer for all of them."""
+    table = _send(np.array(list(columns.values()), np.float32), device)
+    return dict(zip(columns, table[..., None, None, None].unbind(), strict=True))
+
+
+def _change(
+    images: Tensor, chosen: NDArray[np.bool_], change: Callable[..., Tensor], *numbers: Tensor
+) -> Tensor:
+    """Return images of which the chosen ones are changed and the others not touched."""
+    if not chosen.any():
+        return images
+    which = _send(np.flatnonzero(chosen), images.device)
+    changed = change(*(t.index_select(0, which) for t in (images, *numbers)))
+    return images.index_copy(0, which, changed)
 
 
 def hide_centres(
@@ -225,21 +260,24 @@ def hide_centres(
         ``(N, 1, S, S)`` images and ``(N,)`` bool, true where the centre is hidden, both on the
         images' device.
     """
-    hidden = torch.zeros(len(images), dtype=torch.bool)
     if share == 0:
-        return images, hidden.to(images.device)
-    shown, side = images.clone(), images.shape[-1]
-    for i, draw in enumerate(draws):
-        rng = np.random.default_rng([seed, epoch, _CENTRE_STREAM, draw])
-        chosen, part, own_mean, grey, whole = rng.random(5)
-        if chosen < share:
-            hidden[i] = True
-            margin = round(side * (1 - (0.5 + 0.45 * part)) / 2)
-            inner = slice(margin, side - margin)
-            frame = plain[i].to(images.dtype) if whole < 2 / 3 else images[i]
-            shown[i] = frame
-            shown[i, :, inner, inner] = frame.mean() if own_mean < 0.5 else 255 * grey
-    return shown, hidden.to(images.device)
+        return images, torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    names = ("chosen", "part", "own_mean", "grey", "whole")
+    u = _uniform(_generators(len(images), _CENTRE_STREAM, seed, epoch, draws), names)
+    side, hidden = images.shape[-1], u["chosen"] < share
+    n = _columns(
+        images.device,
+        hidden=hidden,
+        plain=u["whole"] < 2 / 3,
+        margin=np.rint(side * (1 - (0.5 + 0.45 * u["part"])) / 2),
+        own_mean=u["own_mean"] < 0.5,
+        grey=255 * u["grey"],
+    )
+    frames = torch.where(n["plain"] > 0, plain.to(images.dtype), images)
+    grey = torch.where(n["own_mean"] > 0, mean(frames), n["grey"])
+    shown = torch.where(inside(side, *[n["margin"]] * 4), grey, frames)
+    chosen = n["hidden"] > 0
+    return torch.where(chosen, shown, images), chosen.flatten()
 
 
 def swap_frames(
@@ -261,15 +299,12 @@ def swap_frames(
     """
     if share == 0:
         return images
-    swapped, side = images.roll(1, 0), images.shape[-1]
-    for i, draw in enumerate(draws):
-        rng = np.random.default_rng([seed, epoch, _FRAME_STREAM, draw])
-        chosen, *edges = rng.random(5)
-        margins = [round(side * (0.02 + 0.18 * edge)) if chosen < share else 0 for edge in edges]
-        left, top, right, bottom = margins
-        rows, columns = slice(top, side - bottom), slice(left, side - right)
-        swapped[i, :, rows, columns] = images[i, :, rows, columns]
-    return swapped
+    names = ("chosen", *_EDGES)
+    u = _uniform(_generators(len(images), _FRAME_STREAM, seed, epoch, draws), names)
+    side, chosen = images.shape[-1], u["chosen"] < share
+    margins = {e: np.rint(side * (0.02 + 0.18 * u[e])) * chosen for e in _EDGES}
+    own = inside(side, *_columns(images.device, **margins).values())
+    return torch.where(own, images, images.roll(1, 0))
 
 
 def swap_backgrounds(
@@ -300,13 +335,10 @@ def swap_backgrounds(
     Returns:
         ``(N, 1, S, S)`` on the same device.
     """
-    found, others = images.clone(), images.roll(1, 0)
-    sizes = lungs.mean((1, 2, 3)).tolist()
-    for i, (draw, size) in enumerate(zip(draws, sizes, strict=True)):
-        rng = np.random.default_rng([seed, epoch, _BACKGROUND_STREAM, draw])
-        chosen, kind, grey = rng.random(3)
-        if chosen < share and size > _LEAST_LUNG:
-            uniform = images[i].mean() if kind < 0.75 else 255 * grey
-            around = others[i] if kind < 0.5 else torch.full_like(images[i], float(uniform))
-            found[i] = images[i] * lungs[i] + around * (1 - lungs[i])
-    return found
+    names = ("chosen", "kind", "grey")
+    u = _uniform(_generators(len(images), _BACKGROUND_STREAM, seed, epoch, draws), names)
+    n = _columns(images.device, chosen=u["chosen"] < share, kind=u["kind"], grey=255 * u["grey"])
+    uniform = torch.where(n["kind"] < 0.75, mean(images), n["grey"])
+    around = torch.where(n["kind"] < 0.5, images.roll(1, 0), uniform)
+    swapped = images * lungs + around * (1 - lungs)
+    return torch.where((n["chosen"] > 0) & (mean(lungs) > _LEAST_LUNG), swapped, images)

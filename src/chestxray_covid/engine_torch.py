@@ -22,6 +22,10 @@ _CPU_BATCH = 8
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+#: The variances hold their epsilon already; not 0, which torch before 2.12 refuses.
+_NO_MORE = 1e-12
+
+
 class FoldedNetwork(nn.Module):
     """The folded network as a module: ``(N, 1, S, S)`` uint8 to logits and features, float32.
 
@@ -72,7 +76,7 @@ class FoldedNetwork(nn.Module):
             # A batch norm of mean 0 and deviation 1: of all ways the fastest in bfloat16, and with
             # weights in single precision the most exact.
             mean, variance = torch.zeros_like(bias), torch.ones_like(bias)
-            value = functional.batch_norm(value, mean, variance, weight, bias, eps=0.0)
+            value = functional.batch_norm(value, mean, variance, weight, bias, eps=_NO_MORE)
         elif step.op == "linear" and weight is not None:
             value = functional.linear(value, weight, bias)
         elif weight is not None:

@@ -15,15 +15,17 @@ import numpy as np
 import torch
 import torchvision
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from tqdm import tqdm
 
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.datasets.loading import Loader, map_ahead
+from chestxray_covid.datasets.loading import Loader, in_batches
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
 from chestxray_covid.models import check_model, load_tensors, to_tensors
 from chestxray_covid.training_config import Callback, EpochRecord, History, TrainingConfig
+from chestxray_covid.training_feed import LateReader, feed, to_device
 from chestxray_covid.training_network import (
     TrainingNetwork,
     check_smallest_batch,
@@ -34,6 +36,7 @@ from chestxray_covid.training_order import (
     Batch,
     check_options,
     check_sides,
+    diverged,
     epoch_batches,
     pixel_loader,
     warn_if_confounded,
@@ -129,7 +132,7 @@ class Trainer:
         if resume and (finished := self._states.finished(self.config)) is not None:
             return self._take_finished(finished)
         self._prepare(resume)
-        with SignalWatch() as self._signals, self._network.checkpointed():
+        with SignalWatch() as self._signals, self._network.computing():
             for callback in self.callbacks:
                 callback.on_train_begin(self)
             while self._at.epoch < self.config.epochs and not self._has_stalled():
@@ -156,6 +159,7 @@ class Trainer:
         config = self.config
         self._states.claim(resume=resume, make=self._accelerator.is_main_process)
         self.history, self._at = History(), Position()
+        self._losses: LateReader[tuple[int, Batch]] = LateReader(self.device)
         self._load_train = self._loader(self.train)
         self._load_val = self._loader(self.val)
         self._network = TrainingNetwork(self.model, config, self._accelerator, self.train.targets)
@@ -183,13 +187,8 @@ class Trainer:
         )
         steps = math.ceil(len(batches) / config.accumulate)
         self._rate = config.rate_at(max(0, at.step - 1), steps)
-        todo = batches[at.batch :]
-        pixels = map_ahead(
-            self._load_train,
-            (index for batch in todo for index, _ in batch.images),
-            workers=config.workers,
-            ahead=4 * self._batch_size,
-        )
+        positions = [[index for index, _ in b.images] for b in batches[at.batch :]]
+        pixels = feed(self._load_train, positions, self.device, workers=config.workers)
         self._network.train()
         images, done = (
             sum(len(b.together) for b in some) for some in (batches, batches[: at.batch])
@@ -199,29 +198,27 @@ class Trainer:
             while at.batch < len(batches):
                 group = batches[at.batch : at.batch + config.accumulate]
                 self._rate = config.rate_at(at.step, steps)
-                self._step(group, pixels)
-                at.batch += len(group)
-                at.step += 1
+                last = at.batch + len(group) == len(batches)
+                self._step(group, pixels, due=last or self._is_due(at.step + 1))
                 loss = at.loss_sum / max(1, at.seen)  # a process may have had none that counts
                 bar.update(sum(len(batch.together) for batch in group))
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 for callback in self.callbacks:
                     callback.on_step_end(self, at.step, loss)
-                self._save_or_stop(last=at.batch == len(batches))
+                self._save_or_stop(last=last)
 
-    def _step(self, group: list[Batch], pixels: Iterator[NDArray[np.uint8]]) -> None:
-        """Take one optimizer step over a group of accumulated batches."""
+    def _step(self, group: list[Batch], pixels: Iterator[Tensor], *, due: bool) -> None:
+        """Take one optimizer step over a group of batches; if a state is due, read their losses."""
         at, network = self._at, self._network
         start = time.perf_counter()
         # Processes take the mean of their gradients, which shall be the mean over all images.
         weight = network.weight_of([self.train.targets[i] for b in group for i in b.together])
         for number, batch in enumerate(group, 1):
             waiting = time.perf_counter()
-            images = torch.from_numpy(np.stack([next(pixels) for _ in batch.images]))
-            images = images.to(self.device)
+            images = next(pixels)
             at.data_seconds += time.perf_counter() - waiting
             labels = [self.train.targets[i] for i, _ in batch.images]
-            targets = torch.tensor(labels, device=self.device)
+            targets = to_device(np.array(labels), self.device)
             varied, hidden = network.vary(images, at.epoch, [draw for _, draw in batch.images])
             loss = network.backward(
                 varied,
@@ -231,22 +228,23 @@ class Trainer:
                 share=self._accelerator.num_processes / weight,
                 last=number == len(group),
             )
-            self._count(loss, batch)
+            self._losses.put(loss, (at.batch + number, batch))
+        self._count(leave=0 if due or not at.seen else len(group))
         network.step(self._rate)
+        at.batch += len(group)
+        at.step += 1
         at.seconds += time.perf_counter() - start
 
-    def _count(self, loss: float, batch: Batch) -> None:
+    def _count(self, *, leave: int) -> None:
+        """Add the losses to the epoch's; on a GPU the last so many are left to be computed."""
         at = self._at
-        if not math.isfinite(loss):
-            names = [str(self.train.samples[i].path) for i, _ in batch.images]
-            raise TrainingError(
-                f"The loss is {loss} in epoch {at.epoch + 1}, batch {at.batch + 1}. Lower "
-                f"learning_rate ({self._rate:.3g}), use precision='float32', or look at the "
-                f"images of the batch: {', '.join(names)}. The weights of the best epoch so "
-                f"far, if one is finished, are in {self.output}."
-            )
-        at.loss_sum += loss
-        at.seen += batch.counted
+        for loss, (number, batch) in self._losses.ready(leave=leave):
+            if not math.isfinite(loss):
+                paths = [self.train.samples[i].path for i, _ in batch.images]
+                place = f"epoch {at.epoch + 1}, batch {number}"
+                raise diverged(loss, place, paths, self._rate, self.output)
+            at.loss_sum += loss
+            at.seen += batch.counted
 
     def _save_or_stop(self, *, last: bool) -> None:
         """Save when a state is due; stop after that if a signal arrived in any process.
@@ -254,12 +252,14 @@ class Trainer:
         After an epoch's last step one always is, so that validation can be interrupted.
         """
         signal_number = self._signal()
-        every = self.config.checkpoint_every
-        due = last or (every is not None and self._at.step % every == 0)
-        if due or signal_number:
+        if last or signal_number or self._is_due(self._at.step):
+            self._count(leave=0)
             self._save_state()
         if signal_number:
             raise TrainingInterrupted(signal_number, self.output)
+
+    def _is_due(self, step: int) -> bool:
+        return step % (self.config.checkpoint_every or step + 1) == 0
 
     def _stop_if_signalled(self) -> None:
         if signal_number := self._signal():
@@ -267,6 +267,8 @@ class Trainer:
 
     def _signal(self) -> int:
         """Return the signal that arrived in any process, or 0."""
+        if self._accelerator.num_processes == 1:
+            return self._signals.received  # without a question to the device
         own = torch.tensor([self._signals.received], device=self.device)
         return int(self._accelerator.gather(own).max())
 
@@ -310,12 +312,10 @@ class Trainer:
 
         self._network.unite()
         own = range(accelerator.process_index, len(self.val), accelerator.num_processes)
-        ahead = 4 * self._batch_size
-        pixels = map_ahead(self._load_val, own, workers=self.config.workers, ahead=ahead)
+        batches = in_batches(own, self._batch_size)
+        pixels = feed(self._load_val, batches, self.device, workers=self.config.workers)
         with contextlib.closing(pixels), self._bar("validate", len(own)) as bar:
-            logits = self._network.predict(
-                pixels, batch_size=self._batch_size, total=len(self.val), bar=bar, check=may_stop
-            )
+            logits = self._network.predict(pixels, total=len(self.val), bar=bar, check=may_stop)
         loss = float(F.cross_entropy(logits, torch.tensor(self.val.targets)))
         if not math.isfinite(loss):
             raise TrainingError(

@@ -87,7 +87,7 @@ class TrainingConfig:
             processor or GPU computes it natively.
         device: ``"auto"`` takes a GPU where there is one, or ``"cpu"``.
         compile_backend: Backend of ``torch.compile``, such as ``"inductor"``, for the step of
-            training; ``None`` compiles nothing. Worth its minutes on a GPU, not on a CPU.
+            training; ``None``: nothing. Measure whether it pays: launching may take longer.
         gradient_checkpointing: Compute dense layers a second time for the gradient instead of
             keeping what is between their convolutions: less memory, more time, the same weights.
         channels_last: Keep images and weights in channels-last order, which is faster.
@@ -388,7 +388,10 @@ class Callback:
         """Run before the first step, also of a resumed run."""
 
     def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
-        """Run after each optimizer step, numbered from 1, with the epoch's mean loss so far."""
+        """Run after each optimizer step, numbered from 1, with the epoch's mean loss so far.
+
+        A GPU is still computing the step's own loss, which is not in it.
+        """
 
     def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> bool | None:
         """Run after each validation; return ``True`` to stop training."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -240,3 +241,15 @@ def warn_if_confounded(train: ChestXrayDataset, *, stacklevel: int) -> None:
             ConfoundingWarning,
             stacklevel=stacklevel + 1,
         )
+
+
+def diverged(
+    loss: float, place: str, paths: Sequence[object], rate: float, output: Path
+) -> TrainingError:
+    """Return the error that says of which images the loss is not a number, and what to do."""
+    return TrainingError(
+        f"The loss is {loss} in {place}. Lower learning_rate ({rate:.3g}), use "
+        "precision='float32', or look at the images of the batch: "
+        f"{', '.join(map(str, paths))}. The weights of the best epoch so far, if one is finished, "
+        f"are in {output}."
+    )
