@@ -555,7 +555,9 @@ def test_a_website_alone_gives_the_share_of_the_others_images_from_there(
         Sample(
             path=Path(f"{i}.png"),
             label="covid19",
+            finding="COVID-19",
             patient_id=str(i),
+            view="PA",
             source="cohen",
             metadata={"url": f"https://{host}.org/{i}"},
         )
