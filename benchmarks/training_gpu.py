@@ -216,6 +216,7 @@ def options_from(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=240.0,
         help="leave out rows of the large batch that are not warm by then",
     )
+    parser.add_argument("--note", metavar="TEXT", help="what else to know, kept in the result")
     parser.add_argument("--output", type=Path, help="folder, instead of benchmarks/results")
     return parser.parse_args(arguments)
 
@@ -228,15 +229,29 @@ def main() -> None:
     optional = {name for name in chosen if "batch" in name}
     if unknown := set(options.only or ()) - set(chosen):
         raise SystemExit(f"No rows {sorted(unknown)}; there are {list(chosen)}.")
-    chosen = {n: make for n, make in chosen.items() if not options.only or n in options.only}
+    left_out = {n: "not chosen" for n in chosen if options.only and n not in options.only}
+    chosen = {n: make for n, make in chosen.items() if n not in left_out}
+    about = {"note": options.note, "left_out": left_out}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        measure(setup_from(options, Path(folder)), chosen, optional, options.skip_after_s)
+        measure(setup_from(options, Path(folder)), chosen, optional, options.skip_after_s, about)
 
 
 def measure(
-    setup: Setup, chosen: dict[str, Maker], optional: set[str], skip_after_s: float
+    setup: Setup,
+    chosen: dict[str, Maker],
+    optional: set[str],
+    skip_after_s: float,
+    about: dict[str, Any],
 ) -> None:
-    """Measure the rows and write the result, again once it is known how idle the device was."""
+    """Measure the rows and write the result, again once it is known how idle the device was.
+
+    Args:
+        setup: What all rows share.
+        chosen: Name → how to make a row.
+        optional: Names of rows that are left out where time runs short.
+        skip_after_s: When that is.
+        about: ``note``, and ``left_out`` with rows that were not chosen.
+    """
     begun = time.perf_counter()
     cached_decoder(setup.train, PREPROCESS, cache(setup), workers=setup.workers)
     fill_s = time.perf_counter() - begun
@@ -249,6 +264,7 @@ def measure(
         say(f"round {number + 1} of {setup.rounds}", begun)
     result: dict[str, Any] = {
         "what": "images/s of whole training epochs, DenseNet-121 from random weights",
+        "note": about["note"],
         "size_px": SIZE_PX,
         "images": setup.images,
         "radiographs": len(setup.train),
@@ -261,7 +277,7 @@ def measure(
         "flops_per_image": flops,
         "peak_flops": peak,
         "rows": {name: described(row, flops, peak) for name, row in rows.items()},
-        "left_out": left_out,
+        "left_out": {**left_out, **about["left_out"]},
         "idle": None,
     }
     common.write("training_gpu", result)

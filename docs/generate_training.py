@@ -82,30 +82,33 @@ def training_block(
 
 
 def gpu_block(result: Mapping[str, Any] | None) -> str:
-    """Return images per second of all ways to train on a GPU; or that nobody measured yet."""
+    """Return images per second of every row on a GPU; or that nobody measured yet."""
     if result is None or result["gpu"] is None:
         return "\nNot measured yet: `python benchmarks/training_gpu.py`.\n"
     rows, card, machine = result["rows"], result["gpu"], result["machine"]
+    note = f" ({result['note']})" if result["note"] else ""
     intro = wrapped(
         f"DenseNet-121 from random weights at {result['size_px']} px on one {card['name']} and "
-        f"{machine['cores']} cores ({machine['processor']}; torch {machine['versions']['torch']}, "
-        f"CUDA {card['cuda']}), {result['images']} reduced files of Kermany's collection per "
-        f"epoch, {result['workers']} threads or processes that decode: the median (and range) of "
-        f"{result['rounds']} epochs each, which alternate (`python benchmarks/training_gpu.py`). "
-        "An epoch is timed from before its first batch until the GPU has done its last step."
+        f"{machine['torch_threads']} of {machine['cores']} cores ({machine['processor']}; torch "
+        f"{machine['versions']['torch']}, CUDA {card['cuda']}), {result['images']} radiographs of "
+        f"Kermany's collection per epoch{note}, {result['workers']} threads or processes that "
+        f"decode: the median (and range) of {result['rounds']} epochs each, which alternate "
+        "(`python benchmarks/training_gpu.py`). An epoch is timed from before its first batch "
+        "until the GPU has done its last step."
     )
-    plain = rows.get(PLAIN)
+    plain, idle = rows.get(PLAIN), result["idle"] or {}
     cells = (
         [
             name,
             row["batch"],
             f"{row['median']:.0f} ({row['range'][0]:.0f}–{row['range'][1]:.0f})",
-            f"{row['median'] / plain['median']:.2f}" if plain else "–",
+            _times(row, plain),
+            _idle(idle.get(name)),
             f"{row['share_of_peak']:.1%}",
         ]
         for name, row in rows.items()
     )
-    head = ["", "batch", "images/s", "times plain", "share of the matrix product"]
+    head = [*("", "batch", "images/s", "times plain"), *("GPU idle", "share of the matrix product")]
     peers = "" if result["timm"] is None else f" of timm {result['timm']}"
     legend = wrapped(
         "*plain* is a tutorial's loop: Pillow and torchvision in worker processes, float32, Adam, "
@@ -114,29 +117,46 @@ def gpu_block(result: Mapping[str, Any] | None) -> str:
         "--amp-dtype bfloat16 --channels-last`, *compiled* with `--torchcompile inductor`, all "
         "else at its default. *trainer* is `TrainingConfig` with a cache that is filled, "
         '*compiled* with `compile_backend="inductor"`. Each varies images in its own way. The last '
-        f"column is {result['flops_per_image'] / 1e9:.1f} GFLOP per image (forward and backward, "
-        f"as `FlopCounterMode` counts) over the {result['peak_flops'] / 1e12:.0f} TFLOP/s that a "
-        "product of large bfloat16 matrices reached in the same run."
+        f"column is images per second times {result['flops_per_image'] / 1e9:.1f} GFLOP per image "
+        "(forward and backward, as `FlopCounterMode` counts), over the "
+        f"{result['peak_flops'] / 1e12:.0f} TFLOP/s that a product of large bfloat16 matrices "
+        "reached in the same run."
     )
-    shown = ["![Images per second of all ways to train on a GPU](training_gpu.png)"]
-    told = [_idle(result["idle"]), _left_out(result["left_out"])]
+    shown = ["![Images per second of every row on a GPU](training_gpu.png)"]
+    told = [_about_batches(rows), _about_idle(idle), _left_out(result["left_out"])]
     parts = [intro, table(head, cells), *shown, legend, *(wrapped(text) for text in told if text)]
     return "\n" + "\n\n".join(parts) + "\n"
 
 
-def _idle(found: Mapping[str, Mapping[str, float]] | None) -> str:
+def _times(row: Mapping[str, Any], plain: Mapping[str, Any] | None) -> str:
+    if plain is None or row["batch"] != plain["batch"]:
+        return "–"
+    return f"{row['median'] / plain['median']:.2f}"
+
+
+def _idle(found: Mapping[str, float] | None) -> str:
+    return "–" if found is None else f"{found['epoch']:.1%} ({found['profiled']:.1%})"
+
+
+def _about_batches(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return which batches were given to the trainer alone: no row compares with them."""
+    batches = {name: row["batch"] for name, row in rows.items()}
+    others = {batch for name, batch in batches.items() if not name.startswith("trainer")}
+    alone = sorted(set(batches.values()) - others)
+    if not alone or not others:
+        return ""
+    listed = " and ".join(map(str, alone))
+    return f"Batches of {listed} were given to the trainer alone, and compare with no other row."
+
+
+def _about_idle(found: Mapping[str, Mapping[str, float]]) -> str:
     if not found:
         return ""
-    words = (
-        f"{name} {row['epoch']:.1%} ({row['profiled']:.1%} under the profiler)"
-        for name, row in found.items()
-    )
     return (
-        "Share of an epoch in which the GPU had nothing to do: "
-        + "; ".join(words)
-        + ". That is the time in which no kernel and no copy ran, by the profiler's records of "
-        f"{_steps(found)} steps, set against the median epoch without the profiler; in brackets, "
-        "against the same steps with it, which makes launching slower."
+        "*GPU idle* is the share of an epoch in which no kernel and no copy ran, by the profiler's "
+        f"records of {_steps(found)} steps, set against the median epoch without the profiler; in "
+        "brackets, against the same steps with it, which makes launching slower. It was asked of "
+        "the trainer alone."
     )
 
 
@@ -146,11 +166,11 @@ def _steps(found: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _left_out(reasons: Mapping[str, str]) -> str:
-    return f"Not measured: {', '.join(reasons)}." if reasons else ""
+    return f"Not measured: {', '.join(f'*{name}*' for name in reasons)}." if reasons else ""
 
 
 def draw(result: Mapping[str, Any], source: Path, target: Path) -> None:
-    """Draw images per second of all ways to train, with the range of the rounds."""
+    """Draw images per second of every row, with the range of the rounds."""
     from matplotlib.figure import Figure
 
     ranked = sorted(result["rows"].items(), key=lambda item: item[1]["median"])

@@ -7,7 +7,8 @@ and ``hannover`` train relatives of them, because the weights have seen most of 
 judged on. All start from a network that saw no image of Cohen's or Hannover's, but learned to tell
 bacterial and viral pneumonia apart, which COVID-19 is one of. For ``hannover`` three short epochs
 at 160 px follow; for the other two, which ask for COVID-19 against other findings of Cohen's, four
-epochs on Cohen's rows alone.
+epochs on Cohen's rows alone. What ``--made`` says of the machine and of the files is kept in their
+results.
 """
 
 from __future__ import annotations
@@ -99,6 +100,11 @@ def estimate_auroc(samples: Sequence[Sample], truth: Any, scores: np.ndarray) ->
     return bootstrap_by_group(auroc, by_patient(samples), np.asarray(truth, int), scores)
 
 
+def count(truth: np.ndarray) -> list[int]:
+    """Return how many are true, and how many are not."""
+    return [int(truth.sum()), int((~truth).sum())]
+
+
 # ---------------------------------------------------------------- the weights themselves
 
 
@@ -174,7 +180,7 @@ def judge_inside(classifier: Classifier, split: Split) -> dict[str, Any]:
     truth = np.array([s.label == "covid19" for s in cohen.samples])
     value = estimate_auroc(cohen.samples, truth, found[:, 2])
     print("inside Cohen", value)
-    return {"n": [int(truth.sum()), int((~truth).sum())], "auroc": value.to_dict()}
+    return {"n": count(truth), "auroc": value.to_dict()}
 
 
 # ---------------------------------------------------------------- relatives
@@ -203,7 +209,8 @@ def train_relative(
 class Relatives:
     """Data with groups of patients, and the network that all relatives start from."""
 
-    def __init__(self, data: Path, run: Path) -> None:
+    def __init__(self, data: Path, run: Path, made: str | None = None) -> None:
+        self.made = made
         self.split = open_split(data, run)
         self.dataset = self.split.dataset
         self.groups = np.array(patient_groups(self.dataset, progress=True))
@@ -283,11 +290,22 @@ def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
     for number, (_, held_out) in enumerate(pairs):
         name = f"fold-{number}"
         found[held_out] = relatives.predict_without(cohen[held_out], name, INSIDE, cohen)
-    write_folds(inside, pairs, found, output)
+    write_folds(inside, pairs, found, output, made=relatives.made)
+
+
+def in_mixed(groups: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return which samples have one of the other truth in their group."""
+    mixed = np.intersect1d(groups[truth], groups[~truth])
+    return np.isin(groups, mixed)
 
 
 def write_folds(
-    inside: ChestXrayDataset, pairs: Sequence[Any], found: np.ndarray, output: Path
+    inside: ChestXrayDataset,
+    pairs: Sequence[Any],
+    found: np.ndarray,
+    output: Path,
+    *,
+    made: str | None = None,
 ) -> None:
     """Write what out-of-fold predictions say, also where the website cannot help, or alone does.
 
@@ -296,6 +314,7 @@ def write_folds(
         pairs: Positions of the rest and of the held out, a pair per fold.
         found: ``(N, 3)`` probabilities.
         output: Folder.
+        made: On what machine and which files, in words.
     """
     truth = np.array([s.label == "covid19" for s in inside.samples])
     own = np.array([s.source == "cohen" for s in inside.samples])
@@ -306,14 +325,17 @@ def write_folds(
         chosen = [s for s, kept in zip(inside.samples, mask, strict=True) if kept]
         right, scores = truth[mask].astype(int), found[mask, 2]
         same = bootstrap_by_group(within_sources, by_patient(chosen), right, scores, hosts[mask])
+        paired = in_mixed(hosts[mask], truth[mask])
         parts[name] = {
-            "n": [int(truth[mask].sum()), int((~truth[mask]).sum())],
+            "n": count(truth[mask]),
             "auroc": estimate_auroc(chosen, right, scores).to_dict(),
+            "same_website_n": count(truth[mask][paired]),
             "same_website": same.to_dict(),
             "website_alone": estimate_auroc(chosen, right, alone[mask]).to_dict(),
         }
         print(name, parts[name])
-    write(output, "folds", {"folds": len(pairs), "training": INSIDE.to_dict(), **parts})
+    about = {"folds": len(pairs), **said(made), "training": INSIDE.to_dict()}
+    write(output, "folds", {**about, **parts})
     report = evaluate_probabilities(
         [s.label for s in inside.samples],
         found,
@@ -348,10 +370,10 @@ def judge_subsources(relatives: Relatives, output: Path) -> None:
         own = [samples[i] for i in held_out]
         truth = np.array([s.label == "covid19" for s in own])
         value = estimate_auroc(own, truth, found[:, 2])
-        counts = [int(truth.sum()), int((~truth).sum())]
-        rows.append({"left_out": name, "n": counts, "auroc": value.to_dict()})
+        rows.append({"left_out": name, "n": count(truth), "auroc": value.to_dict()})
         print(rows[-1], flush=True)
-    write(output, "subsources", {"training": INSIDE.to_dict(), "rows": rows})
+    about = {**said(relatives.made), "training": INSIDE.to_dict()}
+    write(output, "subsources", {**about, "rows": rows})
 
 
 def judge_hannover(relatives: Relatives, output: Path) -> None:
@@ -367,10 +389,14 @@ def judge_hannover(relatives: Relatives, output: Path) -> None:
     own = [samples[i] for i in held_out[mask]]
     truth = np.array([s.label == "covid19" for s in own])
     value = estimate_auroc(own, truth, score(found[mask]))
-    counts = [int(truth.sum()), int((~truth).sum())]
-    print("hannover against nih", value, counts)
-    result = {"training": SHORT.to_dict(), "n": counts, "auroc": value.to_dict()}
-    write(output, "hannover", result)
+    print("hannover against nih", value, count(truth))
+    about = {**said(relatives.made), "training": SHORT.to_dict()}
+    write(output, "hannover", {**about, "n": count(truth), "auroc": value.to_dict()})
+
+
+def said(made: str | None) -> dict[str, str]:
+    """Return what a result says of how it was made, if anything."""
+    return {"made": made} if made else {}
 
 
 def write(output: Path, name: str, content: dict[str, Any]) -> None:
@@ -386,6 +412,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parts = ("checkpoint", "folds", "subsources", "hannover")
     parser.add_argument("--what", choices=parts, action="append")
+    made = "machine, software and files of this run, kept in the results of relatives"
+    parser.add_argument("--made", metavar="TEXT", help=made)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     what = options.what or parts
@@ -393,7 +421,7 @@ def main() -> None:
         place = options.checkpoint or options.run / STAGES[-1].name
         judge_checkpoint(options.data, options.run, options.output, place)
     if set(what) - {"checkpoint"}:
-        relatives = Relatives(options.data, options.run)
+        relatives = Relatives(options.data, options.run, options.made)
         for name, judge in (
             ("folds", judge_folds),
             ("subsources", judge_subsources),

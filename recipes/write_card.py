@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 import generate_model as pages  # noqa: E402 - it lies beside the documentation
 
-#: Results of the weights themselves; the others are of shorter relatives.
+#: Results of the weights themselves; the others are of relatives.
 OWN = ("evaluation", "evaluation_binary", "inside", "frame", "other_fills", "calibration", "gate")
 
 
@@ -68,7 +68,7 @@ def tables() -> list[dict[str, Any]]:
         {
             "title": "Where the source cannot help, or not as much",
             "note": "Of patients that training never saw; 0.5 is chance; intervals at 95% by "
-            f"patient.{pages.unmeasured().replace('`', '')}",
+            f"patient.{pages.unmeasured().replace('`', '')} {pages.about_relatives()}".rstrip(),
             "head": ["AUROC of COVID-19", "Images", "Value"],
             "rows": pages.honest_rows(),
         },

@@ -488,7 +488,7 @@ def test_options_become_data_and_come_back() -> None:
 
 
 def test_as_many_draws_as_images_are_needed() -> None:
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
+    with pytest.raises(ValueError, match="as many as the 3 images, got 2"):
         vary(STRONG, images(3), [0, 1])
 
 

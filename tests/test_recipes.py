@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -422,7 +423,7 @@ def test_lungs_are_trained_measured_on_others_and_drawn(
         assert sheet.size == (160, 160 * 8), "a row per source and label"
 
 
-# ---------------------------------------------------------------- shorter relatives
+# ---------------------------------------------------------------- relatives
 
 
 @pytest.fixture
@@ -490,6 +491,7 @@ def test_no_relative_trains_on_whom_it_is_judged_by(
     monkeypatch.setattr(judge, "train_relative", train_relative)
     monkeypatch.setattr(judge, "train_network", train_network)
     monkeypatch.setattr(relatives, "predict_without", predict_without)
+    relatives.made = "a machine"
     judge.judge_folds(relatives, tmp_path, folds=2)
     judge.judge_subsources(relatives, tmp_path)
     judge.judge_hannover(relatives, tmp_path)
@@ -501,7 +503,9 @@ def test_no_relative_trains_on_whom_it_is_judged_by(
         allowed = set(relatives.without(held_out).tolist())
         if name != "without-hannover":  # trained on what Cohen's collection lists, alone
             allowed &= set(judge.cohens(relatives.dataset).tolist())
-        assert len(train) == len(groups) == len(allowed)
+        assert len(groups) == len(allowed)
+        paths = [s.path for s in train.samples]
+        assert sorted(paths) == sorted(relatives.dataset.samples[i].path for i in allowed)
     of = dict(zip((s.path for s in relatives.dataset.samples), relatives.groups, strict=True))
     train, val = ({of[s.path] for s in side.samples} for side in bases[:2])
     assert train
@@ -517,6 +521,100 @@ def test_no_relative_trains_on_whom_it_is_judged_by(
     assert [row["n"] for row in rows] == [[4, 8]] * 3
     hannover = json.loads((tmp_path / "hannover.json").read_text())
     assert hannover["n"][0] == 24, "Cohen's copies are not counted again"
+    for name in ("folds", "subsources", "hannover"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["made"] == "a machine"
+
+
+def host(sample: Sample) -> str:
+    return "".join(sample.metadata.get("url", "").split("/")[2:3])
+
+
+def test_folds_are_judged_inside_a_website_and_by_its_name(
+    recipes: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    judge, collection = recipes["judge_default"], recipes["collection"]
+    dataset = collection.open_sources(data)
+    inside = dataset.subset(collection.cohens(dataset))
+    rng = np.random.default_rng(0)
+    order, found = rng.permutation(len(inside)), rng.dirichlet((1, 1, 1), len(inside))
+    folds = [order[::2], order[1::2]]
+    judge.write_folds(inside, [folds, folds[::-1]], found, tmp_path)
+    result = json.loads((tmp_path / "folds.json").read_text())
+    assert "made" not in result
+
+    samples = inside.samples
+    covid = [s.label == "covid19" for s in samples]
+    share: dict[int, float] = {}
+    for rest, held_out in (folds, folds[::-1]):
+        average = sum(covid[i] for i in rest) / len(rest)
+        for i in held_out:
+            own = [covid[j] for j in rest if host(samples[j]) == host(samples[i])]
+            share[i] = (sum(own) + 2 * average) / (len(own) + 2)
+    everyone = list(range(len(samples)))
+    cohen = [i for i in everyone if samples[i].source == "cohen"]
+    assert 0 < len(cohen) < len(everyone)
+    for name, chosen in {"all": everyone, "without Hannover's": cohen}.items():
+        part, truth = result[name], [covid[i] for i in chosen]
+        assert part["n"] == [sum(truth), len(truth) - sum(truth)]
+        alone = roc_auc_score(truth, [share[i] for i in chosen])
+        assert part["website_alone"]["value"] == pytest.approx(alone)
+        pairs = [
+            (i, j)
+            for i in chosen
+            for j in chosen
+            if covid[i] and not covid[j] and host(samples[i]) == host(samples[j])
+        ]
+        wins = [(found[i, 2] > found[j, 2]) + 0.5 * (found[i, 2] == found[j, 2]) for i, j in pairs]
+        assert part["same_website"]["value"] == pytest.approx(np.mean(wins))
+        counted = [len({i for i, _ in pairs}), len({j for _, j in pairs})]
+        assert part["same_website_n"] == counted
+        if name == "all":
+            assert counted[0] < part["n"][0], "of Hannover's website there is COVID-19 alone"
+
+
+def test_what_was_tried_inside_cohen_and_what_is_published_are_the_same_runs(
+    recipes: dict[str, Any],
+) -> None:
+    pages = recipes["write_card"].pages
+    tried, folds = pages.read("tried_inside"), pages.read("folds")
+    (now,) = (row for row in tried["rows"] if row["relatives"].endswith("(what the folds are now)"))
+    assert now["all"] == folds["all"]["auroc"]
+    assert now["without Hannover's"] == folds["without Hannover's"]["auroc"]
+    assert now["same_website"] == folds["all"]["same_website"]
+    assert tried["made"] == folds["made"]
+    assert (
+        "| "
+        + " | ".join(
+            pages.estimate(e)
+            for e in (
+                folds["all"]["auroc"],
+                folds["without Hannover's"]["auroc"],
+                folds["all"]["same_website"],
+            )
+        )
+        + " |"
+        in pages.inside_block()
+    )
+    hannover = pages.read("hannover")
+    assert tried["hannover"][-1]["auroc"] == hannover["auroc"]
+    assert tried["hannover"][-1]["made"] == hannover["made"]
+    left_out = [row["left_out"] for row in pages.read("subsources")["rows"]]
+    assert [row["left_out"] for row in tried["before"]["left_out"]] == left_out
+
+
+def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str, Any]) -> None:
+    pages = recipes["write_card"].pages
+    titles = [row[0] for row in pages.honest_rows()]
+    own = ("held-out patients", "pairs of one website", "no image looked at")
+    marks = (pages.ALONE, "(shorter relative)")
+    assert all(title.endswith((*own, *marks)) for title in titles)
+    assert sum(title.endswith(marks) for title in titles) == 6
+    about = pages.about_relatives()
+    for row in pages.read("tried_inside")["rows"][:2]:
+        assert pages.estimate(row["all"]) in about
+    for page in (pages.model_block(), pages.model_page()):
+        assert about in " ".join(page.split())
+    assert recipes["write_card"].tables()[0]["note"].endswith(about)
 
 
 @pytest.mark.slow
@@ -544,6 +642,16 @@ def test_a_relative_is_trained_and_read_again(
     cohen = judge.cohens(relatives.dataset)
     inside = relatives.predict_without(cohen[:8], "inside", judge.INSIDE, cohen)
     assert inside.shape == (8, 3)
+    ran = load_config(relatives.folder / "inside").provenance
+    assert ran["training"]["balance"] == "class"
+    samples, allowed = relatives.dataset.samples, relatives.without(cohen[:8])
+    trained = Counter(samples[i].label for i in np.intersect1d(allowed, cohen))
+    assert trained != Counter(samples[i].label for i in allowed)
+    assert sum((Counter(ran[side]["images"]) for side in ("train", "val")), Counter()) == trained
+    assert {"kermany", "nih"}.isdisjoint(ran["train"]["source"].split("+"))
+    base = load_config(relatives.folder / "base").provenance
+    assert base["training"]["balance"] == judge.BASE.balance
+    assert set(base["train"]["images"]) == {"normal", "bacterial", "viral"}
 
 
 def test_a_website_alone_gives_the_share_of_the_others_images_from_there(

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from chestxray_covid import (
     Augmentation,
@@ -42,6 +44,7 @@ from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.errors import ConfigError, TrainingError, TrainingInterrupted
 from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
 from chestxray_covid.models import load_tensors, to_tensors
+from chestxray_covid.training_feed import LateReader
 from chestxray_covid.training_network import TrainingNetwork
 from chestxray_covid.training_state import StateStore
 
@@ -306,7 +309,7 @@ def test_another_loop_of_the_process_that_accumulates_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images = 255 * torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    targets, hidden = torch.tensor([0, 1] * 2), torch.zeros(4, dtype=torch.bool)
+    targets, hidden = [0, 1] * 2, torch.zeros(4, dtype=torch.bool)
     before, moved = dict(GradientState._shared_state), []
     try:
         for steps in (1, 4):
@@ -374,7 +377,7 @@ def test_a_restored_optimizer_keeps_the_layout_of_the_weights() -> None:
     config = replace(QUICK, channels_last=True)
     networks = [TrainingNetwork(network(), config, Accelerator(cpu=True), [0, 1]) for _ in range(2)]
     images = 255 * torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    targets, hidden = torch.tensor([0, 1] * 3), torch.zeros(6, dtype=torch.bool)
+    targets, hidden = [0, 1] * 3, torch.zeros(6, dtype=torch.bool)
     networks[0].backward(images, targets, hidden=hidden, counted=6, share=1 / 6, last=True)
     networks[0].step(1e-3)
     networks[1].load_state(networks[0].state())
@@ -503,6 +506,92 @@ def test_a_loss_that_is_no_number_stops_and_names_the_images(split: Split, tmp_p
     Classifier.from_pretrained(tmp_path / "run").predict(split.val.image(0))
 
 
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let losses be read as on a GPU."""
+    monkeypatch.setattr("chestxray_covid.training.LateReader", partial(LateReader, late=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"checkpoint_every": 2}])
+def test_a_run_whose_losses_are_read_late_is_the_same(
+    split: Split, tmp_path: Path, options: dict[str, int], request: pytest.FixtureRequest
+) -> None:
+    config = replace(QUICK, epochs=2, **options)
+    history, weights = trained(split, tmp_path / "run", config)
+    request.getfixturevalue("late")
+    seen: list[float] = []
+
+    class Watch(Callback):
+        def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+            seen.append(loss)
+
+    own, moved = trained(split, tmp_path / "late", config, callbacks=[Watch()])
+    assert equal(moved, weights)
+    assert numbers(own) == numbers(history)
+    assert seen[-1] == own.records[-1].train_loss, "the last step's loss is in it"
+    with pytest.raises(TrainingInterrupted):
+        trained(split, tmp_path / "cut", config, callbacks=[StopAfter(1)])
+    model = network()
+    Trainer(model, split.train, split.val, config, output=tmp_path / "cut").fit(resume=True)
+    assert equal(to_tensors(model), weights)
+
+
+@pytest.mark.usefixtures("late")
+def test_a_loss_that_is_no_number_names_its_own_batch_when_it_is_read_late(
+    split: Split, tmp_path: Path
+) -> None:
+    class Poison(Callback):
+        def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+            if step == 4:
+                with torch.no_grad():
+                    trainer.model.classifier.bias.fill_(float("nan"))
+
+    config = replace(QUICK, samples_per_epoch=6 * 5, batch_size=6, epochs=1)
+    with pytest.raises(TrainingError, match=r"loss is nan in epoch 1, batch 5.*phantom-"):
+        trained(split, tmp_path / "run", config, callbacks=[Poison()])
+    config = replace(config, samples_per_epoch=6 * 8)
+    with pytest.raises(TrainingError, match=r"loss is nan in epoch 1, batch 5.*phantom-"):
+        trained(split, tmp_path / "longer", config, callbacks=[Poison()])
+    assert not list((tmp_path / "longer").glob("state/*")), "no state has such weights"
+
+
+def test_the_average_is_torchs_own() -> None:
+    net = TrainingNetwork(network(), replace(QUICK, ema_decay=0.7), Accelerator(cpu=True), [0, 1])
+    torchs = AveragedModel(net._model, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
+    images = 255 * torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        hidden = torch.zeros(4, dtype=torch.bool)
+        net.train()
+        net.backward(images, [0, 1] * 2, hidden=hidden, counted=4, share=0.25, last=True)
+        net.step(0.01)
+        torchs.update_parameters(net._model)
+    own, expected = to_tensors(net.best), to_tensors(torchs.module)
+    assert all(np.array_equal(own[k], v) for k, v in expected.items() if "num_batches" not in k)
+    assert own["features.norm0.num_batches_tracked"] == 3
+    assert not equal(own, to_tensors(net._model))
+
+
+def test_settings_of_the_process_are_as_before_after_a_run() -> None:
+    net = TrainingNetwork(network(), QUICK, Accelerator(cpu=True), [0, 1])
+    cudnn = torch.backends.cudnn
+    assert not cudnn.benchmark
+
+    def fail() -> None:
+        with net.computing():
+            assert cudnn.benchmark
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not cudnn.benchmark
+    try:
+        cudnn.deterministic = True
+        with net.computing():
+            assert not cudnn.benchmark, "who wants the same numbers again gets them"
+    finally:
+        cudnn.deterministic = False
+
+
 def test_a_diverging_run_never_saves_weights_that_are_not_finite(
     split: Split, tmp_path: Path
 ) -> None:
@@ -585,7 +674,7 @@ def test_images_with_a_hidden_centre_have_a_uniform_target() -> None:
     pixels = torch.rand(6, 1, 32, 32) * 255
     hidden = torch.tensor([True, False, False, True, False, False])
     found = trained_network.backward(
-        pixels, torch.tensor(targets), hidden=hidden, counted=5, share=1.0, last=True
+        pixels, targets, hidden=hidden, counted=5, share=1.0, last=True
     )
     wanted = np.eye(2)[targets]
     wanted[hidden.numpy()] = 0.5

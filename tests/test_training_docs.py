@@ -92,24 +92,45 @@ def on_a_gpu() -> dict[str, Any]:
         "flops_per_image": 16e9,
         "peak_flops": 640e12,
         "rows": rows,
+        "note": None,
         "left_out": {},
         "idle": {"trainer": {"epoch": 0.042, "profiled": 0.081, "steps": 15}},
-        "machine": {"cores": 16, "processor": "a processor", "versions": {"torch": "2.11.0"}},
+        "machine": {
+            "cores": 16,
+            "torch_threads": 12,
+            "processor": "a processor",
+            "versions": {"torch": "2.11.0"},
+        },
     }
 
 
 def test_rates_on_a_gpu_come_with_ranges_ratios_and_idle_time(generate: ModuleType) -> None:
     block = generate.gpu_block(on_a_gpu())
     text = " ".join(block.split())
-    assert "at 224 px on one a card and 16 cores (a processor; torch 2.11.0, CUDA 13.0)" in text
-    assert "| plain | 64 | 400 (390–410) | 1.00 | 1.0% |" in block
-    assert "| timm | 64 | 805 (800–810) | 2.01 | 2.0% |" in block
-    assert "| trainer | 64 | 1600 (1500–1700) | 4.00 | 4.0% |" in block
+    assert (
+        "at 224 px on one a card and 12 of 16 cores (a processor; torch 2.11.0, CUDA 13.0)" in text
+    )
+    assert "2560 radiographs of Kermany's collection per epoch, 4 threads" in text
+    assert "| plain | 64 | 400 (390–410) | 1.00 | – | 1.0% |" in block
+    assert "| timm | 64 | 805 (800–810) | 2.01 | – | 2.0% |" in block
+    assert "| trainer | 64 | 1600 (1500–1700) | 4.00 | 4.2% (8.1%) | 4.0% |" in block
     assert "16.0 GFLOP per image" in text
     assert "the 640 TFLOP/s" in text
-    assert "had nothing to do: trainer 4.2% (8.1% under the profiler). That is" in text
     assert "records of 15 steps" in text
     assert "Not measured" not in text
+    assert "given to the trainer alone" not in text
+    noted = generate.gpu_block(on_a_gpu() | {"note": "small copies"})
+    assert "per epoch (small copies), 4 threads" in " ".join(noted.split())
+
+
+def test_no_ratio_is_told_between_batches_of_different_size(generate: ModuleType) -> None:
+    result = on_a_gpu()
+    result["rows"]["trainer, batch 256"] = result["rows"]["trainer"] | {"batch": 256}
+    block = generate.gpu_block(result)
+    assert "| trainer, batch 256 | 256 | 1600 (1500–1700) | – | – | 4.0% |" in block
+    assert "Batches of 256 were given to the trainer alone" in block
+    result["rows"]["timm, batch 256"] = result["rows"]["timm"] | {"batch": 256}
+    assert "given to the trainer alone" not in generate.gpu_block(result)
 
 
 def test_what_was_not_measured_on_a_gpu_is_told(generate: ModuleType) -> None:
@@ -117,13 +138,13 @@ def test_what_was_not_measured_on_a_gpu_is_told(generate: ModuleType) -> None:
     assert "Not measured yet" in generate.gpu_block(None)
     assert "Not measured yet" in generate.gpu_block(result | {"gpu": None})
     rows = {"trainer": result["rows"]["trainer"]}
-    left_out = {"timm": "ModuleNotFoundError", "plain": "no time"}
+    left_out = {"timm, compiled": "not chosen", "plain": "no time"}
     block = generate.gpu_block(
         result | {"rows": rows, "left_out": left_out, "idle": None, "timm": None}
     )
-    assert "| trainer | 64 | 1600 (1500–1700) | – | 4.0% |" in block
-    assert "Not measured: timm, plain." in block
-    assert "nothing to do" not in block
+    assert "| trainer | 64 | 1600 (1500–1700) | – | – | 4.0% |" in block
+    assert "Not measured: *timm, compiled*, *plain*." in block
+    assert "*GPU idle*" not in block
 
 
 def test_the_figure_of_a_gpu_names_the_result_that_it_shows(

@@ -18,7 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from chestxray_covid.transforms import blur, equalise, gaussian, inside, mean, place, resample
+from chestxray_covid.transforms import (
+    blur,
+    equalise,
+    gaussian,
+    inside,
+    mean,
+    place,
+    resample,
+    to_device,
+)
 
 #: ``(N,)``, a number per sample.
 _Floats = NDArray[np.float64]
@@ -132,6 +141,9 @@ class Augmentation:
 
         Returns:
             ``(N, 1, S, S)`` float32 in [0, 255] on the same device.
+
+        Raises:
+            ValueError: If there is not a draw for each image.
         """
         images = pixels.to(torch.float32)
         if self == Augmentation.none():
@@ -180,7 +192,7 @@ class Augmentation:
         images = _change(images, blurred, blur, n["sigma"])
         images = _change(images, reduced, resample, n["small"])
         if self.noise:
-            images = images + gaussian(_send(seeds, device), side).mul_(n["noise"])
+            images = images + gaussian(to_device(seeds, device), side).mul_(n["noise"])
         if self.hide_border:
             seen = inside(side, *(n[f"hidden_{edge}"] for edge in _EDGES))
             images = torch.where(seen, images, n["grey"])
@@ -199,9 +211,14 @@ class Augmentation:
 def _generators(
     count: int, stream: int, seed: int, epoch: int, draws: Sequence[int]
 ) -> list[np.random.Generator]:
-    """Return the generators of as many samples."""
-    pairs = zip(range(count), draws, strict=True)
-    return [np.random.default_rng([seed, epoch, stream, draw]) for _, draw in pairs]
+    """Return the generators of as many samples.
+
+    Raises:
+        ValueError: If there is not a draw for each.
+    """
+    if len(draws) != count:
+        raise ValueError(f"draws must be as many as the {count} images, got {len(draws)}")
+    return [np.random.default_rng([seed, epoch, stream, draw]) for draw in draws]
 
 
 def _uniform(generators: Sequence[np.random.Generator], names: Sequence[str]) -> dict[str, _Floats]:
@@ -210,16 +227,9 @@ def _uniform(generators: Sequence[np.random.Generator], names: Sequence[str]) ->
     return dict(zip(names, drawn.T, strict=True))
 
 
-def _send(values: NDArray[Any], device: torch.device) -> Tensor:
-    """Return an array on the device, without waiting for what the device is doing."""
-    tensor = torch.from_numpy(values)
-    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-    return pinned.to(device, non_blocking=True)
-
-
 def _columns(device: torch.device, **columns: NDArray[Any]) -> dict[str, Tensor]:
     """Return ``(N,)`` arrays as ``(N, 1, 1, 1)`` float32, in one transfer for all of them."""
-    table = _send(np.array(list(columns.values()), np.float32), device)
+    table = to_device(np.array(list(columns.values()), np.float32), device)
     return dict(zip(columns, table[..., None, None, None].unbind(), strict=True))
 
 
@@ -229,7 +239,7 @@ def _change(
     """Return images of which the chosen ones are changed and the others not touched."""
     if not chosen.any():
         return images
-    which = _send(np.flatnonzero(chosen), images.device)
+    which = to_device(np.flatnonzero(chosen), images.device)
     changed = change(*(t.index_select(0, which) for t in (images, *numbers)))
     return images.index_copy(0, which, changed)
 

@@ -20,9 +20,7 @@ from chestxray_covid.image import Preprocess
 #: Most images at once on a CPU: more do not fit its caches.
 _CPU_BATCH = 8
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-#: The variances hold their epsilon already; not 0, which torch before 2.12 refuses.
+#: The variances hold their epsilon already; not 0, which torch 2.10 and 2.11 refuse.
 _NO_MORE = 1e-12
 
 

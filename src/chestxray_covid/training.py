@@ -25,7 +25,7 @@ from chestxray_covid.datasets.loading import Loader, in_batches
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
 from chestxray_covid.models import check_model, load_tensors, to_tensors
 from chestxray_covid.training_config import Callback, EpochRecord, History, TrainingConfig
-from chestxray_covid.training_feed import LateReader, feed, to_device
+from chestxray_covid.training_feed import LateReader, feed
 from chestxray_covid.training_network import (
     TrainingNetwork,
     check_smallest_batch,
@@ -159,7 +159,7 @@ class Trainer:
         config = self.config
         self._states.claim(resume=resume, make=self._accelerator.is_main_process)
         self.history, self._at = History(), Position()
-        self._losses: LateReader[tuple[int, Batch]] = LateReader(self.device)
+        self._losses: LateReader[tuple[int, float, Batch]] = LateReader(self.device)
         self._load_train = self._loader(self.train)
         self._load_val = self._loader(self.val)
         self._network = TrainingNetwork(self.model, config, self._accelerator, self.train.targets)
@@ -217,8 +217,7 @@ class Trainer:
             waiting = time.perf_counter()
             images = next(pixels)
             at.data_seconds += time.perf_counter() - waiting
-            labels = [self.train.targets[i] for i, _ in batch.images]
-            targets = to_device(np.array(labels), self.device)
+            targets = [self.train.targets[i] for i, _ in batch.images]
             varied, hidden = network.vary(images, at.epoch, [draw for _, draw in batch.images])
             loss = network.backward(
                 varied,
@@ -228,7 +227,7 @@ class Trainer:
                 share=self._accelerator.num_processes / weight,
                 last=number == len(group),
             )
-            self._losses.put(loss, (at.batch + number, batch))
+            self._losses.put(loss, (at.batch + number, self._rate, batch))
         self._count(leave=0 if due or not at.seen else len(group))
         network.step(self._rate)
         at.batch += len(group)
@@ -238,11 +237,11 @@ class Trainer:
     def _count(self, *, leave: int) -> None:
         """Add the losses to the epoch's; on a GPU the last so many are left to be computed."""
         at = self._at
-        for loss, (number, batch) in self._losses.ready(leave=leave):
+        for loss, (number, rate, batch) in self._losses.ready(leave=leave):
             if not math.isfinite(loss):
                 paths = [self.train.samples[i].path for i, _ in batch.images]
                 place = f"epoch {at.epoch + 1}, batch {number}"
-                raise diverged(loss, place, paths, self._rate, self.output)
+                raise diverged(loss, place, paths, rate, self.output)
             at.loss_sum += loss
             at.seen += batch.counted
 
@@ -312,7 +311,7 @@ class Trainer:
 
         self._network.unite()
         own = range(accelerator.process_index, len(self.val), accelerator.num_processes)
-        batches = in_batches(own, self._batch_size)
+        batches = list(in_batches(own, self._batch_size))
         pixels = feed(self._load_val, batches, self.device, workers=self.config.workers)
         with contextlib.closing(pixels), self._bar("validate", len(own)) as bar:
             logits = self._network.predict(pixels, total=len(self.val), bar=bar, check=may_stop)

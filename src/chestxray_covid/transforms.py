@@ -7,11 +7,32 @@ a CPU an image comes out the same, to the last bit, whatever else is in its batc
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample, pad
 from torchvision.transforms.v2.functional import equalize
+
+
+def on_host(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array as a tensor on the CPU, from which a GPU can copy by itself."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return what :func:`on_host` made on the device; a GPU copies it while Python goes on.
+
+    Others are waited for: what is not pinned could be gone before it is copied.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array as a tensor on the device."""
+    return send(on_host(array, device), device)
 
 
 def mean(images: Tensor) -> Tensor:
@@ -55,7 +76,9 @@ def place(
     )
     y = y.mT
     grid = torch.cat((x * cos - y * sin, x * sin + y * cos), 1).permute(0, 2, 3, 1)
-    return grid_sample(images, grid, padding_mode="border", align_corners=False)
+    # As the padding mode "border", which not every device has.
+    inner = grid.contiguous().clamp_(1 / side - 1, 1 - 1 / side)
+    return grid_sample(images, inner, align_corners=False)
 
 
 def equalise(images: Tensor, share: Tensor) -> Tensor:
