@@ -17,25 +17,21 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collection import aetiology, cohens, once, website
+from collection import cohens, once, website
 from frame import hide
-from train_default import COMMON, MILD, STAGES, STRONG, open_split
+from relatives import INSIDE, SHORT, Relatives
+from train_default import STAGES, open_split
 
 from chestxray_covid import (
     ChestXrayDataset,
     Classifier,
-    Preprocess,
     Sample,
     Split,
-    Trainer,
-    build_densenet121,
     evaluate,
-    patient_groups,
 )
 from chestxray_covid.datasets.base import LABELS
 from chestxray_covid.datasets.loading import in_batches
@@ -44,44 +40,8 @@ from chestxray_covid.files import write_files
 from chestxray_covid.generalisation import within_sources
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
 from chestxray_covid.metrics import auroc
-from chestxray_covid.splits import divide, folds_by_patient
-from chestxray_covid.training_state import StateStore
+from chestxray_covid.splits import folds_by_patient
 
-SHORT = replace(
-    COMMON,
-    preprocess=Preprocess(size_px=160),
-    augmentation=STRONG,
-    epochs=3,
-    samples_per_epoch=1200,
-    learning_rate=5e-4,
-    hide_centre=0.1,
-    swap_frame=0.3,
-    ema_decay=0.98,
-    max_repeats=8,
-)
-#: On Cohen's rows alone, where the source gives nothing away, though the website may.
-INSIDE = replace(
-    COMMON,
-    preprocess=Preprocess(size_px=160),
-    augmentation=MILD,
-    epochs=4,
-    batch_size=32,
-    samples_per_epoch=3600,
-    learning_rate=5e-4,
-    balance="class",
-    max_repeats=None,
-    ema_decay=0.99,
-)
-#: Before them, on Kermany and NIH alone, which hold no COVID-19.
-BASE = replace(
-    COMMON,
-    preprocess=Preprocess(size_px=160),
-    augmentation=MILD,
-    batch_size=32,
-    epochs=12,
-    learning_rate=1.5e-3,
-    warmup_epochs=1.8,
-)
 #: Most images per class of a pairing in which the frame is looked at.
 MOST_PER_CLASS = 150
 
@@ -184,86 +144,6 @@ def judge_inside(classifier: Classifier, split: Split) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- relatives
-
-
-def train_network(
-    train: ChestXrayDataset, val: ChestXrayDataset, start: Path | None, folder: Path, config: Any
-) -> None:
-    """Train from a checkpoint, or from random weights; a finished run is left as it is."""
-    model = build_densenet121(
-        str(start) if start else False, num_classes=len(train.classes), seed=0
-    )
-    trainer = Trainer(model, train, val, config, output=folder)
-    trainer.fit(resume=StateStore(folder).holds_run())
-
-
-def train_relative(
-    train: ChestXrayDataset, groups: Sequence[int], start: Path | None, folder: Path, config: Any
-) -> Classifier:
-    """Train a network on these patients, a tenth of them for validation, and return it."""
-    rest, held = divide(train, np.arange(len(train)), np.asarray(groups), 0.1, 0)
-    train_network(train.subset(rest), train.subset(held), start, folder, config)
-    return Classifier.from_pretrained(folder)
-
-
-class Relatives:
-    """Data with groups of patients, and the network that all relatives start from."""
-
-    def __init__(self, data: Path, run: Path, made: str | None = None) -> None:
-        self.made = made
-        self.split = open_split(data, run)
-        self.dataset = self.split.dataset
-        self.groups = np.array(patient_groups(self.dataset, progress=True))
-        self.folder = run / "relatives"
-        self.cache = run / "cache"
-        self.base: Path | None = None
-
-    def without(self, held_out: np.ndarray) -> np.ndarray:
-        """Return the positions of all samples that share no group with these positions."""
-        return np.flatnonzero(~np.isin(self.groups, self.groups[held_out]))
-
-    def predict_without(
-        self, held_out: np.ndarray, name: str, config: Any, among: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Train on everyone else and return ``(N, 3)`` probabilities of the held-out samples.
-
-        Args:
-            held_out: Their positions.
-            name: Of the relative's run folder.
-            config: Options of its training.
-            among: Positions that it trains on at most; all if not given.
-        """
-        self._train_base()
-        chosen = self.without(held_out)
-        if among is not None:
-            chosen = np.intersect1d(chosen, among)
-        classifier = train_relative(
-            self.dataset.subset(chosen),
-            self.groups[chosen].tolist(),
-            self.base,
-            self.folder / name,
-            replace(config, cache_dir=self.cache),
-        )
-        return classifier.predict_proba(self.dataset.subset(held_out), progress=True)
-
-    def _train_base(self) -> None:
-        """Train on Kermany's and NIH's training patients: normal, bacterial or viral."""
-        sources = np.array([s.source for s in self.dataset.samples])
-        judged = np.flatnonzero(np.isin(sources, ["cohen", "hannover"]))
-        allowed = set(self.without(judged).tolist())
-        train, val = (
-            aetiology(self.dataset.subset([i for i in self.split.indices[side] if i in allowed]))
-            for side in ("train", "val")
-        )
-        self.base = self.folder / "base"
-        train_network(train, val, None, self.base, replace(BASE, cache_dir=self.cache))
-
-    def held_out_nih(self) -> np.ndarray:
-        """Return NIH's patients of validation and test, whom the base never sees, nor any relative
-        where Hannover is judged.
-        """
-        held = (*self.split.indices["val"], *self.split.indices["test"])
-        return np.array([i for i in held if self.dataset.samples[i].source == "nih"])
 
 
 def share_by_website(samples: Sequence[Sample], truth: np.ndarray, pairs: Any) -> np.ndarray:

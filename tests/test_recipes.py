@@ -435,7 +435,7 @@ def relatives(recipes: dict[str, Any], data: Path, tmp_path: Path) -> Any:
     shutil.copy(nih / "00001200_000.jpg", nih / "00001202_007.jpg")
     cohen = root / "covid-chestxray-dataset" / "images" / "No0.png"
     Image.open(cohen).save(nih / "00001204_007.png")
-    return recipes["judge_default"].Relatives(root, tmp_path / "run")
+    return recipes["relatives"].Relatives(root, tmp_path / "run")
 
 
 def test_patients_are_left_out_by_group(relatives: Any) -> None:
@@ -488,8 +488,8 @@ def test_no_relative_trains_on_whom_it_is_judged_by(
         assert (start, folder.name) == (None, "base")
         bases.extend((train, val))
 
-    monkeypatch.setattr(judge, "train_relative", train_relative)
-    monkeypatch.setattr(judge, "train_network", train_network)
+    monkeypatch.setattr(recipes["relatives"], "train_relative", train_relative)
+    monkeypatch.setattr(recipes["relatives"], "train_network", train_network)
     monkeypatch.setattr(relatives, "predict_without", predict_without)
     relatives.made = "a machine"
     judge.judge_folds(relatives, tmp_path, folds=2)
@@ -621,26 +621,26 @@ def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str,
 def test_a_relative_is_trained_and_read_again(
     recipes: dict[str, Any], relatives: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = recipes["judge_default"]
+    own = recipes["relatives"]
     for name in ("INSIDE", "SHORT", "BASE"):
         config = replace(
-            getattr(judge, name),
+            getattr(own, name),
             preprocess=Preprocess(size_px=32),
             augmentation=Augmentation.none(),
             epochs=1,
             samples_per_epoch=16,
             progress=False,
         )
-        monkeypatch.setattr(judge, name, config)
+        monkeypatch.setattr(own, name, config)
     held_out = relatives.held_out_nih()
-    first = relatives.predict_without(held_out, "nih", judge.SHORT)
+    first = relatives.predict_without(held_out, "nih", own.SHORT)
     assert first.shape == (len(held_out), 3)
     weights = relatives.folder / "nih" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    assert np.array_equal(relatives.predict_without(held_out, "nih", judge.SHORT), first)
+    assert np.array_equal(relatives.predict_without(held_out, "nih", own.SHORT), first)
     assert weights.stat().st_mtime_ns == before
-    cohen = judge.cohens(relatives.dataset)
-    inside = relatives.predict_without(cohen[:8], "inside", judge.INSIDE, cohen)
+    cohen = recipes["collection"].cohens(relatives.dataset)
+    inside = relatives.predict_without(cohen[:8], "inside", own.INSIDE, cohen)
     assert inside.shape == (8, 3)
     ran = load_config(relatives.folder / "inside").provenance
     assert ran["training"]["balance"] == "class"
@@ -650,7 +650,7 @@ def test_a_relative_is_trained_and_read_again(
     assert sum((Counter(ran[side]["images"]) for side in ("train", "val")), Counter()) == trained
     assert {"kermany", "nih"}.isdisjoint(ran["train"]["source"].split("+"))
     base = load_config(relatives.folder / "base").provenance
-    assert base["training"]["balance"] == judge.BASE.balance
+    assert base["training"]["balance"] == own.BASE.balance
     assert set(base["train"]["images"]) == {"normal", "bacterial", "viral"}
 
 
