@@ -179,11 +179,16 @@ def draw(result: Mapping[str, Any], source: Path, target: Path) -> None:
         [row["median"] - row["range"][0] for _, row in ranked],
         [row["range"][1] - row["median"] for _, row in ranked],
     ]
+    common = min(row["batch"] for _, row in ranked)
+    colours = [
+        "C0" if row["batch"] == common else "0.7" for _, row in ranked
+    ]  # grey: another batch
     panel = Figure(figsize=(8, 1 + 0.35 * len(ranked)), layout="constrained")
     axes = panel.subplots()
-    bars = axes.barh([name for name, _ in ranked], middle, xerr=spread, color="C0", ecolor="0.3")
+    bars = axes.barh([name for name, _ in ranked], middle, xerr=spread, color=colours, ecolor="0.3")
     axes.bar_label(bars, fmt="%.0f", padding=4)
-    axes.set(xlabel="images per second", title=f"one {result['gpu']['name']}")
+    title = f"one {result['gpu']['name']}, batches of {common} where none is named"
+    axes.set(xlabel="images per second", title=title)
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     panel.savefig(target, dpi=120, metadata={SOURCE_KEY: digest(source)})
