@@ -199,13 +199,15 @@ class Trainer:
                 group = batches[at.batch : at.batch + config.accumulate]
                 self._rate = config.rate_at(at.step, steps)
                 last = at.batch + len(group) == len(batches)
-                self._step(group, pixels, due=last or self._is_due(at.step + 1))
+                every = config.checkpoint_every
+                due = last or (every is not None and (at.step + 1) % every == 0)
+                self._step(group, pixels, due=due)
                 loss = at.loss_sum / max(1, at.seen)  # a process may have had none that counts
                 bar.update(sum(len(batch.together) for batch in group))
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 for callback in self.callbacks:
                     callback.on_step_end(self, at.step, loss)
-                self._save_or_stop(last=last)
+                self._save_or_stop(due=due)
 
     def _step(self, group: list[Batch], pixels: Iterator[Tensor], *, due: bool) -> None:
         """Take one optimizer step over a group of batches; if a state is due, read their losses."""
@@ -245,20 +247,17 @@ class Trainer:
             at.loss_sum += loss
             at.seen += batch.counted
 
-    def _save_or_stop(self, *, last: bool) -> None:
+    def _save_or_stop(self, *, due: bool) -> None:
         """Save when a state is due; stop after that if a signal arrived in any process.
 
         After an epoch's last step one always is, so that validation can be interrupted.
         """
         signal_number = self._signal()
-        if last or signal_number or self._is_due(self._at.step):
+        if due or signal_number:
             self._count(leave=0)
             self._save_state()
         if signal_number:
             raise TrainingInterrupted(signal_number, self.output)
-
-    def _is_due(self, step: int) -> bool:
-        return step % (self.config.checkpoint_every or step + 1) == 0
 
     def _stop_if_signalled(self) -> None:
         if signal_number := self._signal():

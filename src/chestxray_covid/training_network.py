@@ -121,7 +121,9 @@ class TrainingNetwork:
         )
         self._average: AveragedModel | None = None
         if config.ema_decay:
-            self._average = AveragedModel(model, use_buffers=True)
+            self._average = AveragedModel(model)
+            self._means, self._mean_counts = _tensors(self._average.module)
+            self._current, self._counts = _tensors(model)
         self._lungs: LungNetwork | None = (
             load_network(WEIGHTS).to(self.device) if config.swap_background else None
         )
@@ -262,13 +264,10 @@ class TrainingNetwork:
     @torch.no_grad()
     def _move_average(self, average: AveragedModel) -> None:
         """Do as ``AveragedModel.update_parameters`` does, which waits for a GPU at every step."""
-        pairs = list(zip(_tensors(average.module), _tensors(self._model), strict=True))
-        means, weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-        counts, own = zip(*(p for p in pairs if not p[0].is_floating_point()), strict=True)
         # It begins with the weights of the first step.
         share = 1 - self._config.ema_decay if average.n_averaged else 1.0
-        torch._foreach_lerp_(means, weights, share)
-        torch._foreach_copy_(counts, own)
+        torch._foreach_lerp_(self._means, self._current, share)
+        torch._foreach_copy_(self._mean_counts, self._counts)
         average.n_averaged += 1
 
     def forward(self, net: Any, pixels: Tensor) -> Tensor:
@@ -336,8 +335,11 @@ class TrainingNetwork:
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
-    return (t.detach() for t in (*module.parameters(), *module.buffers()))
+def _tensors(module: torch.nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Return weights and statistics, and counts: all that is no floating-point number."""
+    tensors = [t.detach() for t in (*module.parameters(), *module.buffers())]
+    floats = [t for t in tensors if t.is_floating_point()]
+    return floats, [t for t in tensors if not t.is_floating_point()]
 
 
 def _below(tensors: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
