@@ -27,7 +27,6 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS / "results" / "baseline"
 FILES = ("history.json", "evaluation.json", "confounding.json", "run.json")
 RUN_FIELDS = ("command", "wall_time_s", "machine", "versions", "date")
-START, END = "<!-- results:start -->", "<!-- results:end -->"
 #: Key of the text chunk in a figure that names the file it was drawn from.
 SOURCE_KEY = "Source"
 
@@ -258,20 +257,21 @@ def wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False)
 
 
+def fill(path: Path, blocks: Mapping[str, str]) -> None:
+    """Replace the text between markers in a file, by the markers' name."""
+    path.write_text(with_blocks(path.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+
+
 def with_blocks(page: str, blocks: Mapping[str, str]) -> str:
     """Return a page with the text between its markers replaced, by the markers' name."""
     for name, block in blocks.items():
-        page = with_block(page, block, start=f"<!-- {name}:start -->", end=f"<!-- {name}:end -->")
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        before, found_start, rest = page.partition(start)
+        _, found_end, after = rest.partition(end)
+        if not found_start or not found_end:
+            raise SystemExit(f"The page needs the markers {start} and {end}, in this order.")
+        page = f"{before}{start}\n{block}\n{end}{after}"
     return page
-
-
-def with_block(page: str, block: str, *, start: str = START, end: str = END) -> str:
-    """Return a page with the text between its markers replaced."""
-    before, found_start, rest = page.partition(start)
-    _, found_end, after = rest.partition(end)
-    if not found_start or not found_end:
-        raise SystemExit(f"The page needs the markers {start} and {end}, in this order.")
-    return f"{before}{start}\n{block}\n{end}{after}"
 
 
 def digest(path: Path) -> str:
@@ -325,9 +325,7 @@ def draw_phantoms(target: Path) -> Path:
 def main() -> None:
     draw_phantoms(DOCS / "phantoms.png")
     results = load(RESULTS)
-    readme = DOCS.parent / "README.md"
-    text = with_block(readme.read_text(encoding="utf-8"), readme_block(results))
-    readme.write_text(text, encoding="utf-8")
+    fill(DOCS.parent / "README.md", {"results": readme_block(results)})
     (DOCS / "baseline.md").write_text(baseline_page(results), encoding="utf-8")
     draw_history(RESULTS)
     import generate_audits
@@ -336,8 +334,10 @@ def main() -> None:
     import generate_growth
     import generate_model
     import generate_training
+    import generate_tried
 
     generate_model.write_pages()
+    generate_tried.write_blocks()
     generate_audits.write_pages()
     generate_engines.write_pages()
     generate_export.write_page()

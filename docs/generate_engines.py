@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from generate import DOCS, SOURCE_KEY, digest, table, with_blocks, wrapped
+from generate import DOCS, SOURCE_KEY, digest, fill, table, wrapped
 
 from chestxray_covid import bundled_models
 
@@ -27,8 +27,7 @@ KINDS = {"originals": "untouched originals", "reduced": "reduced files"}
 
 def write_pages() -> None:
     """Write the blocks of ``docs/engines.md``, and the figure if speed was measured."""
-    page = DOCS / "engines.md"
-    page.write_text(with_blocks(page.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+    fill(DOCS / "engines.md", blocks())
     if SPEED.is_file():
         draw(_read(SPEED), SPEED, FIGURE)
 

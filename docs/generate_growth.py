@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from generate import DOCS, SOURCE_KEY, digest, table, with_blocks, wrapped
+from generate import DOCS, SOURCE_KEY, digest, fill, table, wrapped
 
 RESULT = DOCS.parent / "benchmarks" / "results" / "growth.json"
 SPEED = RESULT.with_name("predict.json")
@@ -25,10 +25,9 @@ CORES = (2, 16, 256)
 
 def write_pages() -> None:
     """Write both blocks of ``docs/batch.md`` and the figure."""
-    page = DOCS / "batch.md"
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     blocks = {"cost": cost_block(result), "growth": growth_block(result)}
-    page.write_text(with_blocks(page.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+    fill(DOCS / "batch.md", blocks)
     draw(result, RESULT, FIGURE)
 
 

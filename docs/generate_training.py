@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from generate import DOCS, SOURCE_KEY, digest, table, with_blocks, wrapped
+from generate import DOCS, SOURCE_KEY, digest, fill, table, wrapped
 
 RESULTS = DOCS.parent / "benchmarks" / "results"
 GPU = RESULTS / "training_gpu.json"
@@ -23,8 +23,7 @@ PLAIN = "plain"
 
 def write_page() -> None:
     """Write the blocks of ``docs/cluster.md``, and the figure if a GPU was measured."""
-    page = DOCS / "cluster.md"
-    page.write_text(with_blocks(page.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+    fill(DOCS / "cluster.md", blocks())
     if GPU.is_file():
         draw(load(GPU.stem), GPU, FIGURE)
 

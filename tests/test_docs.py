@@ -161,11 +161,11 @@ def test_an_incomplete_run_is_refused(generate: ModuleType, results: Path) -> No
 
 
 def test_only_what_is_between_the_markers_of_the_readme_changes(generate: ModuleType) -> None:
-    readme = f"before\n{generate.START}\nold\n{generate.END}\nafter\n"
-    changed = generate.with_block(readme, "new")
+    readme = "before\n<!-- results:start -->\nold\n<!-- results:end -->\nafter\n"
+    changed = generate.with_blocks(readme, {"results": "new"})
     assert changed == readme.replace("old", "new")
     with pytest.raises(SystemExit, match="needs the markers"):
-        generate.with_block("no markers", "new")
+        generate.with_blocks("no markers", {"results": "new"})
 
 
 def test_readme_baseline_page_and_figure_are_those_of_the_committed_results(
@@ -173,7 +173,7 @@ def test_readme_baseline_page_and_figure_are_those_of_the_committed_results(
 ) -> None:
     results = generate.load(generate.RESULTS)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert generate.with_block(readme, generate.readme_block(results)) == readme
+    assert generate.with_blocks(readme, {"results": generate.readme_block(results)}) == readme
     page = (DOCS / "baseline.md").read_text(encoding="utf-8")
     assert generate.baseline_page(results) == page
     with Image.open(generate.RESULTS / "history.png") as image:
@@ -212,9 +212,7 @@ def test_what_is_said_of_growth_is_what_was_measured(generate: ModuleType) -> No
         "cost": generate_growth.cost_block(result),
         "growth": generate_growth.growth_block(result),
     }
-    for name, block in blocks.items():
-        marks = {"start": f"<!-- {name}:start -->", "end": f"<!-- {name}:end -->"}
-        assert generate.with_block(page, block, **marks) == page
+    assert generate.with_blocks(page, blocks) == page
     with Image.open(generate_growth.FIGURE) as image:
         assert image.text[generate.SOURCE_KEY] == generate.digest(generate_growth.RESULT)
     largest = {"count": 3600, "seconds": 36.0}  # 100 files per second on two cores

@@ -53,7 +53,7 @@ def recipes() -> Iterator[dict[str, Any]]:
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path[:] = before
-        for name in (*names, "generate", "generate_model"):
+        for name in (*names, "generate", "generate_model", "generate_tried"):
             sys.modules.pop(name, None)
 
 
@@ -593,7 +593,7 @@ def test_what_was_tried_inside_cohen_and_what_is_published_are_the_same_runs(
             )
         )
         + " |"
-        in pages.inside_block()
+        in importlib.import_module("generate_tried").inside_block()
     )
     hannover = pages.read("hannover")
     assert tried["hannover"][-1]["auroc"] == hannover["auroc"]
