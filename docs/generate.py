@@ -332,6 +332,7 @@ def main() -> None:
     import generate_engines
     import generate_export
     import generate_growth
+    import generate_metrics
     import generate_model
     import generate_training
     import generate_tried
@@ -342,6 +343,7 @@ def main() -> None:
     generate_engines.write_pages()
     generate_export.write_page()
     generate_growth.write_pages()
+    generate_metrics.write_page()
     generate_training.write_page()
 
 

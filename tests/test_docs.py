@@ -195,6 +195,16 @@ def test_the_pages_about_audits_are_those_of_the_committed_results(generate: Mod
     assert source == generate.digest(audits.RESULTS / "baseline" / "evaluation.json")
 
 
+def test_the_page_on_metrics_says_how_often_intervals_hold_the_truth(generate: ModuleType) -> None:
+    import generate_metrics
+
+    found = json.loads(generate_metrics.RESULT.read_text(encoding="utf-8"))
+    blocks = {"coverage": generate_metrics.coverage_block(found)}
+    page = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    assert generate.with_blocks(page, blocks) == page
+    assert all(row["by_image"] < row["by_patient"] < 0.95 for row in found["rows"])
+
+
 def test_the_classic_design_fails_and_the_page_says_so(generate: ModuleType) -> None:
     audits = importlib.import_module("generate_audits")
     report = audits.load("baseline")
