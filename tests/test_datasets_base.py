@@ -224,7 +224,7 @@ def test_a_filter_keeps_classes_and_transforms(tmp_path: Path) -> None:
     whole = FolderDataset(root, transform=size_of, target_transform=str)
     covid = whole.filter(lambda s: s.label == "covid19")
     assert (len(covid), covid.classes, covid[0]) == (2, whole.classes, ((48, 40), "1"))
-    assert covid.report().kept == covid.report().found == 2
+    assert (covid.report().kept, covid.report().found) == (2, 5)
 
 
 def test_a_limit_takes_some_of_each_class_in_their_order(dataset: FolderDataset) -> None:
@@ -238,9 +238,15 @@ def test_a_limit_takes_some_of_each_class_in_their_order(dataset: FolderDataset)
     assert dataset.limit(100).samples == dataset.samples
 
 
-@pytest.mark.parametrize("count", [0, -1, float("nan")])
-def test_a_limit_is_positive(dataset: FolderDataset, count: Any) -> None:
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_limit_is_positive(dataset: FolderDataset, count: int) -> None:
     with pytest.raises(ValueError, match="per_class must be positive"):
+        dataset.limit(count)
+
+
+@pytest.mark.parametrize("count", [0.5, 2.5, float("nan"), "2"])
+def test_a_limit_is_a_number_of_samples_and_no_fraction(dataset: FolderDataset, count: Any) -> None:
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
         dataset.limit(count)
 
 
@@ -304,6 +310,35 @@ def test_a_file_is_not_added_twice(tmp_path: Path, dataset: FolderDataset) -> No
             dataset + again
 
 
+def test_a_file_is_not_added_twice_under_a_relative_and_a_full_path(
+    tmp_path: Path, dataset: FolderDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = ManifestDataset(dataset.to_manifest(tmp_path / "lists" / "list.csv"), source="other")
+    for again in (FolderDataset("site"), listed):
+        with pytest.raises(DatasetError, match=r"-\d\.png is in two data sets; add each only once"):
+            dataset.subset([0]) + again
+
+
+def test_numbers_of_a_collection_stay_its_own_when_a_row_is_counted_to_its_origin() -> None:
+    known = {"origin": "hannover", "image_id": "7", "numbered_by": "cohen"}
+    mixed = ChestXrayDataset(
+        [sample("m.png", source="kaggle", patient_id="5", metadata=known)], classes=["normal"]
+    )
+    others = [sample("c.png", source="cohen", patient_id="5"), sample("h.png", source="hannover")]
+    whole = mixed + ChestXrayDataset(others, classes=["normal"])
+    assert whole.samples[0].source == "hannover"
+    assert patient_groups(whole, find_copies=False) == [0, 0, 1]
+
+
+def test_patients_are_counted_by_whose_number_they_have() -> None:
+    taken = sample(source="cohen", metadata={"origin": "hannover", "image_id": "7"})
+    own = sample("h.png", source="hannover")
+    whole = concatenate([ChestXrayDataset([s], classes=["normal"]) for s in (taken, own)])
+    assert [(s.source, s.patient_id) for s in whole.samples] == [("hannover", "1")] * 2
+    assert whole.report().patients == {"normal": 2}
+
+
 def test_a_sum_reports_what_its_parts_dropped(tmp_path: Path) -> None:
     one = FolderDataset(write_folder(tmp_path / "a", {"COVID": 2, "edema": 3}))
     (tmp_path / "b" / "COVID").mkdir(parents=True)
@@ -316,6 +351,41 @@ def test_a_sum_reports_what_its_parts_dropped(tmp_path: Path) -> None:
     assert report.dropped == dropped
     assert report.notes == {"names without a patient number": 3}
     assert report.patients["covid19"] == 3
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda whole: whole.subset([0, 3]),
+        lambda whole: whole.filter(lambda s: s.path.stem.endswith("-0")),
+        lambda whole: whole.limit(1),
+        lambda whole: whole.limit(2).subset([0, 2]),
+        lambda whole: concatenate([whole.subset([3]), whole.subset([0])]),
+        lambda whole: concatenate([whole.subset([0]), whole.subset([3, 4]).subset([0])]),
+    ],
+)
+def test_a_part_reports_what_it_has_not_of_the_whole(
+    tmp_path: Path, take: Callable[[ChestXrayDataset], ChestXrayDataset]
+) -> None:
+    whole = FolderDataset(write_folder(tmp_path / "a", {"Normal": 2, "COVID": 3, "edema": 4}))
+    report = take(whole).report()
+    assert (report.source, report.root, report.found, report.kept) == ("a", "", 9, 2)
+    left_out = "not in this part (subset, filter, limit or split)"
+    assert report.dropped == {left_out: 3, "folder outside the classes (edema)": 4}
+    assert report.notes == {"names without a patient number": 5}
+    assert str(report).startswith("a: 2 of 9 kept (a part)\n")
+
+
+def test_parts_that_are_all_report_as_the_whole_does(tmp_path: Path) -> None:
+    whole = FolderDataset(write_folder(tmp_path / "a", {"Normal": 2, "COVID": 3, "edema": 4}))
+    assert whole.filter(lambda s: True).report() == whole.report()
+    assert (whole.subset([4, 0]) + whole.subset([1, 2, 3])).report() == whole.report()
+
+
+def test_samples_that_were_taken_again_are_noted(dataset: FolderDataset) -> None:
+    report = dataset.subset([0, 0, 0, 1, 2, 3]).report()
+    assert (report.found, report.kept, sum(report.dropped.values())) == (7, 6, 1)
+    assert report.notes["samples that occur again"] == 2
 
 
 def test_nothing_cannot_be_concatenated() -> None:
@@ -572,6 +642,8 @@ def test_a_report_adds_up() -> None:
         lambda root: FolderDataset(write_folder(root, {"Normal": 2, "COVID": 1, "other": 3})),
         lambda root: SyntheticChestXray(5),
         lambda root: SyntheticChestXray(5).subset([1, 2]),
+        lambda root: CohenCovidDataset(write_cohen(root)).subset([1, 1, 0]),
+        lambda root: SyntheticChestXray(5) + SyntheticChestXray(4).limit(1),
     ],
 )
 def test_every_report_adds_up_and_becomes_json(
@@ -582,6 +654,16 @@ def test_every_report_adds_up_and_becomes_json(
     assert report.kept == len(dataset) == sum(report.images.values())
     assert report.found == report.kept + sum(report.dropped.values())
     assert DatasetReport(**json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_a_report_counts_reasons_beyond_the_most_frequent_together() -> None:
+    labels = {f"label outside the classes ({i})": 100 - i for i in range(40)}
+    report = summarise([], ["normal"], source="s", root="r", dropped=labels)
+    assert list(report.dropped)[:30] == list(labels)[:30]
+    assert dict(list(report.dropped.items())[30:]) == {"other reasons": sum(range(61, 71))}
+    again = summarise([], ["normal"], source="s", root="r", dropped={**report.dropped, "rare": 1})
+    assert again.dropped["other reasons"] == sum(range(61, 72)) + 1
+    assert again.found == report.found + 1
 
 
 def test_a_report_reads_as_text(tmp_path: Path) -> None:

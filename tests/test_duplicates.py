@@ -73,6 +73,20 @@ def test_equal_pixels_are_found_in_whatever_format(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("size", [(322, 320), (338, 320), (430, 320)])
+def test_a_copy_is_found_whatever_its_decoder_can_leave_out(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    # Of a JPEG file, only a half or a quarter of the lines is decoded; of a PNG file, all are.
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (size[1] // 2, size[0] // 2), np.uint8)
+    fine = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    fine.save(tmp_path / "a.jpeg", quality=90)
+    Image.open(tmp_path / "a.jpeg").save(tmp_path / "b.png")
+    Image.fromarray(coarse[::-1]).resize(size, Image.Resampling.BICUBIC).save(tmp_path / "c.jpeg")
+    assert pairs_of(tmp_path) == {frozenset(("a.jpeg", "b.png"))}
+
+
 def test_a_brighter_copy_is_found(tmp_path: Path) -> None:
     image = draw("radiograph")
     image.save(tmp_path / "original.png")
@@ -306,6 +320,17 @@ def test_a_file_is_one_patients_whatever_its_path_is_spelled_like() -> None:
     phantoms = SyntheticChestXray(4, image_size_px=32, patients=4)
     groups = patient_groups(phantoms + phantoms, find_copies=False)
     assert groups == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_a_file_is_one_patients_by_its_relative_path_its_full_one_and_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "site")
+    monkeypatch.chdir(tmp_path)
+    paths = ("site/a.png", tmp_path / "site" / "a.png", "link/a.png", "site/b.png")
+    samples = [sample(path, str(i)) for i, path in enumerate(paths)]
+    assert patient_groups(dataset_of(samples), find_copies=False) == [0, 0, 0, 1]
 
 
 class Drawn:

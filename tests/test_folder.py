@@ -274,11 +274,11 @@ def test_a_pattern_that_is_none_is_a_wrong_argument(tmp_path: Path) -> None:
 
 
 def test_only_three_columns_are_required(tmp_path: Path) -> None:
-    image = write_image(tmp_path / "img" / "a.png")
-    rows = [["img/a.png", "covid19", "007"], [str(image), "normal", "1e3"]]
+    images = [write_image(tmp_path / "img" / name) for name in ("a.png", "b.png")]
+    rows = [["img/a.png", "covid19", "007"], [str(images[1]), "normal", "1e3"]]
     dataset = ManifestDataset(write_csv(tmp_path / "clinic.csv", HEADER, rows))
     relative, absolute = dataset.samples
-    assert relative.path == absolute.path == image
+    assert [relative.path, absolute.path] == images
     assert (relative.patient_id, absolute.patient_id) == ("007", "1e3")
     assert (relative.source, relative.view, relative.finding) == ("clinic", "unknown", "covid19")
     assert relative.metadata == {}
@@ -303,6 +303,7 @@ def test_an_empty_optional_cell_is_as_no_column(tmp_path: Path) -> None:
 
 def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png")
     (tmp_path / "folder.png").mkdir()
     rows = [
         ["a.png", "normal", "1"],
@@ -316,7 +317,7 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path: Path) -> Non
         ["nul\0.png", "normal", "1"],
         ["n" * 300 + ".png", "normal", "1"],
         ["a.png/b.png", "normal", "1"],
-        ["a.png", "normal", "2", "", " "],
+        ["b.png", "normal", "2", "", " "],
     ]
     report = ManifestDataset(write_csv(tmp_path / "list.csv", HEADER, rows)).report()
     assert (report.found, report.kept) == (12, 2)
@@ -326,6 +327,43 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path: Path) -> Non
         "label outside the classes (edema)": 1,
         "label outside the classes (empty)": 1,
     }
+
+
+def test_a_file_that_is_listed_again_counts_once(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png")
+    rows = [["a.png", "Normal", "1"], ["b.png", "normal", "1"], ["a.png", "no finding", " 1"]]
+    dataset = ManifestDataset(write_csv(tmp_path / "list.csv", HEADER, [*rows, rows[0]]))
+    assert [s.path.name for s in dataset.samples] == ["a.png", "b.png"]
+    assert (dataset.report().found, dataset.report().dropped) == (4, {"file listed twice": 2})
+
+
+@pytest.mark.parametrize(
+    "other", [["covid19", "1", "x"], ["normal", "2", "x"], ["normal", "1", "y"]]
+)
+def test_a_file_that_is_listed_as_two_things_is_an_error(tmp_path: Path, other: list[str]) -> None:
+    write_image(tmp_path / "a.png")
+    rows = [["a.png", "normal", "1", "x"], ["a.png", *other]]
+    table = write_csv(tmp_path / "list.csv", [*HEADER, "source"], rows)
+    message = r"list.csv lists .*a.png twice, with .*'normal', '1', 'x'.* Keep one row per file"
+    with pytest.raises(DatasetError, match=message):
+        ManifestDataset(table)
+
+
+@pytest.mark.skipif(os.sep != "/", reason="Windows reads its own paths")
+def test_a_path_as_windows_writes_it_is_told_to_be_the_reason(tmp_path: Path) -> None:
+    write_image(tmp_path / "img" / "a.png")
+    rows = [["img\\a.png", "normal", "1"], ["img/a.png", "normal", "1"]]
+    dataset = ManifestDataset(write_csv(tmp_path / "list.csv", HEADER, rows))
+    assert dataset.report().dropped == {r"image file missing (its path has \ for /)": 1}
+
+
+def test_a_folder_per_patient_is_refused_in_a_few_lines(tmp_path: Path) -> None:
+    for number in range(100):
+        write_image(tmp_path / "train" / f"patient{number:05d}" / "view1_frontal.jpg")
+    with pytest.raises(DatasetError, match=r"dropped +70  other reasons") as refused:
+        open_dataset(tmp_path)
+    assert len(str(refused.value).splitlines()) < 40
 
 
 def test_blanks_around_cells_do_not_count_except_in_a_path(tmp_path: Path) -> None:
@@ -340,9 +378,9 @@ def test_blanks_around_cells_do_not_count_except_in_a_path(tmp_path: Path) -> No
 
 
 def test_lists_know_the_labels_and_views_that_folders_and_cohen_know(tmp_path: Path) -> None:
-    write_image(tmp_path / "a.png")
     names = ["Normal", "COVID-19", "No finding", "C19", "normal"]
-    rows = [["a.png", name, str(i), "ap supine"] for i, name in enumerate(names)]
+    paths = [write_image(tmp_path / f"{i}.png") for i in range(len(names))]
+    rows = [[p.name, name, p.stem, "ap supine"] for p, name in zip(paths, names, strict=True)]
     table = write_csv(tmp_path / "list.csv", [*HEADER, "view"], rows)
     dataset = ManifestDataset(table, {"C19": "covid19"})
     assert dataset.targets == [0, 1, 0, 1, 0]

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid.datasets.report import DatasetReport, added, printable, summarise
-from chestxray_covid.datasets.storage import write_csv
+from chestxray_covid.datasets.report import DatasetReport, printable, summarise_taken
+from chestxray_covid.datasets.storage import resolver, write_csv
 from chestxray_covid.errors import DatasetError
 from chestxray_covid.image import load_image
 
@@ -159,6 +159,8 @@ class ChestXrayDataset:
         self.transform = transform
         self.target_transform = target_transform
         self._report = report
+        #: Reports of the data sets that the samples were taken from, if from any.
+        self._wholes: tuple[DatasetReport, ...] = ()
         #: Sources that nobody named → the resolved folder or CSV that they are named after.
         self._named_after: Mapping[str, Path] = {}
         strange = {s.label for s in self.samples} - set(self.classes)
@@ -222,10 +224,10 @@ class ChestXrayDataset:
         return frame[[*MANIFEST_COLUMNS, *(c for c in frame if c not in MANIFEST_COLUMNS)]]
 
     def report(self) -> DatasetReport:
-        """Return what was found, kept and dropped, and why."""
-        if self._report is not None:
-            return self._report
-        return summarise(self.samples, self.classes, source="+".join(self.sources), root="")
+        """Return what was found, kept and dropped, and why; of a part, also what is not in it."""
+        if self._report is None:
+            self._report = summarise_taken(self.samples, self.classes, self._wholes)
+        return self._report
 
     def subset(self, indices: Iterable[SupportsIndex]) -> ChestXrayDataset:
         """Return the samples at these positions, in that order.
@@ -245,8 +247,9 @@ class ChestXrayDataset:
 
         Raises:
             ValueError: If ``per_class`` is not positive.
+            TypeError: If it is no whole number, as a fraction.
         """
-        if not per_class > 0:
+        if not operator.index(per_class) > 0:
             raise ValueError(f"per_class must be positive, got {per_class}")
         order = np.random.default_rng(seed).permutation(len(self))
         taken: Counter[int] = Counter()
@@ -277,11 +280,10 @@ class ChestXrayDataset:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = target.parent.resolve()
         kept = [n for n in KEPT_COLUMNS if any(s.metadata.get(n) for s in self.samples)]
-        resolved = cache(Path.resolve)
+        resolved = resolver()
 
         def row(s: Sample) -> list[str]:
-            # A link keeps its own name, which may say more than its target's.
-            full = resolved(s.path.parent) / s.path.name
+            full = Path(resolved(s.path))
             where = full.relative_to(folder) if full.is_relative_to(folder) else full
             known = [str(where), s.label, s.finding, s.patient_id, s.source, s.view]
             return [*known, *(s.metadata.get(n, "") for n in kept)]
@@ -289,20 +291,15 @@ class ChestXrayDataset:
         write_csv(target, [*MANIFEST_COLUMNS, *kept], map(row, self.samples))
         return target
 
-    def _with(
-        self,
-        samples: Iterable[Sample],
-        classes: Sequence[str] = (),
-        report: DatasetReport | None = None,
-    ) -> ChestXrayDataset:
+    def _with(self, samples: Iterable[Sample], classes: Sequence[str] = ()) -> ChestXrayDataset:
         other = ChestXrayDataset(
             samples,
             classes=classes or self.classes,
             transform=self.transform,
             target_transform=self.target_transform,
-            report=report,
         )
         other._named_after = self._named_after
+        other._wholes = self._wholes or (self.report(),)
         return other
 
     def _promise(self, promised: Iterable[str]) -> Self:
@@ -343,8 +340,10 @@ def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
     named = _told_apart(datasets)
     loaded = {s.source for d in datasets for s in d.samples}
     samples = [_counted_to_origin(s, loaded) for d in datasets for s in d.samples]
-    whole = first._with(samples, classes, added([d.report() for d in datasets], samples, classes))
+    whole = first._with(samples, classes)
     whole._named_after = named
+    reports = (r for d in datasets for r in d._wholes or (d.report(),))
+    whole._wholes = tuple({id(r): r for r in reports}.values())  # parts of one data set share it
     return whole
 
 
@@ -352,6 +351,7 @@ def _told_apart(datasets: Iterable[ChestXrayDataset]) -> dict[str, Path]:
     """Return what all sources that nobody named are named after, after a look for mistakes."""
     named: dict[str, Path] = {}
     files: set[str] = set()
+    resolved = resolver()
     for d in datasets:
         for name, root in d._named_after.items():
             if (other := named.setdefault(name, root)) != root:
@@ -360,7 +360,7 @@ def _told_apart(datasets: Iterable[ChestXrayDataset]) -> dict[str, Path]:
                     "their patients would be taken for the same. Name them with source=, rename a "
                     "folder, or list the images in a CSV with a column source."
                 )
-        own = {str(s.path) for s in d.samples if s.is_file}
+        own = {resolved(s.path) for s in d.samples if s.is_file}
         if again := files & own:
             raise DatasetError(f"{printable(min(again))} is in two data sets; add each only once.")
         files |= own
@@ -379,7 +379,8 @@ def _counted_to_origin(sample: Sample, loaded: set[str]) -> Sample:
     origin = sample.metadata.get("origin")
     if not origin or origin not in loaded or origin == sample.source:
         return sample
-    metadata = {**sample.metadata, "numbered_by": sample.source}
+    numbered_by = sample.metadata.get("numbered_by") or sample.source
+    metadata = {**sample.metadata, "numbered_by": numbered_by}
     return replace(sample, source=origin, metadata=metadata)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,8 @@ from chestxray_covid.datasets.cohen import CohenCovidDataset, canonical_view
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layout
 from chestxray_covid.datasets.loading import entries, images_below, may_hold_images
 from chestxray_covid.datasets.report import summarise
-from chestxray_covid.datasets.storage import existing_folder, read_csv
-from chestxray_covid.errors import DatasetNotFoundError
+from chestxray_covid.datasets.storage import existing_folder, nothing_collected, read_csv
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError
 from chestxray_covid.files import is_folder
 
 #: Names in public collections (lower case, letters and digits only) → canonical label.
@@ -141,7 +139,7 @@ class ManifestDataset(ChestXrayDataset):
     ``finding`` are optional; further columns go to ``sample.metadata``, where equal
     ``image_id`` (of equal ``origin``, else ``source``) or ``content_hash`` mark copies of one
     image. Relative paths start at the CSV's folder; blanks around other cells do not count. Rows
-    without a file or label are dropped and counted.
+    without a file or label are dropped and counted, and so are those that list a file again.
 
     Args:
         path: The CSV, UTF-8 with a header; or a folder that holds ``manifest.csv``.
@@ -155,7 +153,8 @@ class ManifestDataset(ChestXrayDataset):
 
     Raises:
         DatasetNotFoundError: If the CSV is missing.
-        DatasetError: If it cannot be read, lacks a column, or has no usable image of any class.
+        DatasetError: If it cannot be read, lacks a column, has no usable image of any class, or
+            lists a file under two labels or patients.
     """
 
     def __init__(
@@ -175,13 +174,13 @@ class ManifestDataset(ChestXrayDataset):
         lies_in_its_folder = table.name == "manifest.csv"
         place = table.parent.resolve() / ("" if lies_in_its_folder else table.name)
         name = source or (place.name if lies_in_its_folder else place.stem)
-        samples: list[Sample] = []
+        listed: dict[str, Sample] = {}
         dropped: Counter[str] = Counter()
         meant: dict[str, str] = {}
         unnamed = False
         more: list[str] = []  # columns that go to the metadata, the same in all rows
         folder = os.path.join(table.parent, "")  # noqa: PTH118 - ends in "/"
-        with _nothing_collected():
+        with nothing_collected():
             for row in read_csv(table, required=("path", "label", "patient_id")):
                 if (label := meant.get(row["label"])) is None:
                     label = meant[row["label"]] = _label(row["label"], labels or {}, classes)
@@ -192,11 +191,16 @@ class ManifestDataset(ChestXrayDataset):
                 elif not row["patient_id"]:
                     dropped["no patient_id"] += 1
                 elif not given or not os.path.isfile(file):  # noqa: PTH113 - keeps no copy
-                    dropped["image file missing"] += 1
+                    dropped[_why_missing(given)] += 1
                 else:
                     more = more or [k for k in row if k not in _KNOWN]
                     unnamed = unnamed or not row.get("source")
-                    samples.append(_listed(file, row, label, name, more))
+                    sample = _listed(file, row, label, name, more)
+                    first = listed.setdefault(file, sample)
+                    if first is not sample:
+                        _refuse_contradiction(table, first, sample)
+                        dropped["file listed twice"] += 1
+        samples = tuple(listed.values())
         super().__init__(
             samples,
             classes=classes,
@@ -364,16 +368,18 @@ def _patient(path: Path, root: Path, pattern: re.Pattern[str] | None) -> str | N
     return (match[1] if pattern.groups else match[0]) if match else None
 
 
-@contextlib.contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Keep Python from searching a million new samples for garbage, which is half of the time."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
+def _why_missing(path: str) -> str:
+    is_of_windows = "\\" in path and os.sep == "/"
+    return "image file missing" + r" (its path has \ for /)" * is_of_windows
+
+
+def _refuse_contradiction(table: Path, first: Sample, again: Sample) -> None:
+    known, other = ((s.label, s.patient_id, s.source) for s in (first, again))
+    if known != other:
+        raise DatasetError(
+            f"{table} lists {first.path} twice, with (label, patient_id, source) {known} and "
+            f"{other}. Keep one row per file."
+        )
 
 
 def _listed(file: str, row: dict[str, str], label: str, name: str, more: Iterable[str]) -> Sample:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import Sample
+
+#: Why what a data set kept is not in a part of it.
+LEFT_OUT = "not in this part (subset, filter, limit or split)"
+#: All reasons beyond the most frequent: labels can be as many as patients.
+_OTHER = "other reasons"
+_MOST_REASONS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +24,15 @@ class DatasetReport:
 
     Attributes:
         source: Name of the data set.
-        root: Where it was read from; empty for phantoms.
-        found: Entries considered (metadata rows, or image files).
+        root: Where it was read from; empty for phantoms, and for a part of a data set.
+        found: Entries considered (metadata rows, or image files), those of a part's whole too.
         kept: Samples in the data set.
-        dropped: Reason → number of entries; ``found == kept + sum(dropped.values())``.
+        dropped: Reason → number of entries; ``found == kept + sum(dropped.values())``. Beyond the
+            30 most frequent, reasons are counted together.
         images: Class → number of images.
         patients: Class → number of patients.
-        notes: Facts that are not drops, for example files without a metadata row.
+        notes: Facts about what was found that are not drops, for example files without a
+            metadata row.
     """
 
     source: str
@@ -42,7 +50,8 @@ class DatasetReport:
 
     def __str__(self) -> str:
         """Return lines of text; what cannot be printed, as of a strange file name, is escaped."""
-        lines = [f"{self.source}: {self.kept} of {self.found} kept ({self.root or 'no files'})"]
+        where = self.root or ("a part" if LEFT_OUT in self.dropped else "no files")
+        lines = [f"{self.source}: {self.kept} of {self.found} kept ({where})"]
         lines += [
             f"  class    {name:<12} {count:>6} images, {self.patients[name]} patients"
             for name, count in self.images.items()
@@ -76,8 +85,10 @@ def summarise(
     images = Counter(s.label for s in samples)
     patients: dict[str, set[tuple[str, str]]] = {label: set() for label in (*images, *classes)}
     for s in samples:
-        patients[s.label].add((s.source, s.patient_id))
-    gone = dict(sorted((dropped or {}).items(), key=lambda item: -item[1]))
+        patients[s.label].add((s.metadata.get("numbered_by") or s.source, s.patient_id))
+    gone = dict(sorted((dropped or {}).items(), key=lambda item: (item[0] != LEFT_OUT, -item[1])))
+    for reason in list(gone)[_MOST_REASONS:]:
+        gone[_OTHER] = gone.pop(reason) + gone.get(_OTHER, 0)
     return DatasetReport(
         source=source,
         root=os.fspath(root),
@@ -90,15 +101,29 @@ def summarise(
     )
 
 
-def added(
-    reports: Sequence[DatasetReport], samples: Sequence[Sample], classes: Sequence[str]
+def summarise_taken(
+    samples: Sequence[Sample], classes: Sequence[str], reports: Sequence[DatasetReport]
 ) -> DatasetReport:
-    """Return the report of the samples of several data sets together."""
+    """Return the report of samples that were taken from the data sets with these reports, if any.
+
+    A part has no root: it may be trained on, and what it was is published with the weights.
+    """
+    distinct = len({id(s) for s in samples})
+    left_out = max(0, sum(r.kept for r in reports) - distinct)
+    dropped = sum((Counter(r.dropped) for r in reports), Counter[str]())
+    notes = sum((Counter(r.notes) for r in reports), Counter[str]())
+    sources: Iterable[str] = (r.source for r in reports)
+    roots = [r.root for r in reports if r.root]
+    if left_out or not reports:
+        sources, roots = sorted({s.source for s in samples}), []
+        dropped[LEFT_OUT] += left_out
+    if len(samples) > distinct:
+        notes["samples that occur again"] += len(samples) - distinct
     return summarise(
         samples,
         classes,
-        source="+".join(dict.fromkeys(r.source for r in reports)),
-        root=", ".join(r.root for r in reports if r.root),
-        dropped=sum((Counter(r.dropped) for r in reports), Counter[str]()),
-        notes=sum((Counter(r.notes) for r in reports), Counter[str]()),
+        source="+".join(dict.fromkeys(sources)),
+        root=", ".join(roots),
+        dropped=+dropped,  # without what is 0
+        notes=notes,
     )

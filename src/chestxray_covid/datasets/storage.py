@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
 import re
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -153,6 +155,24 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def resolver() -> Callable[[Path], str]:
+    """Return a function from a file's path to its one full spelling, however it was spelled.
+
+    Links to folders are followed, each folder once; a link to a file keeps its own name, which may
+    say more than its target's.
+    """
+
+    @cache
+    def real(folder: str) -> str:
+        return os.path.join(os.path.realpath(folder), "")  # noqa: PTH118 - ends in "/"
+
+    def resolve(path: Path) -> str:
+        folder, separator, name = str(path).rpartition(os.sep)
+        return real(folder + separator or ".") + name
+
+    return resolve
+
+
 def is_current(folder: Path) -> bool:
     """Return whether a folder is the current one, which cannot be replaced under its user."""
     return folder.exists() and folder.samefile(".")
@@ -213,6 +233,18 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
         raise DatasetError(f"{table} cannot be read as CSV: {error}.") from error
     if not row:
         raise DatasetError(f"{table} has a header and no rows.")
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Keep Python from searching a million new samples for garbage, which is half of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def refuse_repeated(table: Path, names: Sequence[str]) -> None:
