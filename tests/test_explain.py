@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import LayerGradCam, Occlusion
-from PIL import Image
+from PIL import Image, ImageSequence
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -56,6 +56,15 @@ def same(one: Heatmap, other: Heatmap) -> bool:
 
 
 # ---------------------------------------------------------------- Grad-CAM
+
+
+def test_frames_of_one_file_are_explained_each(model: Classifier, tmp_path: Path) -> None:
+    phantoms = SyntheticChestXray(3, classes=CLASSES, image_size_px=128, seed=2)
+    frames = [phantoms[i][0] for i in range(3)]
+    frames[0].save(tmp_path / "frames.tif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "frames.tif") as file:
+        found = grad_cam(model, ImageSequence.Iterator(file))
+    assert all(map(same, found, grad_cam(model, frames)))
 
 
 def network_without_inplace(model: Classifier) -> nn.Sequential:

@@ -14,6 +14,7 @@ from scipy.spatial.distance import mahalanobis
 from scipy.stats import chi2
 from sklearn.linear_model import LogisticRegression
 
+from chestxray_covid import gate_fit
 from chestxray_covid.checkpoint import ModelConfig, load_attachment, save_checkpoint
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
@@ -138,6 +139,15 @@ def test_an_image_much_smaller_than_the_input_is_of_low_resolution(
         assert flag.score == pytest.approx(1 - 25 / 25.6)
         assert not flag.abstains
         assert "200x25" in flag.reason
+
+
+def test_the_side_that_is_expected_is_one_that_passes() -> None:
+    for size in range(32, 257):
+        pixels = np.random.default_rng(0).integers(0, 256, (1, size, size), dtype=np.uint8)
+        (flag,) = check_image(pixels, ImageFacts(width_px=12, height_px=200))
+        least = int(flag.reason.rpartition(" ")[2])
+        assert check_image(pixels, ImageFacts(width_px=least, height_px=200)) == ()
+        assert check_image(pixels, ImageFacts(width_px=least - 1, height_px=200))
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0049, []), (0.005, ["colour"])])
@@ -269,6 +279,21 @@ def test_radiographs_of_other_patients_pass(gate: Gate) -> None:
     rows = features_of(pixels)
     flagged = sum(bool(gate.check(r, p, FACTS)) for r, p in zip(rows, pixels, strict=True))
     assert flagged <= 5
+
+
+@pytest.mark.parametrize("false_alarms", [0.05, 0.3])
+def test_no_more_held_out_radiographs_are_beyond_a_threshold_than_were_asked_for(
+    data: dict[str, Any], false_alarms: float
+) -> None:
+    one = {**data, "sources": ["a"] * len(data["kinds"])}
+    gate = fit(one, false_alarms=false_alarms)
+    gathered = gate_fit._gather(**one)
+    folds = gate_fit._by_patient(gathered)
+    judged = np.concatenate([gate_fit._judge(*fold, 16) for fold in folds])
+    assert len(judged) == COUNT
+    beyond = (judged > np.append(gate.min_log_odds, gate.max_distance)).mean(0)
+    assert beyond.max() <= false_alarms / len(KINDS)
+    assert beyond[-1] > false_alarms / len(KINDS) - 1 / COUNT  # no stricter than that
 
 
 def test_a_source_that_looks_different_loosens_the_thresholds(data: dict[str, Any]) -> None:

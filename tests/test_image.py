@@ -31,7 +31,12 @@ from chestxray_covid.image import (
     load_image,
     read_image,
 )
-from chestxray_covid.pixels import MAX_JPEG_SCANS
+from chestxray_covid.pixels import (
+    _GREY_CHROMA,
+    COLOURED_CHANNELS,
+    MAX_JPEG_SCANS,
+    check_jpeg,
+)
 
 pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
@@ -506,6 +511,57 @@ def test_layouts_of_which_bits_would_be_lost_are_refused(data: bytes) -> None:
         load_image(data)
 
 
+def grey_tiff(values: np.ndarray, order: str, *, deflate: bool) -> bytes:
+    """A TIFF of one strip and one channel, of whole or floating-point numbers."""
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    data = zlib.compress(data) if deflate else data
+    data += b"\0" * (len(data) % 2)
+    entries = {
+        256: values.shape[1],
+        257: values.shape[0],
+        258: 8 * values.dtype.itemsize,
+        259: 8 if deflate else 1,
+        262: 1,
+        273: 8,
+        277: 1,
+        278: values.shape[0],
+        279: len(data),
+        339: {"u": 1, "i": 2, "f": 3}[values.dtype.kind],
+    }
+    out = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data)) + data
+    out += struct.pack(f"{order}H", len(entries))
+    for tag, value in entries.items():
+        out += struct.pack(f"{order}HHII", tag, 4, 1, value)
+    return out + bytes(4)
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", ["uint8", "int8", "uint16", "int16", "int32", "float32"])
+def test_a_tiff_shows_its_numbers_whatever_their_type_order_and_compression(
+    kind: str, order: str, deflate: bool
+) -> None:
+    values = np.random.default_rng(0).integers(-128, 128, (20, 30)).astype(kind)
+    values = values * values.dtype.type(200) if values.dtype.itemsize > 1 else values
+    assert np.array_equal(loaded(grey_tiff(values, order, deflate=deflate)), loaded(values))
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+def test_a_tiff_of_32_bits_without_sign_does_not_wrap_around(deflate: bool) -> None:
+    values = np.linspace(0, 2**32 - 1, 600).astype(np.uint32).reshape(20, 30)
+    assert np.array_equal(loaded(grey_tiff(values, "<", deflate=deflate)), loaded(values))
+    small = values >> np.uint32(24)
+    assert np.array_equal(loaded(grey_tiff(small, "<", deflate=deflate)), small)
+
+
+def test_grey_and_opacity_in_planes_of_their_own_are_refused() -> None:
+    data = encode(np.dstack([ramp(), ramp()]), "TIFF", compression="tiff_adobe_deflate")
+    contiguous, planar = (struct.pack("<HHII", 284, 3, 1, value) for value in (1, 2))
+    assert contiguous in data
+    with pytest.raises(ImageError, match=r"TIFF of 8 bits a channel in a layout \(LA\)"):
+        load_image(data.replace(contiguous, planar))
+
+
 def test_a_mode_that_pillow_cannot_convert_is_refused() -> None:
     with pytest.raises(ImageError, match="conversion from LAB to RGB not supported"):
         load_image(Image.new("LAB", (8, 8)))
@@ -828,6 +884,25 @@ def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
     assert load_image(jpeg_of_scans(64, 20)).size == (64, 64)
 
 
+def test_scans_are_counted_where_the_first_does_not_hold_all_components() -> None:
+    picture = Image.fromarray(ramp()).convert("RGB")
+    data = bytearray(encode(picture, "JPEG"))
+    last = bytes(data[data.rindex(b"\xff\xda") : -2])
+    sof = data.index(b"\xff\xc0")
+    data[sof + 9] = 4  # components in the frame, of which the scan has 3
+    with pytest.raises(ImageError, match=f"JPEG of 61 scans, more than {MAX_JPEG_SCANS}"):
+        check_jpeg(bytes(data[:-2]) + last * 60 + b"\xff\xd9", "it", 10_000)
+
+
+def test_a_second_frame_header_does_not_smuggle_in_a_larger_size() -> None:
+    data = encode(ramp(), "JPEG")
+    sof = data.index(b"\xff\xc0")
+    header = bytearray(data[sof : sof + 13])
+    header[5:9] = struct.pack(">HH", 65000, 65000)
+    with pytest.raises(ImageError, match="65000x65000 pixels, more than the limit"):
+        check_jpeg(data[: sof + 13] + header + data[sof + 13 :], "it", 10_000)
+
+
 def test_scans_are_not_counted_in_thumbnails_nor_behind_the_image() -> None:
     fakes = b"\xff\xda\0\x08" * 100
     data = encode(ramp(), "JPEG", exif=b"Exif\0\0" + fakes, icc_profile=fakes) + fakes * 500
@@ -953,6 +1028,9 @@ def test_a_hundred_hostile_names_are_read_and_shown_without_control_characters(
 # ---------------------------------------------------------------- faults, row 20: DICOM
 
 
+BIG_ENDIAN = "1.2.840.10008.1.2.2"
+
+
 def dicom(pixels: np.ndarray | None, *, syntax: str = "1.2.840.10008.1.2.1", **extra: Any) -> bytes:
     """A DICOM file of grey or RGB pixels; ``extra`` sets or, with None, removes elements."""
     data = pydicom.Dataset()
@@ -973,13 +1051,14 @@ def dicom(pixels: np.ndarray | None, *, syntax: str = "1.2.840.10008.1.2.1", **e
         order = ">" if syntax.endswith(".1.2.2") else "<"
         data.PixelData = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
         data["PixelData"].VR = "OB" if pixels.dtype.itemsize == 1 else "OW"
+    high_bit = extra.pop("HighBit", None)
     for key, value in extra.items():
         if value is None:
             delattr(data, key)
         else:
             setattr(data, key, value)
     if pixels is not None:
-        data.HighBit = data.BitsStored - 1
+        data.HighBit = high_bit or data.BitsStored - 1
         if syntax.startswith("1.2.840.10008.1.2.4"):
             data["PixelData"].VR = "OB"
             data["PixelData"].is_undefined_length = True
@@ -1207,6 +1286,27 @@ def test_padding_around_the_image_does_not_darken_it(
     expected = 255 - expected if photometric == "MONOCHROME1" else expected
     assert np.abs(found[6:] - expected).max() <= 1
     assert set(found[:5].ravel()) == {0 if photometric == "MONOCHROME1" else 255}
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1", BIG_ENDIAN])
+@pytest.mark.parametrize("kind", [np.uint16, np.int16])
+@pytest.mark.parametrize("high_bit", [13, 15])
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 500, "WindowWidth": 1200}])
+def test_values_in_the_upper_bits_look_like_those_in_the_lower_ones(
+    syntax: str, kind: type, high_bit: int, window: dict[str, int]
+) -> None:
+    values = (twelve_bits().astype(np.int64) - 2048 * (kind is np.int16)).astype(kind)
+    options = {"syntax": syntax, "BitsStored": 12, **window}
+    plain = loaded(dicom(values, **options))
+    overlaid = (values << (high_bit - 11)) | kind(1)  # a bit below is not of the image
+    assert np.array_equal(loaded(dicom(overlaid, HighBit=high_bit, **options)), plain)
+    assert np.array_equal(loaded(dicom(values, HighBit=high_bit, **options)), plain)
+
+
+def test_a_high_bit_beyond_what_is_allocated_is_passed_over() -> None:
+    options = {"BitsStored": 12, "WindowCenter": 500, "WindowWidth": 1200}
+    found = loaded(dicom(twelve_bits(), HighBit=16, **options))
+    assert np.array_equal(found, loaded(dicom(twelve_bits(), **options)))
 
 
 def test_several_frames_of_a_dicom_file_give_a_warning() -> None:
@@ -1608,6 +1708,27 @@ def test_colour_and_size_are_told_whatever_the_form(source: Any) -> None:
 def test_equal_channels_are_no_colour(kind: str, mode: str) -> None:
     grey = arrowed().convert("L").convert(mode)
     assert read_image(encoded(grey, kind))[1].colour == 0
+
+
+def ycbcr(planes: np.ndarray) -> Image.Image:
+    return Image.merge("YCbCr", [Image.fromarray(planes[..., band]) for band in range(3)])
+
+
+def test_chroma_near_its_middle_never_makes_a_coloured_pixel() -> None:
+    near = np.arange(128 - _GREY_CHROMA, 129 + _GREY_CHROMA)
+    every = np.stack(np.meshgrid(np.arange(256), near, near), -1).astype(np.uint8)
+    rgb = np.asarray(ycbcr(every.reshape(256, -1, 3)).convert("RGB"), np.int64)
+    assert (rgb.max(-1) - rgb.min(-1)).max() <= COLOURED_CHANNELS
+
+
+@pytest.mark.parametrize("chroma", [128, 140, 141, 150, 200])
+def test_the_colour_of_a_jpeg_is_that_of_its_pixels(chroma: int) -> None:
+    planes = np.full((64, 64, 3), 128, np.uint8)
+    planes[:16, :, 1:] = chroma
+    data = encode(ycbcr(planes), "JPEG", quality=95, subsampling=0)
+    rgb = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.int64)
+    share = ((rgb.max(-1) - rgb.min(-1)) > COLOURED_CHANNELS).mean()
+    assert read_image(data)[1].colour == share
 
 
 def test_a_tint_is_no_colour_but_a_tenth_of_red_is() -> None:

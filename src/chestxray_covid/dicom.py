@@ -100,7 +100,24 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
     data.file_meta.TransferSyntaxUID = syntax
     if syntax.is_encapsulated:
         _check_frame(data, name, max_pixels)
-    return data, pixels.pixel_array(data, index=0)
+        return data, pixels.pixel_array(data, index=0)
+    return data, _first_frame(data, pixels.pixel_array)
+
+
+def _first_frame(data: Any, pixel_array: Any) -> NDArray[Any]:
+    """Return the stored values, also those in the upper bits of what is allocated.
+
+    Older editions of PS3.5 let HighBit be any; pydicom takes it for one less than BitsStored.
+    """
+    stored, high = data.get("BitsStored"), data.get("HighBit")
+    if stored and high and stored <= high < data.BitsAllocated:
+        data.BitsStored = high + 1
+        whole: NDArray[Any] = pixel_array(data, index=0)
+        data.BitsStored = stored
+        # Where the upper bits are not used, it is HighBit that is wrong.
+        if whole.max() >= 1 << stored or whole.min() < -1 << (stored - 1):
+            return np.asarray(whole >> (high + 1 - stored))
+    return np.asarray(pixel_array(data, index=0))
 
 
 def _check_frame(data: Any, name: str, max_pixels: int) -> None:

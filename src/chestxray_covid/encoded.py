@@ -67,6 +67,8 @@ _LOOKALIKES = (
 _DEEP_CHANNELS = re.compile("(LA|RGB|RGBA|RGBX);16([BLN])")
 # Order of the bytes in them → the order in which Pillow takes the low byte for the high one.
 _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+# Raw modes of a single channel, signed or float, in either order of the bytes.
+_EITHER_ORDER = re.compile("([IF];(?:16|32))B?([SF])")
 
 
 class Stream(Protocol):
@@ -102,6 +104,12 @@ def decode_image(
             f"{name} {_looks_like(head, name)}. Expected PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM."
         )
     try:
+        data = b""
+        if plugin is JpegImageFile:  # whose header is many small reads
+            length = file.seek(0, io.SEEK_END)  # reading more would reserve more
+            file.seek(0)
+            data = file.read(min(length, MAX_STREAM_BYTES))
+            file = io.BytesIO(data)
         image = plugin(cast(IO[bytes], file))
         size = image.size
         check_size(size, name, max_pixels)
@@ -110,11 +118,7 @@ def decode_image(
             tile = (int(image.tag_v2.get(322, 1)), int(image.tag_v2.get(323, 1)))
             check_size(tile, f"A tile of {name}", max_pixels)
         if isinstance(image, JpegImageFile):
-            start = file.tell()
-            length = file.seek(0, io.SEEK_END)  # reading more would reserve more
-            file.seek(0)
-            check_jpeg(file.read(min(length, MAX_STREAM_BYTES)), name, max_pixels)
-            file.seek(start)
+            check_jpeg(data, name, max_pixels)
             sideways = is_sideways(orientation(image))
             # Either way luma as it is stored; "L" would lose what says whether it is coloured.
             mode = "YCbCr" if _holds_ycbcr(image) else "L"
@@ -134,10 +138,13 @@ def _whole_depth(image: ImageFile, file: io.BufferedIOBase, name: str) -> Image.
     args = image.tile[0].args if image.tile else None
     rawmode = str(args[0] if isinstance(args, tuple) else args)
     deep = _DEEP_CHANNELS.fullmatch(rawmode)
-    if isinstance(image, TiffImageFile) and len(image.getbands()) > 1:
+    if isinstance(image, TiffImageFile) and len(image.getbands()) == 1:
+        return _true_values(image, rawmode)
+    if isinstance(image, TiffImageFile):
         depth = max(np.ravel(image.tag_v2.get(258, 1)))
-        # TIFF 6.0, tag 284: 2 is a plane per channel.
-        if depth > 8 and (image.tag_v2.get(284) == 2 or deep is None):
+        # TIFF 6.0, tag 284: 2 is a plane per channel. Of grey and opacity Pillow reads the first.
+        planar = image.tag_v2.get(284) == 2 and (depth > 8 or image.mode == "LA")
+        if planar or (depth > 8 and deep is None):
             raise ImageError(
                 f"{name} is a TIFF of {depth} bits a channel in a layout ({rawmode}) of which some "
                 "bits would be lost. Save it as 16-bit grey."
@@ -157,13 +164,29 @@ def _whole_depth(image: ImageFile, file: io.BufferedIOBase, name: str) -> Image.
     return scaled
 
 
+def _true_values(image: TiffImageFile, rawmode: str) -> Image.Image:
+    """Return a TIFF of one channel, also where Pillow takes its numbers for others."""
+    native = _EITHER_ORDER.fullmatch(rawmode)
+    if native and image.tile[0].codec_name == "libtiff":  # which has put the bytes in order
+        _unpack_as(image, f"{native[1]}N{native[2]}")
+    if rawmode == "I;32N" and np.asarray(image).min() < 0:  # unsigned
+        return Image.fromarray(np.asarray(image).view(np.uint32).astype(np.float32))
+    if rawmode == "L" and image.tag_v2.get(339, (1,))[0] == 2:  # TIFF 6.0, tag 339: signed
+        return Image.fromarray(np.asarray(image).view(np.int8).astype(np.int32))
+    return image
+
+
 def _decoded(image: ImageFile, rawmode: str) -> NDArray[np.uint8]:
     """Return ``(H, W, C)`` pixels, unpacked in another way than the header asks for."""
+    _unpack_as(image, rawmode)
+    return np.asarray(image)
+
+
+def _unpack_as(image: ImageFile, rawmode: str) -> None:
     image.tile = [
         part._replace(args=(rawmode, *part.args[1:]) if isinstance(part.args, tuple) else rawmode)
         for part in image.tile
     ]
-    return np.asarray(image)
 
 
 def open_header(path: Path) -> ImageFile | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.loading import in_batches, map_ahead
@@ -173,7 +173,10 @@ def explained(
     classifier: Classifier, images: Any, target: str | Sequence[str] | None
 ) -> tuple[list[Any], list[str | None]]:
     """Return the single images, and the class to explain for each, ``None`` for the predicted."""
-    items = list(expand(images))
+    # Read at once: of a file of several frames, the next one takes the place of the one before.
+    items = [
+        load_image(one) if isinstance(one, ImageFile.ImageFile) else one for one in expand(images)
+    ]
     if target is None or isinstance(target, str):
         targets: list[str | None] = [target] * len(items)
     else:

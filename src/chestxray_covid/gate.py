@@ -7,8 +7,10 @@ and the size and colour of the image before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -94,8 +96,14 @@ def check_image(pixels: NDArray[np.uint8], facts: ImageFacts) -> tuple[Flag, ...
         ``low_resolution`` the share of the needed side that is missing, of ``colour`` the share
         of coloured pixels.
     """
+    return _check_image(pixels, facts, _counts(Image.fromarray(pixels[0])))
+
+
+def _check_image(
+    pixels: NDArray[np.uint8], facts: ImageFacts, counts: NDArray[np.int64]
+) -> tuple[Flag, ...]:
     flags = []
-    even = _even_share(pixels)
+    even = _even_share(counts)
     if even >= MIN_BLANK:
         reason = f"{even:.1%} of the pixels have nearly the same grey level"
         flags.append(Flag(name="blank", reason=reason, score=even))
@@ -104,7 +112,7 @@ def check_image(pixels: NDArray[np.uint8], facts: ImageFacts) -> tuple[Flag, ...
     if side < needed:
         reason = (
             f"is {facts.width_px}x{facts.height_px} pixels, "
-            f"expected a shorter side of at least {needed:.0f}"
+            f"expected a shorter side of at least {math.ceil(needed)}"
         )
         flags.append(Flag(name="low_resolution", reason=reason, score=1 - side / needed))
     if facts.colour >= MIN_COLOURED:
@@ -113,11 +121,11 @@ def check_image(pixels: NDArray[np.uint8], facts: ImageFacts) -> tuple[Flag, ...
     return tuple(flags)
 
 
-def _even_share(pixels: NDArray[np.uint8]) -> float:
-    counts = _counts(Image.fromarray(pixels[0]))
-    median = int(np.searchsorted(np.cumsum(counts), pixels.size / 2))
+def _even_share(counts: NDArray[np.int64]) -> float:
+    total = counts.sum()
+    median = int(np.searchsorted(np.cumsum(counts), total / 2))
     near = counts[max(0, median - BLANK_LEVELS) : median + BLANK_LEVELS + 1]
-    return float(near.sum() / pixels.size)
+    return float(near.sum() / total)
 
 
 def _counts(image: Image.Image) -> NDArray[np.int64]:
@@ -136,10 +144,16 @@ def describe(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         pixels: ``(1, S, S)`` uint8, S at least 16.
     """
     image = Image.fromarray(pixels[0])
+    return _describe(pixels, image, _counts(image))
+
+
+def _describe(
+    pixels: NDArray[np.uint8], image: Image.Image, counts: NDArray[np.int64]
+) -> NDArray[np.float32]:
     side = (_THUMBNAIL_PX, _THUMBNAIL_PX)
     thumbnail = np.asarray(image.resize(side, Image.Resampling.BOX), np.float32).ravel()
-    thumbnail = (thumbnail - thumbnail.mean()) / max(float(thumbnail.std()), 1.0)
-    counts = _counts(image)
+    thumbnail -= thumbnail.mean()
+    thumbnail /= max(float(np.sqrt(np.square(thumbnail).mean())), 1.0)  # `std` takes twice as long
     shares = counts.reshape(_GREY_BINS, -1).sum(1) / pixels.size
     levels = np.arange(256)
     mean = counts @ levels / pixels.size
@@ -221,12 +235,15 @@ class Gate:
             pixels: ``(1, S, S)`` uint8, as the model got them.
             facts: Size and colour before.
         """
-        flags = check_image(pixels, facts)
+        image = Image.fromarray(pixels[0])
+        counts = _counts(image)
+        flags = _check_image(pixels, facts, counts)
         if any(flag.name == "blank" for flag in flags):
             return flags
-        inputs = np.concatenate([features, describe(pixels)])[np.newaxis]
-        kind = self._check_kind(self.log_odds(inputs)[0])
-        return (*([kind] if kind else self._check_distance(features)), *flags)
+        inputs = np.concatenate([features, _describe(pixels, image, counts)])[np.newaxis]
+        standard = standardise(inputs, self.mean, self.scale)
+        kind = self._check_kind(self._log_odds(standard)[0])
+        return (*([kind] if kind else self._check_distance(standard)), *flags)
 
     def _check_kind(self, log_odds: NDArray[np.float64]) -> Flag | None:
         excess = log_odds[1:] - self.min_log_odds
@@ -239,8 +256,8 @@ class Gate:
         alike = [k for k, kind in enumerate(KINDS) if _KIND_FLAGS.get(kind, ("",))[0] == name]
         return Flag(name=name, reason=reason, score=float(odds[alike].sum() / odds.sum()))
 
-    def _check_distance(self, features: NDArray[np.float32]) -> list[Flag]:
-        distance = float(self.distances(features[np.newaxis])[0])
+    def _check_distance(self, standard: NDArray[np.float64]) -> list[Flag]:
+        distance = float(self._distances(standard[:, :FEATURES])[0])
         limit = float(self.max_distance[0])
         if not distance > limit:
             return []
@@ -254,7 +271,9 @@ class Gate:
         Args:
             inputs: ``(N, 1024 + D)`` features, and descriptions by :func:`describe`.
         """
-        standard = standardise(inputs, self.mean, self.scale)
+        return self._log_odds(standardise(inputs, self.mean, self.scale))
+
+    def _log_odds(self, standard: NDArray[np.float64]) -> NDArray[np.float64]:
         logits = standard @ self.probe.T.astype(np.float64) + self.bias
         return np.asarray(logits - logits[:, :1], np.float64)
 
@@ -270,8 +289,15 @@ class Gate:
             features: ``(N, 1024)``.
         """
         standard = standardise(features, self.mean[:FEATURES], self.scale[:FEATURES])
+        return self._distances(standard)
+
+    @cached_property
+    def _wide_basis(self) -> NDArray[np.float64]:
+        return self.basis.astype(np.float64)  # once: it takes longer than what is done with it
+
+    def _distances(self, standard: NDArray[np.float64]) -> NDArray[np.float64]:
         away = standard - self.centre
-        along = away @ self.basis.astype(np.float64)
+        along = away @ self._wide_basis
         across = np.maximum((away**2).sum(1) - (along**2).sum(1), 0)
         return np.asarray(np.sqrt((along**2 / self.variances).sum(1) + across / self.noise))
 

@@ -82,13 +82,12 @@ def fit_gate(
     _check_folds(examples, components)
     level = 1 - false_alarms / len(KINDS)
     held_out = np.concatenate([_judge(*fold, components) for fold in _by_patient(examples)])
-    limits = [np.quantile(held_out, level, axis=0)]
-    unseen = [
-        np.quantile(_judge(*fold, components), level, axis=0) for fold in _by_source(examples)
-    ]
+    limits = [_quantile(held_out, level)]
+    unseen = [_quantile(_judge(*fold, components), level) for fold in _by_source(examples)]
     if unseen:
         limits.append(np.median(unseen, axis=0))
-    highest = np.max(limits, axis=0).astype(np.float32)
+    # Rounded up, or the image at the limit would be beyond it.
+    highest = np.nextafter(np.max(limits, axis=0).astype(np.float32), np.float32(np.inf))
     return replace(
         _fit(examples, components),
         # Never below 0: a kind less probable than a frontal radiograph is no reason to flag one.
@@ -193,6 +192,11 @@ def _judge(rest: _Examples, left: _Examples, components: int) -> NDArray[np.floa
     inputs = left.inputs[left.is_frontal]
     distances = gate.distances(inputs[:, :FEATURES])
     return np.column_stack([gate.log_odds(inputs)[:, 1:], distances])
+
+
+def _quantile(judged: NDArray[np.float64], level: float) -> NDArray[np.float64]:
+    """Return the least values that no more than ``1 - level`` of the rows exceed."""
+    return np.asarray(np.quantile(judged, level, axis=0, method="higher"))
 
 
 def _fit(examples: _Examples, components: int) -> Gate:

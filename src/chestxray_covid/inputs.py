@@ -60,14 +60,21 @@ def is_single(images: Any) -> bool:
     return not (several or kept or dimensions == 4)
 
 
-def expand(images: Any, depth: int = 0) -> Iterable[Any]:
+def expand(images: Any, depth: int = 0, *, lasting: bool = True) -> Iterable[Any]:
     """Return the single images of whatever holds images.
+
+    Those of an iterator are copies where they can change: it may fill one array again and again.
+
+    Args:
+        images: What :meth:`Classifier.predict` takes.
+        depth: Lists around it.
+        lasting: Whether it stays as it is once the next one is taken.
 
     Raises:
         ValueError: While they are taken, if lists are nested too deeply.
     """
     if is_single(images):
-        return [images]
+        return [images if lasting else _copy(images)]
     if isinstance(images, ChestXrayDataset):
         return (Item(images, position) for position in range(len(images)))
     if isinstance(images, (str, os.PathLike)):
@@ -76,7 +83,16 @@ def expand(images: Any, depth: int = 0) -> Iterable[Any]:
         raise ValueError(
             f"images are nested more than {_MAX_DEPTH} lists deep; does a list contain itself?"
         )
-    return chain.from_iterable(expand(one, depth + 1) for one in images)
+    lasting = lasting and not isinstance(images, Iterator)
+    return chain.from_iterable(expand(one, depth + 1, lasting=lasting) for one in images)
+
+
+def _copy(image: Any) -> Any:
+    if isinstance(image, (np.ndarray, Image.Image)) and not isinstance(image, ImageFile):
+        return image.copy()
+    if isinstance(image, (bytearray, memoryview)):
+        return bytes(image)
+    return image.detach().clone() if hasattr(image, "detach") else image
 
 
 def expand_any(images: Any) -> Iterable[Any]:

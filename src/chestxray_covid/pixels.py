@@ -43,12 +43,17 @@ _UPRIGHT = {
 _JPEG_SEGMENT = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 # Markers whose segment holds height and width: SOF0 to SOF15, and JPEG-LS's SOF55 (ITU-T T.87).
 _JPEG_FRAMES = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
+# Baseline and extended sequential, Huffman and arithmetic.
+_JPEG_ONE_SCAN = frozenset({0xC0, 0xC1, 0xC9})
 #: Difference of the channels, 0 to 255, from which a pixel is coloured. Of the public radiographs
 #: those that JPEG, a scanner or a camera only tinted stay below, drawn arrows are at 100 and more.
 COLOURED_CHANNELS = 40
 # Colour is looked for on a grid of at most so many points a side: 16,384 show a share of 0.5 % to
 # within 0.06 % (one standard error), whatever the size of the image.
 _COLOUR_GRID = 128
+# Chroma so near its middle makes channels differ by 38 at most: 1.402 and 1.772 times it.
+_GREY_CHROMA = 12
+# What has no colour.
 _GREY_MODES = ("1", "L", "LA", "La", "I", "F")
 #: So far beyond the end of a scale, relative to it, a value still counts as rounded.
 _ROUNDING = 1e-3
@@ -161,13 +166,23 @@ def _coloured_share(image: Image.Image) -> float:
     if image.mode in _GREY_MODES or image.mode.startswith("I;16"):
         return 0.0
     grid = (min(image.width, _COLOUR_GRID), min(image.height, _COLOUR_GRID))
+    small = image.resize(grid, Image.Resampling.NEAREST)
+    if image.mode == "YCbCr" and _is_nearly_grey(small):
+        return 0.0
     mode = "RGBA" if _is_transparent(image) else "RGB"
-    points = np.asarray(image.resize(grid, Image.Resampling.NEAREST).convert(mode))
+    points = np.asarray(small.convert(mode))
     red, green, blue = points[..., 0], points[..., 1], points[..., 2]
     highest = np.maximum(np.maximum(red, green), blue)
     lowest = np.minimum(np.minimum(red, green), blue)
     seen = (highest - lowest) * (points[..., 3] / 255 if mode == "RGBA" else 1)
     return float(np.count_nonzero(seen > COLOURED_CHANNELS) / seen.size)
+
+
+def _is_nearly_grey(image: Image.Image) -> bool:
+    """Return whether chroma alone tells that no pixel is coloured, which most colour JPEGs are."""
+    chroma = (image.getchannel(band).getextrema() for band in (1, 2))
+    ends = np.array([*chroma], np.int64)
+    return bool(np.abs(ends - 128).max() <= _GREY_CHROMA)
 
 
 def _to_uint8(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
@@ -235,7 +250,7 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
 
 def check_jpeg(data: bytes, name: str, max_pixels: int) -> None:
     """Refuse a JPEG of too many pixels or absurdly many scans (ITU-T T.81, B.1.1)."""
-    scans, position = 0, 2
+    scans, position, needed = 0, 2, b""
     while match := _JPEG_SEGMENT.search(data, position):
         marker, position = data[match.end() - 1], match.end()
         if marker == 0xD9:  # end of image: what follows, such as a phone's video, is not decoded
@@ -243,7 +258,12 @@ def check_jpeg(data: bytes, name: str, max_pixels: int) -> None:
         if marker in _JPEG_FRAMES and len(data) >= position + 7:
             height, width = struct.unpack_from(">HH", data, position + 3)
             check_size((width, height), name, max_pixels)
-        scans += marker == 0xDA
+            # All components in a scan that is not progressive: there is no other.
+            needed = data[position + 7 : position + 8] if marker in _JPEG_ONE_SCAN else b""
+        if marker == 0xDA:
+            if needed and data[position + 2 : position + 3] == needed:
+                break
+            scans += 1
         position += int.from_bytes(data[position : position + 2], "big")
     if scans > MAX_JPEG_SCANS:
         raise ImageError(
