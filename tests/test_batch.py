@@ -34,6 +34,7 @@ from chestxray_covid.graph import fold
 from chestxray_covid.int8 import Int8, rounded_results
 from chestxray_covid.places import Places
 from chestxray_covid.prediction import FailedPrediction, Prediction
+from chestxray_covid.prediction_table import heading, line
 from chestxray_covid.shards import Shard, ShardedTable
 from conftest import random_tensors
 
@@ -131,6 +132,15 @@ def test_a_folder_by_its_address_stands_for_its_images(
     assert names == [f"{address}/b c/x%20.png", f"{address}/y.PNG"]
 
 
+def test_hidden_files_are_no_images_by_path_or_by_address(tmp_path: Path) -> None:
+    (tmp_path / ".trash" / "b").mkdir(parents=True)
+    (tmp_path / "b.c").mkdir()
+    for name in ("a.png", "._a.png", "b.c/d.png", "b.c/.d.png", ".trash/b/e.png", ".trash/f.png"):
+        (tmp_path / name).touch()
+    for folder in (str(tmp_path), tmp_path.as_uri()):
+        assert [*Places().images(folder)] == [f"{folder}/a.png", f"{folder}/b.c/d.png"]
+
+
 def test_a_folder_among_the_files_is_a_row_and_moves_no_other(
     images: Path, tmp_path: Path, clf: Classifier
 ) -> None:
@@ -160,6 +170,29 @@ def test_a_file_that_becomes_a_folder_is_an_error_not_another_files_row(
     for files in ([tmp_path / "f.png", images / "00.png"], [images / "00.png", tmp_path / "f.png"]):
         with pytest.raises(DatasetError, match=r"did not give one row: .* Run it again"):
             list(judge_files(clf, map(str, files), batch_size=4))
+
+
+def test_a_slash_behind_a_folder_of_parquet_means_that_folder(
+    clf: Classifier, images: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.parquet"
+    for place in (f"{output}/", f"{output.as_uri()}//", output):
+        done = predict_files(images / "00.png", place, classifier=clf)
+        assert done.count == 1
+        assert {p.suffix for p in output.iterdir()} == {".parquet", ""}
+    assert len(rows_of(output)) == 1
+    predict_files(images / "00.png", f"{tmp_path}/out.csv/", classifier=clf)
+    assert len(rows_of(tmp_path / "out.csv")) == 1
+
+
+def test_columns_on_a_screen_stay_apart_whatever_the_classes_are_called() -> None:
+    for classes in (("normal", "covid19"), ("normal", "lung_opacity", "viral_pneumonia")):
+        shares = dict.fromkeys(classes, 1 / len(classes))
+        row = Prediction(label=classes[-1], probabilities=shares, threshold=0.5, source="a.png")
+        head, shown = heading(classes), line(row)
+        assert head.split() == ["label", *classes, "path"]
+        assert shown.split() == [classes[-1], *[f"{p:.4f}" for p in shares.values()], "a.png"]
+        assert head.index("path") == shown.index("a.png")
 
 
 def test_another_precision_is_computed_again(

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -205,6 +206,98 @@ def test_a_forked_process_gets_what_its_parent_gets_or_an_error(
     checkpoint_folder: Path, name: str, one_thread: bool, expected: int
 ) -> None:
     assert in_new_process(FORKED, checkpoint_folder, name, one_thread) == expected
+
+
+THREADS_OF_A_FORK = """
+import os, sys, threading
+import numpy as np
+from chestxray_covid import Classifier, engine_openvino
+classifier = Classifier.from_pretrained(sys.argv[1], engine="openvino")
+pixels = np.random.default_rng(0).integers(0, 256, (9, 1, 64, 64), dtype=np.uint8)
+expected = classifier.engine(pixels)[0]
+child = os.fork()
+if not child:
+    real, opened, right = engine_openvino._compiled, [], []
+    def compiled(*given):
+        opened.append(1)
+        return real(*given)
+    engine_openvino._compiled = compiled
+    together = threading.Barrier(4)
+    def ask():
+        together.wait()
+        right.append(np.allclose(classifier.engine(pixels)[0], expected, atol=1e-5))
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    os._exit(10 * sum(right) + len(opened))
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_threads_of_a_forked_process_get_one_copy_of_the_model(checkpoint_folder: Path) -> None:
+    # Of several, one could take back what another had just made: the next call then failed.
+    assert in_new_process(THREADS_OF_A_FORK, checkpoint_folder) == 41
+
+
+END_OF_A_FORK = """
+import os, signal, sys
+import numpy as np
+from chestxray_covid import Classifier
+classifier = Classifier.from_pretrained(sys.argv[1], engine="openvino")
+images = list(np.zeros((12, 64, 64), np.uint8))
+classifier.predict(images)
+child = os.fork()
+if not child:
+    if sys.argv[2] == "True":
+        classifier.predict(images)
+    raise SystemExit(3)
+signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+signal.alarm(40)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("computes", [False, True])
+def test_a_forked_process_ends_as_any_other_does(checkpoint_folder: Path, computes: bool) -> None:
+    assert in_new_process(END_OF_A_FORK, checkpoint_folder, computes) == 3
+
+
+def test_the_autocast_of_the_caller_changes_no_answer(opened: dict[str, Engine]) -> None:
+    batch = pixels(3)
+    expected = opened["torch"](batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = opened["torch"](batch)
+    for own, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(own, other)
+
+
+def test_torch_takes_pixels_to_where_its_weights_are() -> None:
+    # As "cuda" is another device in every thread, "cpu:0" is another than that of its tensors.
+    own = open_engine(CONFIG, random_tensors(3), engine="torch", device="cpu:0")
+    weights = own._network.buffers()  # type: ignore[attr-defined]
+    assert {own._device} == {tensor.device for tensor in weights}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("lacks", ["folder", "room"])
+def test_onnx_runtime_opens_where_nothing_can_be_written(
+    opened: dict[str, Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    monkeypatch.setenv("CHESTXRAY_COVID_CACHE", str(tmp_path / "cache"))
+    if lacks == "folder":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+        own = open_engine(CONFIG, random_tensors(3), engine="onnx")
+    else:
+        resource = pytest.importorskip("resource")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            own = open_engine(CONFIG, random_tensors(3), engine="onnx")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "cache").glob("*"))
+    np.testing.assert_allclose(own(pixels())[0], opened["onnx"](pixels())[0], atol=1e-5)
 
 
 def test_a_call_that_was_interrupted_leaves_an_engine_that_answers() -> None:

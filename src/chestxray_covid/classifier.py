@@ -114,8 +114,7 @@ class Classifier:
             classes: Restrict the model to these of its classes, at least two, in this order;
                 their probabilities are renormalised to sum to 1.
             device: Torch device such as ``"cpu"`` (if not given), ``"cuda"`` or ``"mps"``.
-            engine: ``"openvino"``, ``"onnx"``, ``"torch"``, or ``"auto"`` for the fastest of them
-                that is installed.
+            engine: ``"openvino"``, ``"onnx"``, ``"torch"``, or ``"auto"``: the fastest installed.
             precision: What it computes in: ``"float32"``, ``"bfloat16"``, on CUDA ``"float16"``,
                 with OpenVINO ``"int8"`` if :func:`quantize` made the checkpoint, or ``"auto"`` for
                 the fastest of the others that is known to keep this model's probabilities.
@@ -166,22 +165,23 @@ class Classifier:
         Args:
             folder: Made if missing; other files in it stay.
             repo_id: For ``push_to_hub``; the folder's name if not given.
-            push_to_hub: Also publish it.
-            options: For ``push_to_hub``, as :meth:`push_to_hub` takes them.
+            push_to_hub, options: Also publish it, as :meth:`push_to_hub` does with the options.
 
         Returns:
             The address of the commit if it was published, else ``None``.
 
         Raises:
+            TypeError: If there are options without ``push_to_hub``.
             CheckpointError: If an attachment of the original is missing or damaged.
             OSError: If the folder cannot be written.
             ReportError: As :meth:`push_to_hub`.
         """
         from chestxray_covid.publish import export
 
-        target = Path(folder)
-        export(target, self.config, self._tensors, self._origin, own=self._attachments())
-        return self.push_to_hub(repo_id or target.name, **options) if push_to_hub else None
+        if options and not push_to_hub:
+            raise TypeError(f"{', '.join(options)}: options of publishing; add push_to_hub=True")
+        export(Path(folder), self.config, self._tensors, self._origin, own=self._attachments())
+        return self.push_to_hub(repo_id or Path(folder).name, **options) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish the checkpoint on the Hub and return the address of the commit.

@@ -164,19 +164,24 @@ class OnnxEngine:
 def _optimised(runtime: Any, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> bytes:
     """Return the model after what ONNX Runtime makes of it, from the cache if it is there.
 
-    Without the last level of its optimisation, which depends on the processor.
+    Without the last level of its optimisation, which depends on the processor. As it was built,
+    where nothing can be written: ONNX Runtime gives what it made as a file alone.
     """
     made_with = [__version__, runtime.__version__]
     key = ("onnx", digest(tensors, preprocess), preprocess.size_px, made_with)
     kept = load_compiled(*key)
     if kept is not None:
         return kept
-    model = onnx_model(fold(tensors, preprocess), batch=1).SerializeToString()
-    with tempfile.TemporaryDirectory() as folder:
-        options = runtime.SessionOptions()
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(Path(folder, "model.onnx"))
-        runtime.InferenceSession(model, options, ["CPUExecutionProvider"])
-        made = Path(options.optimized_model_filepath).read_bytes()
+    errors = runtime.capi.onnxruntime_pybind11_state
+    model: bytes = onnx_model(fold(tensors, preprocess), batch=1).SerializeToString()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            options = runtime.SessionOptions()
+            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.optimized_model_filepath = str(Path(folder, "model.onnx"))
+            runtime.InferenceSession(model, options, ["CPUExecutionProvider"])
+            made = Path(options.optimized_model_filepath).read_bytes()
+    except (OSError, errors.Fail, errors.InvalidProtobuf):
+        return model
     keep_compiled(made, *key)
     return made

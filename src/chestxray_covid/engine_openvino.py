@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -173,22 +173,22 @@ class OpenVinoEngine:
         self._made_of = tensors, preprocess, int8 or precision
         #: What a forked process has of its parent's: without its threads, so that its end may hang.
         self._of_parents: list[Any] = []
+        #: By process: that of a parent may be held by a thread that is not here.
+        self._locks: dict[int, threading.Lock] = {}
         self._open()
 
     def _open(self) -> None:
         compiled, self._model = _compiled(self._core, *self._made_of, self._options(streams=1))
         self._one = _Lanes(compiled, requests=1, lanes=cores())
         self._many: _Lanes | None = None
-        self._lock = threading.Lock()  # that of a parent may be held by a thread that is not here
-        self._process = os.getpid()
+        self._process = os.getpid()  # last: whoever sees it needs no lock
 
     def __call__(
         self, pixels: NDArray[np.uint8]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return ``(N, K)`` logits and ``(N, 1024)`` features of ``(N, 1, S, S)`` pixels."""
         if self._process != os.getpid():
-            self._of_parents.append((self._one, self._many))
-            self._open()
+            self._open_again()
         pixels = np.ascontiguousarray(pixels)
         logits = np.empty((len(pixels), self._classes), np.float32)
         features = np.empty((len(pixels), FEATURE_COUNT), np.float32)
@@ -203,6 +203,17 @@ class OpenVinoEngine:
                 if row < len(pixels):
                     request.start_async({0: pixels[row : row + 1]})
         return logits, features
+
+    def _open_again(self) -> None:
+        """Open in a process that was forked, once, whoever asks there at the same time."""
+        with self._lock:
+            if self._process != os.getpid():
+                self._of_parents.append((self._one, self._many))
+                self._open()
+
+    @property
+    def _lock(self) -> threading.Lock:
+        return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def _lanes(self, count: int) -> _Lanes:
         """Return the copy of the model for so many images."""
@@ -275,7 +286,16 @@ def _core() -> Any:
     ov = import_openvino()
     # Two threads that ask for the first data of all wait for each other without end.
     _ = ov.Tensor(ov.Type.u8, ov.Shape([1])).data
-    return ov.Core()
+    core = ov.Core()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=partial(_keep_for_ever, core))
+    return core
+
+
+def _keep_for_ever(core: Any) -> None:
+    """Spare a forked process the end of the core, which waits for threads that are not there."""
+    kept = np.empty(2, object)
+    kept[0], kept[1] = core, kept  # a cycle that Python does not see: arrays are not collected
 
 
 def largest_values(

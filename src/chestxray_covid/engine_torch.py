@@ -132,6 +132,8 @@ class TorchEngine:
             folded = fold(tensors, preprocess, precision=precision)
             network = FoldedNetwork(folded, _DTYPES[precision])
             self._network = network.to(self._device).eval()
+        # "cuda" alone is another GPU in another thread, once torch.cuda.set_device was called.
+        self._device = next(self._network.buffers()).device
 
     def __call__(
         self, pixels: NDArray[np.uint8]
@@ -147,7 +149,9 @@ class TorchEngine:
         batch = torch.from_numpy(pixels)
         size = _CPU_BATCH if self._device.type == "cpu" else max(1, len(batch))
         starts = range(0, max(1, len(batch)), size)
-        with torch.inference_mode():
+        # An answer does not depend on the caller's autocast, which other threads do not see.
+        plain = torch.autocast(self._device.type, enabled=False)
+        with torch.inference_mode(), plain:
             parts = [self._network(batch[k : k + size].to(self._device)) for k in starts]
         logits, features = (torch.cat(found).cpu().numpy() for found in zip(*parts, strict=True))
         return logits, features

@@ -33,7 +33,7 @@ class Places:
         self._systems: dict[str, tuple[Any, str]] = {}
 
     def images(self, place: str) -> Iterator[str]:
-        """Yield the image files below a folder, sorted; anything else itself."""
+        """Yield the image files below a folder, sorted, not hidden ones; anything else itself."""
         if not is_address(place):
             yield from (map(os.fspath, image_files(Path(place))) if is_folder(place) else [place])
             return
@@ -45,8 +45,9 @@ class Places:
         selector = pyarrow.FileSelector
         head = place.rstrip("/")
         found = (i.path for i in fs.get_file_info(selector(path, recursive=True)) if i.is_file)
-        images = (n for n in found if Path(n).suffix.lower() in IMAGE_SUFFIXES)
-        yield from sorted(head + n.removeprefix(path.rstrip("/")) for n in images)
+        below = (n.removeprefix(path.rstrip("/")) for n in found)
+        images = (n for n in below if Path(n).suffix.lower() in IMAGE_SUFFIXES and "/." not in n)
+        yield from sorted(head + n for n in images)
 
     def names(self, folder: str) -> set[str]:
         """Return the names of what lies in a folder; nothing where there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -129,7 +129,8 @@ PARQUET = TableFormat(".parquet", lambda classes: b"", _parquet, _parquet_failur
 
 def heading(classes: Sequence[str]) -> str:
     """Return the first line of a table of predictions on a screen."""
-    return f"{'label':<12}{''.join(f'{name:>12}' for name in classes)}  path"
+    width = _width(classes)
+    return f"{'label':<{width}}{''.join(f'{name:>{width}}' for name in classes)}  path"
 
 
 def line(result: Row) -> str:
@@ -137,7 +138,13 @@ def line(result: Row) -> str:
     name = result.source if result.source.isprintable() else ascii(result.source)
     if isinstance(result, FailedPrediction):
         return f"{'failed':<12}  {name}"
-    shares = "".join(f"{share:>12.4f}" for share in result.probabilities.values())
+    width = _width(result.probabilities)
+    shares = "".join(f"{share:>{width}.4f}" for share in result.probabilities.values())
     notes = [*(["abstained"] if result.abstained else []), *(flag.name for flag in result.flags)]
     noted = f"  [{', '.join(notes)}]" if notes else ""
-    return f"{result.label:<12}{shares}  {name}{noted}"
+    return f"{result.label:<{width}}{shares}  {name}{noted}"
+
+
+def _width(classes: Iterable[str]) -> int:
+    """Return the width of a column, with room between the longest names."""
+    return max([12, *(len(name) + 2 for name in classes)])

@@ -56,7 +56,9 @@ class ShardedTable:
         self, output: Place, *, classes: Sequence[str], model: str, shard_size: int
     ) -> None:
         check_positive("shard_size", shard_size)
-        self.output = os.fspath(output)
+        given = os.fspath(output)
+        bare = given.rstrip(f"/{os.sep}")  # with which a shell ends the name of a folder
+        self.output = bare if format_of(bare) is PARQUET else given
         self.places = Places()
         if is_address(self.output) and not self.is_parquet:
             raise ValueError(f"An address must end in .parquet to be written, got {self.output!r}")
