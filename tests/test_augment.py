@@ -311,6 +311,13 @@ def test_equalisation_mixes_in_that_of_pillow(draw: int) -> None:
     np.testing.assert_allclose(found, plain + share * (flat - plain), atol=1e-3)
 
 
+@pytest.mark.parametrize("grey", [3, 100, 255])
+def test_what_is_flat_stays_flat_when_it_is_turned_and_equalised(grey: int) -> None:
+    flat = torch.full((20, 1, 65, 65), grey, dtype=torch.uint8)
+    found = vary(only(rotation_deg=20, crop_min=0.6, equalise=1), flat, list(range(20)))
+    torch.testing.assert_close(found, flat.float(), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("draw", range(6))
 def test_half_of_the_images_lose_resolution(draw: int) -> None:
     pixels, numbers = images(1, 64), drawn(draw)

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ from chestxray_covid import (
 from chestxray_covid.augment import hide_centres, swap_backgrounds, swap_frames
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.engine_torch import native_bfloat16
-from chestxray_covid.errors import ConfigError, TrainingError, TrainingInterrupted
+from chestxray_covid.errors import ConfigError, ImageError, TrainingError, TrainingInterrupted
 from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
 from chestxray_covid.models import load_tensors, to_tensors
 from chestxray_covid.training_feed import LateReader
@@ -271,6 +272,28 @@ def test_a_second_run_of_a_trainer_begins_at_the_first_image(split: Split, tmp_p
     load_tensors(other, began)
     Trainer(other, split.train, split.val, config, output=tmp_path / "other").fit()
     assert equal(to_tensors(other), to_tensors(trainer.model))
+
+
+def test_a_step_that_failed_leaves_nothing_to_the_next_run_of_its_model(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(QUICK, epochs=1, accumulate=2, checkpoint_every=1, samples_per_epoch=24)
+    _, tensors = trained(split, tmp_path / "whole", config)
+    backward, left = TrainingNetwork.backward, iter(range(3))
+
+    def failing(*args: Any, **options: Any) -> torch.Tensor:
+        if next(left, None) is None:  # the second batch of the second step
+            raise ImageError("no image")
+        return backward(*args, **options)
+
+    model = network()
+    trainer = Trainer(model, split.train, split.val, config, output=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingNetwork, "backward", failing)
+        with pytest.raises(ImageError):
+            trainer.fit()
+    trainer.fit(resume=True)
+    assert equal(to_tensors(model), tensors)
 
 
 @pytest.mark.parametrize("class_weights", [False, True])
@@ -571,6 +594,37 @@ def test_the_average_is_torchs_own() -> None:
     assert not equal(own, to_tensors(net._model))
 
 
+@pytest.mark.parametrize("ema_decay", [0.0, 0.7])
+def test_processes_are_united_on_the_device_that_they_communicate_on(
+    ema_decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, sent = torch.device("meta"), []
+    several = SimpleNamespace(device=device, num_processes=2, prepare=lambda model: model)
+    net = TrainingNetwork(
+        network().to(device),
+        replace(QUICK, ema_decay=ema_decay),
+        several,  # type: ignore[arg-type]
+        [0, 1],
+    )
+    monkeypatch.setattr("chestxray_covid.training_network.broadcast", sent.append)
+    net.unite()
+    assert {tensor.device for tensor in sent} == {device}, "one of a CPU would stop NCCL"
+    expected = [b for each in dict.fromkeys((net._model, net.best)) for b in each.buffers()]
+    assert [id(tensor) for tensor in sent] == [id(tensor) for tensor in expected]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_the_greatest_of_the_processes_is_that_of_all(others: int) -> None:
+    several = SimpleNamespace(
+        device=torch.device("cpu"),
+        num_processes=2,
+        prepare=lambda model: model,
+        gather=lambda own: torch.cat([own, torch.tensor([others])]),
+    )
+    net = TrainingNetwork(network(), QUICK, several, [0, 1])  # type: ignore[arg-type]
+    assert [net.greatest(own) for own in (0, 1, 15)] == [others, 1, 15]
+
+
 def test_settings_of_the_process_are_as_before_after_a_run() -> None:
     net = TrainingNetwork(network(), QUICK, Accelerator(cpu=True), [0, 1])
     cudnn = torch.backends.cudnn
@@ -712,6 +766,21 @@ def test_training_stops_when_nothing_improves_or_a_callback_says_so(
     assert len(history) == 1
 
 
+def test_training_stops_when_a_callback_of_another_process_says_so(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Note(Callback):
+        def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+            monkeypatch.setattr(TrainingNetwork, "greatest", lambda network, own: 1 - own)
+
+        def on_train_end(self, trainer: Trainer, history: History) -> None:
+            monkeypatch.undo()  # or it would be a signal, too
+
+    history, _ = trained(split, tmp_path / "run", callbacks=[Note()])
+    assert len(history) == 1
+    assert history.finished
+
+
 def test_callbacks_are_called_in_order(split: Split, tmp_path: Path) -> None:
     calls: list[str] = []
 
@@ -741,6 +810,19 @@ def test_the_cache_changes_nothing_but_is_filled(split: Split, tmp_path: Path) -
     _, cached = trained(split, tmp_path / "cached", config)
     assert equal(plain, cached)
     assert list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_what_travels_with_the_weights_tells_no_path(split: Split, tmp_path: Path) -> None:
+    config = replace(QUICK, epochs=1, cache_dir=str(tmp_path / "cache"))
+    whole = ChestXrayDataset(
+        split.train.samples,
+        classes=split.train.classes,
+        report=replace(split.train.report(), root=str(tmp_path / "data")),
+    )
+    Trainer(network(), whole, split.val, config, output=tmp_path / "run").fit()
+    text = (tmp_path / "run" / "config.json").read_text(encoding="utf-8")
+    assert '"train"' in text
+    assert str(tmp_path) not in text
 
 
 def test_bfloat16_trains_close_to_float32(split: Split, tmp_path: Path) -> None:
@@ -862,6 +944,15 @@ class TestWhatDoesNotFit:
         for place, trainable, config in (("b", "head", sizes[0]), ("c", "all", sizes[1])):
             model = network(trainable=trainable)
             Trainer(model, split.train, split.val, config, output=tmp_path / place).fit()
+
+    @pytest.mark.parametrize("swap", ["swap_frame", "swap_background"])
+    @pytest.mark.parametrize("name", ["batch_size", "samples_per_epoch"])
+    def test_swaps_between_the_images_of_batches_that_have_one(
+        self, split: Split, tmp_path: Path, name: str, swap: str
+    ) -> None:
+        config = replace(QUICK, preprocess=Preprocess(size_px=64), **{name: 1, swap: 0.5})
+        with pytest.raises(ValueError, match=f"{name} must be at least 2 with {swap}, got 1"):
+            Trainer(network(), split.train, split.val, config, output=tmp_path / "run")
 
     def test_validation_data_with_other_classes(self, split: Split, tmp_path: Path) -> None:
         other = ChestXrayDataset(split.val.samples, classes=("covid19", "normal"))

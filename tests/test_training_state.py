@@ -387,6 +387,22 @@ def test_a_signal_is_noted_once_and_the_handler_before_comes_back(number: int) -
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_of_the_program_around_python_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As where R embeds Python: None is what is said of its handler, and cannot be set.
+    ask, change = signal.getsignal, signal.signal
+    foreign = {signal.SIGINT: None}
+    monkeypatch.setattr(signal, "getsignal", lambda number: foreign.get(number, ask(number)))
+    monkeypatch.setattr(
+        signal, "signal", lambda number, own: (change(number, own), foreign.pop(number, own))[1]
+    )
+    with SignalWatch() as watch:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watch.received == signal.SIGTERM, "the other is noted"
+    assert foreign, "it was not touched"
+
+
 def test_outside_the_main_thread_no_handler_is_set() -> None:
     before = signal.getsignal(signal.SIGTERM)
     seen = []

@@ -265,10 +265,7 @@ class Trainer:
 
     def _signal(self) -> int:
         """Return the signal that arrived in any process, or 0."""
-        if self._accelerator.num_processes == 1:
-            return self._signals.received  # without a question to the device
-        own = torch.tensor([self._signals.received], device=self.device)
-        return int(self._accelerator.gather(own).max())
+        return self._network.greatest(self._signals.received)
 
     def _finish_epoch(self) -> bool:
         """Validate, record, keep the best weights, save; say whether a callback wants to stop."""
@@ -298,7 +295,7 @@ class Trainer:
             self._save_best(record)
         self._save_state()
         wishes = [c.on_epoch_end(self, record) for c in self.callbacks]
-        return any(wishes)
+        return self._network.greatest(int(any(wishes))) > 0  # of one process: it stops all
 
     def _validate(self) -> tuple[float, NDArray[np.float64]]:
         """Return the mean cross-entropy and the ``(N, K)`` probabilities of the validation data."""
@@ -335,11 +332,16 @@ class Trainer:
         if not self._accelerator.is_main_process:
             return
         provenance = {
-            "training": {**self.config.to_dict(), "batch_size": self._batch_size},
+            # Without paths: this travels with the weights.
+            "training": {
+                **self.config.to_dict(),
+                "batch_size": self._batch_size,
+                "cache_dir": None,
+            },
             "epoch": record.epoch,
             "identity": self._identity(),
-            "train": self.train.report().to_dict(),
-            "val": self.val.report().to_dict(),
+            "train": {**self.train.report().to_dict(), "root": ""},
+            "val": {**self.val.report().to_dict(), "root": ""},
         }
         config = ModelConfig(
             classes=self.train.classes, preprocess=self.config.preprocess, provenance=provenance

@@ -394,7 +394,7 @@ class Callback:
         """
 
     def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> bool | None:
-        """Run after each validation; return ``True`` to stop training."""
+        """Run after each validation; return ``True``, in any process, to stop training."""
 
     def on_train_end(self, trainer: Trainer, history: History) -> None:
         """Run after the last epoch."""

@@ -57,15 +57,22 @@ def open_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def check_smallest_batch(model: torchvision.models.DenseNet, config: TrainingConfig) -> None:
-    """Raise if a batch norm would have to make statistics of one number.
+    """Raise if batches of one image cannot do what the options ask for.
 
-    That is a batch of one image where the last block's maps are of one pixel: below 61 px.
+    They have no neighbour for swaps to take from; and where the last block's maps are of one pixel,
+    below 61 px, batch norm would have to make statistics of one number.
 
     Raises:
-        ValueError: If it would, with the option to change.
+        ValueError: If they cannot, with the option to change.
     """
     size = config.preprocess.size_px
     options = [n for n in ("batch_size", "samples_per_epoch") if getattr(config, n) == 1]
+    swaps = [n for n in ("swap_frame", "swap_background") if getattr(config, n)]
+    if options and swaps:
+        raise ValueError(
+            f"{options[0]} must be at least 2 with {swaps[0]}, got 1: an image takes from another "
+            f"one of its batch. Use larger batches, or {swaps[0]}=0."
+        )
     last = [*model.features.denseblock4.modules(), model.features.norm5]
     norms = [module for module in last if isinstance(module, torch.nn.BatchNorm2d)]
     trains = any(p.requires_grad for norm in norms for p in norm.parameters())
@@ -99,6 +106,7 @@ class TrainingNetwork:
         self.device: torch.device = accelerator.device
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
+        model.zero_grad()  # what a failed step or another loop left would go into the first one
         trained = [p for p in model.parameters() if p.requires_grad]
         if accelerator.num_processes > 1 and self.device.type == "cuda":
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -179,10 +187,18 @@ class TrainingNetwork:
         total: list[float] = self._accelerator.reduce(own, "sum").tolist()
         return total
 
+    def greatest(self, value: int) -> int:
+        """Return the greatest of the processes' values, without asking where there is one."""
+        if self._accelerator.num_processes == 1:
+            return value
+        own = torch.tensor([value], device=self.device)
+        return int(self._accelerator.gather(own).max())
+
     def unite(self) -> None:
         """Give all processes the batch-norm statistics of the first, whose network is saved."""
         if self._accelerator.num_processes > 1:
-            nets = [self._model] if self._average is None else [self._model, self._average]
+            # Not the average's own count: it lies on the CPU, where GPUs do not communicate.
+            nets = [self._model] if self._average is None else [self._model, self.best]
             for statistics in (b for net in nets for b in net.buffers()):
                 broadcast(statistics)
 

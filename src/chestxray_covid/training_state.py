@@ -290,7 +290,8 @@ def saving(what: str, folder: Path) -> Iterator[None]:
 class SignalWatch:
     """Notes SIGINT and SIGTERM while it is entered; a second signal acts as it did before.
 
-    Outside the main thread, where Python allows no handlers, it notes nothing.
+    Outside the main thread, where Python allows no handlers, it notes nothing; nor does it take a
+    signal from a program that Python is embedded in, to which Python could not give it back.
     """
 
     def __init__(self) -> None:
@@ -300,7 +301,9 @@ class SignalWatch:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                if (before := signal.getsignal(number)) is not None:
+                    self._before[number] = before
+                    signal.signal(number, self._note)
         return self
 
     def __exit__(

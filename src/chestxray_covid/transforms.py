@@ -83,7 +83,8 @@ def place(
 
 def equalise(images: Tensor, share: Tensor) -> Tensor:
     """Move images in [0, 255] by so much towards their histogram equalisation."""
-    flat: Tensor = equalize(images.to(torch.uint8))
+    # Rounded: what interpolation makes of one grey level would else be two, and torn apart.
+    flat: Tensor = equalize(images.round().to(torch.uint8))
     return images + (flat - images).mul_(share)
 
 
