@@ -252,13 +252,15 @@ def test_the_report_keeps_what_the_checkpoint_says_but_no_path(
         "recipe": "r",
         "identity": {"files": ["secret"]},
         "train": {"root": "/secret/place", "source": "a", "kept": 5},
+        "training": {"cache_dir": "/secret/cache", "epochs": 1},
     }
     judged = ThumbnailClassifier(dataset)
     judged.config = ModelConfig(classes=judged.classes, provenance=provenance)  # type: ignore[attr-defined]
     found = evaluate(judged, dataset, **FAST)
     assert found.model["architecture"] == "densenet121"
     assert found.model["classes"] == list(judged.classes)
-    assert found.model["provenance"] == {"recipe": "r", "train": {"source": "a", "kept": 5}}
+    known = {"train": {"source": "a", "kept": 5}, "training": {"epochs": 1}}
+    assert found.model["provenance"] == {"recipe": "r", **known}
     assert "secret" not in found.to_json()
     assert evaluate(classifier, dataset, **FAST).model == {}
 
@@ -269,7 +271,8 @@ def test_the_report_counts_what_the_data_set_left_out(
     left_out = replace(dataset.report(), dropped={"view L": 3})
     whole = ChestXrayDataset(dataset.samples, classes=CLASSES, report=left_out)
     assert evaluate(classifier, whole, **FAST).excluded == {"view L": 3}
-    assert evaluate(classifier, whole.subset(range(20)), **FAST).excluded == {}
+    part = whole.subset(range(20))
+    assert evaluate(classifier, part, **FAST).excluded == part.report().dropped
 
 
 # ---- which question
@@ -304,6 +307,36 @@ def test_file_names_that_a_patient_has_twice_get_their_folders(tmp_path: Path) -
     assert ids[0] == "0/p/s1/view1.png"
     assert len(set(ids)) == 6
     assert aligned(report.predictions, report.predictions)["id"].tolist() == ids
+
+
+def test_names_that_are_not_utf_8_are_escaped_and_the_report_can_be_written(tmp_path: Path) -> None:
+    drawn = draw(tmp_path, [("normal", "1", "a", "PA"), ("covid19", "2", "a", "PA")] * 4)
+    strange = os.fsdecode(b"M\xfcnchen")
+    samples = [
+        replace(s, source=strange, patient_id=strange + s.patient_id, view=strange)
+        for s in drawn.samples
+    ]
+    report = evaluate(
+        ThumbnailClassifier(drawn), ChestXrayDataset(samples, classes=CLASSES), **FAST
+    )
+    assert list(report.by_source) == list(report.by_view) == ["M\\udcfcnchen"]
+    assert report.n_patients == 2
+    assert EvaluationReport.load(report.save(tmp_path / "r.json")).to_dict() == report.to_dict()
+    for text in (str(report), report.to_markdown()):
+        assert b"udcfcnchen" in text.encode()
+
+
+def test_what_a_checkpoint_and_a_data_set_say_is_escaped_too(tmp_path: Path) -> None:
+    strange = os.fsdecode(b"M\xfcnchen")
+    drawn = draw(tmp_path, [("normal", "1", strange, "PA"), ("covid19", "2", strange, "PA")] * 2)
+    provenance = {"train": {"source": f"{strange}+b", "dropped": {strange: 1}}, "sources": None}
+    classifier = ThumbnailClassifier(drawn)
+    classifier.config = ModelConfig(classes=("normal", "covid19"), provenance=provenance)
+    report = evaluate(classifier, drawn, **FAST)
+    assert report.model["provenance"]["train"]["dropped"] == {"M\\udcfcnchen": 1}
+    (line,) = [s for s in report.to_markdown().splitlines() if s.startswith("| 33 |")]
+    assert line.endswith("| not reported |"), "it was trained on this source"
+    report.to_markdown().encode()
 
 
 def test_an_unknown_positive_class_is_refused() -> None:

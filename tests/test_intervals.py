@@ -194,6 +194,25 @@ def test_the_bootstrap_agrees_with_a_plain_one_over_lists_of_images() -> None:
     assert (found.n, found.skipped) == (150, 0)
 
 
+def test_statistics_that_are_bootstrapped_together_are_those_of_each_alone() -> None:
+    truth, score = scores(40, ties=True)
+    asked = {
+        "auroc": (m.auroc, truth, score),
+        "accuracy": (m.accuracy, truth, score > 0.6),
+        "undefined": (m.auroc, np.ones(40), score),
+        "perfect": (m.auroc, truth, truth),
+    }
+    groups = [i // 3 for i in range(40)]
+    found = iv.bootstrap_together(asked, groups, n_resamples=100, seed=3, confidence=0.9)
+    assert list(found) == list(asked)
+    for name, (statistic, *arrays) in asked.items():
+        how: dict[str, Any] = {"n_resamples": 100, "seed": 3, "confidence": 0.9}
+        alone = iv.bootstrap_by_group(statistic, groups, *arrays, **how)
+        assert repr(found[name]) == repr(alone)
+    with pytest.raises(ValueError, match="same length, got groups 40, array 1 40, array 2 39"):
+        iv.bootstrap_together({**asked, "short": (m.auroc, truth, score[:-1])}, groups)
+
+
 def test_the_bootstrap_is_a_function_of_its_seed_and_leaves_the_global_one_alone() -> None:
     truth, score = scores(40, ties=False)
     groups = [("cohen", str(i // 2)) for i in range(40)]

@@ -124,6 +124,17 @@ def test_calibration_error_agrees_with_scikit_learns_curve(n: int, n_bins: int) 
     assert m.expected_calibration_error(truth, p, n_bins=n_bins) == pytest.approx(expected)
 
 
+def test_scores_that_tie_are_one_with_the_sum_of_their_weights() -> None:
+    rng = np.random.default_rng(0)
+    truth, weight = rng.integers(0, 2, 60), rng.random((5, 60))
+    for score in (rng.random(60), rng.integers(0, 40, 60) / 40, np.zeros(60)):
+        values, *sums = m.by_score(truth, score, sample_weight=weight)
+        assert values.tolist() == sorted(set(score.tolist()))
+        for found, label in zip(sums, (1, 0), strict=True):
+            own = [weight[:, (score == value) & (truth == label)].sum(1) for value in values]
+            assert found == pytest.approx(np.stack(own, axis=1), abs=1e-12)
+
+
 def test_a_weight_counts_an_image_that_often() -> None:
     truth, p = probabilities(30, 3)
     often = weights(30)[0].astype(int)
@@ -290,6 +301,7 @@ def test_scores_must_be_finite(metric: object) -> None:
         ([0.2, 0.8], "probabilities must be a 2-dimensional"),
         ([[0.2, 0.8], [0.5, math.nan]], r"probabilities must be finite, got nan at \[1, 1\]"),
         ([[1.2, -0.2], [0.5, 0.5]], r"probabilities must be in \[0, 1\], got -0.2 to 1.2"),
+        ([[1.0000001, 0], [0.5, 0.5]], r"must be in \[0, 1\], got 0.0 to 1.0000001$"),
         ([[0.2, 0.8], [0.5, 0.4]], "row 1 to 0.9"),
         ([*P, [0.1, 0.9]], "same length, got y_true 2, probabilities 3"),
         ([[1.0], [1.0]], "y_true must hold whole labels from 0 to 0"),

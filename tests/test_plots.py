@@ -5,9 +5,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -240,6 +242,23 @@ def test_the_confusion_matrix_shows_each_count_and_its_share_of_the_truth(
     for row, counts in enumerate(report.overall.confusion):
         for column, count in enumerate(counts):
             assert shown[column, row] == f"{count}\n{count / sum(counts):.0%}"
+
+
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_long_names_of_classes_do_not_lie_on_each_other(
+    report: EvaluationReport, count: int
+) -> None:
+    names = tuple(f"{i} a name that is rather long" for i in range(count))
+    part = replace(report.overall, confusion=tuple((i,) * count for i in range(count)))
+    figure = plot_confusion(replace(report, classes=names, overall=part))
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    rows, columns = (
+        [text.get_window_extent() for text in texts]
+        for texts in (axes.get_yticklabels(), axes.get_xticklabels())
+    )
+    boxes = [*reversed(rows), *columns]
+    assert not any(one.overlaps(other) for one, other in pairwise(boxes))
 
 
 def test_a_class_without_images_is_no_division_by_zero(report: EvaluationReport) -> None:

@@ -18,11 +18,13 @@ from chestxray_covid import (
     Heatmap,
     SyntheticChestXray,
     plot_heatmaps,
+    plot_reliability,
     plot_roc,
     plot_samples,
     write_report,
 )
 from chestxray_covid.audit_report import AuditFinding, AuditItem, AuditReport
+from chestxray_covid.curves import Reliability
 from chestxray_covid.evaluation import evaluate_probabilities
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.page import escaped, picture
@@ -302,6 +304,20 @@ def test_a_confounded_design_and_missing_figures_are_said(
     assert len(page.of("img")) == 1, "the confusion matrix needs no predictions"
     assert page.text.count("Not drawn:") == 4
     assert "Decisions at a threshold" not in page.text
+
+
+def test_the_page_and_the_markdown_have_one_calibration_error(
+    report: EvaluationReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[Reliability] = []
+
+    def keep(diagram: Reliability) -> Figure:
+        drawn.append(diagram)
+        return plot_reliability(diagram)
+
+    monkeypatch.setattr("chestxray_covid.plots.plot_reliability", keep)
+    write_report(tmp_path, evaluation=report)
+    assert f"Expected calibration error {drawn[0].ece}," in report.to_markdown()
 
 
 def test_wide_figures_take_the_whole_row(report: EvaluationReport, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
+from chestxray_covid import intervals
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample, concatenate
 from chestxray_covid.evaluation import evaluate, evaluate_probabilities
 from chestxray_covid.subgroups import age_band, sex_of
@@ -66,6 +67,21 @@ def test_sexes_and_age_bands_have_their_own_numbers() -> None:
     assert [part.group for part in report.subgroups] == [
         *("overall", "source", "view", "sex", "sex", "sex", "age", "age", "age")
     ]
+
+
+def test_all_numbers_of_a_subgroup_share_resamples_that_are_drawn_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = []
+    resamples = intervals._resamples
+
+    def count(*arguments: Any) -> Any:
+        drawn.append(arguments)
+        return resamples(*arguments)
+
+    monkeypatch.setattr(intervals, "_resamples", count)
+    report = judged(patients=[str(i) for i in range(48)])
+    assert len(drawn) == len(report.subgroups) == 3
 
 
 def test_what_is_known_of_nobody_is_no_subgroup() -> None:

@@ -20,7 +20,12 @@ from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.intervals import check_resampling, group_codes
-from chestxray_covid.judged_images import IDENTITY, UNKNOWN, default_positive
+from chestxray_covid.judged_images import (
+    IDENTITY,
+    UNKNOWN,
+    default_positive,
+    whole_characters,
+)
 from chestxray_covid.splits import divide, folds_by_patient
 from chestxray_covid.subgroups import GROUPS, age_band, judge, parts_of, sex_of
 
@@ -100,7 +105,7 @@ def evaluate(
         seed=seed,
         confidence=confidence,
     )
-    dropped = dict(dataset.report().dropped)
+    dropped = whole_characters(dataset.report().dropped)
     return replace(report, model=_model_of(classifier), excluded=dropped)
 
 
@@ -110,7 +115,7 @@ def _model_of(classifier: ProbabilisticClassifier) -> dict[str, Any]:
     if not isinstance(config, ModelConfig):
         return {}
     told = {
-        key: {k: v for k, v in value.items() if k != "root"}
+        key: {k: v for k, v in value.items() if k not in ("root", "cache_dir")}
         if isinstance(value, Mapping)
         else value
         for key, value in config.provenance.items()
@@ -119,7 +124,7 @@ def _model_of(classifier: ProbabilisticClassifier) -> dict[str, Any]:
     data = config.to_dict()
     # Of the weights that were judged: a config may be that of others.
     data["weights_sha256"] = getattr(classifier, "weights_sha256", "")
-    return {name: data[name] for name in _OF_MODEL} | {"provenance": told}
+    return {name: data[name] for name in _OF_MODEL} | {"provenance": whole_characters(told)}
 
 
 def _names(dataset: ChestXrayDataset) -> list[str]:
@@ -213,7 +218,8 @@ def evaluate_probabilities(
             f"{list(names)}, got shape {p.shape} for {lengths}"
         )
     columns["patient_group"] = group_codes(columns["patient_group"]).tolist()
-    table = pd.DataFrame({name: [str(text) for text in columns[name]] for name in IDENTITY})
+    texts = {name: [whole_characters(str(text)) for text in columns[name]] for name in IDENTITY}
+    table = pd.DataFrame(texts)
     table[[f"p_{name}" for name in names]] = p
     how: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
     overall = judge("overall", "all", table, names, chosen, how)

@@ -85,7 +85,8 @@ def leave_one_source_out(
     """Return, for each source in turn, how a classifier does there that did not train on it.
 
     Of the other sources, ``test`` of the patients are held out of the training, too: they give the
-    internal AUROC that the external one is compared with.
+    internal AUROC that the external one is compared with. For training, copies of an image count as
+    one patient (:func:`~chestxray_covid.patient_groups`), also where collections share them.
 
     Args:
         dataset: Two or more sources.
@@ -117,7 +118,8 @@ def leave_one_source_out(
     ready = cast(ProbabilisticClassifier, fit) if is_ready else None
     question = Question.of((ready or dataset).classes, dataset, positive, negative)
     how = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
-    groups = np.array(patient_groups(dataset, find_copies=False))
+    # A copy elsewhere of an image that is trained on would be judged from memory.
+    groups = np.array(patient_groups(dataset, find_copies=ready is None, progress=progress))
     sources = np.array([sample.source for sample in dataset.samples])
     rows = []
     for source in dataset.sources:

@@ -89,6 +89,23 @@ def ask(
     )
 
 
+def whole_characters(value: Any) -> Any:
+    r"""Return text, or dicts and lists of it, with half characters escaped.
+
+    A file name that is not UTF-8 has some; neither pandas' columns nor files of text hold them.
+
+    >>> whole_characters(["M\udcfcnchen", 1])
+    ['M\\udcfcnchen', 1]
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {whole_characters(key): whole_characters(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [whole_characters(item) for item in value]
+    return value
+
+
 def default_positive(classes: Sequence[str]) -> str:
     """Return the class in question where nobody names one: ``"covid19"``, or else the last.
 

@@ -162,12 +162,12 @@ def evaluate(
         for rule in rules
     ]
     report = replace(report, operating_points=tuple(points))
+    click.echo(str(report))  # before a file that cannot be written would take it along
     if output is not None:
         report.save(output)
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)
         write_files(markdown.parent, {markdown.name: report.to_markdown().encode()})
-    click.echo(str(report))
     if page is not None:
         from chestxray_covid.report import extend_report
 

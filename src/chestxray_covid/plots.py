@@ -142,8 +142,11 @@ def plot_confusion(report: EvaluationReport) -> Figure:
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=_TEXT + 1)
     names = [short_name(name) for name in report.classes]
     places = range(len(names))
-    axes.set_xticks(places, names, parse_math=False)
-    axes.set_yticks(places, names, parse_math=False, rotation=90, va="center")
+    # Along the side of a cell while all fit there (a letter is about 0.6 of its height wide),
+    # else across it.
+    fits = max(map(len, names)) * 0.6 * _TEXT / 72 < 0.8 * side / len(names)
+    axes.set_xticks(places, names, parse_math=False, rotation=0 if fits else 90)
+    axes.set_yticks(places, names, parse_math=False, rotation=90 if fits else 0, va="center")
     axes.tick_params(length=0, labelsize=_TEXT)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -185,7 +185,7 @@ def _drawn(report: EvaluationReport) -> Iterator[str]:
         ),
         f"How often images with a probability of {positive} were one; on the dotted line "
         "probabilities mean what they say.": (
-            lambda: plots.plot_reliability(report.reliability(positive, n_bins=10))
+            lambda: plots.plot_reliability(report.reliability(positive))
         ),
         "Wrong decisions if only the surest images are decided.": (
             lambda: plots.plot_risk_coverage(report.risk_coverage_curve())

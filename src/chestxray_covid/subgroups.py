@@ -10,7 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid import metrics as m
-from chestxray_covid.intervals import Estimate, bootstrap_by_group, proportion
+from chestxray_covid.intervals import (
+    Estimate,
+    bootstrap_by_group,
+    bootstrap_together,
+    proportion,
+)
 from chestxray_covid.judged_images import UNKNOWN, ask, probabilities_of
 
 if TYPE_CHECKING:
@@ -135,9 +140,15 @@ def judge(
     def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Estimate:
         return proportion(hits[among], patients[among], **how)
 
-    def resample(statistic: Any, *arrays: NDArray[Any]) -> Estimate:
-        return bootstrap_by_group(statistic, patients, *arrays, **how)
-
+    asked_of_all: dict[str, tuple[Any, ...]] = {
+        "kappa": (m.cohen_kappa, truth, called),
+        "brier": (m.brier_score, truth, p),
+        "ece": (m.expected_calibration_error, truth, p),
+    }
+    for k, label in enumerate(classes):
+        asked_of_all[f"auroc {label}"] = (m.auroc, truth == k, p[:, k])
+        asked_of_all[f"average_precision {label}"] = (m.average_precision, truth == k, p[:, k])
+    resampled = bootstrap_together(asked_of_all, patients, **how)
     per_class = {}
     for k, label in enumerate(classes):
         is_it, said = truth == k, called == k
@@ -146,8 +157,8 @@ def judge(
             "specificity": share(~said, ~is_it),
             "ppv": share(is_it, said),
             "npv": share(~is_it, ~said),
-            "auroc": resample(m.auroc, is_it, p[:, k]),
-            "average_precision": resample(m.average_precision, is_it, p[:, k]),
+            "auroc": resampled[f"auroc {label}"],
+            "average_precision": resampled[f"average_precision {label}"],
         }
     if len(classes) > 2 and "normal" in classes and positive != "normal":
         asked = ask(table, classes, positive, "normal")
@@ -163,9 +174,7 @@ def judge(
         confusion=tuple(map(tuple, m.confusion_matrix(truth, called, len(classes)).tolist())),
         metrics={
             "accuracy": proportion(truth == called, patients, **how),
-            "kappa": resample(m.cohen_kappa, truth, called),
-            "brier": resample(m.brier_score, truth, p),
-            "ece": resample(m.expected_calibration_error, truth, p),
+            **{name: resampled[name] for name in ("kappa", "brier", "ece")},
         },
         per_class=per_class,
     )
