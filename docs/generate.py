@@ -334,6 +334,7 @@ def main() -> None:
     import generate_growth
     import generate_metrics
     import generate_model
+    import generate_planted
     import generate_training
     import generate_tried
 
@@ -344,6 +345,7 @@ def main() -> None:
     generate_export.write_page()
     generate_growth.write_pages()
     generate_metrics.write_page()
+    generate_planted.write_page()
     generate_training.write_page()
 
 

@@ -35,7 +35,7 @@ from chestxray_covid.audit_data import (
     read_data,
     stratified_sample,
 )
-from chestxray_covid.audit_items import heat_item
+from chestxray_covid.audit_items import features_item, heat_item
 from chestxray_covid.audit_occlusion import occlusion_item
 from chestxray_covid.audit_report import AuditFinding, AuditItem
 from chestxray_covid.checkpoint import load_checkpoint
@@ -376,6 +376,103 @@ def test_a_gain_when_mirrored_is_called_a_gain() -> None:
     assert scored(perfect, {"mirrored": half})[1]["mirrored"].meaning.startswith(
         "Mirrored it loses 0."
     )
+
+
+def weak(shift: float, seed: int = 1) -> np.ndarray:
+    """Return scores of the 80 phantoms of ``scored`` that hardly tell the classes apart."""
+    return np.random.default_rng(seed).normal(size=80) + shift * (np.arange(80) % 2)
+
+
+def test_a_weak_model_that_loses_nothing_without_lungs_is_no_pass() -> None:
+    """An AUROC of 0.65 that stays 0.65 is below the bands, but none of it is in the lungs."""
+    item, found = scored(weak(0.6), {})
+    left = found["lungs_hidden"]
+    assert left.estimate.low > 0.5
+    assert left.estimate.value < 0.7
+    assert item.verdict == "warn"
+    assert item.reason.startswith("With the lungs hidden it keeps more than it loses (AUROC 0.")
+    # With the lungs hidden chance alone is left: that is a loss.
+    item, found = scored(weak(0.9), {"lungs hidden": np.arange(80) // 2 % 2.0})
+    assert item.verdict == "pass"
+    assert "little is left" in found["lungs_hidden"].meaning
+
+
+def test_a_loss_without_lungs_that_may_be_chance_is_not_assessable() -> None:
+    item, found = scored(weak(0.6), {"lungs hidden": weak(0.3, seed=7)})
+    left = found["lungs_hidden"]
+    assert left.change is not None
+    assert left.estimate.low < 0.5
+    assert left.estimate.high < 0.8
+    assert left.change.low < 0 < left.change.high
+    assert item.verdict == "not_assessable"
+    assert "too few images or patients to tell" in left.meaning
+    assert "Too few images or patients to tell (lungs hidden)" in item.reason
+
+
+def test_what_cannot_be_told_is_not_called_hardly_any_change() -> None:
+    whole, other = weak(1.2), weak(0.9, seed=8)
+    found = scored(whole, {"corners hidden": other, "lungs hidden": other})[1]
+    corners = found["corners_hidden"]
+    assert corners.change is not None
+    assert corners.change.low < -0.1 < 0 < corners.change.high
+    assert corners.meaning.startswith("With the corners hidden it loses 0.")
+    assert "too few images or patients to tell" in corners.meaning
+    hidden = found["lungs_hidden"]
+    assert "too few images or patients" in hidden.meaning or "still tells" in hidden.meaning
+
+
+def test_one_source_of_both_classes_is_not_said_to_be_too_small(
+    in_lungs: tuple[Linear, ChestXrayDataset],
+) -> None:
+    model, test = in_lungs
+    one = test.filter(lambda s: s.source == "a")
+    item = audit_shortcuts(model, one, **HOW).item("generalisation")
+    assert item.verdict == "not_assessable"
+    assert item.reason.startswith("All images are of one source (a): its AUROC is compared with")
+    other = test.filter(lambda s: s.source == "b")
+    item = audit_shortcuts(model, one, other, **HOW).item("generalisation")
+    assert item.verdict == "not_assessable"
+    assert "All images are of one source (a, which was not trained on)" in item.reason
+
+
+def test_one_source_of_many_that_the_features_know_is_not_averaged_away(
+    in_lungs: tuple[Linear, ChestXrayDataset],
+) -> None:
+    """Of five sources that look alike but for one, a mean AUROC would say 0.64."""
+    model, test = in_lungs
+    samples = [replace(s, source="abcde"[i // 2 % 5]) for i, s in enumerate(test.samples)]
+    dataset = ChestXrayDataset(samples, classes=test.classes)
+    data = read_data(
+        dataset,
+        Question.of(dataset.classes, dataset),
+        PREPROCESS,
+        how={"n_resamples": 100, "seed": 0, "confidence": 0.95},
+        workers=1,
+        progress=False,
+    )
+    features = np.random.default_rng(0).normal(size=(len(samples), 8)).astype(np.float32)
+    features[data.sources == "c"] += 3
+    design = audit_shortcuts(model, dataset, **HOW).item("confounding")
+    item = features_item(data, features, design)
+    found = item.finding("source_in_normal")
+    assert found.estimate.value > 0.95
+    assert found.meaning == "c, told best of a, b, c, d, e"
+    assert item.verdict == "warn"
+
+
+def test_a_sex_that_nobody_knows_is_no_sex(in_lungs: tuple[Linear, ChestXrayDataset]) -> None:
+    model, test = in_lungs
+
+    def named(*names: str) -> AuditItem:
+        samples = [
+            replace(s, metadata={**s.metadata, "sex": names[i // 2 % len(names)]})
+            for i, s in enumerate(test.samples)
+        ]
+        dataset = ChestXrayDataset(samples, classes=test.classes)
+        return audit_shortcuts(model, dataset, **HOW).item("features")
+
+    assert named("Female", "m").finding("sex_in_normal").meaning == "F, M"
+    assert math.isnan(named("Female", "unknown").finding("sex_in_normal").estimate.value)
 
 
 def _noise(sample: Sample, size: tuple[int, int] | None) -> Image.Image:

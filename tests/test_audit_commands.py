@@ -9,7 +9,13 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from chestxray_covid import AuditReport, SyntheticChestXray, open_dataset, split_by_patient
+from chestxray_covid import (
+    AuditReport,
+    ChestXrayDataset,
+    SyntheticChestXray,
+    open_dataset,
+    split_by_patient,
+)
 from chestxray_covid.audit_commands import _from_folder
 from chestxray_covid.cli import main
 
@@ -52,6 +58,17 @@ def test_an_audit_is_printed_and_written_and_does_not_fail_the_command(
     assert "Shortcut audit: FAIL" in strict.output
 
 
+def test_what_an_audit_found_is_shown_even_if_no_file_can_be_written(
+    data: Path, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "audit.json"
+    manifest = data / "manifest.csv"
+    done = audit("--model", checkpoint_folder, "--data", manifest, "--limit", 8, "--output", output)
+    assert done.exit_code == 1
+    assert "Does it need the lungs, and nothing else?" in done.output
+
+
 def test_a_run_knows_what_it_was_trained_on(data: Path, run_folder: Path, tmp_path: Path) -> None:
     manifest, output = data / "manifest.csv", tmp_path / "audit.json"
     common = ("--model", run_folder, "--data", manifest, "--output", output)
@@ -90,13 +107,33 @@ def test_masks_are_read_whatever_their_white_is(tmp_path: Path, white: int) -> N
     Image.fromarray(drawn).save(tmp_path / "x_mask.png")
     Image.fromarray(0 * drawn).save(tmp_path / "empty.png")
     one = SyntheticChestXray(2, image_size_px=32).samples[0]
-    masks = [_from_folder(tmp_path)(replace(one, path=Path(n))) for n in ("x.jpg", "empty.jpg")]
+    samples = [replace(one, path=Path(n)) for n in ("x.jpg", "empty.jpg", "y.jpg")]
+    find = _from_folder(tmp_path, ChestXrayDataset(samples, classes=("normal", "covid19")))
+    masks = [find(sample) for sample in samples[:2]]
     assert masks[0] is not None
     assert masks[1] is not None
     assert masks[0].dtype == bool
     assert (masks[0] == (drawn > 0)).all()
     assert not masks[1].any()
-    assert _from_folder(tmp_path)(replace(one, path=Path("y.jpg"))) is None
+    assert find(samples[2]) is None
+
+
+def test_a_mask_that_may_be_of_two_images_is_refused(
+    data: Path, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    """As of normal/1.png and covid19/1.png: each would get the lungs of one of them."""
+    for label in ("normal", "covid19"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i, path in enumerate(sorted((data / label).iterdir())[:2]):
+            shutil.copy(path, tmp_path / "data" / label / f"{i}.png")
+    masks = tmp_path / "drawn"
+    masks.mkdir()
+    common = ("--model", checkpoint_folder, "--data", tmp_path / "data", "--masks", masks)
+    assert audit(*common).exit_code == 0, "no mask, nothing to mistake"
+    Image.new("L", (64, 64), 255).save(masks / "1_mask.png")
+    done = audit(*common)
+    assert done.exit_code == 2
+    assert "1_mask.png could be the mask of" in done.output
 
 
 def test_a_split_needs_a_run_and_a_question_its_classes(

@@ -205,6 +205,40 @@ def test_the_page_on_metrics_says_how_often_intervals_hold_the_truth(generate: M
     assert all(row["by_image"] < row["by_patient"] < 0.95 for row in found["rows"])
 
 
+def test_the_page_on_audits_says_what_became_of_planted_shortcuts(generate: ModuleType) -> None:
+    import generate_planted
+
+    found = json.loads(generate_planted.RESULT.read_text(encoding="utf-8"))
+    page = (DOCS / "audit.md").read_text(encoding="utf-8")
+    assert generate.with_blocks(page, {"planted": generate_planted.planted_block(found)}) == page
+    said = {row["planted"]: row["sets"] for row in found["rows"]}
+
+    def verdicts(planted: str, item: str) -> set[str]:
+        return {one["items"][item] for one in said[planted]}
+
+    # What the prose around the table says.
+    for row in found["rows"]:
+        for one in row["sets"]:
+            assert row["kind"] != "outside" or one["items"]["occlusion"] == "fail"
+            if row["kind"] == "lungs":
+                assert one["overall"] != "fail"
+                assert one["items"]["occlusion"] == "pass"
+                spoke = {name for name, verdict in one["items"].items() if verdict == "warn"}
+                assert spoke <= {"confounding", "without_lungs"}
+                assert "without_lungs" not in spoke or "frame" in one["reasons"]["without_lungs"]
+    assert {one["overall"] for one in said["a square over the mediastinum"]} == {"pass"}
+    for one_sided in ("a spot in one lung", "size of the heart"):
+        assert {one["overall"] for one in said[one_sided]} == {"warn"}
+        assert all(list(one["reasons"]) == ["occlusion"] for one in said[one_sided])
+        assert all(one["reasons"]["occlusion"].startswith("Mirrored") for one in said[one_sided])
+    sex = said["shadows of breasts, called female, 90%"]
+    assert not {"warn", "fail"} & {verdict for one in sex for verdict in one["items"].values()}
+    assert verdicts("noise", "without_lungs") == {"pass"}
+    assert verdicts("blur, 70%", "occlusion") == {"warn"}
+    weak = [row["sets"] for row in found["rows"] if row["kind"] == "weak" and row["right"] == 0.7]
+    assert {"pass", "not_assessable"} < {one["overall"] for sets in weak for one in sets}
+
+
 def test_the_classic_design_fails_and_the_page_says_so(generate: ModuleType) -> None:
     audits = importlib.import_module("generate_audits")
     report = audits.load("baseline")

@@ -104,15 +104,15 @@ def audit(
         trained or known,
         positive=positive,
         negative=negative,
-        masks=None if masks is None else _from_folder(masks),
+        masks=None if masks is None else _from_folder(masks, dataset),
         limit=limit,
         seed=seed,
         batch_size=batch_size,
         progress=True,
     )
+    click.echo(str(report))  # before a file that cannot be written would take it along
     if output is not None:
         report.save(output)
-    click.echo(str(report))
     if page is not None:
         from chestxray_covid.report import extend_report
 
@@ -139,17 +139,30 @@ def _sides(
     return dataset, seen if len(seen) else None
 
 
-def _from_folder(folder: Path) -> MaskFunction:
+def _from_folder(folder: Path, dataset: ChestXrayDataset) -> MaskFunction:
+    """Return what finds the masks of a data set, each by the name of its image."""
     import numpy as np
 
     from chestxray_covid.image import load_image
 
+    def find(stem: str) -> Path | None:
+        places = (folder / f"{stem}.png", folder / f"{stem}_mask.png")
+        return next((place for place in places if place.is_file()), None)
+
+    images: dict[str, Path] = {}
+    for sample in dataset.samples:
+        first = images.setdefault(sample.path.stem, sample.path)
+        if first != sample.path and (drawn := find(sample.path.stem)):
+            raise click.UsageError(
+                f"{drawn} could be the mask of {first} or of {sample.path}: give images and "
+                "masks names of their own, or audit the folders one by one."
+            )
+
     def mask(sample: Sample) -> NDArray[np.bool_] | None:
-        names = (f"{sample.path.stem}.png", f"{sample.path.stem}_mask.png")
-        found = [folder / name for name in names if (folder / name).is_file()]
-        if not found:
+        found = find(sample.path.stem)
+        if found is None:
             return None
-        drawn = np.asarray(load_image(found[0]))
+        drawn = np.asarray(load_image(found))
         inside: NDArray[np.bool_] = drawn > drawn.max() / 2  # some are drawn in 1, not in 255
         return inside
 

@@ -80,12 +80,26 @@ def generalisation_item(
         name="generalisation",
         question="Does it hold where the source cannot help?",
         verdict=worst(verdicts),
-        reason=" ".join(reasons)
-        or f"No source holds {SMALL} images of {FEWEST_PATIENTS} patients of both classes, so "
-        "nothing here can tell.",
-        threshold=f"loss of AUROC inside one source, or elsewhere: {CHANGE_BANDS}",
+        reason=" ".join(reasons) or _nothing_told(enough, data, train),
+        threshold=f"loss of AUROC inside one source, or elsewhere: {CHANGE_BANDS}; any image of a "
+        "patient that was trained on fails",
         threshold_source=CHANGES,
         findings=tuple(findings),
+    )
+
+
+def _nothing_told(enough: Sequence[str], data: AuditData, train: ChestXrayDataset | None) -> str:
+    """Return why none of the numbers is compared with another."""
+    if not enough:
+        return (
+            f"No source holds {SMALL} images of {FEWEST_PATIENTS} patients of both classes, so "
+            "nothing here can tell."
+        )
+    known = train is not None and not set(data.dataset.sources) & set(train.sources)
+    which = ", which was not trained on" if known else ""
+    return (
+        f"All images are of one source ({enough[0]}{which}): its AUROC is compared with none of "
+        "another."
     )
 
 

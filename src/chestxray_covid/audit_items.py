@@ -29,12 +29,13 @@ from chestxray_covid.datasets.base import UNKNOWN_VIEW, ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.heat_shares import LungHeat
 from chestxray_covid.intervals import bootstrap_by_group
-from chestxray_covid.subgroups import SMALL
+from chestxray_covid.subgroups import SMALL, sex_of
 
 #: Pixels of the input per cell of DenseNet-121's last maps, along a side.
 STRIDE = 32
 #: With fewer cells a side, a heatmap cannot tell lungs from what is around them.
 _FEWEST_CELLS = 4
+_SEXES = {"female": "F", "male": "M"}
 _BANDS = f"AUROC without lungs: warn from {NOTABLE}, fail from {STRONG}, its interval above 0.5"
 
 
@@ -201,9 +202,9 @@ def features_item(data: AuditData, features: NDArray[np.float32], design: AuditI
         verdict=verdict,
         reason=reason,
         threshold=(
-            f"AUROC of a linear model inside one label: warn from {STRONG}, fail if what it tells "
-            f"goes with the label, too (corrected V from {MEDIUM_V}); age and sex, which are "
-            "anatomy, are shown only"
+            "AUROC of a linear model inside one label, of several sources or views for the one "
+            f"that it tells best: warn from {STRONG}, fail if what it tells goes with the label, "
+            f"too (corrected V from {MEDIUM_V}); age and sex, which are anatomy, are shown only"
         ),
         threshold_source=f"{DISCRIMINATION}; for V, {MEDIUM_EFFECT}",
         findings=tuple(findings),
@@ -223,7 +224,7 @@ def _attributes(samples: Sequence[Sample]) -> dict[str, list[str | None]]:
     return {
         "source": [sample.source for sample in samples],
         "view": [s.view if s.view != UNKNOWN_VIEW else None for s in samples],
-        "sex": [s.metadata.get("sex", "").strip().upper()[:1] or None for s in samples],
+        "sex": [_SEXES.get(sex_of(s.metadata.get("sex", ""))) for s in samples],
         "age": [None if age is None else f"{age >= middle}" for age in ages],
     }
 
@@ -259,30 +260,15 @@ def _knowledge(
     if scores is None:
         why = f"Fewer than two values with {SMALL} images of {FOLDS} patients."
         return AuditFinding(**base, metric="auroc", estimate=undefined(data), meaning=why)
-    codes = np.unique(texts[among], return_inverse=True)[1]
+    is_it = (texts[among, np.newaxis] == np.array(kept)).astype(int)
+    # One source of many may stand out, and give the label away: a mean would hide it.
+    best = int(np.argmax([m.auroc(is_it[:, k], scores[:, k]) for k in range(len(kept))]))
     estimate = bootstrap_by_group(
-        mean_auroc, data.groups[among].tolist(), codes, scores, **data.how
+        m.auroc, data.groups[among].tolist(), is_it[:, best], scores[:, best], **data.how
     )
-    return AuditFinding(**base, metric="auroc", estimate=estimate, meaning=", ".join(kept))
-
-
-def mean_auroc(codes: NDArray[Any], scores: NDArray[Any], *, sample_weight: Any) -> Any:
-    """Return the mean AUROC of each value against the others, of values that were drawn.
-
-    Args:
-        codes: ``(N,)`` whole numbers below K.
-        scores: ``(N, K)``.
-        sample_weight: As the functions of :mod:`metrics` take it.
-    """
-    each = np.array(
-        [
-            m.auroc((codes == k).astype(int), scores[:, k], sample_weight=sample_weight)
-            for k in range(scores.shape[1])
-        ]
-    )
-    drawn = np.isfinite(each)
-    total, count = np.where(drawn, each, 0).sum(0), drawn.sum(0)
-    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+    told = f"{kept[best]}, told best of " if len(kept) > 2 else ""
+    meaning = f"{told}{', '.join(kept)}"
+    return AuditFinding(**base, metric="auroc", estimate=estimate, meaning=meaning)
 
 
 # ---------------------------------------------------------------- 6. the heat

@@ -20,6 +20,7 @@ from chestxray_covid.audit_verdicts import (
     SMALL_CHANGE,
     STRONG,
     capped,
+    ends_of,
     judge_auroc,
     judge_change,
     worst,
@@ -36,6 +37,7 @@ Change = Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
 #: Loss with nothing but the lungs left from which it is a warning: such images are unlike any that
 #: a model was trained on, so it is twice the failing loss of the others, and never a failure.
 _ONLY_LUNGS = 2 * LARGE_CHANGE
+_TOO_FEW = "too few images or patients to tell what that means"
 
 
 def occlusion_item(
@@ -87,10 +89,11 @@ def occlusion_item(
             f"found in {len(found)} of {len(whole)} images.",
         }[verdict],
         threshold=(
-            f"lungs hidden: warn from AUROC {NOTABLE}, fail from {STRONG}, or as far below 0.5; "
-            f"corners or borders hidden: change of AUROC, warn from {SMALL_CHANGE}, fail from "
-            f"{LARGE_CHANGE}; mirrored: warn from {LARGE_CHANGE}; only lungs: warn from a loss of "
-            f"{_ONLY_LUNGS}; each only where the interval excludes chance or no change"
+            f"lungs hidden: warn from AUROC {NOTABLE}, fail from {STRONG}, or as far below 0.5, "
+            "warn, too, where surely less is lost than is left above 0.5; corners or borders "
+            f"hidden: change of AUROC, warn from {SMALL_CHANGE}, fail from {LARGE_CHANGE}; "
+            f"mirrored: warn from {LARGE_CHANGE}; only lungs: warn from a loss of {_ONLY_LUNGS}; "
+            "each only where the interval excludes chance or no change"
         ),
         threshold_source=f"{DISCRIMINATION}; {CHANGES}; the way of asking is that of Maguolo and "
         "Nanni, Information Fusion 76 (2021), and DeGrave et al., Nature Machine Intelligence 3 "
@@ -143,13 +146,27 @@ def _judge(found: AuditFinding) -> str:
     if found.change is None:
         return NOT_ASSESSABLE
     if found.name == "lungs_hidden":
-        return judge_auroc(found.estimate, both_ways=True)
+        return _judge_without(found.estimate, found.change)
     if found.name == "only_lungs":
         return _judge_only_lungs(found.change)
     verdict = judge_change(found.change)
     if found.name == "mirrored":
         return {FAIL: WARN, WARN: PASS}.get(verdict, verdict)
     return verdict
+
+
+def _judge_without(left: Estimate, change: Estimate) -> str:
+    """Return the verdict on hidden lungs, which a model of little skill is to miss, too.
+
+    An AUROC of 0.65 that falls to 0.65 is below the bands, and yet nothing of it is in the lungs.
+    """
+    verdict = judge_auroc(left, both_ways=True)
+    if verdict in (FAIL, WARN):
+        return verdict
+    (low, _), (most_lost, least_lost) = ends_of(left), ends_of(change)
+    if low > 0.5 and -most_lost < low - 0.5:
+        return WARN
+    return verdict if least_lost < 0 else NOT_ASSESSABLE
 
 
 def _judge_only_lungs(change: Estimate) -> str:
@@ -160,20 +177,33 @@ def _judge_only_lungs(change: Estimate) -> str:
 
 
 def _meaning_without(estimate: Estimate, change: Estimate) -> str:
-    verdict = judge_auroc(estimate, both_ways=True)
-    if verdict in (FAIL, WARN) and estimate.value < 0.5:
+    auroc = f"AUROC {estimate.value:.2f}"
+    if judge_auroc(estimate, both_ways=True) in (FAIL, WARN):
+        if estimate.value < 0.5:
+            return (
+                f"With the lungs hidden the order turns round ({auroc}): what is left still "
+                "carries the label, and the model is sensitive to it."
+            )
         return (
-            f"With the lungs hidden the order turns round (AUROC {estimate.value:.2f}): what is "
-            "left still carries the label, and the model is sensitive to it."
+            f"With the lungs hidden it still tells the classes apart ({auroc}): what it reads is "
+            "not in the lungs."
         )
-    if verdict in (FAIL, WARN):
+    verdict = _judge_without(estimate, change)
+    if verdict == NOT_ASSESSABLE:
+        return f"With the lungs hidden it {_done(change)} ({auroc}): {_TOO_FEW}."
+    if verdict == WARN:
         return (
-            f"With the lungs hidden it still tells the classes apart (AUROC {estimate.value:.2f}): "
-            "what it reads is not in the lungs."
+            f"With the lungs hidden it keeps more than it loses ({auroc}, {change.value:+.2f}): "
+            "most of what it reads is not in the lungs."
+        )
+    if estimate.low > 0.5:
+        return (
+            f"With the lungs hidden it {_done(change)} ({auroc}): what is lost lies in the lungs "
+            "or in what the lungs' region covers, what is left does not."
         )
     return (
-        f"With the lungs hidden little is left (AUROC {estimate.value:.2f}): what it reads lies "
-        "in the lungs or in what the lungs' region covers."
+        f"With the lungs hidden little is left ({auroc}): what it reads lies in the lungs or in "
+        "what the lungs' region covers."
     )
 
 
@@ -188,8 +218,11 @@ def _meaning_only(estimate: Estimate, change: Estimate) -> str:
 
 def _meaning_of(part: str) -> Callable[[Estimate, Estimate], str]:
     def meaning(estimate: Estimate, change: Estimate) -> str:
-        if judge_change(change) in (FAIL, WARN):
+        verdict = judge_change(change)
+        if verdict in (FAIL, WARN):
             return f"{part} it {_done(change)}: it reads what is there."
+        if verdict == NOT_ASSESSABLE:
+            return f"{part} it {_done(change)}: {_TOO_FEW}."
         return f"{part} hardly anything changes."
 
     return meaning

@@ -39,17 +39,17 @@ def judge_auroc(estimate: Estimate, *, both_ways: bool = False) -> str:
     """Return the verdict on an AUROC that ought to be at chance.
 
     An AUROC whose interval holds 0.5 does not fail; one whose interval reaches the failing values
-    does not pass either, because there is too little to tell.
+    does not pass either, because there is too little to tell. What has no interval counts as sure,
+    as an AUROC of exactly 1 in every resample: whoever asks looks for enough patients first.
 
     Args:
         estimate: The AUROC.
         both_ways: Whether far below 0.5 is as bad as far above; of a model that was trained on
             such numbers it is not.
     """
-    if _is_unsure(estimate):
-        return NOT_ASSESSABLE
-    mirrored = both_ways and estimate.value < 0.5
-    value, low, high = _ends(estimate, mirrored)
+    value, (low, high) = estimate.value, ends_of(estimate)
+    if both_ways and value < 0.5:
+        value, low, high = 1 - value, 1 - high, 1 - low
     furthest = max(high, 1 - low) if both_ways else high
     return _graded(value, low > 0.5, furthest, NOTABLE, STRONG)
 
@@ -64,7 +64,7 @@ def judge_change(
     """Return the verdict on a change of an AUROC that ought to be none.
 
     A change whose interval holds 0 does not fail; one whose interval reaches the failing values
-    does not pass either.
+    does not pass either. What has no interval counts as sure, as in :func:`judge_auroc`.
 
     Args:
         change: Negative for a loss.
@@ -72,26 +72,16 @@ def judge_change(
         notable: What is a warning.
         strong: What is a failure.
     """
-    if _is_unsure(change):
-        return NOT_ASSESSABLE
     sign = 1.0 if change.value > 0 and both_ways else -1.0
-    value, ends = sign * change.value, sorted([sign * change.low, sign * change.high])
-    low, high = (value, value) if ends[0] != ends[0] else ends
+    value, (low, high) = sign * change.value, sorted(sign * end for end in ends_of(change))
     furthest = max(high, -low) if both_ways else high
     return _graded(value, low > 0, furthest, notable, strong)
 
 
-def _is_unsure(estimate: Estimate) -> bool:
-    """Return whether resamples told nothing; without any skipped, all of them agreed."""
-    return estimate.low != estimate.low and estimate.skipped > 0
-
-
-def _ends(estimate: Estimate, mirrored: bool) -> tuple[float, float, float]:
-    """Return value, low and high, all the value where all resamples agreed, as at exactly 1."""
-    value, low, high = estimate.value, estimate.low, estimate.high
-    if low != low:
-        low = high = value
-    return (1 - value, 1 - high, 1 - low) if mirrored else (value, low, high)
+def ends_of(estimate: Estimate) -> tuple[float, float]:
+    """Return the interval, both ends the value where all resamples agreed, as at exactly 1."""
+    agreed = estimate.low != estimate.low
+    return (estimate.value, estimate.value) if agreed else (estimate.low, estimate.high)
 
 
 def _graded(value: float, certain: bool, furthest: float, notable: float, strong: float) -> str:
