@@ -38,8 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{confounding(dataset)}\n")
 
     split = split_by_patient(dataset, seed=options.seed)
-    options.output.mkdir(parents=True, exist_ok=True)
-    split.save(options.output / "split.json")
     config = TrainingConfig.baseline(
         epochs=options.epochs,
         preprocess=Preprocess(size_px=options.size),
@@ -55,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not PartialState().is_main_process:  # the others have done their part
         return
     print(history.to_frame().round(4).to_string(index=False))
+    # Only now: a run of another split, that was refused above, keeps its own.
+    split.save(options.output / "split.json")
 
     report = evaluate(Classifier.from_pretrained(options.output), split.test)
     report.save(options.output / "evaluation.json")

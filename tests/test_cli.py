@@ -341,6 +341,17 @@ def test_evaluate_decides_at_the_checkpoints_threshold_unless_told_otherwise(
     assert report.model["provenance"]["train"]["source"] == "synthetic"
 
 
+def test_what_evaluate_found_is_shown_even_if_no_file_can_be_written(
+    run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for option in ("--output", "--markdown"):
+        path = tmp_path / "file" / "report"
+        done = call("evaluate", "--model", run, "--data", phantoms, option, path)
+        assert done.exit_code == 1
+        assert "covid19 against all others by subgroup" in done.output
+
+
 def test_evaluate_decides_at_every_rule_and_says_what_they_were_chosen_on(
     run: Path, phantoms: Path, tmp_path: Path
 ) -> None:
@@ -499,14 +510,32 @@ def test_download_draws_phantoms_and_unpacks_an_archive(tmp_path: Path) -> None:
         (["frobnicate"], "No such command"),
         (["download", "phantoms", "p", "--count", "1"], "'--count': 1 is not in the range x>=3"),
         (["download", "phantoms", "p", "--ref=x", "--all-views"], "--ref and --all-views are for"),
-        (["download", "cohen", "c", "--seed", "0"], "--seed are for phantoms alone, not cohen"),
-        (["download", "kermany", "k", "--count", "9"], "--count are for phantoms"),
+        (["download", "cohen", "c", "--seed", "0"], "--seed is for phantoms alone, not cohen"),
+        (["download", "kermany", "k", "--count", "9"], "--count is for phantoms"),
     ],
 )
 def test_a_wrong_call_is_explained(arguments: list[str], match: str) -> None:
     done = call(*arguments)
     assert done.exit_code == 2
     assert match in done.output
+
+
+def test_training_needs_an_image_of_every_class(phantoms: Path, tmp_path: Path) -> None:
+    arguments = ("--data", phantoms, "--output", tmp_path / "run", "--classes", "covid19,covid")
+    done = call("train", *arguments)
+    assert done.exit_code == 2
+    assert "--data holds no image of covid, which --classes names" in done.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes break like this on POSIX")
+def test_a_reader_that_has_enough_ends_a_command_without_a_word() -> None:
+    readable, writable = os.pipe()
+    os.close(readable)  # as of "| head", when it is done
+    command = [sys.executable, "-m", "chestxray_covid", "models"]
+    done = subprocess.run(command, stdout=writable, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writable)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_errors_of_the_library_become_messages(

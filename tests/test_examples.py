@@ -14,6 +14,7 @@ from chestxray_covid import (
     EvaluationReport,
     KermanyPneumoniaDataset,
     SyntheticChestXray,
+    TrainingError,
     confounding,
 )
 
@@ -90,6 +91,11 @@ def test_the_training_example_leaves_a_judged_model_and_its_resuming_changes_not
     assert len(json.loads((run / "split.json").read_text())["samples"]) > report.n_images
     train([*arguments, "--resume"])
     assert EvaluationReport.load(run / "evaluation.json").to_dict() == report.to_dict()
+    own = (run / "split.json").read_bytes()
+    for more in ([], ["--resume"]):  # the split of other patients must not replace the run's own
+        with pytest.raises(TrainingError, match=r"already holds a run|differs in"):
+            train([*arguments, "--seed", "1", *more])
+        assert (run / "split.json").read_bytes() == own
 
 
 def test_the_prediction_example_gives_a_line_for_every_file_and_says_when_one_failed(

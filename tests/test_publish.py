@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -132,8 +133,12 @@ def test_the_citation_tells_the_licence_of_the_code_from_that_of_the_weights() -
 @pytest.mark.parametrize("name", ["evaluation.json", "audit.json"])
 def test_what_was_not_judged_is_not_published(copied: Path, name: str) -> None:
     (copied / name).unlink()
-    with pytest.raises(ReportError, match=rf"{name} is missing: .*allow_unjudged=True"):
+    with pytest.raises(ReportError, match=rf"^{name} is missing beside .*allow_unjudged=True"):
         push(copied, "user/model")
+    # A model in memory is written to a folder of the moment, where nobody could add anything.
+    with pytest.raises(ReportError, match=rf"--output FOLDER/{name}") as refused:
+        Classifier.from_pretrained(copied).push_to_hub("user/model")
+    assert tempfile.gettempdir() not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +205,14 @@ def test_a_damaged_checkpoint_is_not_published(copied: Path) -> None:
 
 
 # ---------------------------------------------------------------- saved
+
+
+def test_options_of_publishing_are_refused_where_nothing_is_published(
+    run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match="license: options of publishing; add push_to_hub=True"):
+        Classifier.from_pretrained(run).save_pretrained(tmp_path / "saved", license="mit")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_saved_classifier_is_the_same_and_its_card_stays(run: Path, tmp_path: Path) -> None:
@@ -307,6 +320,21 @@ def test_what_cannot_be_printed_is_not_in_the_card(checkpoint_folder: Path) -> N
     assert "from: \\[31mred der." in text
     assert yaml.safe_load(text.split("---\n")[1])["license"] == "[31mred der"
     assert r'Classifier.from_pretrained("a\udc80b\u001b")' in text
+
+
+def test_a_card_tells_no_paths_of_its_author_and_no_setting_twice(
+    checkpoint_folder: Path,
+) -> None:
+    provenance = {
+        "identity": {"epochs": 4321},
+        "train": {"root": "/home/ann/ward", "kept": 60},
+        "training": {"cache_dir": "/home/ann/cache", "epochs": 4321},
+    }
+    config = replace(load_config(checkpoint_folder), provenance=provenance)
+    card = compose(config, Results(contents={}), "user/model")
+    assert "/home/ann" not in card
+    assert card.count("4321") == 1
+    assert "kept: 60" in card
 
 
 @pytest.mark.parametrize("name", ["my model (2)", 'a "b" \\', "überall"])

@@ -173,8 +173,15 @@ from: {foreign_text(config.threshold_origin)}."""
 
 
 def _data(config: ModelConfig) -> str:
-    known = {"license", "headline", "known_failures"}
-    rest = {k: v for k, v in config.provenance.items() if k not in known}
+    """Return what the weights come from, without paths, and without what only resuming reads."""
+    elsewhere = {"license", "headline", "known_failures", "identity"}
+    rest = {
+        key: {k: v for k, v in value.items() if k not in ("root", "cache_dir")}
+        if isinstance(value, Mapping)
+        else value
+        for key, value in config.provenance.items()
+        if key not in elsewhere
+    }
     return _facts("Data and training", rest)
 
 

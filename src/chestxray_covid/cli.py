@@ -70,7 +70,8 @@ def download(
     }
     for other in given.keys() - {source}:
         if wrong := [name for name, value in given[other].items() if value is not None]:
-            raise click.UsageError(f"{' and '.join(wrong)} are for {other} alone, not {source}.")
+            verb = "are" if len(wrong) > 1 else "is"
+            raise click.UsageError(f"{' and '.join(wrong)} {verb} for {other} alone, not {source}.")
     if source == "cohen":
         from chestxray_covid.datasets.cohen import is_frontal_radiograph
         from chestxray_covid.datasets.download import download_cohen
@@ -164,6 +165,11 @@ def train(
     labels = _labels(classes)
     first = is_first_process()
     dataset = open_data(data, labels)
+    if absent := [label for label in labels if label not in {s.label for s in dataset.samples}]:
+        raise click.UsageError(
+            f"--data holds no image of {' and '.join(absent)}, which --classes names. "
+            "What is above says which labels it holds."
+        )
     if limit is not None:
         dataset = dataset.limit(limit, seed=seed)
 

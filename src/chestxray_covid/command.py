@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -86,6 +87,8 @@ def translated(command: Command) -> Command:
             click.echo(str(stop), err=True)
             sys.exit(128 + stop.signal_number)
         except (ChestXrayError, ValueError, OSError) as error:
+            if getattr(error, "errno", None) == errno.EPIPE:
+                raise  # of "| head": whoever reads has enough, and click ends without a word
             notes = [str(error), *getattr(error, "__notes__", ())]
             raise click.ClickException("\n".join(notes)) from error
 

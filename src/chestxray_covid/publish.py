@@ -113,7 +113,7 @@ def push(
     config, contents = read_checkpoint(source)
     results = read_results(source, config)
     if not allow_unjudged:
-        _require_judged(source, results)
+        _require_judged(results)
     contents |= results.contents
     card = _own_card(source)
     if card is None:
@@ -146,13 +146,14 @@ def push(
     return str(commit.commit_url)
 
 
-def _require_judged(folder: Path, results: Results) -> None:
+def _require_judged(results: Results) -> None:
     for name in JUDGED:
         if name not in results.contents:
             raise ReportError(
-                f"{folder / name} is missing: a model is published together with what it was "
-                "judged by. Evaluate and audit it first, or say allow_unjudged=True (command line: "
-                "--allow-unjudged)."
+                f"{name} is missing beside the checkpoint: a model is published together with what "
+                "it was judged by. Evaluate and audit it, save the reports in its folder (command "
+                f"line: --output FOLDER/{name}) and publish the folder, or say "
+                "allow_unjudged=True (command line: --allow-unjudged)."
             )
 
 
