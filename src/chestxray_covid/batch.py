@@ -89,7 +89,7 @@ def predict_files(
         OSError: If the output cannot be written; what was finished is kept.
         MissingExtraError: If Parquet or an address needs pyarrow, which is not installed.
     """
-    from tqdm import tqdm
+    from chestxray_covid.progress import Bar
 
     clf = classifier or Classifier.from_pretrained()
     table = _table(clf, output, shard_size)
@@ -97,7 +97,7 @@ def predict_files(
     judge = _Judge(clf, table, batch_size=batch_size, workers=workers)
     finished = table.finished()
     sizes: dict[str, int] = {}
-    with tqdm(desc="predict", unit="img", disable=not progress) as bar:
+    with Bar(desc="predict", unit="img", disable=not progress) as bar:
 
         def missing() -> Iterator[Shard]:
             for shard in table.shards(listed(images, table.places)):
@@ -155,7 +155,7 @@ def ray_predict(
         ray.exceptions.RayError: If a worker cannot write its shard.
         MissingExtraError: If Ray is not installed.
     """
-    from tqdm import tqdm
+    from chestxray_covid.progress import Bar
 
     ray, data = require_extra("ray", "ray"), require_extra("ray.data", "ray")
     target = os.fspath(output)
@@ -192,7 +192,7 @@ def ray_predict(
             num_gpus=num_gpus,
         )
         done = count - sum(len(shard["files"]) for shard in missing)
-        with tqdm(desc="predict", total=count, initial=done, disable=not progress) as bar:
+        with Bar(desc="predict", total=count, initial=done, disable=not progress) as bar:
             for row in judged.iter_rows():
                 bar.update(row["count"])
     return _complete(table, [shard.name for shard in shards], count, images)

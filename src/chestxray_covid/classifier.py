@@ -260,7 +260,7 @@ class Classifier:
             workers: Threads that decode; as many as there are cores if not given.
             progress: Show a progress bar.
         """
-        from tqdm import tqdm
+        from chestxray_covid.progress import Bar
 
         check_positive("batch_size", batch_size)
         check_positive("workers", workers)
@@ -275,7 +275,7 @@ class Classifier:
             workers=workers,
             calls=self.engine.calls,
         )
-        found = list(tqdm(rows, "predict", len(items), unit="img", disable=not progress))
+        found = list(Bar(rows, "predict", len(items), unit="img", disable=not progress))
         return np.stack(found) if found else np.zeros((0, len(self.classes)))
 
     def __call__(self, images: Any, *, top_k: int = 5, batch_size: int = 16) -> Any:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample, lung_mask
@@ -17,6 +16,7 @@ from chestxray_covid.explain import explained, grad_cam_stream
 from chestxray_covid.intervals import Estimate, bootstrap_by_group, check_resampling
 from chestxray_covid.lungs import segment
 from chestxray_covid.metrics import mean_among
+from chestxray_covid.progress import Bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,7 +94,7 @@ def lung_heat(
     heatmaps = grad_cam_stream(classifier, items, targets, batch_size, device)
     rows, patients, without_heat, without_lungs = [], [], 0, 0
     groups = patient_groups(dataset, find_copies=False)
-    shown = tqdm(heatmaps, "heat", len(items), unit="img", disable=not progress)
+    shown = Bar(heatmaps, "heat", len(items), unit="img", disable=not progress)
     for sample, group, heatmap in zip(dataset.samples, groups, shown, strict=True):
         drawn = known(sample)
         mask = segment(heatmap.image) if drawn is None else drawn

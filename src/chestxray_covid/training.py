@@ -17,13 +17,13 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
-from tqdm import tqdm
 
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import Loader, in_batches
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
 from chestxray_covid.models import check_model, load_tensors, to_tensors
+from chestxray_covid.progress import Bar
 from chestxray_covid.training_config import Callback, EpochRecord, History, TrainingConfig
 from chestxray_covid.training_feed import LateReader, feed
 from chestxray_covid.training_network import (
@@ -322,7 +322,7 @@ class Trainer:
 
     def _bar(self, name: str, total: int, initial: int = 0) -> Any:
         show = self.config.progress and self._accelerator.is_main_process
-        return tqdm(desc=name, total=total, initial=initial, unit="img", disable=not show)
+        return Bar(desc=name, total=total, initial=initial, unit="img", disable=not show)
 
     def _has_stalled(self) -> bool:
         patience = self.config.patience

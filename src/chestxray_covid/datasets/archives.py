@@ -16,9 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from tqdm import tqdm
+from typing import BinaryIO
 
 from chestxray_covid.datasets.storage import (
     exclusive,
@@ -30,6 +28,7 @@ from chestxray_covid.datasets.storage import (
 )
 from chestxray_covid.errors import ArchiveError, DatasetNotFoundError, DownloadError
 from chestxray_covid.files import sync_folder
+from chestxray_covid.progress import Bar
 
 #: Written last into an unpacked folder; holds a hash of what was unpacked.
 MARKER_NAME = ".complete"
@@ -301,7 +300,7 @@ def _unpack(
         raise OSError(f"{total} bytes are needed and {free} are free")
     partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     try:
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        with Bar(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
             for info in members:
                 _write(zipped, source, info, partial / info.filename, bar)
         write_file(partial / MARKER_NAME, _manifest(members))
@@ -323,7 +322,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _write(
-    zipped: zipfile.ZipFile, source: Path, info: zipfile.ZipInfo, target: Path, bar: tqdm[Any]
+    zipped: zipfile.ZipFile, source: Path, info: zipfile.ZipInfo, target: Path, bar: Bar
 ) -> None:
     """Write one member; zipfile gives no more than its declared size and checks the CRC."""
     target.parent.mkdir(parents=True, exist_ok=True)

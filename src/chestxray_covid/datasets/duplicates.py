@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.loading import map_ahead
 from chestxray_covid.datasets.storage import resolver
+from chestxray_covid.progress import Bar
 
 #: Correlation of thumbnails from which two radiographs count as copies; on 6,408 radiographs of
 #: four public sources it gives 45 pairs and no chain longer than three.
@@ -123,7 +123,7 @@ def _thumbnails(dataset: ChestXrayDataset, workers: int, progress: bool) -> NDAr
         dataset.samples,
         workers=workers,
     )
-    bar = tqdm(shrink, "duplicates", len(dataset), unit="img", disable=not progress)
+    bar = Bar(shrink, "duplicates", len(dataset), unit="img", disable=not progress)
     thumbnails = np.empty((len(dataset), _THUMBNAIL_PX**2), np.float32)
     for i, pixels in enumerate(bar):
         thumbnails[i] = pixels

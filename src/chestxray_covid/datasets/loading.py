@@ -18,13 +18,13 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.storage import remove_stale
 from chestxray_covid.errors import DatasetError
 from chestxray_covid.files import is_folder
 from chestxray_covid.image import IMAGE_SUFFIXES, Preprocess
+from chestxray_covid.progress import Bar
 
 Item = TypeVar("Item")
 Decoded = TypeVar("Decoded")
@@ -228,7 +228,7 @@ def _write_shard(
         with partial.open("xb") as file:
             file.write(_npy_header(len(missing), size))
             decoded = map_ahead(load, missing.values(), workers=workers)
-            for image in tqdm(decoded, "decoding", len(missing), unit="img", disable=not progress):
+            for image in Bar(decoded, "decoding", len(missing), unit="img", disable=not progress):
                 file.write(image.tobytes())
             file.flush()
             os.fsync(file.fileno())

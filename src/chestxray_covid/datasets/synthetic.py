@@ -17,7 +17,6 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from chestxray_covid.datasets.base import (
     DEFAULT_CLASSES,
@@ -30,6 +29,7 @@ from chestxray_covid.datasets.base import (
 from chestxray_covid.datasets.phantom import VISITS, Recipe, render_phantom
 from chestxray_covid.datasets.storage import is_current
 from chestxray_covid.errors import DatasetError
+from chestxray_covid.progress import Bar
 
 SIGNALS = ("lungs", "none")
 MARKERS = ("corner",)
@@ -200,7 +200,7 @@ class SyntheticChestXray(ChestXrayDataset):
         for label in self.classes:
             (folder / label).mkdir(parents=True)
         written = []
-        for s in tqdm(self.samples, "drawing", unit="img", disable=not progress):
+        for s in Bar(self.samples, "drawing", unit="img", disable=not progress):
             path = folder / s.label / f"{s.patient_id}_{int(s.metadata['index']):06d}.png"
             s.read(s, None).save(path)
             written.append(replace(s, path=path, read=read_file))

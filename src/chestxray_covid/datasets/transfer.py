@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import requests
-from tqdm import tqdm
 
 from chestxray_covid.datasets.storage import remove_stale, sync_file, writing_to
 from chestxray_covid.datasets.web import Client, TransientError
 from chestxray_covid.errors import DownloadError, IntegrityError
+from chestxray_covid.progress import Bar
 
 _PART = re.compile(r"\.[0-9a-f]{16}-[0-9a-f]{8}\.part")
 #: A part that nobody has written for so long has lost its process: longer than any pause.
@@ -74,7 +74,7 @@ def fetch_all(client: Client, files: Sequence[RemoteFile], *, workers: int, prog
     total = sum(file.size for file in files)
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar,
+        Bar(total=total, unit="B", unit_scale=True, disable=not progress) as bar,
     ):
         futures = {pool.submit(fetch, client, file): file for file in files}
         try:
