@@ -2,7 +2,7 @@
 
 Simulates patients with one to four images, whose scores are normal with a part that the images of
 a patient share (half of the variance), so that the true AUROC is known (binormal model); looks
-whether the interval by patient holds it, and one that takes every image for a patient of its own.
+whether the interval that is used holds it, one by drawing patients, and one by drawing images.
 Run: python benchmarks/interval_coverage.py
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 from common import write
 from tqdm import tqdm
 
+from chestxray_covid.delong import auroc_by_group
 from chestxray_covid.intervals import bootstrap_by_group
 from chestxray_covid.metrics import auroc
 
@@ -41,7 +42,7 @@ def draw(rng: np.random.Generator, patients: tuple[int, int], true: float) -> tu
 def coverage(patients: tuple[int, int], true: float) -> dict[str, Any]:
     """Return the shares of intervals that hold the true AUROC, and how many there were."""
     rng = np.random.default_rng(0)
-    held, undefined = {"by_patient": 0, "by_image": 0}, 0
+    held, undefined = dict.fromkeys(("used", "by_patient", "by_image"), 0), 0
     for seed in range(DATA_SETS):
         owners, truth, scores = draw(rng, patients, true)
         groups = {"by_patient": owners, "by_image": np.arange(len(owners))}
@@ -51,7 +52,8 @@ def coverage(patients: tuple[int, int], true: float) -> dict[str, Any]:
             )
             for name, g in groups.items()
         }
-        if math.isnan(found["by_patient"].low):
+        found["used"] = auroc_by_group(truth, scores, owners.tolist())
+        if math.isnan(found["used"].low):
             undefined += 1
             continue
         for name, estimate in found.items():

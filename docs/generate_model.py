@@ -124,7 +124,11 @@ def made() -> str:
         if exists(name) and (how := read(name).get("made")):
             names.setdefault(how, []).append(title)
     listed = "; ".join(f"{' and '.join(titles)} on {how}" for how, titles in names.items())
-    return f"Relatives were trained so: {listed}." if listed else ""
+    if not listed:
+        return ""
+    method = read("folds")["all"]["auroc"]["method"]
+    return f"""Relatives were trained so: {listed}. Their intervals are those of the {method}; how
+        those of the other AUROCs are made, [Metrics](metrics.md#intervals) says."""
 
 
 def unmeasured() -> str:

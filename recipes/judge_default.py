@@ -35,11 +35,11 @@ from chestxray_covid import (
 )
 from chestxray_covid.datasets.base import LABELS
 from chestxray_covid.datasets.loading import in_batches
+from chestxray_covid.delong import auroc_by_group
 from chestxray_covid.evaluation import evaluate_probabilities
 from chestxray_covid.files import write_files
 from chestxray_covid.generalisation import within_sources
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
-from chestxray_covid.metrics import auroc
 from chestxray_covid.splits import folds_by_patient
 
 #: Most images per class of a pairing in which the frame is looked at.
@@ -57,7 +57,7 @@ def by_patient(samples: Sequence[Sample]) -> list[tuple[str, str]]:
 
 def estimate_auroc(samples: Sequence[Sample], truth: Any, scores: np.ndarray) -> Estimate:
     """Return an AUROC with its interval by patient."""
-    return bootstrap_by_group(auroc, by_patient(samples), np.asarray(truth, int), scores)
+    return auroc_by_group(np.asarray(truth, int), scores, by_patient(samples))
 
 
 def count(truth: np.ndarray) -> list[int]:

@@ -21,7 +21,7 @@ MAX_LINES = 400
 #: Row by row from the bottom; a module imports only from rows above its own in this list. The
 #: package's ``__init__`` loads names lazily, so it imports the version alone.
 ROWS = (
-    ("_version", "errors"),
+    ("_version", "errors", "progress"),
     (
         "files",
         "pixels",
@@ -32,7 +32,8 @@ ROWS = (
         "datasets.web",
     ),
     ("dicom", "encoded", "intervals", "calibration", "tensors", "compiled"),
-    ("gate", "image", "curves", "operating_points", "comparison", "judged_images"),
+    ("gate", "image", "delong", "operating_points", "judged_images"),
+    ("curves", "comparison"),
     ("gate_fit", "prediction", "heatmap", "subgroups", "graph"),
     ("reporting",),
     ("checklists",),

@@ -200,7 +200,8 @@ def test_one_image_per_patient_has_wilsons_interval() -> None:
     found = judge(BINARY, P).overall.per_class["covid19"]
     assert found["sensitivity"].method == "wilson"
     assert (found["sensitivity"].low, found["sensitivity"].high) == wilson_interval(1, 2)
-    assert found["auroc"].method == "patient bootstrap"
+    assert found["auroc"].method == "delong"
+    assert found["average_precision"].method == "patient bootstrap"
 
 
 def test_images_of_a_patient_widen_the_interval(

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from chestxray_covid import metrics as m
 from chestxray_covid.audit_data import AuditData
 from chestxray_covid.audit_report import AuditFinding
 from chestxray_covid.file_facts import as_numbers, file_facts
@@ -90,7 +89,7 @@ def _baseline(
         return AuditFinding(
             name=name, what=what, metric="auroc", estimate=undefined(data), meaning=why
         )
-    estimate = data.estimate(m.auroc, data.truth.astype(int), scores[:, 1])
+    estimate = data.auroc(scores[:, 1])
     return AuditFinding(name=name, what=what, metric="auroc", estimate=estimate)
 
 

@@ -9,19 +9,20 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample, lung_mask
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.loading import decoder, in_batches, map_ahead
+from chestxray_covid.delong import auroc_by_group
 from chestxray_covid.hiding import Region, lung_region
 from chestxray_covid.image import Preprocess
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
 from chestxray_covid.judged_images import default_positive
 from chestxray_covid.lungs import segment
+from chestxray_covid.progress import Bar
 
 #: Everything but the positive class.
 REST = "rest"
@@ -158,6 +159,12 @@ class AuditData:
         chosen = [np.asarray(array)[among] for array in arrays]
         return bootstrap_by_group(statistic, self.groups[among].tolist(), *chosen, **self.how)
 
+    def auroc(self, scores: ArrayLike, *, among: Any = slice(None)) -> Estimate:
+        """Return the AUROC of ``(N,)`` scores with its interval by patient."""
+        truth, own = self.truth[among].astype(int), self.groups[among].tolist()
+        confidence = self.how["confidence"]
+        return auroc_by_group(truth, np.asarray(scores)[among], own, confidence=confidence)
+
     def as_dataset(self, preprocess: Preprocess) -> ChestXrayDataset:
         """Return the samples with the decoded pixels for their images, so that none is read again.
 
@@ -190,7 +197,7 @@ def read_data(
     """
     asked = question.asked(dataset)
     loaded = map_ahead(decoder(asked, preprocess), range(len(asked)), workers=workers)
-    shown = tqdm(loaded, "decode", len(asked), unit="img", disable=not progress)
+    shown = Bar(loaded, "decode", len(asked), unit="img", disable=not progress)
     return AuditData(
         dataset=asked,
         question=question,
@@ -218,7 +225,7 @@ def find_lungs(
     """
     known = masks or (lung_mask if data.dataset.transform is None else lambda _: None)
     found: list[Region | None] = []
-    with tqdm(desc="lungs", total=len(data.samples), unit="img", disable=not progress) as bar:
+    with Bar(desc="lungs", total=len(data.samples), unit="img", disable=not progress) as bar:
         for batch in in_batches(range(len(data.samples)), batch_size):
             drawn = {}
             for i in batch:
@@ -248,7 +255,7 @@ def run_classifier(
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Return ``(N, K)`` probabilities and ``(N, D)`` features of ``(N, 1, S, S)`` pixels."""
     rows = []
-    with tqdm(desc=name, total=len(pixels), unit="img", disable=not progress) as bar:
+    with Bar(desc=name, total=len(pixels), unit="img", disable=not progress) as bar:
         for start in range(0, len(pixels), batch_size):
             batch = pixels[start : start + batch_size]
             rows.append(classifier._compute(batch))

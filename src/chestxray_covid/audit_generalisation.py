@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid import metrics as m
 from chestxray_covid.audit_data import AuditData
 from chestxray_covid.audit_report import FAIL, AuditFinding, AuditItem
 from chestxray_covid.audit_verdicts import CHANGE_BANDS, CHANGES, judge_change, worst
@@ -43,7 +42,7 @@ def generalisation_item(
     """
     truth = data.truth.astype(int)
     findings = [
-        _auroc("pooled", "all sources pooled", data.estimate(m.auroc, truth, scores)),
+        _auroc("pooled", "all sources pooled", data.auroc(scores)),
         *_per_source(data, scores),
     ]
     verdicts, reasons = [], []
@@ -116,7 +115,7 @@ def _per_source(data: AuditData, scores: NDArray[np.float64]) -> list[AuditFindi
     for source in np.unique(data.sources):
         own = np.flatnonzero(data.sources == source)
         counts = np.bincount(data.truth[own], minlength=2)
-        estimate = data.estimate(m.auroc, data.truth.astype(int), scores, among=own)
+        estimate = data.auroc(scores, among=own)
         note = f"{counts[1]} of {data.question.positive}, {counts[0]} of {data.question.negative}"
         enough = has_enough(data.truth[own], data.groups[own]) or not counts.min()
         few = "" if enough else f"; under {SMALL} images or {FEWEST_PATIENTS} patients, not judged"
@@ -149,7 +148,7 @@ def _external(
     if not outside.any() or outside.all():
         return None
     truth = data.truth.astype(int)
-    estimate = data.estimate(m.auroc, truth, scores, among=np.flatnonzero(outside))
+    estimate = data.auroc(scores, among=np.flatnonzero(outside))
     change = data.estimate(auroc_change, truth, scores, outside)
     few = not all(has_enough(truth[part], data.groups[part]) for part in (outside, ~outside))
     note = TOO_FEW if few else ""

@@ -27,6 +27,7 @@ from chestxray_covid.audit_verdicts import (
 from chestxray_covid.confounders import CONFOUNDED_V, Confounding, corrected_v, cramers_v
 from chestxray_covid.datasets.base import UNKNOWN_VIEW, ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.delong import auroc_by_group
 from chestxray_covid.heat_shares import LungHeat
 from chestxray_covid.intervals import bootstrap_by_group
 from chestxray_covid.subgroups import SMALL, sex_of
@@ -263,9 +264,8 @@ def _knowledge(
     is_it = (texts[among, np.newaxis] == np.array(kept)).astype(int)
     # One source of many may stand out, and give the label away: a mean would hide it.
     best = int(np.argmax([m.auroc(is_it[:, k], scores[:, k]) for k in range(len(kept))]))
-    estimate = bootstrap_by_group(
-        m.auroc, data.groups[among].tolist(), is_it[:, best], scores[:, best], **data.how
-    )
+    own, confidence = data.groups[among].tolist(), data.how["confidence"]
+    estimate = auroc_by_group(is_it[:, best], scores[:, best], own, confidence=confidence)
     told = f"{kept[best]}, told best of " if len(kept) > 2 else ""
     meaning = f"{told}{', '.join(kept)}"
     return AuditFinding(**base, metric="auroc", estimate=estimate, meaning=meaning)

@@ -103,7 +103,7 @@ def occlusion_item(
 
 
 def _whole(data: AuditData, scores: NDArray[np.float64]) -> AuditFinding:
-    estimate = data.estimate(m.auroc, data.truth.astype(int), scores)
+    estimate = data.auroc(scores)
     return AuditFinding(name="whole", what="the whole image", metric="auroc", estimate=estimate)
 
 
@@ -128,7 +128,7 @@ def _changed(
     scores = score(np.stack([change_one(i, data.pixels[i]) for i in among.tolist()]), what)
     changed = np.zeros(len(whole))
     changed[among] = scores
-    estimate = data.estimate(m.auroc, truth, changed, among=among)
+    estimate = data.auroc(changed, among=among)
     change = data.estimate(_difference, truth, changed, whole, among=among)
     meaning = _MEANINGS[name](estimate, change)
     return AuditFinding(**base, estimate=estimate, change=change, meaning=meaning)

@@ -257,8 +257,9 @@ def _of_performance(report: EvaluationReport) -> dict[str, str]:
     )
     return {
         "28": f"{_listed([*overall.metrics, *own])}.".replace("_", " "),
-        "29": f"Intervals at {100 * report.confidence:g} % by patient, never by image: Wilson's "
-        f"or the bootstrap over patients ({report.n_resamples} resamples, seed {report.seed}).",
+        "29": f"Intervals at {100 * report.confidence:g} % by patient, never by image: Wilson's, "
+        "DeLong's of AUROCs on the logit scale, or the bootstrap over patients "
+        f"({report.n_resamples} resamples, seed {report.seed}).",
         "30": f"The same numbers by {groups}: see Subgroups.",
         "37": f"{report.positive} against all others: {numbers}. All of them: see Performance.",
         "38": "; ".join(_point(point) for point in report.operating_points),

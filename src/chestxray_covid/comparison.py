@@ -12,6 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from chestxray_covid import metrics as m
+from chestxray_covid.delong import (
+    DELONG,
+    DELONG_BY_PATIENT,
+    auroc_by_group,
+    auroc_covariance,
+)
 from chestxray_covid.intervals import (
     Estimate,
     Groups,
@@ -20,9 +26,6 @@ from chestxray_covid.intervals import (
     group_codes,
 )
 from chestxray_covid.metrics import Floats, Value
-
-DELONG = "delong"
-DELONG_BY_PATIENT = "delong by patient"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +109,8 @@ def delong_test(
 ) -> DeLongTest:
     """Return whether two AUROCs on the same images differ.
 
-    DeLong, DeLong and Clarke-Pearson, Comparing the areas under two or more correlated receiver
-    operating characteristic curves, Biometrics 44 (1988) 837–845; where a patient has several
-    images, with the covariance of Obuchowski, Nonparametric analysis of clustered ROC curve data,
-    Biometrics 53 (1997) 567–578, which is DeLong's if each has one.
+    A normal test with the covariance of :func:`~chestxray_covid.delong.auroc_covariance`: DeLong's,
+    and Obuchowski's where a patient has several images.
 
     Args:
         y_true: ``(N,)`` 0 or 1.
@@ -132,7 +133,7 @@ def delong_test(
             raise ValueError(f"DeLong's test needs two patients with a {name} image")
     areas = np.array([m.auroc(truth, score) for score in scores])
     contrast = np.array([1.0, -1.0])
-    variance = float(contrast @ _covariance(truth, scores, areas, codes) @ contrast)
+    variance = float(contrast @ auroc_covariance(truth, scores, areas, codes) @ contrast)
     difference, error = float(contrast @ areas), math.sqrt(max(variance, 0.0))
     z = difference / error if error > 1e-12 else math.nan
     half = NormalDist().inv_cdf((1 + confidence) / 2) * error if error > 1e-12 else math.nan
@@ -146,30 +147,6 @@ def delong_test(
     )
     p_value = math.erfc(abs(z) / math.sqrt(2)) if z == z else math.nan
     return DeLongTest(difference=estimate, z=z, p_value=p_value)
-
-
-def _covariance(truth: Any, scores: Floats, areas: Floats, codes: Any) -> Floats:
-    """Return the ``(2, 2)`` covariance of the AUROCs of ``(2, N)`` scores."""
-    patients = int(codes.max()) + 1
-    sums, factors = [], [patients / (patients - 1)]
-    for kind, sign in ((truth, 1), (~truth, -1)):
-        # How each image fares against all of the other kind, and how far that is off the mean.
-        placed = np.stack([_placed(sign * s[kind], sign * s[~kind]) for s in scores])  # (2, n)
-        off = (placed - areas[:, None]) / kind.sum()
-        sums.append(np.stack([np.bincount(codes[kind], row, patients) for row in off]))  # (2, P)
-        owners = len(np.unique(codes[kind]))
-        factors.append(owners / (owners - 1))
-    positive, negative = sums
-    cross = factors[0] * positive @ negative.T
-    within = factors[1] * positive @ positive.T + factors[2] * negative @ negative.T
-    return np.asarray(within + cross + cross.T)
-
-
-def _placed(own: Floats, other: Floats) -> Floats:
-    """Return for each number the share of the others that are below it, ties counting half."""
-    ranked = np.sort(other)
-    below = np.searchsorted(ranked, own, "left") + np.searchsorted(ranked, own, "right")
-    return below / (2 * len(other))
 
 
 def compare_scores(
@@ -207,6 +184,13 @@ def compare_scores(
     }
     truth = m.check_labels(y_true, "y_true", 2)
     sides = [tuple(np.asarray(a, np.float64) for a in side) for side in (first, second)]
+    confidence = how.get("confidence", 0.95)
+
+    def level(metric: Any, given: Floats) -> Estimate:
+        if metric is m.auroc:
+            return auroc_by_group(truth, given, patients, confidence=confidence)
+        return bootstrap_by_group(metric, patients, truth, given, **how)
+
     found: dict[str, dict[str, Estimate]] = {"first": {}, "second": {}, "differences": {}}
     for name, (metric, which) in metrics.items():
 
@@ -214,10 +198,8 @@ def compare_scores(
             return of(t, a, sample_weight=sample_weight) - of(t, b, sample_weight=sample_weight)
 
         one, other = sides[0][which], sides[1][which]
-        found["first"][name] = bootstrap_by_group(metric, patients, truth, one, **how)
-        found["second"][name] = bootstrap_by_group(metric, patients, truth, other, **how)
+        found["first"][name], found["second"][name] = level(metric, one), level(metric, other)
         found["differences"][name] = bootstrap_by_group(gap, patients, truth, one, other, **how)
-    confidence = how.get("confidence", 0.95)
     scores = (sides[0][0], sides[1][0])
     return Comparison(
         title=title,

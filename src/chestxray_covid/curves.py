@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from chestxray_covid import metrics as m
+from chestxray_covid.delong import auroc_by_group
 from chestxray_covid.intervals import (
     Estimate,
     Groups,
@@ -153,7 +154,7 @@ def roc_curve(
     """
     scores, positive, negative = m.by_score(y_true, y_score)
     _check_both(positive, negative)
-    area = bootstrap_by_group(m.auroc, patients, y_true, y_score, **how)
+    area = auroc_by_group(y_true, y_score, patients, confidence=how.get("confidence", 0.95))
     return RocCurve(
         title=title,
         x=_rise(negative),

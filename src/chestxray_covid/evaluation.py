@@ -176,8 +176,8 @@ def evaluate_probabilities(
 ) -> EvaluationReport:
     """Return how good probabilities are, however they came about.
 
-    Proportions have Wilson's interval where no patient has several images, all else the bootstrap
-    over patients; every number says which in ``method``.
+    Proportions have Wilson's interval where no patient has several images, AUROCs DeLong's on the
+    logit scale, all else the bootstrap over patients; every number says which in ``method``.
 
     Args:
         y_true: ``(N,)`` labels, each one of ``classes``.

@@ -16,6 +16,7 @@ from chestxray_covid.audit_data import Question
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.delong import auroc_by_group
 from chestxray_covid.evaluation import ProbabilisticClassifier
 from chestxray_covid.intervals import (
     PATIENT_BOOTSTRAP,
@@ -202,8 +203,8 @@ def _row(
     outside = np.arange(len(truth)) >= n_inside
 
     def auroc_of(part: NDArray[np.bool_]) -> Estimate:
-        chosen = (truth[part], scores[part])
-        return bootstrap_by_group(m.auroc, groups[part].tolist(), *chosen, **how)
+        own = groups[part].tolist()
+        return auroc_by_group(truth[part], scores[part], own, confidence=how["confidence"])
 
     few = not all(has_enough(truth[part], groups[part]) for part in (outside, ~outside))
     return LeftOutSource(

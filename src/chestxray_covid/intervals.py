@@ -42,8 +42,8 @@ class Estimate:
         low: Lower end of the interval, ``nan`` where there is none.
         high: Upper end of the interval, ``nan`` where there is none.
         n: Images that the number rests on: the denominator of a proportion.
-        method: Where the interval comes from: ``"wilson"``, ``"wilson by patient"`` or
-            ``"patient bootstrap"``.
+        method: Where the interval comes from: ``"wilson"``, ``"wilson by patient"``, ``"delong"``,
+            ``"delong by patient"`` or ``"patient bootstrap"``.
         confidence: Level of the interval, in (0, 1).
         skipped: Resamples on which the number was not defined.
 
@@ -179,7 +179,8 @@ def bootstrap_by_group(
     defined are skipped and counted. The interval is ``nan`` if fewer than half are left, and if
     the rest agree, as with a single patient or an AUROC of exactly 1: an interval without width
     would claim a certainty that they cannot show. Near 0 and 1, and with few patients of a class,
-    it is too narrow; ``benchmarks/interval_coverage.py`` measures by how much.
+    it is too narrow, so that an AUROC has an interval of its own
+    (:func:`~chestxray_covid.delong.auroc_by_group`).
 
     Args:
         statistic: Called as ``statistic(*arrays, sample_weight=w)`` with ``w`` ``(R, N)`` float64,

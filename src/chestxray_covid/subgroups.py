@@ -10,12 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid import metrics as m
-from chestxray_covid.intervals import (
-    Estimate,
-    bootstrap_by_group,
-    bootstrap_together,
-    proportion,
-)
+from chestxray_covid.delong import auroc_by_group
+from chestxray_covid.intervals import Estimate, bootstrap_together, proportion
 from chestxray_covid.judged_images import UNKNOWN, ask, probabilities_of
 
 if TYPE_CHECKING:
@@ -146,8 +142,7 @@ def judge(
         "ece": (m.expected_calibration_error, truth, p),
     }
     for k, label in enumerate(classes):
-        asked_of_all[f"auroc {label}"] = (m.auroc, truth == k, p[:, k])
-        asked_of_all[f"average_precision {label}"] = (m.average_precision, truth == k, p[:, k])
+        asked_of_all[label] = (m.average_precision, truth == k, p[:, k])
     resampled = bootstrap_together(asked_of_all, patients, **how)
     per_class = {}
     for k, label in enumerate(classes):
@@ -157,13 +152,13 @@ def judge(
             "specificity": share(~said, ~is_it),
             "ppv": share(is_it, said),
             "npv": share(~is_it, ~said),
-            "auroc": resampled[f"auroc {label}"],
-            "average_precision": resampled[f"average_precision {label}"],
+            "auroc": auroc_by_group(is_it, p[:, k], patients, confidence=how["confidence"]),
+            "average_precision": resampled[label],
         }
     if len(classes) > 2 and "normal" in classes and positive != "normal":
         asked = ask(table, classes, positive, "normal")
-        per_class[positive]["auroc_vs_normal"] = bootstrap_by_group(
-            m.auroc, asked.patients, asked.truth, asked.score, **how
+        per_class[positive]["auroc_vs_normal"] = auroc_by_group(
+            asked.truth, asked.score, asked.patients, confidence=how["confidence"]
         )
     return Subgroup(
         group=group,
