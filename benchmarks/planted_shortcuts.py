@@ -28,13 +28,13 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from chestxray_covid import ChestXrayDataset, Preprocess, SyntheticChestXray, audit_shortcuts
-from chestxray_covid import metrics as m
 from chestxray_covid.audit_baselines import held_out_scores
 from chestxray_covid.audit_report import PASS, VERDICTS
 from chestxray_covid.audit_verdicts import judge_auroc
 from chestxray_covid.datasets.base import Sample
 from chestxray_covid.datasets.phantom import phantom_mask
-from chestxray_covid.intervals import Estimate, bootstrap_by_group
+from chestxray_covid.delong import auroc_by_group
+from chestxray_covid.intervals import Estimate
 
 Floats = NDArray[np.float64]
 #: Returns the pixels ``(S, S)`` with the cue, or without where the flag says so.
@@ -275,8 +275,7 @@ def chance(images: int, numbers: int) -> dict[str, Any]:
     found = []
     for seed in range(DATA_SETS):
         scores = held_out_scores(rng.normal(size=(images, numbers)), truth, groups, seed=seed)
-        how = {"n_resamples": N_RESAMPLES, "seed": seed}
-        found.append(bootstrap_by_group(m.auroc, groups.tolist(), truth, scores[:, 1], **how))
+        found.append(auroc_by_group(truth, scores[:, 1], groups.tolist()))
     judged = [judge_auroc(estimate) for estimate in found]
     below = sum(estimate.high < 0.5 for estimate in found)
     counts = {verdict: judged.count(verdict) for verdict in VERDICTS}

@@ -233,7 +233,8 @@ def test_the_page_on_audits_says_what_became_of_planted_shortcuts(generate: Modu
         assert all(list(one["reasons"]) == ["occlusion"] for one in said[one_sided])
         assert all(one["reasons"]["occlusion"].startswith("Mirrored") for one in said[one_sided])
     sex = said["shadows of breasts, called female, 90%"]
-    assert not {"warn", "fail"} & {verdict for one in sex for verdict in one["items"].values()}
+    assert all(list(one["reasons"]) == ["confounding"] for one in sex)
+    assert {one["overall"] for one in sex} == {"warn"}
     assert verdicts("noise", "without_lungs") == {"pass"}
     assert verdicts("blur, 70%", "occlusion") == {"warn"}
     weak = [row["sets"] for row in found["rows"] if row["kind"] == "weak" and row["right"] == 0.7]

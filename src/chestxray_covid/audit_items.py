@@ -30,13 +30,14 @@ from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.delong import auroc_by_group
 from chestxray_covid.heat_shares import LungHeat
 from chestxray_covid.intervals import bootstrap_by_group
-from chestxray_covid.subgroups import SMALL, sex_of
+from chestxray_covid.subgroups import SMALL, age_band, sex_of
 
 #: Pixels of the input per cell of DenseNet-121's last maps, along a side.
 STRIDE = 32
 #: With fewer cells a side, a heatmap cannot tell lungs from what is around them.
 _FEWEST_CELLS = 4
 _SEXES = {"female": "F", "male": "M"}
+_OF_PEOPLE = ("sex", "age")
 _BANDS = f"AUROC without lungs: warn from {NOTABLE}, fail from {STRONG}, its interval above 0.5"
 
 
@@ -46,7 +47,7 @@ _BANDS = f"AUROC without lungs: warn from {NOTABLE}, fail from {STRONG}, its int
 def confounding_item(
     dataset: ChestXrayDataset, question: Question, how: Mapping[str, Any], *, trained: bool
 ) -> AuditItem:
-    """Return whether source or view give the label away.
+    """Return whether source or view give the label away, or sex or age go with it.
 
     Args:
         dataset: The training data if known, else what is audited.
@@ -58,40 +59,24 @@ def confounding_item(
     labels = [side(sample, question) for sample in asked.samples]
     groups = patient_groups(asked, find_copies=False)
     findings, tables, verdicts, reasons = [], {}, [], []
-    for name, values in (
-        ("source", [sample.source for sample in asked.samples]),
-        ("view", [sample.view for sample in asked.samples]),
-    ):
+    for name, values in _design_of(asked.samples).items():
         known = [i for i, value in enumerate(values) if value != UNKNOWN_VIEW]
         own, theirs = [values[i] for i in known], [labels[i] for i in known]
-        if rare := [
-            label for label in set(labels) if 2 * theirs.count(label) < labels.count(label)
-        ]:
+        rare = [label for label in set(labels) if 2 * theirs.count(label) < labels.count(label)]
+        if name in _OF_PEOPLE and (rare or min(map(theirs.count, set(labels))) < SMALL):
+            continue  # few collections tell, and that alone is no doubt
+        if rare:
             whose = f" of {rare[0]}" if len(rare) < len(set(labels)) else ""
             reasons.append(f"The {name} of most images{whose} is not known.")
             verdicts.append(NOT_ASSESSABLE)
             continue
         found = Confounding.of(own, theirs)
         tables[f"{name} and label"] = found.table
-        codes = [np.unique(column, return_inverse=True)[1] for column in (own, theirs)]
-        estimate = bootstrap_by_group(cramers_v, [groups[i] for i in known], *codes, **how)
-        if not estimate.low <= estimate.value <= estimate.high:
-            # Many small sources: images drawn twice look like an association.
-            estimate = replace(estimate, low=np.nan, high=np.nan)
-        shared = f"{found.determined:.0%} of the images have a label that follows from it alone."
-        findings.append(
-            AuditFinding(
-                name=f"{name}_v",
-                what=f"Cramér's V of {name} and label",
-                metric="cramers_v",
-                estimate=estimate,
-                meaning=shared,
-            )
-        )
-        # One view gives nothing away. One source may: what was merged in it cannot be seen.
-        verdict = PASS if name == "view" and len(found.table) < 2 else _judge_design(found)
+        findings.append(_association(name, found, own, theirs, [groups[i] for i in known], how))
+        verdict = _judge_column(name, found)
         verdicts.append(verdict)
-        reasons.append(_design_reason(name, found))
+        if verdict != PASS or name not in _OF_PEOPLE:
+            reasons.append(_design_reason(name, found))
     what = "training data" if trained else "audited data (no training data were given)"
     return AuditItem(
         name="confounding",
@@ -100,7 +85,8 @@ def confounding_item(
         reason=f"In the {what}: {' '.join(reasons)}",
         threshold=(
             f"Cramér's V, corrected for its bias: warn from {MEDIUM_V}, fail from {CONFOUNDED_V}, "
-            "or where every label follows from the source"
+            "or where every label follows from the source; sex and age, where they are known of "
+            f"most images of either label, and of {SMALL}, only warn"
         ),
         threshold_source=ASSOCIATION,
         findings=tuple(findings),
@@ -108,9 +94,51 @@ def confounding_item(
     )
 
 
+def _association(
+    name: str,
+    found: Confounding,
+    values: Sequence[str],
+    labels: Sequence[str],
+    groups: Sequence[int],
+    how: Mapping[str, Any],
+) -> AuditFinding:
+    """Return how far a column of the data goes with the label."""
+    codes = [np.unique(column, return_inverse=True)[1] for column in (values, labels)]
+    estimate = bootstrap_by_group(cramers_v, groups, *codes, **how)
+    if not estimate.low <= estimate.value <= estimate.high:
+        # Many small sources: images drawn twice look like an association.
+        estimate = replace(estimate, low=np.nan, high=np.nan)
+    return AuditFinding(
+        name=f"{name}_v",
+        what=f"Cramér's V of {name} and label",
+        metric="cramers_v",
+        estimate=estimate,
+        meaning=f"{found.determined:.0%} of the images have a label that follows from it alone.",
+    )
+
+
+def _design_of(samples: Sequence[Sample]) -> dict[str, list[str]]:
+    """Return what may go with the label → its value for each sample."""
+    return {
+        "source": [s.source for s in samples],
+        "view": [s.view for s in samples],
+        "sex": [sex_of(s.metadata.get("sex", "")) for s in samples],
+        "age": [age_band(s.metadata.get("age", "")) for s in samples],
+    }
+
+
 def side(sample: Sample, question: Question) -> str:
     """Return the side of the question that a sample is on."""
     return sample.label if sample.label == question.positive else question.negative
+
+
+def _judge_column(name: str, found: Confounding) -> str:
+    # One view gives nothing away. One source may: what was merged in it cannot be seen.
+    if name != "source" and len(found.table) < 2:
+        return PASS
+    # A disease may prefer a sex or an age; but a model can take them for it.
+    verdict = _judge_design(found)
+    return capped(verdict) if name in _OF_PEOPLE else verdict
 
 
 def _judge_design(found: Confounding) -> str:
@@ -265,6 +293,8 @@ def _knowledge(
     # One source of many may stand out, and give the label away: a mean would hide it.
     best = int(np.argmax([m.auroc(is_it[:, k], scores[:, k]) for k in range(len(kept))]))
     own, confidence = data.groups[among].tolist(), data.how["confidence"]
+    if len(kept) > 2:  # the best of several is chosen: Bonferroni's level
+        confidence = 1 - (1 - confidence) / len(kept)
     estimate = auroc_by_group(is_it[:, best], scores[:, best], own, confidence=confidence)
     told = f"{kept[best]}, told best of " if len(kept) > 2 else ""
     meaning = f"{told}{', '.join(kept)}"
