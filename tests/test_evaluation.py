@@ -196,6 +196,24 @@ def test_several_images_of_a_patient_are_bootstrapped_together(report: Evaluatio
     assert report.by_source["b"].metrics["accuracy"].method == "wilson"
 
 
+def test_a_class_may_be_called_as_a_metric_is() -> None:
+    rng = np.random.default_rng(0)
+    p, truth = rng.dirichlet(np.ones(3), 30), rng.integers(0, 3, 30)
+    numbers = []
+    for names in (("ece", "kappa", "brier"), ("x", "y", "z")):
+        found = evaluate_probabilities(
+            [names[k] for k in truth],
+            p,
+            classes=names,
+            patients=range(30),
+            sources=["a"] * 30,
+            views=["PA"] * 30,
+            positive=names[0],
+        )
+        numbers.append({name: e.value for name, e in found.overall.metrics.items()})
+    assert numbers[0] == numbers[1]
+
+
 def test_one_image_per_patient_has_wilsons_interval() -> None:
     found = judge(BINARY, P).overall.per_class["covid19"]
     assert found["sensitivity"].method == "wilson"

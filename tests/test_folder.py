@@ -338,12 +338,15 @@ def test_a_file_that_is_listed_again_counts_once(tmp_path: Path) -> None:
     assert (dataset.report().found, dataset.report().dropped) == (4, {"file listed twice": 2})
 
 
+@pytest.mark.parametrize("place", ["a.png", "./a.png", "{}/a.png", "../{0.name}/a.png"])
 @pytest.mark.parametrize(
     "other", [["covid19", "1", "x"], ["normal", "2", "x"], ["normal", "1", "y"]]
 )
-def test_a_file_that_is_listed_as_two_things_is_an_error(tmp_path: Path, other: list[str]) -> None:
+def test_a_file_that_is_listed_as_two_things_is_an_error(
+    tmp_path: Path, place: str, other: list[str]
+) -> None:
     write_image(tmp_path / "a.png")
-    rows = [["a.png", "normal", "1", "x"], ["a.png", *other]]
+    rows = [["a.png", "normal", "1", "x"], [place.format(tmp_path), *other]]
     table = write_csv(tmp_path / "list.csv", [*HEADER, "source"], rows)
     message = r"list.csv lists .*a.png twice, with .*'normal', '1', 'x'.* Keep one row per file"
     with pytest.raises(DatasetError, match=message):

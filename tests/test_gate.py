@@ -292,7 +292,7 @@ def test_no_more_held_out_radiographs_are_beyond_a_threshold_than_were_asked_for
     judged = np.concatenate([gate_fit._judge(*fold, 16) for fold in folds])
     assert len(judged) == COUNT
     beyond = (judged > np.append(gate.min_log_odds, gate.max_distance)).mean(0)
-    assert beyond.max() <= false_alarms / len(KINDS)
+    assert beyond.max() <= false_alarms / len(KINDS) + 1e-9
     assert beyond[-1] > false_alarms / len(KINDS) - 1 / COUNT  # no stricter than that
 
 

@@ -10,9 +10,10 @@ from PIL import Image
 
 from chestxray_covid.audit_data import AuditData
 from chestxray_covid.audit_report import AuditFinding
+from chestxray_covid.delong import DELONG_BY_PATIENT
 from chestxray_covid.file_facts import as_numbers, file_facts
 from chestxray_covid.hiding import centre
-from chestxray_covid.intervals import PATIENT_BOOTSTRAP, Estimate
+from chestxray_covid.intervals import Estimate
 from chestxray_covid.subgroups import SMALL
 
 FOLDS = 5
@@ -96,7 +97,7 @@ def _baseline(
 def undefined(data: AuditData, n: int = 0) -> Estimate:
     """Return what stands for a number that cannot be had."""
     return Estimate(
-        value=float("nan"), n=n, method=PATIENT_BOOTSTRAP, confidence=data.how["confidence"]
+        value=float("nan"), n=n, method=DELONG_BY_PATIENT, confidence=data.how["confidence"]
     )
 
 

@@ -40,7 +40,7 @@ def judge_auroc(estimate: Estimate, *, both_ways: bool = False) -> str:
 
     An AUROC whose interval holds 0.5 does not fail; one whose interval reaches the failing values
     does not pass either, because there is too little to tell. What has no interval counts as sure,
-    as an AUROC of exactly 1 in every resample: whoever asks looks for enough patients first.
+    as an AUROC of exactly 1 does: whoever asks looks for enough patients first.
 
     Args:
         estimate: The AUROC.
@@ -79,9 +79,9 @@ def judge_change(
 
 
 def ends_of(estimate: Estimate) -> tuple[float, float]:
-    """Return the interval, both ends the value where all resamples agreed, as at exactly 1."""
-    agreed = estimate.low != estimate.low
-    return (estimate.value, estimate.value) if agreed else (estimate.low, estimate.high)
+    """Return the interval, both ends the value where it has no width, as at exactly 1."""
+    is_sure = estimate.low != estimate.low
+    return (estimate.value, estimate.value) if is_sure else (estimate.low, estimate.high)
 
 
 def _graded(value: float, certain: bool, furthest: float, notable: float, strong: float) -> str:

@@ -174,13 +174,13 @@ from: {foreign_text(config.threshold_origin)}."""
 
 def _data(config: ModelConfig) -> str:
     """Return what the weights come from, without paths, and without what only resuming reads."""
-    elsewhere = {"license", "headline", "known_failures", "identity"}
+    left_out = {"license", "headline", "known_failures", "identity"}
     rest = {
         key: {k: v for k, v in value.items() if k not in ("root", "cache_dir")}
         if isinstance(value, Mapping)
         else value
         for key, value in config.provenance.items()
-        if key not in elsewhere
+        if key not in left_out
     }
     return _facts("Data and training", rest)
 
@@ -369,9 +369,7 @@ def _is_defined(part: Subgroup, positive: str, metric: str) -> bool:
 def _number(estimate: Estimate | None) -> str:
     if estimate is None or estimate.value != estimate.value:
         return "–"
-    if estimate.low != estimate.low:
-        return f"{estimate.value:.3f}"
-    return f"{estimate.value:.3f} ({estimate.low:.3f}–{estimate.high:.3f})"
+    return f"{estimate.value:.3f} ({estimate.interval})"
 
 
 def _quoted(name: str) -> str:

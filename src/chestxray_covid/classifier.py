@@ -165,7 +165,7 @@ class Classifier:
         Args:
             folder: Made if missing; other files in it stay.
             repo_id: For ``push_to_hub``; the folder's name if not given.
-            push_to_hub, options: Also publish it, as :meth:`push_to_hub` does with the options.
+            push_to_hub: Also publish it, with options of :meth:`push_to_hub`.
 
         Returns:
             The address of the commit if it was published, else ``None``.

@@ -279,7 +279,7 @@ def _rise(weights: Floats) -> Floats:
 
 def _band(curve: Any, area: Estimate, patients: Groups, *arrays: Any, **how: Any) -> dict[str, Any]:
     low, high = band_by_group(curve, patients, *arrays, **how)
-    if np.isnan(area.low):  # all resamples agree, see bootstrap_by_group
+    if np.isnan(area.low):  # without width, as of a perfect order
         low, high = np.full_like(low, np.nan), np.full_like(high, np.nan)
     return {"grid": _GRID, "low": low, "high": high, "area": area}
 

@@ -26,12 +26,14 @@ def auroc_by_group(
     With the variance of :func:`auroc_covariance`, on the logit scale, so that the interval stays
     within 0 and 1 (Qin and Hotilovac, Comparison of non-parametric confidence intervals for the
     area under the ROC curve of a continuous-scale diagnostic test, Statistical Methods in Medical
-    Research 17 (2008) 207–221), and with Student's t of one degree of freedom less than the rarer
-    class has patients. Bootstrapping patients gives intervals that are too narrow near 1, and where
-    a class has few: ``benchmarks/interval_coverage.py`` compares them.
+    Research 17 (2008) 207–221); and, our choice, with Student's t of one degree of freedom less
+    than the rarer class has patients, from which most of the variance comes. Bootstrapping patients
+    gives intervals that are too narrow near 1, and where a class has few:
+    ``benchmarks/interval_coverage.py`` compares them.
 
-    The interval is ``nan`` where it would have no width, as at exactly 1, and where a class has
-    fewer than two patients.
+    The interval is ``nan`` where it would have no width, as at exactly 1, where a class has fewer
+    than two patients, and where the estimated variance is not positive, which happens with few
+    patients who have images of both classes.
 
     Args:
         y_true: ``(N,)`` 0 or 1; N may be 0, and a class be missing, which gives ``nan``.

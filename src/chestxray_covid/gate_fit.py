@@ -196,7 +196,7 @@ def _judge(rest: _Examples, left: _Examples, components: int) -> NDArray[np.floa
 
 def _quantile(judged: NDArray[np.float64], level: float) -> NDArray[np.float64]:
     """Return the least values that no more than ``1 - level`` of the rows exceed."""
-    return np.asarray(np.quantile(judged, level, axis=0, method="higher"))
+    return np.asarray(np.quantile(judged, level, axis=0, method="inverted_cdf"))
 
 
 def _fit(examples: _Examples, components: int) -> Gate:

@@ -16,10 +16,9 @@ from chestxray_covid.audit_data import Question
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
-from chestxray_covid.delong import auroc_by_group
+from chestxray_covid.delong import DELONG_BY_PATIENT, auroc_by_group
 from chestxray_covid.evaluation import ProbabilisticClassifier
 from chestxray_covid.intervals import (
-    PATIENT_BOOTSTRAP,
     Estimate,
     bootstrap_by_group,
     check_resampling,
@@ -32,7 +31,7 @@ if TYPE_CHECKING:  # they import torch
 
     from chestxray_covid.training_config import TrainingConfig
 
-#: Patients of a class below which nothing is judged: their bootstrap has too little to draw from.
+#: Patients of a class below which nothing is judged: their intervals rest on too little.
 FEWEST_PATIENTS = 5
 TOO_FEW = f"Fewer than {SMALL} images or {FEWEST_PATIENTS} patients of a class: shown, not judged."
 #: Of a classifier that came ready: it may have been trained on the source.
@@ -183,7 +182,7 @@ def _trained(
 
 
 def _missing(source: str, n: int, confidence: float, note: str) -> LeftOutSource:
-    none = Estimate(value=float("nan"), n=0, method=PATIENT_BOOTSTRAP, confidence=confidence)
+    none = Estimate(value=float("nan"), n=0, method=DELONG_BY_PATIENT, confidence=confidence)
     return LeftOutSource(
         source=source, n_images=n, internal=none, external=none, change=none, note=note
     )

@@ -261,7 +261,7 @@ def _score_at_rate(
 def by_score(
     y_true: ArrayLike, y_score: ArrayLike, *, sample_weight: Weights = None
 ) -> tuple[Floats, Floats, Floats]:
-    """Return U different scores, ascending, and the ``(…, U)`` weights of 1 and of 0 at each."""
+    """Return U different scores, ascending, and the positives and negatives of each, ``(…, U)``."""
     truth, score = scored(y_true, y_score)
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))

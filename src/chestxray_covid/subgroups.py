@@ -142,7 +142,8 @@ def judge(
         "ece": (m.expected_calibration_error, truth, p),
     }
     for k, label in enumerate(classes):
-        asked_of_all[label] = (m.average_precision, truth == k, p[:, k])
+        # A class may be called as a metric is, though not with this before its name.
+        asked_of_all[f"average precision of {label}"] = (m.average_precision, truth == k, p[:, k])
     resampled = bootstrap_together(asked_of_all, patients, **how)
     per_class = {}
     for k, label in enumerate(classes):
@@ -153,7 +154,7 @@ def judge(
             "ppv": share(is_it, said),
             "npv": share(~is_it, ~said),
             "auroc": auroc_by_group(is_it, p[:, k], patients, confidence=how["confidence"]),
-            "average_precision": resampled[label],
+            "average_precision": resampled[f"average precision of {label}"],
         }
     if len(classes) > 2 and "normal" in classes and positive != "normal":
         asked = ask(table, classes, positive, "normal")

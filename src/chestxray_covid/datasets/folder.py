@@ -25,7 +25,7 @@ from chestxray_covid.datasets.cohen import CohenCovidDataset, canonical_view
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layout
 from chestxray_covid.datasets.loading import entries, images_below, may_hold_images
 from chestxray_covid.datasets.report import summarise
-from chestxray_covid.datasets.storage import existing_folder, nothing_collected, read_csv
+from chestxray_covid.datasets.storage import existing_folder, nothing_collected, read_csv, resolver
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
 from chestxray_covid.files import is_folder
 
@@ -175,6 +175,7 @@ class ManifestDataset(ChestXrayDataset):
         place = table.parent.resolve() / ("" if lies_in_its_folder else table.name)
         name = source or (place.name if lies_in_its_folder else place.stem)
         listed: dict[str, Sample] = {}
+        resolved = resolver()
         dropped: Counter[str] = Counter()
         meant: dict[str, str] = {}
         unnamed = False
@@ -196,7 +197,7 @@ class ManifestDataset(ChestXrayDataset):
                     more = more or [k for k in row if k not in _KNOWN]
                     unnamed = unnamed or not row.get("source")
                     sample = _listed(file, row, label, name, more)
-                    first = listed.setdefault(file, sample)
+                    first = listed.setdefault(resolved(sample.path), sample)
                     if first is not sample:
                         _refuse_contradiction(table, first, sample)
                         dropped["file listed twice"] += 1

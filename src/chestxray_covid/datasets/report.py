@@ -106,7 +106,7 @@ def summarise_taken(
 ) -> DatasetReport:
     """Return the report of samples that were taken from the data sets with these reports, if any.
 
-    A part has no root: it may be trained on, and what it was is published with the weights.
+    A part has no root: it is not what lies there.
     """
     distinct = len({id(s) for s in samples})
     left_out = max(0, sum(r.kept for r in reports) - distinct)
