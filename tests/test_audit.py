@@ -35,7 +35,7 @@ from chestxray_covid.audit_data import (
     read_data,
     stratified_sample,
 )
-from chestxray_covid.audit_items import features_item, heat_item
+from chestxray_covid.audit_items import confounding_item, features_item, heat_item
 from chestxray_covid.audit_occlusion import occlusion_item
 from chestxray_covid.audit_report import AuditFinding, AuditItem
 from chestxray_covid.checkpoint import load_checkpoint
@@ -198,13 +198,15 @@ def test_features_that_know_a_source_that_says_nothing_only_warn() -> None:
 
 
 def told(dataset: ChestXrayDataset, name: str, value: Callable[[int, Sample], str]) -> Any:
-    """Return the first item of an audit of these images with a sex or age of each."""
+    """Return what an audit says first of these images with a sex or age of each."""
     samples = [
         replace(s, metadata={**s.metadata, name: value(i, s)})
         for i, s in enumerate(dataset.samples)
     ]
     told_so = ChestXrayDataset(samples, classes=dataset.classes)
-    return audit_shortcuts(Linear(dataset), told_so, **HOW).item("confounding")
+    question = Question.of(told_so.classes, told_so)
+    how = {"n_resamples": 50, "seed": 0, "confidence": 0.95}
+    return confounding_item(told_so, question, how, trained=False)
 
 
 def test_a_sex_or_an_age_that_goes_with_the_label_is_warned_of() -> None:
