@@ -296,8 +296,9 @@ def _knowledge(
     if len(kept) > 2:  # the best of several is chosen: Bonferroni's level
         confidence = 1 - (1 - confidence) / len(kept)
     estimate = auroc_by_group(is_it[:, best], scores[:, best], own, confidence=confidence)
-    told = f"{kept[best]}, told best of " if len(kept) > 2 else ""
-    meaning = f"{told}{', '.join(kept)}"
+    meaning = ", ".join(kept)
+    if len(kept) > 2:
+        meaning = f"{kept[best]}, told best of {meaning}; the interval allows for the choice"
     return AuditFinding(**base, metric="auroc", estimate=estimate, meaning=meaning)
 
 
