@@ -30,6 +30,7 @@ from chestxray_covid import (
     resolve,
 )
 from chestxray_covid.audit_data import (
+    AuditData,
     Question,
     find_lungs,
     read_data,
@@ -195,6 +196,13 @@ def test_features_that_know_a_source_that_says_nothing_only_warn() -> None:
     assert report.item("confounding").verdict == "pass"
     assert report.item("features").verdict == "warn"
     assert report.item("features").finding("source_in_covid19").meaning == "a, b"
+
+
+def data_of(dataset: ChestXrayDataset) -> AuditData:
+    """Return what an audit reads of these images."""
+    question = Question.of(dataset.classes, dataset)
+    how = {"n_resamples": 100, "seed": 0, "confidence": 0.95}
+    return read_data(dataset, question, PREPROCESS, how=how, workers=1, progress=False)
 
 
 def told(dataset: ChestXrayDataset, name: str, value: Callable[[int, Sample], str]) -> Any:
@@ -474,14 +482,7 @@ def test_one_source_of_many_that_the_features_know_is_not_averaged_away(
     model, test = in_lungs
     samples = [replace(s, source="abcde"[i // 2 % 5]) for i, s in enumerate(test.samples)]
     dataset = ChestXrayDataset(samples, classes=test.classes)
-    data = read_data(
-        dataset,
-        Question.of(dataset.classes, dataset),
-        PREPROCESS,
-        how={"n_resamples": 100, "seed": 0, "confidence": 0.95},
-        workers=1,
-        progress=False,
-    )
+    data = data_of(dataset)
     features = np.random.default_rng(0).normal(size=(len(samples), 8)).astype(np.float32)
     features[data.sources == "c"] += 3
     design = audit_shortcuts(model, dataset, **HOW).item("confounding")
@@ -690,14 +691,7 @@ def test_masks_are_the_users_then_the_annotated_ones_then_the_networks(tmp_path:
     annotated = ChestXrayDataset(
         [replace(first, metadata=metadata), *others], classes=dataset.classes
     )
-    data = read_data(
-        annotated,
-        Question.of(dataset.classes, dataset),
-        PREPROCESS,
-        how={"n_resamples": 10, "seed": 0, "confidence": 0.95},
-        workers=1,
-        progress=False,
-    )
+    data = data_of(annotated)
     found = find_lungs(data, None, batch_size=3, progress=False)
     assert found[0] is not None
     assert found[0][20:40, 20:40].all()

@@ -18,7 +18,7 @@ from chestxray_covid.audit_report import AuditReport
 from chestxray_covid.checkpoint import ModelConfig, load_config
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.intervals import Estimate, proportion
-from chestxray_covid.reporting import CAUTION, counted, foreign_text
+from chestxray_covid.reporting import CAUTION, counted, foreign_text, told_of
 from chestxray_covid.results import Results, read_results
 from chestxray_covid.subgroups import SMALL, Subgroup
 
@@ -173,15 +173,8 @@ from: {foreign_text(config.threshold_origin)}."""
 
 
 def _data(config: ModelConfig) -> str:
-    """Return what the weights come from, without paths, and without what only resuming reads."""
-    left_out = {"license", "headline", "known_failures", "identity"}
-    rest = {
-        key: {k: v for k, v in value.items() if k not in ("root", "cache_dir")}
-        if isinstance(value, Mapping)
-        else value
-        for key, value in config.provenance.items()
-        if key not in left_out
-    }
+    elsewhere = {"license", "headline", "known_failures"}
+    rest = {k: v for k, v in told_of(config.provenance).items() if k not in elsewhere}
     return _facts("Data and training", rest)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +26,7 @@ from chestxray_covid.judged_images import (
     default_positive,
     whole_characters,
 )
+from chestxray_covid.reporting import told_of
 from chestxray_covid.splits import divide, folds_by_patient
 from chestxray_covid.subgroups import GROUPS, age_band, judge, parts_of, sex_of
 
@@ -114,13 +115,7 @@ def _model_of(classifier: ProbabilisticClassifier) -> dict[str, Any]:
     config = getattr(classifier, "config", None)
     if not isinstance(config, ModelConfig):
         return {}
-    told = {
-        key: {k: v for k, v in value.items() if k not in ("root", "cache_dir")}
-        if isinstance(value, Mapping)
-        else value
-        for key, value in config.provenance.items()
-        if key != "identity"
-    }
+    told = told_of(config.provenance)
     data = config.to_dict()
     # Of the weights that were judged: a config may be that of others.
     data["weights_sha256"] = getattr(classifier, "weights_sha256", "")

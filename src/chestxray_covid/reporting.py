@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from chestxray_covid._version import NOT_A_DEVICE
@@ -159,6 +159,23 @@ def markdown_text(value: Any, max_chars: int = 1000) -> str:
     text = text.replace("<", "&lt;").replace(">", "&gt;").replace("://", "&#58;//")
     text = text.replace("@", "&#64;").replace("www.", "www&#46;")  # would become links on their own
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
+
+
+def told_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a report tells of a checkpoint's provenance.
+
+    Without places of the training machine, and without what only resuming reads.
+
+    >>> told_of({"seed": 1, "identity": {}, "train": {"root": "/data", "kept": 5}})
+    {'seed': 1, 'train': {'kept': 5}}
+    """
+    return {
+        key: {k: v for k, v in value.items() if k not in ("root", "cache_dir")}
+        if isinstance(value, Mapping)
+        else value
+        for key, value in provenance.items()
+        if key != "identity"
+    }
 
 
 def short_name(name: str, limit: int = 24) -> str:
