@@ -57,12 +57,22 @@ def auroc_by_group(
     truth, value = labels.astype(bool), float(auroc(labels, score))
     method = DELONG if codes.max() + 1 == n else DELONG_BY_PATIENT
     found = replace(nothing, value=value, method=method)
-    fewest = min(len(np.unique(codes[side])) for side in (truth, ~truth))
-    if not 0 < value < 1 or fewest < 2:
+    freedom = degrees_of_freedom(truth, codes)
+    if not 0 < value < 1 or freedom < 1:
         return found
     covariance = auroc_covariance(truth, score[np.newaxis], np.array([value]), codes)
-    low, high = _logit_interval(value, float(covariance[0, 0]), fewest - 1, confidence)
+    low, high = _logit_interval(value, float(covariance[0, 0]), freedom, confidence)
     return replace(found, low=low, high=high)
+
+
+def degrees_of_freedom(truth: Any, codes: Any) -> int:
+    """Return those of Student's t: one less than the rarer class has patients.
+
+    Args:
+        truth: ``(N,)`` bool.
+        codes: ``(N,)`` patients as numbers from 0.
+    """
+    return min(len(np.unique(codes[side])) for side in (truth, ~truth)) - 1
 
 
 def auroc_covariance(truth: Any, scores: Floats, areas: Floats, codes: Any) -> Floats:
