@@ -845,7 +845,9 @@ def test_provenance_is_saved_as_deep_as_it_is_read(
         save_checkpoint(tmp_path, config, tensors)
         assert load_config(tmp_path).provenance == nested(depth)
     else:
-        with pytest.raises(ConfigError, match=r"nested deeper than 20|provenance must be"):
+        # Which of them, depends on how deep Python's own encoder goes.
+        reasons = r"nested deeper than 20|provenance must be|too large for a config"
+        with pytest.raises(ConfigError, match=reasons):
             save_checkpoint(tmp_path, config, tensors)
         assert not list(tmp_path.iterdir())
 

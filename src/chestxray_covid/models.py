@@ -94,8 +94,9 @@ def _imagenet() -> torchvision.models.DenseNet:
     weights = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1
     try:
         return torchvision.models.densenet121(weights=weights)
-    except (EOFError, LookupError, OSError, RuntimeError, ValueError) as error:
-        # Without a network an OSError; a damaged file in the cache makes torch raise any of these.
+    except (EOFError, LookupError, OSError, RuntimeError, ValueError, Warning) as error:
+        # Without a network an OSError; a damaged file in the cache makes torch raise any of these,
+        # or warn from Python 3.12 on.
         cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         raise WeightsUnavailableError(
             f"The ImageNet weights of DenseNet-121 are not to be had: {error}. "
