@@ -12,6 +12,9 @@ from chestxray_covid.checkpoint import ModelConfig, save_checkpoint
 from chestxray_covid.image import Preprocess
 from chestxray_covid.tensors import densenet121_shapes
 
+#: Which NumPy itself, before version 2.3, took for an integer, and warned.
+NUMPY_BOOL = () if hasattr(np.bool_, "__index__") else (np.bool_(True),)
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:

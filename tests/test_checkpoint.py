@@ -747,7 +747,8 @@ def test_no_pickle_is_ever_loaded(tmp_path: Path) -> None:
         ("header of 2^63", f"its header claims {2**63} bytes"),
         (
             "body cut",
-            "is no safetensors file of half, single and int64 tensors: .*not fully covered",
+            "is no safetensors file of half, single and int64 tensors: "
+            ".*(not fully covered|MetadataIncompleteBuffer)",
         ),
         ("bfloat16", "(half, single and int64 tensors: 'BF16')|(of type \\['uint16'\\])"),
         ("double", r"has tensors of type \['float64'\]"),

@@ -33,6 +33,7 @@ from chestxray_covid.datasets.report import DatasetReport, summarise
 from chestxray_covid.datasets.storage import existing_folder
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError, ImageNotFoundError
+from conftest import NUMPY_BOOL
 from sources import draw, write_cohen, write_csv, write_folder, write_hannover, write_image
 
 #: Names that break naive CSV, shells, terminals and encodings.
@@ -110,7 +111,7 @@ def test_integers_of_numpy_and_torch_are_indices(dataset: FolderDataset, index: 
     assert dataset[index][0].tobytes() == dataset[1][0].tobytes()
 
 
-@pytest.mark.parametrize("index", [1.0, "1", None, slice(2), np.bool_(True)])
+@pytest.mark.parametrize("index", [1.0, "1", None, slice(2), *NUMPY_BOOL])
 def test_what_is_no_integer_is_no_index(dataset: FolderDataset, index: Any) -> None:
     with pytest.raises(TypeError, match="integer"):
         dataset[index]

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from chestxray_covid import EpochRecord, History, Preprocess, TrainingConfig
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.training_network import validation_numbers
+from conftest import NUMPY_BOOL
 
 
 def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
@@ -66,7 +67,7 @@ def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
         ("epochs", ""),
         ("epochs", None),
         ("patience", np.int64(0)),
-        ("seed", np.bool_(True)),
+        *[("seed", v) for v in NUMPY_BOOL],
         *[("step_factor", v) for v in (0, 1.1, math.nan)],
         *[(n, "x") for n in ("optimizer", "schedule", "balance", "monitor", "precision", "device")],
         ("compile_backend", "turbo"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -39,6 +40,13 @@ def launched(*command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def free_port() -> int:
+    """Return a port that nobody has; older versions of Accelerate do not choose one themselves."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
 def test_a_run_outlives_a_killed_process_and_goes_on_in_four_as_in_one(
     tmp_path: Path, checkpoint_folder: Path
 ) -> None:
@@ -52,7 +60,7 @@ def test_a_run_outlives_a_killed_process_and_goes_on_in_four_as_in_one(
     assert values["identity"]["batch_size"] == 16
     assert values["at"]["seen"] == 16
 
-    port = ["--main_process_ip", "127.0.0.1", "--main_process_port", "0"]
+    port = ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
     done = launched(*ACCELERATE, 4, *port, WORKER, checkpoint_folder, run, tmp_path, 4)
     assert done.returncode == 0, done.stderr
     notes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
