@@ -113,8 +113,9 @@ def delong_test(
 
     With the covariance of :func:`~chestxray_covid.delong.auroc_covariance`, DeLong's, and
     Obuchowski's where a patient has several images; and, our choice, with Student's t as in
-    :func:`~chestxray_covid.delong.auroc_by_group` in place of the normal distribution, which with
-    few patients finds differences too often: ``benchmarks/interval_coverage.py``.
+    :func:`~chestxray_covid.delong.auroc_by_group` in place of the normal distribution, whose
+    interval is narrower with few patients. ``benchmarks/interval_coverage.py`` says how often the
+    interval holds the true difference.
 
     Args:
         y_true: ``(N,)`` 0 or 1.
