@@ -69,7 +69,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for f in findings
         for i in range(12)
     ]
-    for i in range(4):  # what the gate learns to refuse
+    for i in range(12):  # what the gate learns to refuse
         rows.append(sources.cohen_row(f"lat{i}", "COVID-19", f"lat{i}.png", view="L"))
         slice_of = {"modality": "CT", "view": "Axial"}
         rows.append(sources.cohen_row(f"ct{i}", "COVID-19", f"ct{i}.png", **slice_of))
