@@ -14,6 +14,7 @@ from chestxray_covid import metrics as m
 from chestxray_covid.delong import (
     DELONG,
     DELONG_BY_PATIENT,
+    NO_VARIANCE,
     auroc_by_group,
     auroc_covariance,
     degrees_of_freedom,
@@ -141,10 +142,11 @@ def delong_test(
     areas = np.array([m.auroc(truth, score) for score in scores])
     contrast = np.array([1.0, -1.0])
     variance = float(contrast @ auroc_covariance(truth, scores, areas, codes) @ contrast)
-    difference, error = float(contrast @ areas), math.sqrt(max(variance, 0.0))
+    difference = float(contrast @ areas)
+    error = math.sqrt(variance) if variance > NO_VARIANCE else math.nan
     freedom = degrees_of_freedom(truth, codes)
-    z = difference / error if error > 1e-12 else math.nan
-    half = float(stdtrit(freedom, (1 + confidence) / 2)) * error if error > 1e-12 else math.nan
+    z = difference / error
+    half = float(stdtrit(freedom, (1 + confidence) / 2)) * error
     estimate = Estimate(
         value=difference,
         low=difference - half,
@@ -183,7 +185,6 @@ def compare_scores(
         return m.mean_among((p - truth) ** 2, sample_weight=sample_weight)
 
     metrics: dict[str, tuple[Any, int]] = {
-        "auroc": (m.auroc, 0),
         "average_precision": (m.average_precision, 0),
         "brier": (brier, 0),
         "sensitivity": (m.sensitivity, 1),
@@ -193,29 +194,26 @@ def compare_scores(
     sides = [tuple(np.asarray(a, np.float64) for a in side) for side in (first, second)]
     confidence = how.get("confidence", 0.95)
     delong = delong_test(truth, sides[0][0], sides[1][0], patients, confidence=confidence)
-
-    def level(metric: Any, given: Floats) -> Estimate:
-        if metric is m.auroc:
-            return auroc_by_group(truth, given, patients, confidence=confidence)
-        return bootstrap_by_group(metric, patients, truth, given, **how)
-
-    found: dict[str, dict[str, Estimate]] = {"first": {}, "second": {}, "differences": {}}
+    levels = [
+        {"auroc": auroc_by_group(truth, scores, patients, confidence=confidence)}
+        for scores, _ in sides
+    ]
+    differences = {"auroc": delong.difference}
     for name, (metric, which) in metrics.items():
 
         def gap(t: Floats, a: Floats, b: Floats, *, sample_weight: Any, of: Any = metric) -> Value:
             return of(t, a, sample_weight=sample_weight) - of(t, b, sample_weight=sample_weight)
 
-        one, other = sides[0][which], sides[1][which]
-        found["first"][name], found["second"][name] = level(metric, one), level(metric, other)
-        found["differences"][name] = (
-            delong.difference
-            if metric is m.auroc
-            else bootstrap_by_group(gap, patients, truth, one, other, **how)
-        )
+        both = [side[which] for side in sides]
+        for level, given in zip(levels, both, strict=True):
+            level[name] = bootstrap_by_group(metric, patients, truth, given, **how)
+        differences[name] = bootstrap_by_group(gap, patients, truth, *both, **how)
     return Comparison(
         title=title,
         n_images=len(truth),
         n_patients=int(group_codes(patients).max()) + 1,
-        **found,
+        first=levels[0],
+        second=levels[1],
+        differences=differences,
         delong=delong,
     )

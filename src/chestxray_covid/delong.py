@@ -15,7 +15,7 @@ from chestxray_covid.metrics import Floats, auroc, check_lengths, scored
 DELONG = "delong"
 DELONG_BY_PATIENT = "delong by patient"
 #: Rounding may leave a variance of 0 as much as this.
-_NO_VARIANCE = 1e-24
+NO_VARIANCE = 1e-24
 
 
 def auroc_by_group(
@@ -119,7 +119,7 @@ def _logit_interval(
 ) -> tuple[float, float]:
     from scipy.special import expit, logit, stdtrit
 
-    if not variance > _NO_VARIANCE:
+    if not variance > NO_VARIANCE:
         return math.nan, math.nan
     error = math.sqrt(variance) / (value * (1 - value))  # by the delta method
     half = float(stdtrit(freedom, (1 + confidence) / 2)) * error
