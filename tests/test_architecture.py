@@ -62,7 +62,10 @@ ROWS = (
     ),
     ("augment",),
     ("engines", "training_config", "lungs"),
-    ("training_feed", "training_network", "training_order", "training_state"),
+    (
+        *("training_feed", "training_network", "training_order", "training_processes"),
+        "training_state",
+    ),
     ("training",),
     ("classifier",),
     ("evaluation", "prediction_table", "places", "explain", "export", "quantization"),
@@ -89,7 +92,7 @@ TORCH = {"torch", "torchvision", "accelerate"}
 #: Modules that need torch as soon as they are imported; the others import it late or never.
 TORCH_AT_IMPORT = {
     *("transforms", "augment", "models", "training", "training_config", "training_network"),
-    *("lung_network", "engine_torch", "training_memory", "training_feed"),
+    *("lung_network", "engine_torch", "training_memory", "training_feed", "training_processes"),
 }
 
 #: Distribution → the name that is imported, where they differ.

@@ -71,6 +71,11 @@ def test_a_run_outlives_a_killed_process_and_goes_on_in_four_as_in_one(
     assert [note["written"] for note in notes[1:]] == [[]] * 3
     assert [note["losses"] for note in notes[1:]] == [notes[0]["losses"]] * 3
 
+    for rank, note in enumerate(notes):
+        assert any("gloo" in name for name in note["threads"]), "the processes are connected"
+        last = json.loads((tmp_path / f"{rank} threads.json").read_text())
+        assert not any("gloo" in name for name in last), "Python may abort where one is left"
+
     alone = trainer(checkpoint_folder, tmp_path / "alone", 16, [])
     history = alone.fit()
     losses = [(record.train_loss, record.val_loss) for record in history]

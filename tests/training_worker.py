@@ -8,6 +8,7 @@ process writes into the run, is noted in the folder NOTES.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -80,7 +81,12 @@ def trainer(
     return Trainer(model, train, val, config, output=run, callbacks=callbacks)
 
 
-def main() -> None:
+def threads() -> list[str]:
+    """Return the names of this process's threads, also of those that Python does not know."""
+    return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+
+
+def main() -> Trainer:
     checkpoint, run, notes = map(Path, sys.argv[1:4])
     rank = os.environ["RANK"]
     seen: list[str] = []
@@ -95,11 +101,15 @@ def main() -> None:
     kill = [KillAfter(sys.argv[5], int(sys.argv[6]), notes)] if len(sys.argv) > 5 else []
     started = (run / "state").exists()
     sys.addaudithook(watch)
-    history = trainer(checkpoint, run, int(sys.argv[4]), seen, *kill).fit(resume=started)
+    # Called after what the library leaves to be done in the end.
+    atexit.register(lambda: (notes / f"{rank} threads.json").write_text(json.dumps(threads())))
+    made = trainer(checkpoint, run, int(sys.argv[4]), seen, *kill)
+    history = made.fit(resume=started)
     losses = [(r.train_loss, r.val_loss) for r in history]
-    found = {"read": seen, "written": written, "losses": losses}
+    found = {"read": seen, "written": written, "losses": losses, "threads": threads()}
     (notes / f"{rank}.json").write_text(json.dumps(found))
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    kept = main()  # until Python ends, as in many a script

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from chestxray_covid.training_feed import LateReader, feed
 from chestxray_covid.training_network import (
     TrainingNetwork,
     check_smallest_batch,
-    open_accelerator,
     validation_numbers,
 )
 from chestxray_covid.training_order import (
@@ -41,6 +40,7 @@ from chestxray_covid.training_order import (
     pixel_loader,
     warn_if_confounded,
 )
+from chestxray_covid.training_processes import open_accelerator
 from chestxray_covid.training_state import (
     Position,
     SignalWatch,
@@ -132,7 +132,7 @@ class Trainer:
         if resume and (finished := self._states.finished(self.config)) is not None:
             return self._take_finished(finished)
         self._prepare(resume)
-        with SignalWatch() as self._signals, self._network.computing():
+        with SignalWatch() as self._signals, closing(self._network) as network, network.computing():
             for callback in self.callbacks:
                 callback.on_train_begin(self)
             while self._at.epoch < self.config.epochs and not self._has_stalled():
@@ -194,7 +194,7 @@ class Trainer:
             sum(len(b.together) for b in some) for some in (batches, batches[: at.batch])
         )
         bar = self._bar(f"epoch {at.epoch + 1}/{config.epochs}", images, done)
-        with contextlib.closing(pixels), bar:
+        with closing(pixels), bar:
             while at.batch < len(batches):
                 group = batches[at.batch : at.batch + config.accumulate]
                 self._rate = config.rate_at(at.step, steps)
@@ -309,7 +309,7 @@ class Trainer:
         own = range(accelerator.process_index, len(self.val), accelerator.num_processes)
         batches = list(in_batches(own, self._batch_size))
         pixels = feed(self._load_val, batches, self.device, workers=self.config.workers)
-        with contextlib.closing(pixels), self._bar("validate", len(own)) as bar:
+        with closing(pixels), self._bar("validate", len(own)) as bar:
             logits = self._network.predict(pixels, total=len(self.val), bar=bar, check=may_stop)
         loss = float(F.cross_entropy(logits, torch.tensor(self.val.targets)))
         if not math.isfinite(loss):

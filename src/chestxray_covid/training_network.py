@@ -20,7 +20,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from chestxray_covid.augment import hide_centres, swap_backgrounds, swap_frames
 from chestxray_covid.engine_torch import native_bfloat16
-from chestxray_covid.errors import TrainingError
 from chestxray_covid.lung_network import LungNetwork
 from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
 from chestxray_covid.models import (
@@ -39,21 +38,6 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "sgd": partial(torch.optim.SGD, momentum=0.9),
 }
-
-
-def open_accelerator(config: TrainingConfig) -> Accelerator:
-    """Return what places, distributes and gathers; the precision is the config's alone.
-
-    Raises:
-        TrainingError: If it was set up for another device in this process.
-    """
-    try:
-        return Accelerator(cpu=config.device == "cpu", mixed_precision="no")
-    except ValueError as error:
-        raise TrainingError(
-            f"Accelerate is set up differently in this process already: {error} "
-            "It can be set up once per process; start another for this run."
-        ) from error
 
 
 def check_smallest_batch(model: torchvision.models.DenseNet, config: TrainingConfig) -> None:
@@ -166,6 +150,11 @@ class TrainingNetwork:
                 yield
             finally:
                 cudnn.benchmark = before
+
+    def close(self) -> None:
+        """Let go of optimizer and average, and of what would keep processes connected."""
+        self._average = None
+        del self._net, self._forward, self._optimizer
 
     def largest_batch(self, images: int) -> int:
         """Return the largest batch that fits in every process, for an epoch of so many images."""
