@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ def open_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         TrainingError: If it was set up for another device in this process.
     """
+    connected = _is_connected()
     try:
         accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
     except ValueError as error:
@@ -25,14 +27,17 @@ def open_accelerator(config: TrainingConfig) -> Accelerator:
             f"Accelerate is set up differently in this process already: {error} "
             "It can be set up once per process; start another for this run."
         ) from error
-    if accelerator.num_processes > 1:
-        atexit.unregister(_disconnect)  # once, however many runs there are
-        atexit.register(_disconnect)
+    if _is_connected() and not connected:  # else it is of an earlier run, or the caller's own
+        atexit.register(_disconnect, os.getpid())
     return accelerator
 
 
-def _disconnect() -> None:
+def _is_connected() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _disconnect(process: int) -> None:
     """End the threads that connect processes: Python aborts if one frees a tensor as it ends."""
-    gc.collect()  # networks in cycles, which would keep them
-    if torch.distributed.is_initialized():
+    if os.getpid() == process and _is_connected():  # a forked process has not these threads
+        gc.collect()  # networks in cycles, which would keep them
         torch.distributed.destroy_process_group()
