@@ -153,7 +153,9 @@ class TrainingNetwork:
 
     def close(self) -> None:
         """Let go of optimizer and average, and of what would keep processes connected."""
-        self._average = None
+        if self._average is not None:
+            self._average = None
+            del self._means, self._mean_counts, self._current, self._counts
         del self._net, self._forward, self._optimizer
 
     def largest_batch(self, images: int) -> int:

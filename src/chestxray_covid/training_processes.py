@@ -37,7 +37,12 @@ def _is_connected() -> bool:
 
 
 def _disconnect(process: int) -> None:
-    """End the threads that connect processes: Python aborts if one frees a tensor as it ends."""
-    if os.getpid() == process and _is_connected():  # a forked process has not these threads
+    """End Gloo's threads: Python aborts if one frees a tensor as it ends.
+
+    NCCL has no such threads, and would wait for processes that this one failed before.
+    """
+    if os.getpid() != process or not _is_connected():  # a forked process has not these threads
+        return
+    if torch.distributed.get_backend() == "gloo":
         gc.collect()  # networks in cycles, which would keep them
         torch.distributed.destroy_process_group()
