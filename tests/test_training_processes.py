@@ -103,3 +103,17 @@ def test_the_command_line_trains_in_two_processes_and_speaks_once(tmp_path: Path
     assert names == results | {"config.json", "model.safetensors", "history.json", "history.csv"}
     training = Classifier.from_pretrained(tmp_path / "run").config.provenance
     assert training["identity"]["batch_size"] == 32, "two times the recipe's sixteen"
+
+
+def test_processes_with_different_run_directories_are_refused(tmp_path: Path) -> None:
+    script = tmp_path / "folds.py"
+    script.write_text(
+        "from chestxray_covid import *\n"
+        "config = TrainingConfig(preprocess=Preprocess(size_px=32), device='cpu', progress=False)\n"
+        "make = lambda: build_densenet121(False, num_classes=2)\n"
+        "cross_validate(SyntheticChestXray(60, image_size_px=32), config, folds=2, model=make)\n"
+    )
+    done = launched(*TORCHRUN, 2, script)
+    assert done.returncode != 0
+    assert "TrainingError: The processes have different run directories, this one" in done.stderr
+    assert "Give all the same one, for example output= of cross_validate" in done.stderr

@@ -120,14 +120,14 @@ class Trainer:
                 Of a run that is finished, the history and the weights are read.
 
         Raises:
-            TrainingError: If there is a run that is not to be resumed, none to resume or one of
-                other options or data; if the loss is not a number; or if a state cannot be saved.
+            TrainingError: If there is a run that is not to be resumed, none to resume, one of other
+                options or data, or one per process; if a loss is no number, or saving fails.
             CheckpointError: If a finished run is damaged.
             TrainingInterrupted: If SIGINT or SIGTERM arrived; the state was saved, or the run was
                 finished, because a callback wanted to stop at the same time.
             ImageError: If a file cannot be decoded.
         """
-        self._accelerator = open_accelerator(self.config)
+        self._accelerator = open_accelerator(self.config, self.output)
         self.device: torch.device = self._accelerator.device
         if resume and (finished := self._states.finished(self.config)) is not None:
             return self._take_finished(finished)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import zlib
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,11 +15,12 @@ from chestxray_covid.errors import TrainingError
 from chestxray_covid.training_config import TrainingConfig
 
 
-def open_accelerator(config: TrainingConfig) -> Accelerator:
+def open_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
     """Return what places, distributes and gathers; the precision is the config's alone.
 
     Raises:
-        TrainingError: If it was set up for another device in this process.
+        TrainingError: If it was set up for another device in this process, or if the processes
+            would write into different run directories.
     """
     connected = _is_connected()
     try:
@@ -29,6 +32,13 @@ def open_accelerator(config: TrainingConfig) -> Accelerator:
         ) from error
     if _is_connected() and not connected:  # else it is of an earlier run, or the caller's own
         atexit.register(_disconnect, os.getpid())
+    name = torch.tensor([zlib.crc32(os.fsencode(output))], device=accelerator.device)
+    if len(accelerator.gather(name).unique()) > 1:
+        raise TrainingError(
+            f"The processes have different run directories, this one {output}; the first writes "
+            "what all of them read. Give all the same one, for example output= of cross_validate; "
+            "leave_one_source_out with a TrainingConfig needs a single process."
+        )
     return accelerator
 
 
@@ -39,7 +49,7 @@ def _is_connected() -> bool:
 def _disconnect(process: int) -> None:
     """End Gloo's threads: Python aborts if one frees a tensor as it ends.
 
-    NCCL has no such threads, and would wait for processes that this one failed before.
+    NCCL has no such threads, and to end it may take for ever where a process failed.
     """
     if os.getpid() != process or not _is_connected():  # a forked process has not these threads
         return
