@@ -21,21 +21,20 @@ from generate import (
     table,
     wrapped,
 )
+from generate_relatives import (
+    RESULTS,
+    about_relatives,
+    estimate,
+    honest_rows,
+    made,
+    pair,
+    read,
+    unmeasured,
+)
 
 from chestxray_covid import EvaluationReport
 from chestxray_covid.card import DECISIONS, decisions
-from chestxray_covid.intervals import Estimate
 from chestxray_covid.lungs import WEIGHTS
-
-RESULTS = DOCS / "results" / "default"
-#: What rows of relatives end in that saw nothing but Cohen's images after their start.
-ALONE = "(trained on Cohen alone)"
-#: Results of relatives, and what each of them is called.
-OF_RELATIVES = {
-    "folds": "the folds",
-    "subsources": "websites left out",
-    "hannover": "Hannover unseen",
-}
 
 
 def write_pages() -> None:
@@ -45,102 +44,6 @@ def write_pages() -> None:
     (DOCS / "model.md").write_text(model_page(), encoding="utf-8")
     draw_reliability()
     draw_stages()
-
-
-def read(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def exists(name: str) -> bool:
-    return (RESULTS / f"{name}.json").is_file()
-
-
-def estimate(data: Mapping[str, Any]) -> str:
-    return shown(Estimate.from_dict(data))
-
-
-def pair(counts: list[int]) -> str:
-    return f"{counts[0]} against {counts[1]}"
-
-
-def honest_rows() -> list[tuple[str, str, str]]:
-    """Return what was measured where the source cannot give all of the label away."""
-    inside = read("inside")
-    title = "COVID-19 against other findings inside Cohen, held-out patients"
-    rows = [(title, pair(inside["n"]), estimate(inside["auroc"]))]
-    if exists("folds"):
-        folds = read("folds")
-        one, rest = folds["all"], folds["without Hannover's"]
-        what = f"inside Cohen, {folds['folds']} folds by patient"
-        rows += [
-            (f"{what} {ALONE}", pair(one["n"]), estimate(one["auroc"])),
-            (
-                "the same, pairs of one website",
-                pair(one["same_website_n"]),
-                estimate(one["same_website"]),
-            ),
-            (
-                "the same, by the website's name alone, no image looked at",
-                pair(one["n"]),
-                estimate(one["website_alone"]),
-            ),
-            (f"{what}, without Hannover's {ALONE}", pair(rest["n"]), estimate(rest["auroc"])),
-        ]
-    if exists("subsources"):
-        for row in read("subsources")["rows"]:
-            title = f"inside Cohen, {row['left_out']} left out of training {ALONE}"
-            rows.append((title, pair(row["n"]), estimate(row["auroc"])))
-    if exists("hannover"):
-        found = read("hannover")
-        title = "Hannover's COVID-19 against NIH's normals, Hannover unseen (shorter relative)"
-        rows.append((title, pair(found["n"]), estimate(found["auroc"])))
-    return rows
-
-
-def about_relatives() -> str:
-    """Return in words that rows of relatives say nothing of the bundled weights, and why."""
-    if not exists("folds"):
-        return ""
-    text = f"""
-        Rows marked "{ALONE[1:-1]}" are of networks that, after a start on Kermany's and NIH's
-        images, saw only Cohen's, with milder variation: they say what can be learned there, not
-        what the bundled weights do."""
-    if exists("tried_inside"):
-        tried = {row["name"]: estimate(row["all"]) for row in read("tried_inside")["rows"]}
-        text += f"""
-        In the same folds, shorter relatives trained on all sources as the weights are reach
-        {tried["short"]}, with swapped backgrounds {tried["short-bg"]}."""
-    return " ".join(
-        f"""{text} How those on Cohen alone are trained was chosen with the folds in sight, and the
-        website's name alone, without any image, reaches
-        {estimate(read("folds")["all"]["website_alone"])}.""".split()
-    )
-
-
-def made() -> str:
-    """Return in words on what the relatives were trained, as far as their results say."""
-    names: dict[str, list[str]] = {}
-    for name, title in OF_RELATIVES.items():
-        if exists(name) and (how := read(name).get("made")):
-            names.setdefault(how, []).append(title)
-    listed = "; ".join(f"{' and '.join(titles)} on {how}" for how, titles in names.items())
-    if not listed:
-        return ""
-    method = read("folds")["all"]["auroc"]["method"]
-    return f"""Relatives were trained so: {listed}. Their intervals are those of the {method}; how
-        those of the other AUROCs are made, [Metrics](metrics.md#intervals) says."""
-
-
-def unmeasured() -> str:
-    """Return in words what the recipe measures and nobody has run yet."""
-    missing = [name for name in OF_RELATIVES if not exists(name)]
-    what = {
-        "folds": "five folds inside Cohen",
-        "subsources": "Cohen's own sources left out in turn",
-        "hannover": "Hannover left out",
-    }
-    listed = ", ".join(what[name] for name in missing)
-    return f" Not measured yet: {listed} (`recipes/judge_default.py` does)." if missing else ""
 
 
 def frame_rows() -> list[tuple[Any, ...]]:
@@ -268,7 +171,8 @@ def model_page() -> str:
         the first row is of the weights themselves, which have seen most of what the others ask for.
         Inside Cohen's collection the website that an image comes from gives
         much of the label away, and a network can learn that, too: compare the folds with the row
-        that looks at no image, and with websites that were left out of training.{unmeasured()}"""
+        that looks at no image, with the one that never learned, and with websites that were left
+        out of training.{unmeasured()}"""
     honest = paragraphs(
         wrapped(inside),
         table(("AUROC of COVID-19", "Images", "Value"), honest_rows()),

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from generate import DOCS, fill, table, wrapped
-from generate_model import estimate, pair, paragraphs, read
+from generate_model import paragraphs
+from generate_relatives import estimate, pair, read, untrained
 
 
 def write_blocks() -> None:
@@ -42,7 +43,35 @@ def inside_block() -> str:
         table(("Relatives", *columns.values()), rows),
         wrapped(left_out_websites(before)),
         wrapped(hannover_four(found["hannover"])),
+        wrapped(probes_note()),
+        probes_table(),
     )
+
+
+#: Weights that were read out, and what each is called.
+WEIGHTS = {"random": "random", "base": "of Kermany and NIH, which the relatives start from"}
+
+
+def probes_note() -> str:
+    """Return in words how networks that learned little were read out, and on what."""
+    found = read("probes")
+    return f"""
+        And what needs no training of a network: a logistic regression on the mean, the maximum and
+        the standard deviation of each channel of a layer, in the same {found["folds"]} folds, at
+        {found["size_px"]} px, as the average over {found["views"]} views of each image
+        (`probe_inside.py`), on {found["made"]}. The strength of its penalty was chosen with such
+        results in sight."""
+
+
+def probes_table() -> str:
+    """Return what networks that learned little give away inside Cohen's collection."""
+    rows = []
+    for row in read("probes")["rows"]:
+        one, rest = row["all"], row["without Hannover's"]
+        values = (one["auroc"], rest["auroc"], one["same_website"])
+        rows.append((WEIGHTS[row["weights"]], f"`{row['layer']}`", *map(estimate, values)))
+    columns = ("Weights", "Layer", "All", "Without Hannover's", "Pairs of one website")
+    return table(columns, rows)
 
 
 def left_out_websites(before: Mapping[str, Any]) -> str:
@@ -81,5 +110,8 @@ def website_block() -> str:
         One collection can be many sources. Cohen's is gathered from websites and journals, and the
         website's name alone, without any image, tells its COVID-19 from its other findings with an
         AUROC of {estimate(found["website_alone"])} in the same kind of folds. So look at pairs from
-        one website, too, and leave websites out: [The bundled model](model.md) does both."""
+        one website, too, and leave websites out: [The bundled model](model.md) does both. And ask
+        what needs no learning: a DenseNet-121 with random weights, read out by a logistic
+        regression, tells them apart with {estimate(untrained()["auroc"])}, where networks that
+        were trained on them reach {estimate(found["auroc"])}."""
     )

@@ -161,12 +161,20 @@ def share_by_website(samples: Sequence[Sample], truth: np.ndarray, pairs: Any) -
     return found
 
 
+def folds_inside(
+    relatives: Relatives, cohen: np.ndarray, folds: int = 5
+) -> tuple[ChestXrayDataset, list[tuple[np.ndarray, np.ndarray]]]:
+    """Return Cohen's samples and, by patient, the positions of the rest and of the held out."""
+    inside = relatives.dataset.subset(cohen)
+    groups = relatives.groups[cohen].tolist()
+    return inside, folds_by_patient(inside, groups, folds=folds, seed=0)
+
+
 def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
     """COVID-19 against other findings inside Cohen, out-of-fold, by patient."""
     cohen = cohens(relatives.dataset)
     found = np.zeros((len(cohen), 3))
-    inside = relatives.dataset.subset(cohen)
-    pairs = folds_by_patient(inside, relatives.groups[cohen].tolist(), folds=folds, seed=0)
+    inside, pairs = folds_inside(relatives, cohen, folds)
     for number, (_, held_out) in enumerate(pairs):
         name = f"fold-{number}"
         found[held_out] = relatives.predict_without(cohen[held_out], name, INSIDE, cohen)
@@ -179,31 +187,24 @@ def in_mixed(groups: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.isin(groups, mixed)
 
 
-def write_folds(
-    inside: ChestXrayDataset,
-    pairs: Sequence[Any],
-    found: np.ndarray,
-    output: Path,
-    *,
-    made: str | None = None,
-) -> None:
-    """Write what out-of-fold predictions say, also where the website cannot help, or alone does.
+def judge_parts(
+    inside: ChestXrayDataset, pairs: Sequence[Any], found: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Return what out-of-fold scores say, also where the website cannot help, or alone does.
 
     Args:
         inside: Cohen's samples.
         pairs: Positions of the rest and of the held out, a pair per fold.
-        found: ``(N, 3)`` probabilities.
-        output: Folder.
-        made: On what machine and which files, in words.
+        found: ``(N,)`` scores, high for COVID-19.
     """
     truth = np.array([s.label == "covid19" for s in inside.samples])
     own = np.array([s.source == "cohen" for s in inside.samples])
     alone = share_by_website(inside.samples, truth, pairs)
     hosts = np.unique([website(s) for s in inside.samples], return_inverse=True)[1]
-    parts: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
     for name, mask in {"all": own | ~own, "without Hannover's": own}.items():
         chosen = [s for s, kept in zip(inside.samples, mask, strict=True) if kept]
-        right, scores = truth[mask].astype(int), found[mask, 2]
+        right, scores = truth[mask].astype(int), found[mask]
         same = bootstrap_by_group(within_sources, by_patient(chosen), right, scores, hosts[mask])
         paired = in_mixed(hosts[mask], truth[mask])
         parts[name] = {
@@ -214,6 +215,22 @@ def write_folds(
             "website_alone": estimate_auroc(chosen, right, alone[mask]).to_dict(),
         }
         print(name, parts[name])
+    return parts
+
+
+def write_folds(
+    inside: ChestXrayDataset,
+    pairs: Sequence[Any],
+    found: np.ndarray,
+    output: Path,
+    *,
+    made: str | None = None,
+) -> None:
+    """Write what out-of-fold predictions say: ``(N, 3)`` probabilities of Cohen's samples.
+
+    ``made`` says on what machine and from which files, in words.
+    """
+    parts = judge_parts(inside, pairs, found[:, 2])
     about = {"folds": len(pairs), **said(made), "training": INSIDE.to_dict()}
     write(output, "folds", {**about, **parts})
     report = evaluate_probabilities(

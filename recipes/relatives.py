@@ -89,7 +89,6 @@ class Relatives:
         self.groups = np.array(patient_groups(self.dataset, progress=True))
         self.folder = run / "relatives"
         self.cache = run / "cache"
-        self.base: Path | None = None
 
     def without(self, held_out: np.ndarray) -> np.ndarray:
         """Return the positions of all samples that share no group with these positions."""
@@ -106,20 +105,20 @@ class Relatives:
             config: Options of its training.
             among: Positions that it trains on at most; all if not given.
         """
-        self._train_base()
+        base = self.train_base()
         chosen = self.without(held_out)
         if among is not None:
             chosen = np.intersect1d(chosen, among)
         classifier = train_relative(
             self.dataset.subset(chosen),
             self.groups[chosen].tolist(),
-            self.base,
+            base,
             self.folder / name,
             replace(config, cache_dir=self.cache),
         )
         return classifier.predict_proba(self.dataset.subset(held_out), progress=True)
 
-    def _train_base(self) -> None:
+    def train_base(self) -> Path:
         """Train on Kermany's and NIH's training patients: normal, bacterial or viral."""
         sources = np.array([s.source for s in self.dataset.samples])
         judged = np.flatnonzero(np.isin(sources, ["cohen", "hannover"]))
@@ -128,8 +127,9 @@ class Relatives:
             aetiology(self.dataset.subset([i for i in self.split.indices[side] if i in allowed]))
             for side in ("train", "val")
         )
-        self.base = self.folder / "base"
-        train_network(train, val, None, self.base, replace(BASE, cache_dir=self.cache))
+        folder = self.folder / "base"
+        train_network(train, val, None, folder, replace(BASE, cache_dir=self.cache))
+        return folder
 
     def held_out_nih(self) -> np.ndarray:
         """Return NIH's patients of validation and test, whom the base never sees, nor any relative

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
 import generate_model as pages  # noqa: E402 - it lies beside the documentation
+import generate_relatives as results  # noqa: E402 - likewise
 
 #: Results of the weights themselves; the others are of relatives.
 OWN = ("evaluation", "evaluation_binary", "inside", "frame", "other_fills", "calibration", "gate")
@@ -51,8 +52,8 @@ def check_results(folder: Path) -> None:
     """Raise ``ReportError`` unless all results were measured on the weights in a folder."""
     classifier = Classifier.from_pretrained(folder)
     config = classifier.config
-    for name in (*OWN, *(["audit"] if pages.exists("audit") else [])):
-        path, found = pages.RESULTS / f"{name}.json", pages.read(name)
+    for name in (*OWN, *(["audit"] if results.exists("audit") else [])):
+        path, found = results.RESULTS / f"{name}.json", results.read(name)
         classes = tuple(found.get("classes", config.classes))
         if name == "evaluation_binary":  # of a part of the classes, which has its own hash
             part = Classifier.from_pretrained(folder, classes=classes)
@@ -68,9 +69,9 @@ def tables() -> list[dict[str, Any]]:
         {
             "title": "Where the source cannot help, or not as much",
             "note": "Of patients that training never saw; 0.5 is chance; intervals at 95% by "
-            f"patient.{pages.unmeasured().replace('`', '')} {pages.about_relatives()}".rstrip(),
+            f"patient.{results.unmeasured().replace('`', '')} {results.about_relatives()}".rstrip(),
             "head": ["AUROC of COVID-19", "Images", "Value"],
-            "rows": pages.honest_rows(),
+            "rows": results.honest_rows(),
         },
         {
             "title": "Does it read the frame?",
@@ -106,12 +107,12 @@ def main() -> None:
     attachments = {
         name: load_attachment(folder, config, name) or b"" for name in config.attachments
     }
-    report = EvaluationReport.load(pages.RESULTS / "evaluation.json")
+    report = EvaluationReport.load(results.RESULTS / "evaluation.json")
     headline = {
-        "COVID-19 against other findings inside Cohen (AUROC, 0.5 is chance)": pages.estimate(
-            pages.read("inside")["auroc"]
+        "COVID-19 against other findings inside Cohen (AUROC, 0.5 is chance)": results.estimate(
+            results.read("inside")["auroc"]
         ),
-        "COVID-19 against normal, pooled sources (AUROC, no evidence)": pages.estimate(
+        "COVID-19 against normal, pooled sources (AUROC, no evidence)": results.estimate(
             report.overall.per_class["covid19"]["auroc_vs_normal"].to_dict()
         ),
     }
@@ -120,9 +121,9 @@ def main() -> None:
     origin = {"weights_sha256": saved.weights_sha256, "classes": list(saved.classes)}
     measurements = json.dumps({**origin, "tables": tables()}, indent=1)
     contents = {
-        name: (pages.RESULTS / name).read_bytes()
+        name: (results.RESULTS / name).read_bytes()
         for name in JUDGED
-        if (pages.RESULTS / name).is_file()
+        if (results.RESULTS / name).is_file()
     }
     contents[MEASUREMENTS_NAME] = f"{measurements}\n".encode()
     write_files(folder, contents)

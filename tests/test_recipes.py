@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.spatial.distance import dice
 from scipy.stats import binomtest
@@ -28,6 +29,7 @@ from chestxray_covid import (
     ModelConfig,
     Preprocess,
     Sample,
+    SyntheticChestXray,
     fit_gate,
 )
 from chestxray_covid.card import model_card
@@ -35,6 +37,7 @@ from chestxray_covid.checkpoint import load_config, save_checkpoint
 from chestxray_covid.datasets.base import LABELS
 from chestxray_covid.errors import ReportError
 from chestxray_covid.hub import DEFAULT_MODEL
+from chestxray_covid.models import normalise
 from chestxray_covid.tensors import read_tensors
 from chestxray_covid.training_config import EpochRecord
 from conftest import random_tensors
@@ -53,7 +56,7 @@ def recipes() -> Iterator[dict[str, Any]]:
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path[:] = before
-        for name in (*names, "generate", "generate_model", "generate_tried"):
+        for name in (*names, "generate", "generate_relatives", "generate_model", "generate_tried"):
             sys.modules.pop(name, None)
 
 
@@ -359,7 +362,8 @@ def write_card(
     module = recipes["write_card"]
     results = shutil.copytree(published.results, tmp_path / "results")
     weights = shutil.copytree(published.weights, tmp_path / "weights")
-    monkeypatch.setattr(module.pages, "RESULTS", results)
+    for pages in (module.pages, module.results):
+        monkeypatch.setattr(pages, "RESULTS", results)
 
     def write() -> Path:
         run_main(module, monkeypatch, {"checkpoint": weights})
@@ -389,7 +393,7 @@ def test_the_card_holds_what_was_measured_and_leaves_the_weights(
 def test_a_card_is_not_written_with_numbers_of_other_weights(
     write_card: Callable[[], Path], recipes: dict[str, Any], name: str
 ) -> None:
-    path = recipes["write_card"].pages.RESULTS / f"{name}.json"
+    path = recipes["write_card"].results.RESULTS / f"{name}.json"
     content = json.loads(path.read_text())
     origin = content.get("model", content)
     assert len(origin["weights_sha256"]) == 64
@@ -575,7 +579,7 @@ def test_folds_are_judged_inside_a_website_and_by_its_name(
 def test_what_was_tried_inside_cohen_and_what_is_published_are_the_same_runs(
     recipes: dict[str, Any],
 ) -> None:
-    pages = recipes["write_card"].pages
+    pages = recipes["write_card"].results
     tried, folds = pages.read("tried_inside"), pages.read("folds")
     (now,) = (row for row in tried["rows"] if row["relatives"].endswith("(what the folds are now)"))
     assert now["all"] == folds["all"]["auroc"]
@@ -603,15 +607,15 @@ def test_what_was_tried_inside_cohen_and_what_is_published_are_the_same_runs(
 
 
 def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str, Any]) -> None:
-    pages = recipes["write_card"].pages
-    titles = [row[0] for row in pages.honest_rows()]
-    own = ("held-out patients", "pairs of one website", "no image looked at")
-    marks = (pages.ALONE, "(shorter relative)")
+    pages, results = recipes["write_card"].pages, recipes["write_card"].results
+    titles = [row[0] for row in results.honest_rows()]
+    own = ("held-out patients", "pairs of one website", "no image looked at", "random weights")
+    marks = (results.ALONE, "(shorter relative)")
     assert all(title.endswith((*own, *marks)) for title in titles)
     assert sum(title.endswith(marks) for title in titles) == 6
-    about = pages.about_relatives()
-    for row in pages.read("tried_inside")["rows"][:2]:
-        assert pages.estimate(row["all"]) in about
+    about = results.about_relatives()
+    for row in results.read("tried_inside")["rows"][:2]:
+        assert results.estimate(row["all"]) in about
     for page in (pages.model_block(), pages.model_page()):
         assert about in " ".join(page.split())
     assert recipes["write_card"].tables()[0]["note"].endswith(about)
@@ -738,3 +742,66 @@ def test_a_comparison_of_engines_counts_differences_and_the_change_of_the_auroc(
         for p in (found, exact)
     ]
     assert row["auroc_change"] == pytest.approx(areas[0] - areas[1])
+
+
+# ---------------------------------------------------------------- networks that learned nothing
+
+
+def test_a_readout_answers_for_whom_it_did_not_learn_from(recipes: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.arange(60) % 3 > 0
+    features = rng.standard_normal((2, 60, 5))
+    features[:, :, 0] += 3 * truth
+    order = rng.permutation(60)
+    pairs = [(order[20:], order[:20]), (order[:20], order[20:])]
+    read_out = recipes["probe_inside"].read_out
+    found = read_out(features, truth, pairs)
+    assert roc_auc_score(truth, found) > 0.9
+    changed = truth.copy()
+    changed[order[:20]] = ~truth[order[:20]]
+    assert np.array_equal(read_out(features, changed, pairs)[order[:20]], found[order[:20]])
+    features[1, order[0], 0] += 10
+    assert read_out(features, truth, pairs)[order[0]] > found[order[0]], "all views answer"
+
+
+def test_random_weights_are_settled_on_what_they_are_shown(recipes: dict[str, Any]) -> None:
+    probe = recipes["probe_inside"]
+    dataset = SyntheticChestXray(2 * probe.BATCH, image_size_px=64)
+    small = Preprocess(size_px=64)
+    pixels = torch.from_numpy(np.stack([small(dataset.image(i)) for i in range(len(dataset))]))
+    network = probe.random_network(pixels)
+    assert not network.training
+    first = network.features.conv0(normalise(pixels, small)).double()
+    norm = network.features.norm0
+    assert torch.allclose(norm.running_mean.double(), first.mean((0, 2, 3)), atol=1e-4)
+    found = probe.features_of(network, pixels)
+    widths = {"transition1": 128, "transition2": 256, "transition3": 512, "norm5": 1024}
+    assert {k: v.shape for k, v in found.items()} == {
+        name: (probe.VIEWS, len(pixels), 3 * width) for name, width in widths.items()
+    }
+    with torch.inference_mode():
+        maps = torch.relu(network.features(normalise(pixels, small)))
+    shown = found["norm5"][0]
+    assert np.allclose(shown[:, :1024], maps.mean((2, 3)), atol=1e-3)
+    assert np.allclose(shown[:, 1024:2048], maps.amax((2, 3)), atol=1e-3)
+    mirrored = probe.features_of(network, pixels.flip(-1))["norm5"]
+    assert np.allclose(mirrored[0], found["norm5"][1], atol=1e-3)
+
+
+def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
+    recipes: dict[str, Any], data: Path, published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = recipes["probe_inside"]
+    monkeypatch.setattr(probe, "PREPROCESS", Preprocess(size_px=64))
+    monkeypatch.setattr(probe, "VIEWS", 2)
+    monkeypatch.setattr(probe, "BATCH", 8)
+    options = {"data": data, "run": published.run, "output": published.results}
+    run_main(probe, monkeypatch, {**options, "base": published.weights, "made": "a machine"})
+    found = published.read("probes")
+    assert (found["made"], found["folds"]) == ("a machine", 5)
+    assert (found["size_px"], found["views"]) == (64, 2)
+    rows = [(row["weights"], row["layer"]) for row in found["rows"]]
+    assert rows == [(w, layer) for w in ("random", "base") for layer in probe.LAYERS]
+    for row in found["rows"]:
+        assert sum(row["all"]["n"]) == 45
+        assert 0 <= row["all"]["auroc"]["value"] <= 1

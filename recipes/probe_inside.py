@@ -1,0 +1,151 @@
+"""Measure what a linear readout reaches inside Cohen's collection, of networks that learned little.
+
+    python recipes/probe_inside.py --data ../shared/data --run runs/default
+
+COVID-19 against other findings, in the folds of ``judge_default.py --what folds``. The network is
+that which the relatives start from, which saw no COVID-19, or one with random weights, which saw no
+label at all. It stays as it is: a logistic regression reads the mean, the maximum and the standard
+deviation of every channel of a layer. What that reaches needs no training of the network, so no
+network shows by reaching it that it reads lungs. ``--base`` takes another network to start from.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from collection import cohens
+from judge_default import folds_inside, judge_parts, said, write
+from relatives import Relatives
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from train_default import MILD
+
+from chestxray_covid import ChestXrayDataset, Preprocess, build_densenet121
+from chestxray_covid.models import normalise
+
+PREPROCESS = Preprocess(size_px=160)
+LAYERS = ("transition1", "transition2", "transition3", "norm5")
+#: Of each image: as it is, mirrored, and varied mildly, for the regression and for its answers.
+VIEWS = 8
+BATCH = 32
+#: Inverse strength of the regression's penalty, the best of six with the results in sight.
+INVERSE_PENALTY = 0.03
+
+
+def view(pixels: Tensor, number: int) -> Tensor:
+    """Return ``(N, 1, S, S)`` float32 in [0, 255], one of the views of uint8 images."""
+    if number == 0:
+        return pixels.float()
+    if number == 1:
+        return pixels.float().flip(-1)
+    return MILD(pixels, seed=0, epoch=number, draws=range(len(pixels)))
+
+
+def summaries(network: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+    """Return layer → ``(N, 3 C)``: mean, maximum and deviation of each channel after a ReLU."""
+    found, x = {}, normalise(batch, PREPROCESS).contiguous(memory_format=torch.channels_last)
+    for name, part in network.features.named_children():
+        x = part(x)
+        if name in LAYERS:
+            shown = torch.relu(x)
+            pooled = shown.mean((2, 3)), shown.amax((2, 3)), shown.std((2, 3))
+            found[name] = torch.cat(pooled, dim=1)
+    return found
+
+
+def settle(network: nn.Module, pixels: Tensor) -> None:
+    """Give random weights the batch norm statistics of these images; no label is looked at."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # a plain average over the batches
+            module.reset_running_stats()
+    network.train()
+    for part in pixels.split(BATCH):
+        if len(part) == BATCH:
+            summaries(network, part.float())
+    network.eval()
+
+
+@torch.inference_mode()
+def features_of(network: nn.Module, pixels: Tensor) -> dict[str, np.ndarray]:
+    """Return layer → ``(VIEWS, N, 3 C)`` of ``(N, 1, S, S)`` uint8 images."""
+    network.eval().to(memory_format=torch.channels_last)
+    views = []
+    for number in range(VIEWS):
+        parts = [summaries(network, batch) for batch in view(pixels, number).split(BATCH)]
+        views.append({name: torch.cat([p[name] for p in parts]).numpy() for name in LAYERS})
+        print("view", number + 1, "of", VIEWS, flush=True)
+    return {name: np.stack([v[name] for v in views]) for name in LAYERS}
+
+
+def read_out(
+    features: np.ndarray, truth: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """Return ``(N,)`` out-of-fold decisions, the average over an image's views."""
+    found = np.zeros(len(truth))
+    for rest, held_out in pairs:
+        model = make_pipeline(
+            StandardScaler(),
+            LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=1000),
+        )
+        model.fit(np.concatenate(features[:, rest]), np.tile(truth[rest], len(features)))
+        found[held_out] = np.mean([model.decision_function(v[held_out]) for v in features], axis=0)
+    return found
+
+
+def images_of(dataset: ChestXrayDataset) -> Tensor:
+    """Return all images, ``(N, 1, S, S)`` uint8."""
+    return torch.from_numpy(np.stack([PREPROCESS(s) for s in dataset.samples]))
+
+
+def random_network(pixels: Tensor) -> nn.Module:
+    network = build_densenet121(pretrained=False, seed=0)
+    with torch.inference_mode():
+        settle(network, pixels)
+    return network
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--run", type=Path, default=Path("runs/default"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
+    parser.add_argument(
+        "--base", type=Path, help="a run that saw no image of Cohen's or Hannover's"
+    )
+    parser.add_argument(
+        "--made", metavar="TEXT", help="machine, software, files and base, in words"
+    )
+    options = parser.parse_args()
+    relatives = Relatives(options.data, options.run, options.made)
+    cohen = cohens(relatives.dataset)
+    inside, pairs = folds_inside(relatives, cohen)
+    truth = np.array([s.label == "covid19" for s in inside.samples])
+    pixels = images_of(inside)
+    networks: dict[str, Callable[[], nn.Module]] = {
+        "random": lambda: random_network(pixels),
+        "base": lambda: build_densenet121(options.base or relatives.train_base(), num_classes=3),
+    }
+    rows = []
+    for weights, build in networks.items():
+        for layer, features in features_of(build(), pixels).items():
+            print(weights, layer)
+            parts = judge_parts(inside, pairs, read_out(features, truth, pairs))
+            rows.append({"weights": weights, "layer": layer, **parts})
+    about = {
+        "folds": len(pairs),
+        **said(options.made),
+        "size_px": PREPROCESS.size_px,
+        "views": VIEWS,
+    }
+    write(options.output, "probes", {**about, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
