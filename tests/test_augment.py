@@ -97,20 +97,20 @@ def test_a_sample_is_varied_alike_whatever_its_batch() -> None:
     assert torch.equal(turned, together[order])
 
 
-@pytest.fixture
-def three_threads() -> Iterator[None]:
-    """Let three threads share every operator on 32768 numbers or more.
+@pytest.fixture(params=[3, 8])
+def several_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let several threads share every operator on 32768 numbers or more.
 
     Where the part of one begins then depends on the batch, and so does what is left over from its
     vectors, which some operators compute otherwise.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
+    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("three_threads")
+@pytest.mark.usefixtures("several_threads")
 @pytest.mark.parametrize(
     "options",
     [
@@ -563,7 +563,7 @@ def test_the_asked_share_of_centres_is_hidden_and_the_frame_stays() -> None:
     assert from_plain / int(hidden.sum()) == pytest.approx(2 / 3, abs=0.2)
 
 
-@pytest.mark.usefixtures("three_threads")
+@pytest.mark.usefixtures("several_threads")
 @pytest.mark.parametrize("side", [33, 225])
 def test_a_centre_is_hidden_alike_whatever_its_batch(side: int) -> None:
     plain, varied = images(30, side) / 3, images(30, side, seed=1) / 3
@@ -612,7 +612,7 @@ def test_frames_are_swapped_alike_each_time_and_not_at_all_without_a_share() -> 
     assert torch.equal(pixels, swap_frames(pixels, 0, seed=1, epoch=2, draws=range(30)))
 
 
-@pytest.mark.usefixtures("three_threads")
+@pytest.mark.usefixtures("several_threads")
 @pytest.mark.parametrize("side", [33, 225])
 def test_frames_and_backgrounds_depend_on_no_more_than_the_neighbour(side: int) -> None:
     pixels, lungs = images(12, side) / 3, lungs_of(12, side)

@@ -123,12 +123,18 @@ def test_weights_are_rounded_to_127_levels_of_the_largest_in_a_channel(
         assert (error <= 0.5001 * step.scale).all()
 
 
-def test_a_network_in_eight_bits_answers_nearly_as_before(network: Network, int8: Int8) -> None:
+def test_a_network_in_eight_bits_answers_nearly_as_before(
+    network: Network, tensors: dict[str, NDArray[Any]], int8: Int8
+) -> None:
     rounded = int8.apply(network)
     before, after = (results(n, f"{FIRST}.conv2") for n in (network, rounded))
-    for one, other in zip(before, after, strict=True):
+    for one, other in zip(before[::2], after[::2], strict=True):
         apart = np.abs(one - other).max() / np.abs(one).max()
         assert 0 < apart < 0.05
+    # Logits of random weights are small beside what they are sums of: those of the own features.
+    features, logits, _ = after
+    weight, bias = (tensors[f"classifier.{part}"] for part in ("weight", "bias"))
+    np.testing.assert_allclose(logits, features @ weight.T + bias, atol=1e-4)
     # Two roundings, by hand: of the input to 256 levels, and of the weights.
     _, _, inputs = results(rounded, f"{FIRST}.conv1")
     levels = np.rint(np.clip(inputs, 0, 1) * 255)
@@ -140,7 +146,10 @@ def test_a_network_in_eight_bits_answers_nearly_as_before(network: Network, int8
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))
     whole = np.einsum("nchwij,ocij->nohw", windows, step.weight.astype(float), optimize=True)
     expected = whole / 255 * step.scale.reshape(1, -1, 1, 1)
-    np.testing.assert_allclose(after[2], expected, atol=0.02 * np.abs(expected).max())
+    apart = np.abs(after[2] - expected) / np.abs(expected).max()
+    # Without VNNI, a processor adds two products in 16 bits, where some pairs are too large.
+    assert np.median(apart) < 1e-6
+    assert apart.max() < 0.05
 
 
 def test_a_channel_of_small_values_is_rounded_as_finely_as_one_of_large_values(

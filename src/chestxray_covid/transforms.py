@@ -102,9 +102,12 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
 def resample(images: Tensor, small: Tensor) -> Tensor:
     """Reduce to so many pixels a side and enlarge again, both along rows and columns."""
     side = images.shape[-1]
-    reduce = _weights(torch.full_like(small, side), small, side)
-    both = _weights(small, torch.full_like(small, side), side) @ reduce
-    return both @ images @ both.mT
+    whole = torch.full_like(small, side)
+    # In matrices of whole vectors; how others are multiplied depends on how many there are.
+    edges = (0, -side % 32, 0, -side % 32)
+    reduce = pad(_weights(whole, small, side), edges)
+    both = pad(_weights(small, whole, side), edges) @ reduce
+    return (both @ pad(images, edges) @ both.mT)[..., :side, :side]
 
 
 def _weights(before: Tensor, after: Tensor, side: int) -> Tensor:
