@@ -764,8 +764,12 @@ def test_a_readout_answers_for_whom_it_did_not_learn_from(recipes: dict[str, Any
     assert read_out(features, truth, pairs)[order[0]] > found[order[0]], "all views answer"
 
 
-def test_random_weights_are_settled_on_what_they_are_shown(recipes: dict[str, Any]) -> None:
+def test_random_weights_are_settled_on_what_they_are_shown(
+    recipes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     probe = recipes["probe_inside"]
+    monkeypatch.setattr(probe, "VIEWS", 3)
+    monkeypatch.setattr(probe, "BATCH", 16)
     dataset = SyntheticChestXray(2 * probe.BATCH, image_size_px=64)
     small = Preprocess(size_px=64)
     pixels = torch.from_numpy(np.stack([small(dataset.image(i)) for i in range(len(dataset))]))

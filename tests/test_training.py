@@ -554,7 +554,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chestxray_covid.training.LateReader", partial(LateReader, late=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"checkpoint_every": 2}])
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "checkpoint_every": 2}])
 def test_a_run_whose_losses_are_read_late_is_the_same(
     split: Split, tmp_path: Path, options: dict[str, int], request: pytest.FixtureRequest
 ) -> None:
