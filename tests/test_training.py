@@ -143,7 +143,7 @@ def test_it_learns_opacities_in_the_lungs(tmp_path: Path) -> None:
         QUICK,
         preprocess=Preprocess(size_px=64),
         augmentation=Augmentation.none(),
-        epochs=5,
+        epochs=3,
         samples_per_epoch=None,
         batch_size=8,
         monitor="val_auroc",
