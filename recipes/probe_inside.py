@@ -34,7 +34,7 @@ LAYERS = ("transition1", "transition2", "transition3", "norm5")
 #: Of each image: as it is, mirrored, and varied mildly, for the regression and for its answers.
 VIEWS = 8
 BATCH = 32
-#: Inverse strength of the regression's penalty, the best of six with the results in sight.
+#: Inverse strength of the regression's penalty, chosen among five with such results in sight.
 INVERSE_PENALTY = 0.03
 
 
