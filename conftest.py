@@ -6,6 +6,7 @@ below ``data/``, and a small checkpoint in ``runs/first``.
 
 from __future__ import annotations
 
+import atexit
 import os
 import runpy
 import tempfile
@@ -23,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Compiled models go where they vanish, also those of processes that tests start.
 _COMPILED = tempfile.TemporaryDirectory()
+atexit.register(_COMPILED.cleanup)
 os.environ["CHESTXRAY_COVID_CACHE"] = _COMPILED.name
 
 pytest_collect_file = Sybil(

@@ -37,7 +37,7 @@ from chestxray_covid.audit_data import (
     stratified_sample,
 )
 from chestxray_covid.audit_items import confounding_item, features_item, heat_item
-from chestxray_covid.audit_occlusion import occlusion_item
+from chestxray_covid.audit_occlusion import _judge, occlusion_item
 from chestxray_covid.audit_report import AuditFinding, AuditItem
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.datasets.phantom import phantom_mask, render_phantom
@@ -407,6 +407,37 @@ def test_many_images_of_few_patients_are_not_assessable() -> None:
     assert found["lungs_hidden"].meaning == "Each class needs 20 images of 5 patients."
 
 
+def test_an_order_that_is_reversed_or_chance_does_not_hide_what_is_read() -> None:
+    perfect = np.arange(80) % 2.0
+    item, found = scored(1 - perfect + weak(0.1), {"corners hidden": perfect})
+    assert found["corners_hidden"].change is not None
+    assert found["corners_hidden"].change.low > 0.1
+    assert item.verdict == "fail"
+    assert item.reason.startswith("It takes the classes for each other here (AUROC 0.")
+    assert "With the corners hidden it gains 0." in item.reason
+    item, _ = scored(weak(0), {"corners hidden": perfect})
+    assert item.verdict == "fail"
+    assert item.reason.startswith("It does not tell the classes apart here, so it loses nothing.")
+
+
+def _estimate(value: float, low: float, high: float) -> Estimate:
+    return Estimate(value=value, low=low, high=high, n=200, method="made up")
+
+
+def test_a_larger_loss_when_mirrored_is_no_better() -> None:
+    changes = [
+        (-0.02, -0.08, 0.04),
+        (-0.04, -0.13, 0.02),
+        (-0.06, -0.18, -0.01),
+        (-0.2, -0.3, -0.1),
+    ]
+    one = AuditFinding(
+        name="mirrored", what="mirrored", metric="auroc", estimate=_estimate(0.8, 0.7, 0.9)
+    )
+    found = [_judge(replace(one, change=_estimate(*change))) for change in changes]
+    assert found == ["pass", "not_assessable", "not_assessable", "warn"]
+
+
 def test_a_gain_when_mirrored_is_called_a_gain() -> None:
     perfect = np.arange(80) % 2.0
     half = np.where(np.arange(80) % 4 < 2, perfect, 0.5)
@@ -492,6 +523,42 @@ def test_one_source_of_many_that_the_features_know_is_not_averaged_away(
     assert found.meaning.startswith("c, told best of a, b, c, d, e; the interval allows for")
     assert found.estimate.confidence == pytest.approx(0.99)
     assert item.verdict == "warn"
+
+
+def test_features_that_know_more_of_the_source_are_judged_no_better(
+    in_lungs: tuple[Linear, ChestXrayDataset],
+) -> None:
+    model, test = in_lungs
+    data = data_of(test)
+    design = audit_shortcuts(model, test, **HOW).item("confounding")
+    noise = np.random.default_rng(0).normal(size=(len(data.samples), 4)).astype(np.float32)
+    worst_first = ["fail", "warn", "not_assessable", "pass"]
+    found = []
+    for strength in (0, 0.5, 0.8, 1, 1.2, 1.5, 3):
+        features = noise.copy()
+        features[data.sources == "b", 0] += strength
+        item = features_item(data, features, design)
+        found.append((worst_first.index(item.verdict), item.reason))
+    assert [verdict for verdict, _ in found] == sorted((v for v, _ in found), reverse=True)
+    assert found[-1][0] == 1
+    unsure = [reason for verdict, reason in found if verdict == 2]
+    assert unsure
+    assert set(unsure) == {
+        "Too few images or patients to tell how well source or view can be read."
+    }
+
+
+def test_training_data_of_one_label_say_nothing_of_the_design() -> None:
+    train, test = halves(60)
+    question = Question.of(test.classes, test)
+    how = {"n_resamples": 50, "seed": 0, "confidence": 0.95}
+    item = confounding_item(
+        train.filter(lambda s: s.label == "covid19"), question, how, trained=True
+    )
+    assert item.verdict == "not_assessable"
+    assert "All images are covid19: whether the source gives the label away is open." in item.reason
+    assert "nan" not in item.reason
+    assert item.finding("source_v").meaning == ""
 
 
 def test_a_sex_that_nobody_knows_is_no_sex(in_lungs: tuple[Linear, ChestXrayDataset]) -> None:
@@ -624,6 +691,8 @@ def test_the_question_is_covid_against_normal_with_the_score_of_the_evaluation()
     assert found == pytest.approx(expected)
     rest = Question.of(labels, dataset, negative="rest")
     assert len(rest.asked(dataset)) == 30
+    binary = Question.of(("normal", "covid19"), dataset, negative="rest")
+    assert len(binary.asked(dataset)) == 30, "what it does not know is the rest, too"
     assert rest.score(p) == pytest.approx(p[:, 2])
     assert Question.of(labels, dataset.filter(lambda s: s.label != "normal")).negative == "rest"
     assert Question.of(("a", "b"), _named("a", "b")).positive == "b"
@@ -642,7 +711,8 @@ def _named(*labels: str) -> ChestXrayDataset:
         ({"negative": "flu"}, "positive must be one of"),
         ({"positive": "normal", "negative": "normal"}, "positive must be one of"),
         ({"limit": 0}, "limit must be positive"),
-        ({"n_resamples": 0}, "n_resamples must be at least 1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"n_resamples": 0}, "n_resamples must be a whole number from 1 to 1,000,000"),
         ({"masks": lambda s: np.zeros((4, 4))}, r"masks must return \(H, W\) bool"),
         ({"train": _named("flu", "cold")}, "train holds neither 'covid19' nor 'normal'"),
     ],

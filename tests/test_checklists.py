@@ -132,10 +132,14 @@ def test_data_are_internal_where_the_model_was_trained_and_external_elsewhere(
     assert claim["32"] == f"clinic: AUROC {inside}, 20 covid19"
     assert claim["33"] == rf"else\_where: AUROC {outside}, 10 covid19"
     assert tripod["16"] == r"Trained on clinic; judged on clinic, else\_where."
-    by_training = {**MODEL, "provenance": {"train": {"source": "clinic+else_where"}}}
-    again = items(replace(full, model=by_training).to_markdown(), "CLAIM, 2024 update")
+    both = {**MODEL, "provenance": {"sources": ["clinic", "else_where"]}}
+    again = items(replace(full, model=both).to_markdown(), "CLAIM, 2024 update")
     assert "else" in again["32"]
     assert again["33"] == "not reported"
+    # The name of the training's table says nothing of the sources in it.
+    named = {**MODEL, "provenance": {"train": {"source": "train"}}}
+    again = items(replace(full, model=named).to_markdown(), "CLAIM, 2024 update")
+    assert again["32"] == again["33"] == "not reported"
     bare = items(judged().to_markdown(), "CLAIM, 2024 update")
     assert bare["32"] == bare["33"] == bare["1"] == bare["22"] == "not reported"
 

@@ -10,6 +10,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from chestxray_covid import comparison as c
+from chestxray_covid.operating_points import decide
 
 N = 60
 HOW = {"n_resamples": 60, "seed": 3, "confidence": 0.9}
@@ -193,6 +194,22 @@ def test_differences_are_of_both_models_on_the_same_resample_of_patients() -> No
     expected = c.delong_test(truth, one, two, patients, confidence=0.9)
     assert found.delong == expected
     assert found.differences["auroc"] == expected.difference
+
+
+def test_a_number_of_one_model_has_the_interval_of_its_own_report() -> None:
+    truth, one, two = case()
+    called = (one >= 0.6, two >= 0.6)
+    for patients in (np.arange(N), np.arange(N) // 2):
+        found = c.compare_scores(truth, (one, called[0]), (two, called[1]), patients, **HOW)
+        for level, decided in zip((found.first, found.second), called, strict=True):
+            numbers = decide(truth, decided, patients, threshold=0.5, **HOW)
+            for name in ("sensitivity", "specificity"):
+                assert level[name] == numbers[name]
+    truth, perfect = np.arange(40) % 2, np.arange(40) % 2 == 1
+    sides = (perfect.astype(float), perfect), (1 - perfect.astype(float), ~perfect)
+    best = c.compare_scores(truth, *sides, range(40), **HOW).first["sensitivity"]
+    assert (best.value, best.n, best.method) == (1, 20, "wilson")
+    assert best.low < 0.95
 
 
 def test_the_text_shows_both_numbers_and_the_test() -> None:

@@ -47,6 +47,21 @@ def test_as_many_sources_as_images_tell_nothing() -> None:
     assert "not defined" in str(Confounding.of(["a", "a"], ["normal", "covid19"]))
 
 
+def test_single_images_with_a_few_pairs_of_one_label_may_be_chance() -> None:
+    rng, severe = np.random.default_rng(0), []
+    for pairs in np.repeat([1, 2, 3, 5], 100).tolist():
+        sources = np.concatenate([np.arange(60 - pairs), np.arange(pairs)]).astype(str).tolist()
+        labels = rng.choice(["normal", "covid19"], 60).tolist()
+        labels[60 - pairs :] = labels[:pairs]
+        design = Confounding.of(sources, labels)
+        assert design.determined == 1
+        severe.append(design.is_severe)
+    assert not any(severe)
+    pairs_alone = Confounding.of(list("abcdefghijklmnopqrst") * 2, ["normal", "covid19"] * 20)
+    assert pairs_alone.determined == 1
+    assert pairs_alone.is_severe
+
+
 def test_one_label_alone_is_not_confounded() -> None:
     assert not Confounding.of(["a", "a", "b"], ["covid19"] * 3).is_severe
     assert Confounding.of(["a", "a", "b", "b"], ["covid19"] * 2 + ["normal"] * 2).is_severe

@@ -43,6 +43,21 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluationRepor
     return cross_validate(DATA, CONFIG, folds=3, model=network, output=place), place
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"positive": "covid-19"}, "positive must be one of"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_a_fold_is_trained(
+    changes: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        cross_validate(DATA, CONFIG, folds=3, model=network, output=tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_image_is_judged_once_by_a_model_that_did_not_see_its_patient(
     validated: tuple[EvaluationReport, Path],
 ) -> None:

@@ -408,7 +408,10 @@ class NeverAsked(ThumbnailClassifier):
     ("changes", "match"),
     [
         ({"positive": "flu"}, "positive must be one of"),
-        ({"n_resamples": 0}, "n_resamples must be at least 1"),
+        ({"n_resamples": 0}, "n_resamples must be a whole number from 1 to 1,000,000"),
+        ({"n_resamples": 1_000_001}, "n_resamples must be a whole number from 1 to 1,000,000"),
+        ({"n_resamples": 100.5}, "n_resamples must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"confidence": 95}, "confidence must be inside"),
     ],
 )
@@ -417,6 +420,33 @@ def test_wrong_arguments_are_refused_before_the_slow_part(
 ) -> None:
     with pytest.raises(ValueError, match=match):
         evaluate(NeverAsked(dataset), dataset, **changes)
+
+
+def test_numbers_of_numpy_are_options_like_others(tmp_path: Path) -> None:
+    numbers = {"n_resamples": np.int64(20), "seed": np.int64(3), "confidence": np.float32(0.5)}
+    found = judge(["normal", "covid19"] * 4, [[0.5, 0.5]] * 8, **numbers)
+    found.save(tmp_path / "report.json")
+    assert EvaluationReport.load(tmp_path / "report.json").seed == 3
+
+
+def test_a_model_without_a_config_is_known_by_its_weights(
+    classifier: ThumbnailClassifier, dataset: ChestXrayDataset
+) -> None:
+    reports = []
+    for weights in ("a" * 64, "b" * 64):
+        own = ThumbnailClassifier(dataset)
+        own.weights_sha256 = weights
+        reports.append(evaluate(own, dataset, **FAST))
+    assert [r.weights_sha256 for r in reports] == ["a" * 64, "b" * 64]
+    with pytest.raises(ValueError, match="report of another model"):
+        reports[0].operating_point(sensitivity=0.9, chosen_on=reports[1])
+
+
+def test_a_gap_among_the_labels_is_named() -> None:
+    with pytest.raises(ValueError, match=r"Labels \[nan\] are not among the classes"):
+        judge(["normal", float("nan"), "covid19"], [[0.5, 0.5]] * 3)
+    with pytest.raises(ValueError, match=r"Labels \[nan, 'x'\] are not among the classes"):
+        judge(["x", float("nan"), "covid19"], [[0.5, 0.5]] * 3)
 
 
 def test_labels_that_the_classifier_does_not_know_are_refused(dataset: ChestXrayDataset) -> None:

@@ -289,7 +289,7 @@ def test_the_committed_reports_are_read() -> None:
         ("confounded", "no", "confounded cannot be 'no'"),
         ("seed", None, "seed cannot be None"),
         ("confidence", 95, "confidence must be inside"),
-        ("n_resamples", 10**9, "n_resamples cannot be more than 1000000"),
+        ("n_resamples", 10**9, "n_resamples must be a whole number from 1 to 1,000,000"),
         ("format_version", True, "format True, this version reads 1 and 2"),
     ],
 )

@@ -162,7 +162,7 @@ def test_options_train_the_network_without_the_source() -> None:
     ("options", "reason"),
     [
         ({"test": 0}, r"test must be a share in \(0, 0.5\]"),
-        ({"n_resamples": 0}, "n_resamples must be at least 1"),
+        ({"n_resamples": 0}, "n_resamples must be a whole number from 1 to 1,000,000"),
         ({"positive": "flu"}, "positive must be one of"),
     ],
 )

@@ -111,7 +111,9 @@ def test_a_mask_of_another_size_is_refused(model: Classifier, phantoms: Syntheti
 def test_impossible_resampling_is_refused_before_anything_is_computed(
     model: Classifier, phantoms: SyntheticChestXray
 ) -> None:
-    with pytest.raises(ValueError, match="n_resamples must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="n_resamples must be a whole number from 1 to 1,000,000, got 0"
+    ):
         lung_heat(model, phantoms, n_resamples=0, device="no such device")
 
 

@@ -67,7 +67,8 @@ def audit_shortcuts(
             data's, and sources that are not in it are external.
         positive: The class in question, by default ``"covid19"``, or the last one.
         negative: What it is told from, by default ``"normal"`` if there are such images, else
-            ``"rest"``, which is everything but the positive class.
+            ``"rest"``, which is everything but the positive class, labels that the classifier
+            does not know among it.
         masks: Returns the lungs of a sample, ``(H, W)`` bool, or ``None`` where they are not known;
             by default the annotated ones, see :func:`lung_mask`. Where they are not known, the
             bundled network draws them, see :func:`segment`.
@@ -86,8 +87,7 @@ def audit_shortcuts(
             impossible.
         ImageError: If a file cannot be decoded.
     """
-    how: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
-    check_resampling(n_resamples=n_resamples, confidence=confidence)
+    how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     question = Question.of(classifier.classes, dataset, positive, negative)
     if train is not None and not len(question.asked(train)):
         raise ValueError(

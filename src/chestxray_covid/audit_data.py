@@ -24,7 +24,7 @@ from chestxray_covid.judged_images import default_positive
 from chestxray_covid.lungs import segment
 from chestxray_covid.progress import Bar
 
-#: Everything but the positive class.
+#: Everything but the positive class, whatever the classifier knows.
 REST = "rest"
 #: Returns the lungs of a sample, or ``None`` where they are not known.
 MaskFunction = Callable[[Sample], NDArray[np.bool_] | None]
@@ -37,7 +37,8 @@ class Question:
     Attributes:
         classes: Labels of the classifier, in the order of its probabilities.
         positive: The class in question.
-        negative: What it is told from: a class, or ``"rest"``.
+        negative: What it is told from: a class, or ``"rest"``, which is every other label, also
+            one that the classifier does not know.
     """
 
     classes: tuple[str, ...]
@@ -78,7 +79,9 @@ class Question:
 
     def asked(self, dataset: ChestXrayDataset) -> ChestXrayDataset:
         """Return the samples that the question is about."""
-        wanted = set(self.classes) if self.negative == REST else {self.positive, self.negative}
+        if self.negative == REST:
+            return dataset
+        wanted = {self.positive, self.negative}
         return dataset.filter(lambda sample: sample.label in wanted)
 
     def score(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:

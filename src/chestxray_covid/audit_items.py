@@ -85,7 +85,7 @@ def confounding_item(
         reason=f"In the {what}: {' '.join(reasons)}",
         threshold=(
             f"Cramér's V, corrected for its bias: warn from {MEDIUM_V}, fail from {CONFOUNDED_V}, "
-            "or where every label follows from the source; sex and age, where they are known of "
+            f"or from {MEDIUM_V} where every label follows; sex and age, where they are known of "
             f"most images of either label, and of {SMALL}, only warn"
         ),
         threshold_source=ASSOCIATION,
@@ -108,12 +108,13 @@ def _association(
     if not estimate.low <= estimate.value <= estimate.high:
         # Many small sources: images drawn twice look like an association.
         estimate = replace(estimate, low=np.nan, high=np.nan)
+    follows = f"{found.determined:.0%} of the images have a label that follows from it alone."
     return AuditFinding(
         name=f"{name}_v",
         what=f"Cramér's V of {name} and label",
         metric="cramers_v",
         estimate=estimate,
-        meaning=f"{found.determined:.0%} of the images have a label that follows from it alone.",
+        meaning=follows if len(set(labels)) > 1 else "",
     )
 
 
@@ -153,6 +154,9 @@ def _design_reason(name: str, found: Confounding) -> str:
     if len(found.table) < 2:
         only = next(iter(found.table))
         return f"All images are of one {name} ({only})."
+    held = {label for row in found.table.values() for label, count in row.items() if count}
+    if len(held) < 2:
+        return f"All images are {held.pop()}: whether the {name} gives the label away is open."
     said = {FAIL: f"the {name} all but gives the label", WARN: f"the {name} goes with the label"}
     verdict = said.get(_judge_design(found), f"the {name} says little of the label")
     return f"{verdict[0].upper()}{verdict[1:]} (V = {found.corrected_v:.2f})."
@@ -212,18 +216,19 @@ def features_item(data: AuditData, features: NDArray[np.float32], design: AuditI
     for found in findings:
         name = found.name.split("_in_")[0]
         if name in ("source", "view") and found.estimate.n:
-            known = judge_auroc(found.estimate)
-            usable = _goes_with_label(design, name)
-            strong = known if known != WARN else PASS
-            verdicts.append(strong if usable else capped(strong))
-    if not any(f.name.startswith("source_in_") and f.estimate.n for f in findings):
+            known = judge_auroc(found.estimate, notable=STRONG)
+            verdicts.append(known if _goes_with_label(design, name) else capped(known))
+    sources = any(f.name.startswith("source_in_") and f.estimate.n for f in findings)
+    if not sources:
         verdicts.append(NOT_ASSESSABLE)
     verdict = worst(verdicts)
     reason = {
         FAIL: "The features tell what goes with the label in the data: a shortcut is there to use.",
         WARN: "The features tell source or view, which here say little of the label.",
         PASS: "Inside one label, the features hardly tell source or view apart.",
-        NOT_ASSESSABLE: "No label has two sources with enough images to tell.",
+        NOT_ASSESSABLE: "Too few images or patients to tell how well source or view can be read."
+        if sources
+        else "No label has two sources with enough images to tell.",
     }[verdict]
     return AuditItem(
         name="features",

@@ -74,9 +74,14 @@ def occlusion_item(
     )
     open_ = [by_name[n].what for n, verdict in verdicts.items() if verdict == NOT_ASSESSABLE]
     verdict = worst(verdicts.values())
-    if not by_name["whole"].estimate.low > 0.5 and by_name["whole"].estimate.value != 1:
-        verdict = verdict if verdicts["lungs_hidden"] in (FAIL, WARN) else NOT_ASSESSABLE
-        reason = f"It does not tell the classes apart here, so it loses nothing. {reason}".strip()
+    told = by_name["whole"].estimate
+    if not told.low > 0.5 and told.value != 1:
+        # What it does not know it cannot lose; what it does all the same is seen as ever.
+        verdict = NOT_ASSESSABLE if verdict == PASS else verdict
+        how = "does not tell the classes apart here, so it loses nothing"
+        if ends_of(told)[1] < 0.5:
+            how = f"takes the classes for each other here (AUROC {told})"
+        reason = f"It {how}. {reason}".strip()
     return AuditItem(
         name="occlusion",
         question="Does it need the lungs, and nothing else?",
@@ -149,10 +154,9 @@ def _judge(found: AuditFinding) -> str:
         return _judge_without(found.estimate, found.change)
     if found.name == "only_lungs":
         return _judge_only_lungs(found.change)
-    verdict = judge_change(found.change)
     if found.name == "mirrored":
-        return {FAIL: WARN, WARN: PASS}.get(verdict, verdict)
-    return verdict
+        return _judge_mirrored(found.change)
+    return judge_change(found.change)
 
 
 def _judge_without(left: Estimate, change: Estimate) -> str:
@@ -171,6 +175,10 @@ def _judge_without(left: Estimate, change: Estimate) -> str:
 
 def _judge_only_lungs(change: Estimate) -> str:
     return capped(judge_change(change, both_ways=False, notable=_ONLY_LUNGS, strong=_ONLY_LUNGS))
+
+
+def _judge_mirrored(change: Estimate) -> str:
+    return capped(judge_change(change, notable=LARGE_CHANGE))
 
 
 # ---------------------------------------------------------------- what it means
@@ -233,7 +241,7 @@ def _done(change: Estimate) -> str:
 
 
 def _meaning_mirrored(estimate: Estimate, change: Estimate) -> str:
-    if judge_change(change) == FAIL:
+    if _judge_mirrored(change) == WARN:
         return f"Mirrored it {_done(change)}: it relies on sides, as of letters and hearts."
     return f"Mirrored, the AUROC is {estimate.value:.2f}."
 

@@ -279,12 +279,9 @@ def _point(point: Any) -> str:
 
 def _trained_on(report: EvaluationReport) -> set[str]:
     """Return the sources of the training, as far as the checkpoint tells; else nothing."""
-    provenance = _provenance(report)
-    sources, train = provenance.get("sources"), provenance.get("train")
-    if isinstance(sources, list | tuple):
-        return set(map(str, sources))
-    joined = train.get("source", "") if isinstance(train, Mapping) else ""
-    return set(filter(None, str(joined).split("+")))
+    # Not "train": it names the data set, which may hold several sources, or bear another name.
+    sources = _provenance(report).get("sources")
+    return set(map(str, sources)) if isinstance(sources, list | tuple) else set()
 
 
 def _provenance(report: EvaluationReport) -> Mapping[str, Any]:

@@ -25,8 +25,9 @@ from chestxray_covid.intervals import (
     bootstrap_by_group,
     check_resampling,
     group_codes,
+    proportion,
 )
-from chestxray_covid.metrics import Floats, Value
+from chestxray_covid.metrics import Floats, Labels, Value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +207,7 @@ def compare_scores(
 
         both = [side[which] for side in sides]
         for level, given in zip(levels, both, strict=True):
-            level[name] = bootstrap_by_group(metric, patients, truth, given, **how)
+            level[name] = _alone(name, metric, truth, given, patients, how)
         differences[name] = bootstrap_by_group(gap, patients, truth, *both, **how)
     return Comparison(
         title=title,
@@ -217,3 +218,15 @@ def compare_scores(
         differences=differences,
         delong=delong,
     )
+
+
+def _alone(
+    name: str, metric: Any, truth: Labels, given: Floats, patients: Groups, how: dict[str, Any]
+) -> Estimate:
+    """Return a number of one model, with the interval that its own report gives it."""
+    sides = {"sensitivity": 1, "specificity": 0}
+    if name not in sides:
+        return bootstrap_by_group(metric, patients, truth, given, **how)
+    among = truth == sides[name]
+    hits = (given[among] == sides[name]).astype(int)
+    return proportion(hits, group_codes(patients)[among], **how)

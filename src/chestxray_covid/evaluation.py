@@ -94,7 +94,7 @@ def evaluate(
     labels = [sample.label for sample in dataset.samples]
     # Before the slow part, so that a wrong argument is not found out an hour later.
     chosen = _positive(labels, classifier.classes, positive)
-    check_resampling(n_resamples=n_resamples, confidence=confidence)
+    how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     report = evaluate_probabilities(
         labels,
         classifier.predict_proba(dataset, batch_size=batch_size, progress=progress),
@@ -102,9 +102,7 @@ def evaluate(
         **_provenance(dataset, patient_groups(dataset, find_copies=False)),
         ids=_names(dataset),
         positive=chosen,
-        n_resamples=n_resamples,
-        seed=seed,
-        confidence=confidence,
+        **how,
     )
     dropped = whole_characters(dataset.report().dropped)
     return replace(report, model=_model_of(classifier), excluded=dropped)
@@ -113,12 +111,11 @@ def evaluate(
 def _model_of(classifier: ProbabilisticClassifier) -> dict[str, Any]:
     """Return what a classifier with a config says of itself, without the paths of its training."""
     config = getattr(classifier, "config", None)
-    if not isinstance(config, ModelConfig):
-        return {}
-    told = told_of(config.provenance)
-    data = config.to_dict()
     # Of the weights that were judged: a config may be that of others.
-    data["weights_sha256"] = getattr(classifier, "weights_sha256", "")
+    weights = {"weights_sha256": str(getattr(classifier, "weights_sha256", ""))}
+    if not isinstance(config, ModelConfig):
+        return weights if weights["weights_sha256"] else {}
+    told, data = told_of(config.provenance), config.to_dict() | weights
     return {name: data[name] for name in _OF_MODEL} | {"provenance": whole_characters(told)}
 
 
@@ -193,6 +190,7 @@ def evaluate_probabilities(
     """
     import pandas as pd
 
+    how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     names, p = check_classes(classes), m.check_probabilities(probabilities)
     chosen = _positive(y_true, names, positive)
     unknown = [UNKNOWN] * len(p)
@@ -216,7 +214,6 @@ def evaluate_probabilities(
     texts = {name: [whole_characters(str(text)) for text in columns[name]] for name in IDENTITY}
     table = pd.DataFrame(texts)
     table[[f"p_{name}" for name in names]] = p
-    how: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
     overall = judge("overall", "all", table, names, chosen, how)
     by: dict[str, Any] = {
         f"by_{group}": {
@@ -254,7 +251,7 @@ def _positive(labels: Sequence[str], classes: Sequence[str], positive: str | Non
     """Return the class in question, if the labels fit the classes."""
     if not len(labels):
         raise ValueError("There is nothing to evaluate: no samples")
-    strange = sorted(set(labels) - set(classes))
+    strange = sorted(set(labels) - set(classes), key=str)  # a table's gaps are numbers
     if strange:
         raise ValueError(
             f"Labels {strange} are not among the classes {list(classes)} of the classifier. "
@@ -302,6 +299,9 @@ def cross_validate(
     from chestxray_covid.training_config import TrainingConfig
 
     config = config or TrainingConfig()
+    labels = [sample.label for sample in dataset.samples]
+    chosen = _positive(labels, dataset.classes, positive)
+    check_resampling(n_resamples=1, seed=seed, confidence=0.95)
     groups = patient_groups(dataset, workers=config.workers, progress=config.progress)
     probabilities = np.zeros((len(dataset), len(dataset.classes)))
     with tempfile.TemporaryDirectory() as temporary:
@@ -319,12 +319,12 @@ def cross_validate(
                 seed=seed,
             )
     return evaluate_probabilities(
-        [s.label for s in dataset.samples],
+        labels,
         probabilities,
         classes=dataset.classes,
         **_provenance(dataset, groups),
         ids=_names(dataset),
-        positive=positive,
+        positive=chosen,
         seed=seed,
     )
 

@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 _FORMAT = 2
 _GROUPS = ("by_source", "by_view", "by_sex", "by_age")
 _ADDED = ("by_sex", "by_age", "operating_points", "model", "excluded", "chestxray_covid_version")
-#: More in a file would be computed for hours.
-_MAX_RESAMPLES = 1_000_000
 _COLUMNS = ("group", "subgroup", "class", "metric", "value", "low", "high", "n", "method")
 
 
@@ -389,9 +387,7 @@ def _check(report: EvaluationReport) -> None:
     for name, kind in {**kinds, "seed": int, "chestxray_covid_version": str}.items():
         if type(getattr(report, name)) is not kind:
             raise ValueError(f"{name} cannot be {getattr(report, name)!r}")
-    check_resampling(n_resamples=report.n_resamples, confidence=report.confidence)
-    if report.n_resamples > _MAX_RESAMPLES:
-        raise ValueError(f"n_resamples cannot be more than {_MAX_RESAMPLES}")
+    check_resampling(**report._how)
     if report.positive not in report.classes:
         raise ValueError(f"positive {report.positive!r} is none of {list(report.classes)}")
     for part in report.subgroups:

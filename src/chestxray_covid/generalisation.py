@@ -112,12 +112,11 @@ def leave_one_source_out(
         raise ValueError(f"test must be a share in (0, 0.5], got {test}")
     if len(dataset.sources) < 2:
         raise ValueError(f"Leaving a source out needs two or more, got {list(dataset.sources)}")
-    check_resampling(n_resamples=n_resamples, confidence=confidence)
+    how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     # A class is a function that returns its instances, whatever these can do.
     is_ready = hasattr(fit, "predict_proba") and not isinstance(fit, type)
     ready = cast(ProbabilisticClassifier, fit) if is_ready else None
     question = Question.of((ready or dataset).classes, dataset, positive, negative)
-    how = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
     # A copy elsewhere of an image that is trained on would be judged from memory.
     groups = np.array(patient_groups(dataset, find_copies=ready is None, progress=progress))
     sources = np.array([sample.source for sample in dataset.samples])

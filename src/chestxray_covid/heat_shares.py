@@ -87,8 +87,8 @@ def lung_heat(
     """
     import pandas as pd
 
-    how: dict[str, Any] = {"n_resamples": n_resamples, "confidence": confidence}
-    check_resampling(**how)  # before the slow part
+    # Before the slow part.
+    how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     items, targets = explained(classifier, dataset, target)
     known = masks or (lung_mask if dataset.transform is None else lambda _: None)
     heatmaps = grad_cam_stream(classifier, items, targets, batch_size, device)
@@ -110,7 +110,7 @@ def lung_heat(
 
     def mean(values: pd.Series[float]) -> Estimate:
         numbers = values.to_numpy(np.float64)
-        return bootstrap_by_group(mean_among, patients, numbers, seed=seed, **how)
+        return bootstrap_by_group(mean_among, patients, numbers, **how)
 
     return LungHeat(
         share=mean(table["share"]),

@@ -27,6 +27,8 @@ PATIENT_BOOTSTRAP = "patient bootstrap"
 #: Patient of each image, anything hashable.
 Groups: TypeAlias = Sequence[Hashable] | NDArray[Any]
 
+#: More resamples than anyone needs: a file that asks for more asks for all of the memory.
+MAX_RESAMPLES = 1_000_000
 #: Elements of one block of resamples: 16 MB, so that a large evaluation does not fill the memory.
 _BLOCK = 2_000_000
 #: Rounding may tell equal resamples apart by less than this.
@@ -311,16 +313,23 @@ def _resamples(codes: Labels, n_resamples: int, seed: int) -> Iterator[Floats]:
         yield np.take(counts.astype(np.float64), codes, axis=1)
 
 
-def check_resampling(*, n_resamples: int, confidence: float) -> None:
-    """Raise unless these are options of an interval.
+def check_resampling(*, n_resamples: int, confidence: float, seed: int = 0) -> dict[str, Any]:
+    """Return options of an interval as plain numbers, which JSON knows.
 
     Raises:
-        ValueError: If ``n_resamples`` is below 1 or ``confidence`` outside (0, 1).
+        ValueError: If ``n_resamples`` is no whole number from 1 to a million, ``seed`` none from
+            0, or ``confidence`` is outside (0, 1).
     """
-    if not n_resamples >= 1:
-        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
+    for name, value, least, most in (
+        ("n_resamples", n_resamples, 1, MAX_RESAMPLES),
+        ("seed", seed, 0, math.inf),
+    ):
+        if not isinstance(value, int | np.integer) or not least <= value <= most:
+            limit = f"from {least} to {most:,}" if most < math.inf else f"of at least {least}"
+            raise ValueError(f"{name} must be a whole number {limit}, got {value!r}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be inside (0, 1), for example 0.95, got {confidence}")
+    return {"n_resamples": int(n_resamples), "seed": int(seed), "confidence": float(confidence)}
 
 
 def group_codes(groups: Iterable[Hashable]) -> Labels:

@@ -331,6 +331,7 @@ class Trainer:
     def _save_best(self, record: EpochRecord) -> None:
         if not self._accelerator.is_main_process:
             return
+        data = {"train": self.train, "val": self.val}
         provenance = {
             # Without paths: this travels with the weights.
             "training": {
@@ -340,8 +341,8 @@ class Trainer:
             },
             "epoch": record.epoch,
             "identity": self._identity(),
-            "train": {**self.train.report().to_dict(), "root": ""},
-            "val": {**self.val.report().to_dict(), "root": ""},
+            "sources": list(self.train.sources),
+            **{k: {**d.report().to_dict(), "root": ""} for k, d in data.items()},
         }
         config = ModelConfig(
             classes=self.train.classes, preprocess=self.config.preprocess, provenance=provenance
