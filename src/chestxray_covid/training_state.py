@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -204,20 +205,18 @@ class StateStore:
         Raises:
             TrainingError: If it cannot be written; older states are as they were.
         """
-        from safetensors.numpy import save
-
         numbers = [number for saved, number, _ in self._saved() if saved == step]
         name = f"step-{step:09d}" + (f"-{numbers[0] + 1}" if numbers else "")
         partial, final = self._folder / ".partial", self._folder / name
         text = json.dumps(values, allow_nan=False)
         # safetensors takes the bytes as they lie in memory, whatever the order of the axes.
         ordered = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
-        contents = {"state.safetensors": save(ordered), "state.json": text.encode()}
         with saving(f"state of step {step}", self._folder):
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir(parents=True)
-                write_files(partial, contents)
+                _write_tensors(partial / "state.safetensors", ordered)
+                write_files(partial, {"state.json": text.encode()})
                 partial.replace(final)
             finally:  # there is one only if it was not renamed
                 shutil.rmtree(partial, ignore_errors=True)
@@ -251,6 +250,23 @@ class StateStore:
     def clear(self) -> None:
         """Delete all states, which a finished run needs no more."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
+    """Write tensors to the disk from where they lie in memory, without another copy of them all.
+
+    Raises:
+        OSError: If they cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _is_complete(history: History, config: TrainingConfig) -> bool:
