@@ -351,10 +351,17 @@ def _spline(points: ArrayLike, *, closed: bool = False) -> Points:
 
 def _band(lines: Points, start: float, end: float) -> Points:
     """Return the outlines of strips along lines, from one width to another."""
-    along = np.gradient(lines, axis=-2)
+    differences, widths = _along(lines.shape[-2], start, end)
+    along = differences @ lines
     normal = along[..., ::-1] * (1, -1) / np.hypot(along[..., :1], along[..., 1:])
-    offset = normal * np.linspace(start / 2, end / 2, lines.shape[-2])[:, None]
+    offset = normal * widths
     return np.concatenate([lines + offset, (lines - offset)[..., ::-1, :]], axis=-2)
+
+
+@lru_cache(maxsize=32)
+def _along(count: int, start: float, end: float) -> tuple[Points, Points]:
+    """Return the matrix of ``np.gradient`` along a line of points, and half the widths there."""
+    return np.gradient(np.eye(count), axis=0), np.linspace(start / 2, end / 2, count)[:, None]
 
 
 def _ellipse(x: float, y: float, rx: float, ry: float) -> Points:
