@@ -361,7 +361,8 @@ def _band(lines: Points, start: float, end: float) -> Points:
 @lru_cache(maxsize=32)
 def _along(count: int, start: float, end: float) -> tuple[Points, Points]:
     """Return the matrix of ``np.gradient`` along a line of points, and half the widths there."""
-    return np.gradient(np.eye(count), axis=0), np.linspace(start / 2, end / 2, count)[:, None]
+    differences: Points = np.gradient(np.eye(count), axis=0)  # type: ignore[assignment]
+    return differences, np.linspace(start / 2, end / 2, count)[:, None]
 
 
 def _ellipse(x: float, y: float, rx: float, ry: float) -> Points:
