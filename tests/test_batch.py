@@ -6,10 +6,12 @@ import csv
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ import pyarrow.fs
 import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from chestxray_covid import (
     Classifier,
-    ModelConfig,
     SyntheticChestXray,
     predict_files,
     ray_predict,
@@ -36,7 +38,6 @@ from chestxray_covid.places import Places
 from chestxray_covid.prediction import FailedPrediction, Prediction
 from chestxray_covid.prediction_table import heading, line
 from chestxray_covid.shards import Shard, ShardedTable
-from conftest import random_tensors
 
 FILES = 12
 
@@ -249,6 +250,86 @@ def test_a_table_that_is_being_changed_does_not_say_that_it_is_whole(
     predict_files(files[:4], output, classifier=clf, shard_size=2)
     assert (output / "_SUCCESS").exists()
     assert len(rows_of(output)) == 4
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_other_weights_with_the_same_config_are_computed_again(
+    checkpoint_folder: Path, images: Path, tmp_path: Path, saved: bool
+) -> None:
+    config, tensors = load_checkpoint(checkpoint_folder)
+    if not saved:
+        config = replace(config, weights_sha256="")
+    other = {**tensors, "classifier.bias": np.array([5, 0, 0], np.float32)}
+    for weights in (tensors, other):
+        own = Classifier(config, weights)
+        predict_files(images, tmp_path / "o.parquet", classifier=own, shard_size=5)
+        found = rows_of(tmp_path / "o.parquet")[0]["p_normal"]
+        assert found == pytest.approx(own.predict_proba(images / "00.png")[0, 0], abs=1e-5)
+
+
+def test_a_row_of_an_address_that_nobody_knows_is_a_row_with_the_reason(
+    clf: Classifier, images: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "list.csv"
+    place.write_text(f"path\n{images}/00.png\nhttps://example.org/a.png\n{images}/01.png\n")
+    done = predict_files(place, tmp_path / "o.csv", classifier=clf, shard_size=2)
+    assert done.count == 3
+    assert [*done.failed] == ["https://example.org/a.png"]
+    assert "cannot be fetched: Unrecognized" in done.failed["https://example.org/a.png"]
+
+
+def test_a_run_whose_parts_another_has_taken_says_so(
+    clf: Classifier, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = ShardedTable.complete
+
+    def overtaken(self: ShardedTable, names: list[str]) -> Any:
+        monkeypatch.undo()
+        predict_files(images, tmp_path / "o.csv", classifier=clf, shard_size=5)  # the other run
+        return complete(self, names)
+
+    monkeypatch.setattr(ShardedTable, "complete", overtaken)
+    with pytest.raises(DatasetError, match=r"o\.csv is being written by another run"):
+        predict_files(images, tmp_path / "o.csv", classifier=clf, shard_size=5)
+    assert len(rows_of(tmp_path / "o.csv")) == FILES
+    assert [p.name for p in tmp_path.iterdir()] == ["o.csv"]
+
+
+def test_a_kill_while_the_table_is_put_together_leaves_nothing_for_ever(
+    checkpoint_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from chestxray_covid import Classifier, predict_files
+Path.replace = lambda self, target: os._exit(9) if self.name.startswith(".o.csv") else (
+    os.replace(self, target))
+clf = Classifier.from_pretrained(sys.argv[1], device="cpu")
+predict_files(sys.argv[2], sys.argv[3], classifier=clf)
+"""
+    command = [sys.executable, "-c", code, checkpoint_folder, images, tmp_path / "o.csv"]
+    assert subprocess.run([*map(str, command)], check=False).returncode == 9
+    clf = Classifier.from_pretrained(checkpoint_folder, device="cpu")
+    predict_files(images, tmp_path / "o.csv", classifier=clf)
+    assert [p.name for p in tmp_path.iterdir()] == ["o.csv"]
+
+
+def test_a_name_that_the_terminal_cannot_show_stops_nothing(
+    checkpoint_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    for number, name in enumerate(["a.png", "Łódź_снимок.png", "z.png"]):
+        shutil.copy(images / f"{number:02d}.png", tmp_path / name)
+    command = [sys.executable, "-m", "chestxray_covid", "predict", tmp_path]
+    command += ["--model", checkpoint_folder, "--engine", "openvino"]
+    done = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"\u0141\xf3d\u017a_" in done.stdout.replace("ó".encode("cp1252"), rb"\xf3")
+    assert b"z.png" in done.stdout
 
 
 def test_an_error_late_in_the_list_keeps_what_was_judged_and_is_raised(
@@ -491,10 +572,15 @@ class TestRefused:
         with pytest.raises(ValueError, match="shard_size must be positive, got 0"):
             predict_files(images, tmp_path / "o.csv", classifier=clf, shard_size=0)
 
-    def test_a_model_that_was_never_saved(self, images: Path, tmp_path: Path) -> None:
-        own = Classifier(ModelConfig(classes=("normal", "covid19")), random_tensors(2))
-        with pytest.raises(ValueError, match="weights have no hash"):
-            predict_files(images, tmp_path / "o.csv", classifier=own)
+    @pytest.mark.parametrize("name", ["07.png", "new.JPG"])
+    def test_an_output_named_like_an_image(
+        self, clf: Classifier, images: Path, tmp_path: Path, name: str
+    ) -> None:
+        output = images / name if name == "07.png" else tmp_path / name
+        with pytest.raises(ValueError, match="output must not be named like an image"):
+            predict_files(images, output, classifier=clf)
+        with Image.open(images / "07.png") as image:
+            assert image.size == (64, 64)
 
     def test_an_address_that_is_no_parquet(
         self, clf: Classifier, images: Path, tmp_path: Path
@@ -546,7 +632,7 @@ else:
         ray_predict(ray.data.from_items([{"name": "x"}]), sys.argv[3], **options)
     except ValueError as error:
         print(error)
-    table = ray.data.from_items([{"path": p} for p in reversed(sys.argv[4:])])
+    table = ray.data.from_items([{"path": p} for p in [*reversed(sys.argv[4:]), None]])
     print(ray_predict(table, sys.argv[3], **options))
 """
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import gzip
+import http.client
 import io
 import json
 import math
@@ -8,8 +10,10 @@ import multiprocessing
 import os
 import pickle
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +326,49 @@ def test_every_frame_of_an_open_file_is_an_image_of_its_own(
         found = getattr(clf, ask)(ImageSequence.Iterator(pages))
     found = rows(found) if ask == "predict" else found
     np.testing.assert_allclose(found, clf.predict_proba(frames), atol=1e-6)
+
+
+@pytest.mark.parametrize("ask", ["predict", "predict_proba", "predict_stream", "__call__"])
+def test_open_files_may_come_one_by_one(clf: Classifier, folder: Path, ask: str) -> None:
+    paths = in_order(folder)
+    expected = clf.predict_proba(paths)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in paths:
+            archive.write(path, path.name)
+    with zipfile.ZipFile(packed) as archive, ExitStack() as opened:
+        files = [opened.enter_context(path.open("rb")) for path in paths]
+        members = [opened.enter_context(archive.open(path.name)) for path in paths]
+        for streams in map(iter, (files, members, [io.BytesIO(p.read_bytes()) for p in paths])):
+            found = getattr(clf, ask)(streams)
+            if ask == "__call__":
+                assert len(found) == len(paths)
+            else:
+                found = found if ask == "predict_proba" else rows(list(found))
+                np.testing.assert_allclose(found, expected, atol=1e-6)
+    kept = io.BytesIO(paths[0].read_bytes())
+    clf.predict(stream for stream in [kept])
+    assert not kept.closed
+
+
+def test_a_stream_that_breaks_is_a_failure_in_its_place_whatever_it_raises(
+    clf: Classifier, folder: Path
+) -> None:
+    class Cut(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            raise http.client.IncompleteRead(b"")
+
+    data = in_order(folder)[0].read_bytes()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("a.png", data)
+    broken = packed.getvalue().replace(data, data[:-9] + b"X" + data[-8:])
+    with zipfile.ZipFile(io.BytesIO(broken)) as archive:
+        short = gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(data)[:-20]))
+        images = [archive.open("a.png"), short, Cut(), io.BytesIO(data)]
+        found = list(clf.predict_stream(images, on_error="return"))
+    assert [isinstance(f, FailedPrediction) for f in found] == [True, True, True, False]
+    assert all("<stream> cannot be read" in str(f) for f in found[:3])
 
 
 def test_an_open_file_that_is_damaged_is_a_failure_in_its_place(clf: Classifier) -> None:

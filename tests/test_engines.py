@@ -208,6 +208,40 @@ def test_a_forked_process_gets_what_its_parent_gets_or_an_error(
     assert in_new_process(FORKED, checkpoint_folder, name, one_thread) == expected
 
 
+EXPLAINED_IN_A_FORK = """
+import os, sys
+import numpy as np
+import torch
+from chestxray_covid import ChestXrayError, Classifier, grad_cam, segment
+torch.set_num_threads(2)
+classifier = Classifier.from_pretrained(sys.argv[1], engine="onnx")
+image = np.random.default_rng(0).integers(0, 256, (96, 96), dtype=np.uint8)
+def ask():
+    segment(image) if sys.argv[2] == "segment" else grad_cam(classifier, image)
+ask()
+child = os.fork()
+if not child:
+    if sys.argv[3] == "True":
+        torch.set_num_threads(1)
+    try:
+        ask()
+    except ChestXrayError as error:
+        os._exit(5 if isinstance(error, RuntimeError) and "spawn" in str(error) else 6)
+    os._exit(3)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("one_thread", "expected"), [(True, 3), (False, 5)])
+@pytest.mark.parametrize("what", ["segment", "grad_cam"])
+def test_what_torch_computes_in_a_forked_process_is_there_or_an_error(
+    checkpoint_folder: Path, what: str, one_thread: bool, expected: int
+) -> None:
+    found = in_new_process(EXPLAINED_IN_A_FORK, checkpoint_folder, what, one_thread)
+    assert found == expected
+
+
 THREADS_OF_A_FORK = """
 import os, sys, threading
 import numpy as np

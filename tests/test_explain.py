@@ -4,6 +4,7 @@ import io
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from chestxray_covid import (
     grad_cam,
     occlusion_sensitivity,
 )
+from chestxray_covid.datasets.base import Sample
 from chestxray_covid.engine_torch import TorchEngine
 from chestxray_covid.explain import _hidden
 from chestxray_covid.models import from_tensors, normalise
@@ -216,7 +218,28 @@ def test_a_large_jpeg_is_explained_with_the_pixels_of_its_prediction(
     found = grad_cam(model, path)
     assert found.image.size == (1024, 1024)
     prediction = model.predict(path)
-    assert found.probability == pytest.approx(prediction.probabilities[found.target], abs=1e-6)
+    sample = Sample(path=path, label="normal", finding="", patient_id="1", source="a")
+    for image in (path, sample, io.BytesIO(path.read_bytes()), path.read_bytes()):
+        for explain in (grad_cam, partial(occlusion_sensitivity, steps=2)):
+            found = explain(model, image)
+            assert found.image.size == (1024, 1024)
+            expected = prediction.probabilities[found.target]
+            assert found.probability == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_heatmap_depends_on_no_setting_of_torch_and_draws_no_number(
+    model: Classifier, images: list[Image.Image]
+) -> None:
+    expected = grad_cam(model, images)
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(same, grad_cam(model, images), expected))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(map(same, grad_cam(model, images), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_streams_data_sets_and_folders_are_explained(

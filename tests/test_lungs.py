@@ -147,6 +147,20 @@ def test_an_impossible_box_is_refused(shape: tuple[int, ...], margin: float) -> 
 # ---------------------------------------------------------------- the weights
 
 
+def test_a_mask_depends_on_no_setting_of_torch_and_draws_no_number(written: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 1, 96, 96), dtype=np.uint8)
+    expected = probabilities(load_network(written), pixels)
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        network = load_network(written)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert np.array_equal(probabilities(network, pixels), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_network_gives_a_logit_per_pixel_that_exposure_does_not_change() -> None:
     torch.manual_seed(0)
     network = LungNetwork().eval()

@@ -83,9 +83,9 @@ def predict_files(
 
     Raises:
         DatasetNotFoundError: If there is no image file.
-        DatasetError: If a CSV of paths cannot be read.
-        ValueError: If a size is not positive, the classifier was never saved, the output is a file
-            where a folder is expected or the contrary, or it is one of the inputs.
+        DatasetError: If a CSV of paths cannot be read, or another run writes the output.
+        ValueError: If a size is not positive, the output is a file where a folder is expected or
+            the contrary, or it is one of the inputs or named like an image.
         OSError: If the output cannot be written; what was finished is kept.
         MissingExtraError: If Parquet or an address needs pyarrow, which is not installed.
     """
@@ -150,7 +150,7 @@ def ray_predict(
         DatasetNotFoundError: If there is no image file.
         DatasetError: If a CSV of paths cannot be read.
         ValueError: If the output is no Parquet, or a file, or one of the inputs, a size is not
-            positive, the data set has no column ``path``, or the classifier was never saved.
+            positive, or the data set has no column ``path``.
         OSError: If the output cannot be listed.
         ray.exceptions.RayError: If a worker cannot write its shard.
         MissingExtraError: If Ray is not installed.
@@ -200,16 +200,13 @@ def ray_predict(
 
 def _table(classifier: Classifier, output: Place, shard_size: int) -> ShardedTable:
     config, gate = classifier.config, classifier.gate
-    if not config.weights_sha256:
-        raise ValueError(
-            "The classifier's weights have no hash, which tells whether finished files are its "
-            "own. Save it with save_pretrained, and load it with from_pretrained."
-        )
     flags = "" if gate is None else hashlib.sha256(gate.to_bytes()).hexdigest()
     precision = classifier.engine.precision
     if precision == "int8" and classifier.int8 is not None:
         precision = classifier.int8.digest
-    model = [_VERSION, config.weights_sha256, flags, config.classes, config.threshold, precision]
+    # Of the weights that compute, whatever the config says of those that it was saved with.
+    weights = classifier.weights_sha256
+    model = [_VERSION, weights, flags, config.classes, config.threshold, precision]
     return ShardedTable(
         output,
         classes=config.classes,
@@ -233,7 +230,8 @@ def _column(dataset: Any) -> list[str]:
     """Return the paths in a Ray data set, sorted: its own order may differ from run to run."""
     if "path" not in (dataset.columns() or ()):
         raise ValueError(f"The Ray data set needs a column path, it has {dataset.columns()}")
-    return sorted(str(row["path"]) for row in dataset.select_columns(["path"]).iter_rows())
+    rows = dataset.select_columns(["path"]).iter_rows()
+    return sorted(str(row["path"]) for row in rows if row["path"])
 
 
 class _Judge:
@@ -334,7 +332,7 @@ def _sources(
         if is_address(file):
             try:
                 return file, places.read(file)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a kind that pyarrow does not know
                 return file, ImageError(f"{file} cannot be fetched: {error}")
         path = os.path.join(root, file)  # noqa: PTH118 - a million of them
         if is_folder(path):  # which would stand for the images below it

@@ -63,7 +63,7 @@ class Classifier:
         engine: What computes; its ``name`` and ``precision`` say what was chosen.
 
     Raises:
-        CheckpointError: If the weights are not those that the config describes.
+        CheckpointError: If the weights are no DenseNet-121 of these classes, or not finite.
     """
 
     def __init__(

@@ -81,6 +81,9 @@ def translated(command: Command) -> Command:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A name that its encoding lacks is no reason to stop; stderr does so by itself.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return command(*args, **kwargs)
         except TrainingInterrupted as stop:

@@ -206,7 +206,7 @@ def read_stream(stream: Stream) -> bytes:
     """Return what a binary stream holds, a seekable one from its start.
 
     Raises:
-        ImageError: If it cannot be read, or does not end.
+        ImageError: If it cannot be read, whatever it raises, or does not end.
         TypeError: If it is one of text.
     """
     parts: list[bytes] = []
@@ -225,9 +225,9 @@ def read_stream(stream: Stream) -> bytes:
                 raise ImageError(
                     f"<stream> is longer than {MAX_STREAM_BYTES} bytes. Save it to a file first."
                 )
-    except ImageError:
+    except (ImageError, TypeError, MemoryError):
         raise
-    except (OSError, ValueError) as error:  # ValueError: closed
+    except Exception as error:  # a closed one, a broken archive, a connection that was cut, ...
         raise ImageError(f"<stream> cannot be read: {reason(error)}") from error
     return b"".join(parts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -144,8 +145,7 @@ class TorchEngine:
             ForkedError: In a process that was forked after the engine was opened, unless torch
                 computes on the CPU in one thread.
         """
-        if self._process != os.getpid():
-            self._check_forked()
+        check_forked(self._process, self._device)
         batch = torch.from_numpy(pixels)
         size = _CPU_BATCH if self._device.type == "cpu" else max(1, len(batch))
         starts = range(0, max(1, len(batch)), size)
@@ -156,14 +156,32 @@ class TorchEngine:
         logits, features = (torch.cat(found).cpu().numpy() for found in zip(*parts, strict=True))
         return logits, features
 
-    def _check_forked(self) -> None:
-        # Neither the threads of OpenMP nor what CUDA knows of the device are in the new process.
-        if self._device.type != "cpu" or torch.get_num_threads() > 1:
-            raise ForkedError(
-                "This process was forked from the one that opened the classifier, where its "
-                'threads have stayed. Start processes with multiprocessing.get_context("spawn"), '
-                "or, on the CPU, call torch.set_num_threads(1) in each of them first."
-            )
+
+def check_forked(began: int, device: torch.device) -> None:
+    """Raise where torch would wait for threads that a fork has left behind.
+
+    Args:
+        began: The process in which torch began to compute, see :func:`first_process`.
+        device: Where it is to compute now.
+
+    Raises:
+        ForkedError: In another process, unless torch computes on the CPU in one thread.
+    """
+    if began == os.getpid():
+        return
+    # Neither the threads of OpenMP nor what CUDA knows of the device are in the new process.
+    if device.type != "cpu" or torch.get_num_threads() > 1:
+        raise ForkedError(
+            "This process was forked from the one in which torch began to compute, where its "
+            'threads have stayed. Start processes with multiprocessing.get_context("spawn"), '
+            "or, on the CPU, call torch.set_num_threads(1) in each of them first."
+        )
+
+
+@lru_cache(maxsize=1)
+def first_process() -> int:
+    """Return the process that asked first, of this one and those it was forked from."""
+    return os.getpid()
 
 
 def native_precision(device: str) -> str:

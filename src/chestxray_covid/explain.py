@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from chestxray_covid.classifier import Classifier
+from chestxray_covid.datasets.base import Sample
 from chestxray_covid.datasets.loading import in_batches, map_ahead
+from chestxray_covid.encoded import read_stream
 from chestxray_covid.engines import softmax
+from chestxray_covid.errors import ForkedError
 from chestxray_covid.heatmap import Heatmap
 from chestxray_covid.image import load_image
 from chestxray_covid.inputs import check_positive, expand, is_single, name_of, read
@@ -57,6 +60,8 @@ def grad_cam(
         ImageError: If an image cannot be decoded.
         TypeError: If something is no image.
         ValueError: If ``target``, ``batch_size`` or ``device`` is impossible.
+        ForkedError: In a process that was forked after torch had computed here, unless torch
+            computes on the CPU in one thread.
     """
     items, targets = explained(classifier, images, target)
     found = list(grad_cam_stream(classifier, items, targets, batch_size, device))
@@ -73,17 +78,22 @@ def grad_cam_stream(
     """Yield the heatmaps of what :func:`explained` returned, in order, in constant memory."""
     import torch
 
+    from chestxray_covid.engine_torch import check_forked, first_process
     from chestxray_covid.models import feature_maps, from_tensors, normalise
 
     check_positive("batch_size", batch_size)
     try:
-        model = from_tensors(classifier._tensors).to(torch.device(device))
+        place = torch.device(device)
+        check_forked(first_process(), place)
+        model = from_tensors(classifier._tensors).to(place)
         model = model.to(memory_format=torch.channels_last)  # half again as fast on a CPU
+    except ForkedError:
+        raise
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}. Use 'cpu'.") from error
     for batch in in_batches(_load_ahead(classifier, items, targets, batch_size), batch_size):
         pixels = torch.from_numpy(np.stack([one.pixels for one in batch])).to(device)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(place.type, enabled=False):
             maps = feature_maps(model, normalise(pixels, classifier.config.preprocess))
             # What each position adds to each logit; their sum and the bias is the logit.
             parts = torch.einsum("kc,nchw->nkhw", model.classifier.weight, maps)
@@ -195,8 +205,8 @@ def _load_ahead(
 ) -> Iterator[_Loaded]:
     def load(pair: tuple[Any, str | None]) -> _Loaded:
         item, target = pair
-        if hasattr(item, "read"):  # cannot be relied on to be read twice
-            item = load_image(item)
+        if hasattr(item, "read") and not isinstance(item, Sample):
+            item = read_stream(item)  # cannot be relied on to be read twice
         # The very pixels of the prediction: a large JPEG may be decoded smaller for those.
         pixels = read(item, classifier.config.preprocess)[0]
         whole = item.dataset.image(item.position) if hasattr(item, "position") else item

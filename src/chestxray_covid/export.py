@@ -201,7 +201,7 @@ def _reference(config: ModelConfig, tensors: Any) -> _Run:
     model = from_tensors(tensors)
 
     def run(pixels: NDArray[np.uint8]) -> _Outputs:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             batch = normalise(torch.from_numpy(pixels), config.preprocess)
             features = forward_features(model, batch)
             return model.classifier(features).numpy(), features.numpy()

@@ -92,7 +92,9 @@ def _copy(image: Any) -> Any:
         return image.copy()
     if isinstance(image, (bytearray, memoryview)):
         return bytes(image)
-    return image.detach().clone() if hasattr(image, "detach") else image
+    # A buffered stream can be detached, too, and then reads no more.
+    is_tensor = hasattr(image, "detach") and not hasattr(image, "read")
+    return image.detach().clone() if is_tensor else image
 
 
 def expand_any(images: Any) -> Iterable[Any]:

@@ -100,7 +100,10 @@ def probabilities(network: LungNetwork, pixels: NDArray[np.uint8]) -> NDArray[np
     """Return ``(N, 1, S, S)`` probabilities of being lung of ``(N, 1, S, S)`` uint8 pixels."""
     import torch
 
-    with torch.inference_mode():
+    from chestxray_covid.engine_torch import check_forked, first_process
+
+    check_forked(first_process(), torch.device("cpu"))
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         logits = network(torch.from_numpy(pixels).float() / 255)
     found: NDArray[np.float32] = logits.sigmoid().numpy()
     return found
@@ -194,6 +197,8 @@ def load_network(path: str | os.PathLike[str]) -> LungNetwork:
         CheckpointNotFoundError: If a file is missing.
         CheckpointError: If the weights do not fit their hash or the network.
     """
+    import torch
+
     from chestxray_covid.lung_network import LungNetwork
     from chestxray_covid.models import load_tensors
 
@@ -214,7 +219,9 @@ def load_network(path: str | os.PathLike[str]) -> LungNetwork:
             f"{target} is not the file that {target.stem}.json describes: its SHA-256 differs. "
             "Install the package again."
         )
-    network, tensors = LungNetwork(), read_tensors(data, target)
+    tensors = read_tensors(data, target)
+    with torch.random.fork_rng(devices=[]):  # of the weights that are drawn and not used
+        network = LungNetwork().float()
     own = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     if {name: t.shape for name, t in tensors.items()} != own or not all(
         np.isfinite(t).all() for t in tensors.values()

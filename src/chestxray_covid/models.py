@@ -187,9 +187,10 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, NDArray[Any]]) -> None:
 
 def from_tensors(tensors: Mapping[str, NDArray[Any]]) -> torchvision.models.DenseNet:
     """Return the network that a checkpoint's tensors describe, in ``eval()`` mode, float32."""
-    model = torchvision.models.densenet121(
-        weights=None, num_classes=len(tensors["classifier.bias"])
-    )
+    with torch.random.fork_rng(devices=[]):  # of the weights that are drawn and not used
+        model = torchvision.models.densenet121(
+            weights=None, num_classes=len(tensors["classifier.bias"])
+        ).float()
     load_tensors(model, tensors)
     return model.eval()
 

@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeAlias
 from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.errors import DatasetError
 from chestxray_covid.files import sync_folder
+from chestxray_covid.image import IMAGE_SUFFIXES
 from chestxray_covid.inputs import check_positive
 from chestxray_covid.places import Places, is_address
 from chestxray_covid.prediction_table import PARQUET, Row, TableFormat, format_of
@@ -48,8 +49,8 @@ class ShardedTable:
         shard_size: Files per shard.
 
     Raises:
-        ValueError: If ``shard_size`` is not positive, an address does not end in ``.parquet``, or a
-            file is where a folder of Parquet is to be, or the contrary.
+        ValueError: If ``shard_size`` is not positive, an address does not end in ``.parquet``, the
+            name is an image's, or a file is where a folder of Parquet is to be, or the contrary.
     """
 
     def __init__(
@@ -62,6 +63,11 @@ class ShardedTable:
         self.places = Places()
         if is_address(self.output) and not self.is_parquet:
             raise ValueError(f"An address must end in .parquet to be written, got {self.output!r}")
+        if Path(self.output).suffix.lower() in IMAGE_SUFFIXES:
+            raise ValueError(
+                f"output must not be named like an image, which it might replace, got {given!r}. "
+                "Expected a name that ends in .csv, .jsonl or .parquet."
+            )
         self._classes = tuple(classes)
         self._model = model
         self._shard_size = shard_size
@@ -125,6 +131,7 @@ class ShardedTable:
         """Make the shards the table, and return path → reason of the rows that failed.
 
         Raises:
+            DatasetError: If another run has taken the shards away.
             OSError: If a shard cannot be read or the table not be written.
         """
         failed: dict[str, str] = {}
@@ -139,7 +146,8 @@ class ShardedTable:
             self.places.write(self._folder, _DONE, b"")
             return failed
         output = Path(self.output)
-        partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+        # In the folder that goes in the end, so that nothing of it stays after a kill either.
+        partial = Path(self._folder, f".{output.name}.{os.getpid()}.partial")
         try:
             with partial.open("wb") as file:
                 file.write(self._format.head(self._classes))
@@ -151,9 +159,14 @@ class ShardedTable:
                 os.fsync(file.fileno())
             partial.replace(output)
             sync_folder(output.parent)
+        except FileNotFoundError as error:
+            raise DatasetError(
+                f"{output} is being written by another run, which has taken {error.filename} away. "
+                "Wait until that has ended, and run this again."
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self._folder, ignore_errors=True)
         return failed
 
 
