@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         allow_confounded_sources=True,  # known, and printed above
     )
     model = build_densenet121(
-        pretrained=not options.no_pretrained, num_classes=len(dataset.classes)
+        pretrained=not options.no_pretrained, num_classes=len(dataset.classes), seed=options.seed
     )
     trainer = Trainer(model, split.train, split.val, config, output=options.output)
     history = trainer.fit(resume=options.resume)

@@ -48,6 +48,8 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluationRepor
     [
         ({"positive": "covid-19"}, "positive must be one of"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"val": 0.9}, r"val must be a share in \(0, 0.5\], got 0.9"),
+        ({"val": float("nan")}, "val must be a share"),
     ],
 )
 def test_wrong_arguments_are_refused_before_a_fold_is_trained(
@@ -55,6 +57,8 @@ def test_wrong_arguments_are_refused_before_a_fold_is_trained(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         cross_validate(DATA, CONFIG, folds=3, model=network, output=tmp_path, **changes)
+    with pytest.raises(TypeError, match="config must be a TrainingConfig, got dict"):
+        cross_validate(DATA, {"epochs": 1}, folds=3, model=network, output=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -169,6 +169,33 @@ def test_options_train_the_network_without_the_source() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         leave_one_source_out(phantoms(), Linear, **{**FEW, **options})
+
+
+@dataclass
+class Oracle:
+    """Knows every label, in its own order of the classes."""
+
+    classes: tuple[str, ...]
+
+    def predict_proba(self, images: Any, /, *, batch_size: int, progress: bool) -> np.ndarray:
+        known = np.array([[s.label == name for name in self.classes] for s in images.samples])
+        return (known + 0.1) / (known + 0.1).sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    "classes", [("normal", "covid19"), ("covid19", "normal"), ("pneumonia", "covid19", "normal")]
+)
+def test_a_classifier_may_have_its_classes_in_any_order(classes: tuple[str, ...]) -> None:
+    rows = leave_one_source_out(phantoms(), lambda _: Oracle(classes), **FEW)
+    assert [(row.internal.value, row.external.value) for row in rows] == [(1, 1)] * len(rows)
+
+
+def test_what_is_no_way_to_train_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"fit must return a classifier .* it returned None"):
+        leave_one_source_out(phantoms(), lambda _: None, **FEW)
+    for fit in ({"epochs": 1}, None):
+        with pytest.raises(TypeError, match="config must be a TrainingConfig, got"):
+            leave_one_source_out(phantoms(), fit, **FEW)
 
 
 def test_one_source_cannot_be_left_out() -> None:

@@ -90,10 +90,25 @@ def test_an_unknown_part_to_train_is_refused(trainable: Any) -> None:
         build_densenet121(pretrained=False, trainable=trainable)
 
 
-@pytest.mark.parametrize("num_classes", [1, 0, -3])
-def test_fewer_than_two_classes_are_refused(num_classes: int) -> None:
-    with pytest.raises(ValueError, match=f"num_classes must be at least 2, got {num_classes}"):
+@pytest.mark.parametrize("num_classes", [1, 0, -3, 2.5, "2"])
+def test_fewer_than_two_classes_are_refused(num_classes: Any) -> None:
+    expected = f"num_classes must be a whole number of at least 2, got {num_classes!r}"
+    with pytest.raises(ValueError, match=expected):
         build_densenet121(pretrained=False, num_classes=num_classes)
+    assert build_densenet121(False, num_classes=np.int64(3)).classifier.out_features == 3
+
+
+@pytest.mark.parametrize("seed", [-1, 10**20])
+def test_a_seed_that_torch_cannot_take_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=f"seed must be from 0 to .*, got {seed}"):
+        build_densenet121(False, seed=seed)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_a_model_of_another_precision_is_not_trained(kind: torch.dtype) -> None:
+    model = build_densenet121(False).to(kind)
+    with pytest.raises(ValueError, match=rf"model is of {kind}.*call model\.float\(\)"):
+        check_model(model, ("normal", "covid19"))
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)

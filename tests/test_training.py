@@ -531,6 +531,44 @@ def test_a_run_is_not_continued_with_other_blocks_frozen(split: Split, tmp_path:
         Trainer(head, split.train, split.val, QUICK, output=run).fit(resume=True)
 
 
+def test_a_callback_that_looks_at_predictions_freezes_no_batch_norm(
+    split: Split, finished: Finished, tmp_path: Path
+) -> None:
+    class Look(Callback):
+        def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+            trainer.model.eval()
+
+    _, tensors = trained(split, tmp_path / "run", callbacks=[Look()])
+    assert equal(tensors, finished.tensors)
+
+
+def test_gradients_are_computed_also_where_they_were_switched_off(
+    split: Split, finished: Finished, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        _, tensors = trained(split, tmp_path / "run")
+        assert not torch.is_grad_enabled()
+    assert equal(tensors, finished.tensors)
+
+
+def test_a_compiler_that_is_not_there_is_named(split: Split, tmp_path: Path) -> None:
+    config = replace(QUICK, compile_backend="tvm")
+    with pytest.raises(TrainingError, match="compile_backend='tvm' does not work here"):
+        trained(split, tmp_path / "run", config)
+
+
+def test_a_cache_that_cannot_be_written_is_named(split: Split, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = replace(QUICK, cache_dir=tmp_path / "file")
+    with pytest.raises(TrainingError, match=r"cache_dir .*file cannot be written: .*Not a dir"):
+        trained(split, tmp_path / "run", config)
+
+
+def test_a_name_that_is_too_long_is_refused(split: Split, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"cannot become a run directory: .*too long"):
+        trained(split, tmp_path / ("x" * 300))
+
+
 def test_a_folder_that_cannot_be_one_is_refused(split: Split, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match="cannot become a run directory"):

@@ -78,6 +78,17 @@ def test_an_impossible_option_is_refused_by_name(field: str, value: object) -> N
         TrainingConfig(**{field: value})
 
 
+def test_what_would_move_batch_norms_otherwise_is_refused() -> None:
+    with pytest.raises(ValueError, match="compile_backend and gradient_checkpointing cannot be"):
+        TrainingConfig(compile_backend="aot_eager", gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("place", [b"/tmp/x", 5])
+def test_a_cache_is_a_path_of_text(place: object) -> None:
+    with pytest.raises(TypeError):
+        TrainingConfig(cache_dir=place)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

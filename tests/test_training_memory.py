@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from torch import Tensor, nn
 
 from chestxray_covid import build_densenet121, training_memory
 from chestxray_covid.errors import TrainingError
-from chestxray_covid.training_memory import gradient_checkpointing, largest_batch_size
+from chestxray_covid.training_memory import (
+    PASSING_BYTES,
+    gradient_checkpointing,
+    largest_batch_size,
+)
 
 SIZE = 32
 
@@ -98,6 +103,25 @@ def test_looking_for_it_leaves_the_model_as_it_was() -> None:
     assert spared > plain
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_frozen_takes_memory_too() -> None:
+    def three(net: nn.Module, pixels: Tensor) -> Tensor:
+        return forward(net, pixels.expand(-1, 3, -1, -1))
+
+    model = build_densenet121(pretrained=False, trainable="head").train()
+    options: dict[str, Any] = {"size_px": SIZE, "limit": 10**6, "memory_bytes": 10**8}
+    found = largest_batch_size(model, three, passing_bytes=PASSING_BYTES, **options)
+    live = peak = 0
+    pixels = torch.zeros(8, 1, SIZE, SIZE)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        three(model, pixels)
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert found / 2 < 10**8 / (peak / 8) / 1.1
+    assert found * peak / 8 < 10**8
 
 
 def test_a_size_that_runs_out_of_memory_does_not_fit() -> None:

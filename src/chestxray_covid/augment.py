@@ -9,6 +9,7 @@ the last bit: batch size, order, resuming and the number of processes change not
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -61,6 +62,22 @@ def as_number(name: str, value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def as_count(name: str, value: Any) -> int:
+    """Return a count, from 1, or from 0 for a seed.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    least = 0 if name == "seed" else 1
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = -1
+    if count < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return count
 
 
 @dataclass(frozen=True, kw_only=True)

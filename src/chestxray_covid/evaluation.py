@@ -286,19 +286,26 @@ def cross_validate(
         folds: Number of folds, at least 2.
         val: Share of the other folds that chooses the epoch, in (0, 0.5].
         model: Returns a fresh network for a fold; by default DenseNet-121 from ImageNet weights.
+            A fold that ``output`` holds goes on with its own, whatever this would return.
         output: Folder for the runs, ``fold-0``, ``fold-1``, …, kept and, where finished or
             interrupted, continued; a temporary one if not given.
         positive: As in :func:`evaluate`.
         seed: Seed of folds and splits.
 
     Raises:
+        TypeError: If ``config`` is none.
+        ValueError: If ``val`` or ``positive`` is impossible.
         SplitError: If a class has too few patients.
         TrainingError: If a fold cannot be trained.
         WeightsUnavailableError: If ImageNet weights are wanted and not to be had.
     """
     from chestxray_covid.training_config import TrainingConfig
+    from chestxray_covid.training_order import check_options
 
     config = config or TrainingConfig()
+    check_options(config, ())
+    if not 0 < val <= 0.5:
+        raise ValueError(f"val must be a share in (0, 0.5], got {val}")
     labels = [sample.label for sample in dataset.samples]
     chosen = _positive(labels, dataset.classes, positive)
     check_resampling(n_resamples=1, seed=seed, confidence=0.95)

@@ -25,6 +25,7 @@ from chestxray_covid.intervals import (
 )
 from chestxray_covid.splits import divide
 from chestxray_covid.subgroups import SMALL
+from chestxray_covid.training_order import check_options
 
 if TYPE_CHECKING:  # they import torch
     import torchvision
@@ -105,6 +106,7 @@ def leave_one_source_out(
 
     Raises:
         ValueError: If there is one source only, or an option is impossible.
+        TypeError: If ``fit`` is none of these, or returns no classifier.
         TrainingError: If a network cannot be trained.
         ImageError: If a file cannot be decoded.
     """
@@ -116,6 +118,8 @@ def leave_one_source_out(
     # A class is a function that returns its instances, whatever these can do.
     is_ready = hasattr(fit, "predict_proba") and not isinstance(fit, type)
     ready = cast(ProbabilisticClassifier, fit) if is_ready else None
+    if ready is None and not callable(fit):
+        check_options(cast(Any, fit), ())
     question = Question.of((ready or dataset).classes, dataset, positive, negative)
     # A copy elsewhere of an image that is trained on would be judged from memory.
     groups = np.array(patient_groups(dataset, find_copies=ready is None, progress=progress))
@@ -139,8 +143,10 @@ def leave_one_source_out(
         train, val = dataset.subset(rest), dataset.subset(chooses)
         classifier = ready or _fitted(cast(Any, fit), train, val, model)
         both = _joined(inside, outside)
+        # In its own order, and maybe with classes that the data lack.
+        own = Question.of(classifier.classes, dataset, question.positive, question.negative)
         found = classifier.predict_proba(both, batch_size=batch_size, progress=progress)
-        row = _row(source, question, both, question.score(found), len(inside), how)
+        row = _row(source, own, both, own.score(found), len(inside), how)
         rows.append(replace(row, note=row.note or NOT_RETRAINED) if ready else row)
     return tuple(rows)
 
@@ -158,7 +164,12 @@ def _fitted(
     val: ChestXrayDataset,
     model: Callable[[], torchvision.models.DenseNet] | None,
 ) -> ProbabilisticClassifier:
-    return fit(train) if callable(fit) else _trained(train, val, fit, model)
+    if not callable(fit):
+        return _trained(train, val, fit, model)
+    found = fit(train)
+    if not hasattr(found, "predict_proba"):
+        raise TypeError(f"fit must return a classifier with predict_proba, it returned {found!r}")
+    return found
 
 
 def _trained(

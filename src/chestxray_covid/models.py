@@ -45,7 +45,7 @@ def build_densenet121(
 
     Raises:
         TypeError: If ``pretrained`` is neither true nor false nor a checkpoint.
-        ValueError: If ``trainable`` is unknown or ``num_classes`` is below 2.
+        ValueError: If ``trainable`` is unknown, or ``num_classes`` or ``seed`` impossible.
         WeightsUnavailableError: If ImageNet weights are neither cached nor to be fetched.
         CheckpointError: If the checkpoint is missing or damaged.
         DownloadError: If it cannot be fetched; errors of the Hub as :func:`resolve` says.
@@ -54,8 +54,10 @@ def build_densenet121(
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['classifier.weight', 'classifier.bias']
     """
-    if not num_classes >= 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if not isinstance(num_classes, int | np.integer) or num_classes < 2:
+        raise ValueError(f"num_classes must be a whole number of at least 2, got {num_classes!r}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
     if not isinstance(pretrained, (bool, str, os.PathLike)):
         raise TypeError(
             "pretrained must be True (ImageNet), False (random weights) or a checkpoint (a folder, "
@@ -211,6 +213,11 @@ def check_model(model: nn.Module, classes: Sequence[str]) -> None:
         raise ValueError(
             f"model has {logits} logits, the training data {len(classes)} classes "
             f"{tuple(classes)}. Build it with num_classes={len(classes)}."
+        )
+    if other := {t.dtype for t in state.values() if t.is_floating_point()} - {torch.float32}:
+        raise ValueError(
+            f"model is of {other.pop()}, training needs weights of torch.float32: call "
+            "model.float(). What is computed in is the precision of TrainingConfig."
         )
     if any(getattr(module, "drop_rate", 0) for module in model.modules()):
         raise ValueError(

@@ -207,6 +207,8 @@ class Trainer:
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 for callback in self.callbacks:
                     callback.on_step_end(self, at.step, loss)
+                if not self.model.training:  # a callback has looked at its predictions
+                    self._network.train()
                 self._save_or_stop(due=due)
 
     def _step(self, group: list[Batch], pixels: Iterator[Tensor], *, due: bool) -> None:
@@ -331,14 +333,11 @@ class Trainer:
     def _save_best(self, record: EpochRecord) -> None:
         if not self._accelerator.is_main_process:
             return
+        # Without paths: this travels with the weights.
+        options = self.config.to_dict() | {"batch_size": self._batch_size, "cache_dir": None}
         data = {"train": self.train, "val": self.val}
         provenance = {
-            # Without paths: this travels with the weights.
-            "training": {
-                **self.config.to_dict(),
-                "batch_size": self._batch_size,
-                "cache_dir": None,
-            },
+            "training": options,
             "epoch": record.epoch,
             "identity": self._identity(),
             "sources": list(self.train.sources),

@@ -6,14 +6,13 @@ import csv
 import io
 import json
 import math
-import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_type_hints
 
-from chestxray_covid.augment import Augmentation, as_number
+from chestxray_covid.augment import Augmentation, as_count, as_number
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.files import write_files
 from chestxray_covid.image import Preprocess
@@ -141,7 +140,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.cache_dir is not None:
-            object.__setattr__(self, "cache_dir", os.fspath(self.cache_dir))
+            place = os.fspath(self.cache_dir)
+            if not isinstance(place, str):
+                raise TypeError(f"cache_dir must be a path of text, got {place!r}")
+            object.__setattr__(self, "cache_dir", place)
         for name, kind in (("preprocess", Preprocess), ("augmentation", Augmentation)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be {kind.__name__}, got {getattr(self, name)!r}")
@@ -151,7 +153,7 @@ class TrainingConfig:
         for name in (*_NUMBERS, *_COUNTS, *_INSTEAD):
             value = getattr(self, name)
             if name not in _INSTEAD or value != _INSTEAD[name]:
-                convert = as_number if name in (*_NUMBERS, "max_repeats") else _as_count
+                convert = as_number if name in (*_NUMBERS, "max_repeats") else as_count
                 object.__setattr__(self, name, convert(name, value))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
@@ -186,6 +188,11 @@ class TrainingConfig:
             raise ValueError(
                 "compile_backend must be a backend of torch.compile "
                 f"({', '.join(_backends())}), or None, got {self.compile_backend!r}"
+            )
+        if self.compile_backend is not None and self.gradient_checkpointing:
+            raise ValueError(
+                "compile_backend and gradient_checkpointing cannot be used together: what is "
+                "computed a second time would move batch norms otherwise. Use one of them."
             )
         hints = get_type_hints(type(self))
         for name in ("optimizer", "schedule", "balance", "monitor", "precision", "device"):
@@ -254,17 +261,6 @@ def _backends() -> list[str]:
     import torch
 
     return list(torch.compiler.list_backends(exclude_tags=()))
-
-
-def _as_count(name: str, value: Any) -> int:
-    least = 0 if name == "seed" else 1
-    try:
-        count = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = -1
-    if count < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from chestxray_covid.augment import hide_centres, swap_backgrounds, swap_frames
 from chestxray_covid.engine_torch import native_bfloat16
+from chestxray_covid.errors import TrainingError
 from chestxray_covid.lung_network import LungNetwork
 from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
 from chestxray_covid.models import (
@@ -30,7 +31,11 @@ from chestxray_covid.models import (
     to_tensors,
 )
 from chestxray_covid.training_config import TrainingConfig
-from chestxray_covid.training_memory import gradient_checkpointing, largest_batch_size
+from chestxray_covid.training_memory import (
+    PASSING_BYTES,
+    gradient_checkpointing,
+    largest_batch_size,
+)
 from chestxray_covid.transforms import to_device
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -138,16 +143,24 @@ class TrainingNetwork:
         )
         return chosen
 
-    @contextlib.contextmanager
+    @contextmanager
     def computing(self) -> Iterator[None]:
         """Compute as the run asks while this is entered, and with a GPU's fastest convolutions."""
         cudnn = torch.backends.cudnn
         before = cudnn.benchmark
         checkpoints = self._config.gradient_checkpointing
-        with gradient_checkpointing(self._model) if checkpoints else contextlib.nullcontext():
+        checkpointing = gradient_checkpointing(self._model) if checkpoints else nullcontext()
+        with checkpointing, torch.enable_grad():
             try:
                 cudnn.benchmark = before or not cudnn.deterministic
                 yield
+            except RuntimeError as error:
+                backend = self._config.compile_backend
+                if backend is None or not type(error).__module__.startswith("torch._dynamo"):
+                    raise
+                raise TrainingError(
+                    f"compile_backend={backend!r} does not work here: {error}. Use another or None."
+                ) from error
             finally:
                 cudnn.benchmark = before
 
@@ -167,6 +180,7 @@ class TrainingNetwork:
                 self.forward,
                 size_px=self._config.preprocess.size_px,
                 limit=images // self._accelerator.num_processes,
+                passing_bytes=PASSING_BYTES,
             )
         return int(self._accelerator.gather(torch.tensor([found], device=self.device)).min())
 
@@ -240,7 +254,7 @@ class TrainingNetwork:
             last: Whether it is the step's last, after which processes take their gradients' mean.
         """
         classes = to_device(np.array(targets, np.int64), self.device)
-        with contextlib.nullcontext() if last else self._accelerator.no_sync(self._net):
+        with nullcontext() if last else self._accelerator.no_sync(self._net):
             losses = F.cross_entropy(
                 self.forward(self._forward, pixels),
                 self._soften(classes, hidden) if self._config.hide_centre else classes,

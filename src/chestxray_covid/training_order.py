@@ -16,7 +16,7 @@ from chestxray_covid.confounders import ConfoundingWarning, confounding_of_quest
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_key
 from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder
-from chestxray_covid.errors import TrainingError
+from chestxray_covid.errors import ChestXrayError, TrainingError
 
 if TYPE_CHECKING:  # it imports torch, which nothing here needs
     from chestxray_covid.training_config import Callback, TrainingConfig
@@ -161,12 +161,22 @@ def pixel_loader(dataset: ChestXrayDataset, config: TrainingConfig, *, progress:
     """Return what reads the pixels of a data set, from the run's cache if it has one.
 
     Raises:
-        As :func:`cached_decoder`.
+        TrainingError: If the cache cannot be written.
+        Others as :func:`cached_decoder`.
     """
     pre = config.preprocess
     if config.cache_dir is None:
         return decoder(dataset, pre)
-    return cached_decoder(dataset, pre, config.cache_dir, workers=config.workers, progress=progress)
+    options: dict[str, Any] = {"workers": config.workers, "progress": progress}
+    try:
+        return cached_decoder(dataset, pre, config.cache_dir, **options)
+    except ChestXrayError:
+        raise
+    except OSError as error:
+        raise TrainingError(
+            f"cache_dir {config.cache_dir} cannot be written: {error}. Choose another folder, make "
+            "room, or leave it out."
+        ) from error
 
 
 def check_sides(train: ChestXrayDataset, val: ChestXrayDataset) -> None:

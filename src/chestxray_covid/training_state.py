@@ -146,14 +146,14 @@ class StateStore:
                 that can be.
         """
         run = self._folder.parent
-        if resume and not self.steps():
-            raise self._nothing(", and no finished run beside it")
-        if not resume and self.holds_run():
-            raise TrainingError(
-                f"{run} already holds a run. Continue it with resume=True (command line: "
-                "--resume), or choose another folder."
-            )
         try:
+            if resume and not self.steps():
+                raise self._nothing(", and no finished run beside it")
+            if not resume and self.holds_run():
+                raise TrainingError(
+                    f"{run} already holds a run. Continue it with resume=True (command line: "
+                    "--resume), or choose another folder."
+                )
             if make:
                 run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
