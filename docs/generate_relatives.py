@@ -102,8 +102,9 @@ def about_relatives() -> str:
         {tried["short"]}, with swapped backgrounds {tried["short-bg"]}."""
     if exists("probes"):
         text += f"""
-        A network that never learned anything, with a linear readout on top, reaches
-        {estimate(untrained()["auroc"])}."""
+        A network that never learned anything, one draw of weights, with a linear readout on top,
+        reaches {estimate(untrained()["auroc"])} (the readout's penalty was chosen with the folds in
+        sight, too; its interval is DeLong's, the others are the bootstrap's)."""
     return " ".join(
         f"""{text} How those on Cohen alone are trained was chosen with the folds in sight, and the
         website's name alone, without any image, reaches

@@ -49,19 +49,20 @@ def inside_block() -> str:
 
 
 #: Weights that were read out, and what each is called.
-WEIGHTS = {"random": "random", "base": "of Kermany and NIH, which the relatives start from"}
+WEIGHTS = {"random": "random", "base": "of a shorter start on Kermany and NIH"}
 
 
 def probes_note() -> str:
     """Return in words how networks that learned little were read out, and on what."""
     found = read("probes")
+    how = f", on {found['made']}" if "made" in found else ""
     return f"""
         And what needs no training of a network: a logistic regression on the mean, the maximum and
         the standard deviation of each channel of a layer, in the same {found["folds"]} folds, at
         {found["size_px"]} px, as the average over {found["views"]} views of each image
-        (`probe_inside.py`), on {found["made"]}. Batch norm of random weights has the statistics of
-        these images, of which no label is looked at. The strength of the penalty was chosen among
-        five with such results in sight."""
+        (`probe_inside.py`){how}. Random weights are one draw; their batch norm has the average
+        statistics of batches of these images, held-out ones among them, of which no label is looked
+        at. The strength of the penalty was chosen among five with such results in sight."""
 
 
 def probes_table() -> str:
@@ -83,9 +84,10 @@ def left_out_websites(before: Mapping[str, Any]) -> str:
         f"{row['left_out']} {estimate(row['auroc'])}, before {estimate(earlier[row['left_out']])}"
         for row in now["rows"]
     )
+    how = f", on {now['made']}" if "made" in now else ""
     chance = sum(row["auroc"]["low"] <= 0.5 <= row["auroc"]["high"] for row in now["rows"])
     return f"""
-        Websites left out of training, Cohen's rows alone, mild augmentation, on {now["made"]}; and
+        Websites left out of training, Cohen's rows alone, mild augmentation{how}; and
         before, in the way of the first row, on {before["made"]}: {reached}. Of the
         {len(now["rows"])} intervals now, {chance} contain 0.5."""
 
@@ -112,7 +114,8 @@ def website_block() -> str:
         website's name alone, without any image, tells its COVID-19 from its other findings with an
         AUROC of {estimate(found["website_alone"])} in the same kind of folds. So look at pairs from
         one website, too, and leave websites out: [The bundled model](model.md) does both. And ask
-        what needs no learning: a DenseNet-121 with random weights, read out by a logistic
-        regression, tells them apart with {estimate(untrained()["auroc"])}, where networks that
-        were trained on them reach {estimate(found["auroc"])}."""
+        what needs no training of a network: a DenseNet-121 with random weights, read out by a
+        logistic regression, tells them apart with {estimate(untrained()["auroc"])}, among pairs of
+        one website with {estimate(untrained()["same_website"])}; networks that were trained on them
+        reach {estimate(found["auroc"])} and {estimate(found["same_website"])}."""
     )

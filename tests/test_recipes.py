@@ -31,6 +31,7 @@ from chestxray_covid import (
     Sample,
     SyntheticChestXray,
     fit_gate,
+    patient_groups,
 )
 from chestxray_covid.card import model_card
 from chestxray_covid.checkpoint import load_config, save_checkpoint
@@ -752,6 +753,7 @@ def test_a_readout_answers_for_whom_it_did_not_learn_from(recipes: dict[str, Any
     truth = np.arange(60) % 3 > 0
     features = rng.standard_normal((2, 60, 5))
     features[:, :, 0] += 3 * truth
+    features[:, :, 0] *= 1e-4  # scales are no matter
     order = rng.permutation(60)
     pairs = [(order[20:], order[:20]), (order[:20], order[20:])]
     read_out = recipes["probe_inside"].read_out
@@ -760,7 +762,10 @@ def test_a_readout_answers_for_whom_it_did_not_learn_from(recipes: dict[str, Any
     changed = truth.copy()
     changed[order[:20]] = ~truth[order[:20]]
     assert np.array_equal(read_out(features, changed, pairs)[order[:20]], found[order[:20]])
-    features[1, order[0], 0] += 10
+    blind = features.copy()
+    blind[0] = rng.standard_normal((60, 5)) * blind[0].std(0)
+    assert roc_auc_score(truth, read_out(blind, truth, pairs)) > 0.8, "all views are learned from"
+    features[1, order[0], 0] += 1e-3
     assert read_out(features, truth, pairs)[order[0]] > found[order[0]], "all views answer"
 
 
@@ -788,6 +793,8 @@ def test_random_weights_are_settled_on_what_they_are_shown(
     shown = found["norm5"][0]
     assert np.allclose(shown[:, :1024], maps.mean((2, 3)), atol=1e-3)
     assert np.allclose(shown[:, 1024:2048], maps.amax((2, 3)), atol=1e-3)
+    assert np.allclose(shown[:, 2048:], maps.std((2, 3)), atol=1e-3)
+    assert not np.allclose(found["norm5"][2], shown, atol=1e-2), "the third view is another"
     mirrored = probe.features_of(network, pixels.flip(-1))["norm5"]
     assert np.allclose(mirrored[0], found["norm5"][1], atol=1e-3)
 
@@ -800,8 +807,27 @@ def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
     monkeypatch.setattr(probe, "VIEWS", 2)
     monkeypatch.setattr(probe, "BATCH", 8)
     options = {"data": data, "run": published.run, "output": published.results}
+    asked, read_out = [], probe.read_out
+
+    def noted(features: np.ndarray, truth: np.ndarray, pairs: list[Any]) -> np.ndarray:
+        asked.append((truth, pairs))
+        return read_out(features, truth, pairs)
+
+    monkeypatch.setattr(probe, "read_out", noted)
     run_main(probe, monkeypatch, {**options, "base": published.weights, "made": "a machine"})
     found = published.read("probes")
+    relatives = probe.Relatives(data, published.run, None)
+    inside, folds = probe.folds_inside(relatives, probe.cohens(relatives.dataset))
+    groups = np.array(patient_groups(inside, find_copies=False))
+    for truth, pairs in asked:
+        assert truth.tolist() == [s.label == "covid19" for s in inside.samples]
+        for (rest, held_out), expected in zip(pairs, folds, strict=True):
+            assert np.array_equal(held_out, expected[1])
+            assert set(groups[rest]).isdisjoint(groups[held_out])
+    random, base = (
+        [r["all"] for r in found["rows"] if r["weights"] == w] for w in ("random", "base")
+    )
+    assert random != base
     assert (found["made"], found["folds"]) == ("a machine", 5)
     assert (found["size_px"], found["views"]) == (64, 2)
     rows = [(row["weights"], row["layer"]) for row in found["rows"]]
