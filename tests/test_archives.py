@@ -443,6 +443,29 @@ def test_a_missing_archive_is_told(tmp_path: Path) -> None:
         member_names(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "loop.zip"])
+def test_a_name_that_leads_nowhere_is_a_missing_archive(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop.zip").symlink_to("loop.zip")
+    with pytest.raises(DatasetNotFoundError, match="does not exist or is no file"):
+        unpack_zip(tmp_path / name, tmp_path / "data")
+
+
+def test_an_archive_that_may_not_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_zip(tmp_path / "a.zip", FILES).chmod(0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # nobody may not enter what is above
+    own = os.geteuid()
+    try:
+        if own == 0:  # whom no mode stops
+            os.seteuid(65534)
+        with pytest.raises(ArchiveError, match=r"a\.zip cannot be read: .*Mend its permissions"):
+            unpack_zip("a.zip", "data")
+    finally:
+        os.seteuid(own)
+
+
 def test_an_archive_without_a_wanted_file_is_told(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "a.zip", {"__MACOSX/a": b"1", "b/": b""})
     with pytest.raises(ArchiveError, match="holds no wanted file"):

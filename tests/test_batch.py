@@ -278,21 +278,30 @@ def test_a_row_of_an_address_that_nobody_knows_is_a_row_with_the_reason(
     assert "cannot be fetched: Unrecognized" in done.failed["https://example.org/a.png"]
 
 
+@pytest.mark.parametrize(
+    ("name", "is_address"), [("o.csv", False), ("o.parquet", False), ("o.parquet", True)]
+)
 def test_a_run_whose_parts_another_has_taken_says_so(
-    clf: Classifier, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clf: Classifier,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    is_address: bool,
 ) -> None:
-    complete = ShardedTable.complete
+    complete, output = ShardedTable.complete, tmp_path / name
+    place = output.as_uri() if is_address else output
 
     def overtaken(self: ShardedTable, names: list[str]) -> Any:
         monkeypatch.undo()
-        predict_files(images, tmp_path / "o.csv", classifier=clf, shard_size=5)  # the other run
+        predict_files(images, place, classifier=clf, shard_size=4)  # the other run
         return complete(self, names)
 
     monkeypatch.setattr(ShardedTable, "complete", overtaken)
-    with pytest.raises(DatasetError, match=r"o\.csv is being written by another run"):
-        predict_files(images, tmp_path / "o.csv", classifier=clf, shard_size=5)
-    assert len(rows_of(tmp_path / "o.csv")) == FILES
-    assert [p.name for p in tmp_path.iterdir()] == ["o.csv"]
+    with pytest.raises(DatasetError, match=rf"{name} is being written by another run"):
+        predict_files(images, place, classifier=clf, shard_size=5)
+    assert len(rows_of(output)) == FILES
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_a_kill_while_the_table_is_put_together_leaves_nothing_for_ever(

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from chestxray_covid.datasets.cohen import (
     read_metadata,
 )
 from chestxray_covid.datasets.duplicates import patient_groups
-from chestxray_covid.datasets.folder import HannoverCovidDataset
+from chestxray_covid.datasets.folder import HannoverCovidDataset, open_dataset
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError, DownloadError
 from sources import (
     COHEN_HEADERS,
@@ -235,6 +238,16 @@ def test_a_folder_with_the_name_of_an_image_is_no_image(tmp_path: Path) -> None:
     assert dataset.report().dropped == {"image file missing": 1}
 
 
+def test_links_that_lead_nowhere_are_no_images(tmp_path: Path) -> None:
+    names = ["a.png", "lost-loop.png", "lost-long.png"]
+    root = write_cohen(tmp_path, rows=[cohen_row("1", "COVID-19", name) for name in names])
+    (root / "images" / "lost-loop.png").symlink_to("lost-loop.png")
+    (root / "images" / "lost-long.png").symlink_to("x" * 300)
+    dataset = CohenCovidDataset(root, classes=["covid19"])
+    assert set(by_name(dataset)) == {"a.png"}
+    assert dataset.report().dropped == {"image file missing": 2}
+
+
 def test_a_file_name_cannot_leave_the_images(tmp_path: Path) -> None:
     rows = [cohen_row("1", "COVID-19", "a.png"), cohen_row("2", "COVID-19", "../secret.png")]
     dataset = CohenCovidDataset(write_cohen(tmp_path, rows=rows), classes=["covid19"])
@@ -247,6 +260,14 @@ def test_rows_without_a_patient_are_dropped(tmp_path: Path) -> None:
     dataset = CohenCovidDataset(write_cohen(tmp_path, rows=rows), classes=["covid19"])
     assert [s.patient_id for s in dataset.samples] == ["1"]
     assert dataset.report().dropped == {"patient not given": 2}
+
+
+def test_rows_without_a_patient_make_no_others_one(tmp_path: Path) -> None:
+    pairs = [("", "a"), ("5", "a"), ("", "b"), ("6", "b"), ("5", "c")]
+    rows = [cohen_row(patient, "COVID-19", f"{name}.png") for patient, name in pairs]
+    dataset = CohenCovidDataset(write_cohen(tmp_path, rows=rows), classes=["covid19"])
+    patients = {name: s.patient_id for name, s in by_name(dataset).items()}
+    assert patients == {"a.png": "5", "b.png": "6", "c.png": "5"}
 
 
 def test_png_data_under_a_jpeg_name_and_upper_case_suffixes_are_read(tmp_path: Path) -> None:
@@ -402,6 +423,35 @@ def test_a_wrong_root_is_not_found(tmp_path: Path, inside: str) -> None:
             CohenCovidDataset(wrong)
 
 
+@contextmanager
+def closed(folder: Path) -> Iterator[None]:
+    """Close a folder; the superuser, whom that does not stop, is nobody meanwhile."""
+    own, mode = os.geteuid(), folder.stat().st_mode
+    folder.chmod(0)
+    try:
+        if own == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(own)
+        folder.chmod(mode)
+
+
+@pytest.mark.parametrize("inside", [".", "images", "annotations/lungVAE-masks"])
+def test_a_closed_folder_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    write_cohen(tmp_path / "cohen")
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # nobody may not enter what is above
+    for read in (CohenCovidDataset, open_dataset):
+        with (
+            closed(Path("cohen", inside)),
+            pytest.raises(DatasetError, match=rf"{Path('cohen', inside)} cannot be listed: .*Mend"),
+        ):
+            read("cohen")
+
+
 def test_missing_images_are_not_found(tmp_path: Path) -> None:
     write_csv(tmp_path / "metadata.csv", COHEN_HEADERS["flat"], [["2"] * 29])
     with pytest.raises(DatasetNotFoundError, match=r"images is missing beside metadata\.csv"):
@@ -429,6 +479,7 @@ def test_missing_images_are_not_found(tmp_path: Path) -> None:
         (b"\0" * 4096, "lacks the columns"),
         ("patientid,finding\n".encode("utf-16"), "lacks the columns"),
         (b'patientid,finding,view,modality,filename\n"' + b"x" * 200_000, "cannot be read as CSV"),
+        (b'patientid,finding,view,modality,filename\n1,,"PA,,a\n2,,PA,,b\n', "begins in line 2"),
     ],
 )
 def test_damaged_metadata_is_named(tmp_path: Path, content: bytes, message: str) -> None:

@@ -542,6 +542,18 @@ def test_a_manifest_that_cannot_be_finished_leaves_the_one_before(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["list.csv", "site"]
 
 
+def test_a_manifest_where_none_can_be_is_an_error_that_names_it(
+    tmp_path: Path, dataset: FolderDataset
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder").mkdir()
+    for name in ("file/a.csv", "loop/a.csv", "folder", "x" * 300):
+        with pytest.raises(DatasetError, match=rf"{name} cannot be written: .*another folder"):
+            dataset.to_manifest(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "loop", "site"]
+
+
 def test_phantoms_have_no_file_to_list(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is a phantom without a file"):
         SyntheticChestXray(2).to_manifest(tmp_path / "list.csv")
@@ -612,6 +624,7 @@ def test_a_lung_mask_has_the_size_of_its_image(tmp_path: Path) -> None:
 
 def test_most_samples_have_no_lung_mask(dataset: FolderDataset) -> None:
     assert lung_mask(dataset.samples[0]) is None
+    assert lung_mask(sample(metadata={"lung_mask": ""})) is None  # a table's empty cell
 
 
 # Reports

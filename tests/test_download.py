@@ -285,6 +285,9 @@ def test_metadata_that_are_no_csv_are_told(github: GitHubServer, tmp_path: Path)
     github.publish({**WANTED, "metadata.csv": b"filename\n" + b"x" * 200_000})
     with pytest.raises(DownloadError, match=r"metadata.csv cannot be read as CSV: field larger"):
         get(github, tmp_path)
+    github.publish({**WANTED, "metadata.csv": b'filename,view\na.jpeg,"PA\nc.png,PA\n'})
+    with pytest.raises(DownloadError, match=r"as CSV: unexpected end of data, in .* line 2"):
+        get(github, tmp_path)
 
 
 def test_empty_metadata_mean_no_images(github: GitHubServer, tmp_path: Path) -> None:

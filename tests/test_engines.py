@@ -18,8 +18,8 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 
-from chestxray_covid import engine_openvino, engines
-from chestxray_covid.checkpoint import ModelConfig
+from chestxray_covid import Classifier, engine_openvino, engines
+from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
 from chestxray_covid.cli import main
 from chestxray_covid.engines import (
     ENGINES,
@@ -30,7 +30,7 @@ from chestxray_covid.engines import (
     softmax,
 )
 from chestxray_covid.errors import CheckpointError, ConfigError, MissingExtraError
-from chestxray_covid.hub import bundled_models
+from chestxray_covid.hub import bundled_models, resolve
 from chestxray_covid.image import Preprocess
 from conftest import random_tensors
 
@@ -212,19 +212,24 @@ EXPLAINED_IN_A_FORK = """
 import os, sys
 import numpy as np
 import torch
-from chestxray_covid import ChestXrayError, Classifier, grad_cam, segment
+from chestxray_covid import ChestXrayError, Classifier, export_model, grad_cam, segment
 torch.set_num_threads(2)
-classifier = Classifier.from_pretrained(sys.argv[1], engine="onnx")
+folder, output, first, then, one_thread = sys.argv[1:]
+classifier = Classifier.from_pretrained(folder, engine="onnx")
 image = np.random.default_rng(0).integers(0, 256, (96, 96), dtype=np.uint8)
-def ask():
-    segment(image) if sys.argv[2] == "segment" else grad_cam(classifier, image)
-ask()
+ask = {
+    "segment": lambda: segment(image),
+    "grad_cam": lambda: grad_cam(classifier, image),
+    "predict": lambda: Classifier.from_pretrained(folder, engine="torch").predict(image),
+    "export": lambda: export_model(folder, output),
+}
+ask[first]()
 child = os.fork()
 if not child:
-    if sys.argv[3] == "True":
+    if one_thread == "True":
         torch.set_num_threads(1)
     try:
-        ask()
+        ask[then]()
     except ChestXrayError as error:
         os._exit(5 if isinstance(error, RuntimeError) and "spawn" in str(error) else 6)
     os._exit(3)
@@ -233,13 +238,26 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("one_thread", "expected"), [(True, 3), (False, 5)])
-@pytest.mark.parametrize("what", ["segment", "grad_cam"])
+@pytest.mark.parametrize(
+    ("first", "then", "one_thread"),
+    [
+        ("segment", "segment", True),
+        ("segment", "segment", False),
+        ("grad_cam", "grad_cam", True),
+        ("grad_cam", "grad_cam", False),
+        ("grad_cam", "segment", False),
+        ("predict", "grad_cam", False),
+        ("predict", "predict", True),
+        ("predict", "predict", False),
+        ("export", "grad_cam", False),
+        ("grad_cam", "export", False),
+    ],
+)
 def test_what_torch_computes_in_a_forked_process_is_there_or_an_error(
-    checkpoint_folder: Path, what: str, one_thread: bool, expected: int
+    checkpoint_folder: Path, tmp_path: Path, first: str, then: str, one_thread: bool
 ) -> None:
-    found = in_new_process(EXPLAINED_IN_A_FORK, checkpoint_folder, what, one_thread)
-    assert found == expected
+    asked = (checkpoint_folder, tmp_path, first, then, one_thread)
+    assert in_new_process(EXPLAINED_IN_A_FORK, *asked) == (3 if one_thread else 5)
 
 
 THREADS_OF_A_FORK = """
@@ -412,6 +430,21 @@ def test_lower_precision_is_taken_only_for_weights_that_keep_their_probabilities
     assert chosen({"torch-bfloat16": KEPT}) == "float32"
     monkeypatch.setattr(engine_openvino, "native_precision", lambda: "float32")
     assert chosen({"openvino-bfloat16": KEPT}) == "float32", "not native"
+
+
+def test_what_is_known_of_the_bundled_weights_is_not_taken_for_known_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_openvino, "native_precision", lambda: "bfloat16")
+    config, tensors = load_checkpoint(resolve(None))
+    other = {**tensors, "classifier.bias": tensors["classifier.bias"] + np.float32(1)}
+    options = {"engine": "openvino"}
+    assert Classifier(config, tensors, **options).engine.precision == "bfloat16"
+    some = Classifier(config, tensors, classes=config.classes[:2], **options)
+    assert some.engine.precision == "bfloat16"
+    assert Classifier(config, other, **options).engine.precision == "float32"
+    some = Classifier(config, other, classes=config.classes[:2], **options)
+    assert some.engine.precision == "float32"
 
 
 @pytest.mark.parametrize(

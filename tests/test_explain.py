@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,7 +240,20 @@ def test_a_heatmap_depends_on_no_setting_of_torch_and_draws_no_number(
         assert all(map(same, grad_cam(model, images), expected))
     finally:
         torch.set_default_dtype(torch.float32)
+    with ThreadPoolExecutor(4) as threads:  # which must not undo each other's draws either
+        found = list(threads.map(lambda _: grad_cam(model, images[0]), range(8)))
+    assert all(same(one, expected[0]) for one in found)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_path_of_another_library_that_can_be_read_is_a_path(
+    model: Classifier, images: list[Image.Image], tmpdir: Any
+) -> None:
+    place = tmpdir / "a.png"
+    images[0].save(str(place))
+    assert hasattr(place, "read")
+    for explain in (grad_cam, partial(occlusion_sensitivity, steps=2)):
+        assert same(explain(model, place), explain(model, str(place)))
 
 
 def test_streams_data_sets_and_folders_are_explained(

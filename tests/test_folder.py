@@ -304,10 +304,12 @@ def test_an_empty_optional_cell_is_as_no_column(tmp_path: Path) -> None:
 def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
     write_image(tmp_path / "b.png")
+    write_image(tmp_path / "c.png")
     (tmp_path / "folder.png").mkdir()
     rows = [
         ["a.png", "normal", "1"],
-        ["a.png", "edema", "1"],
+        ["c.png", "edema", "1"],
+        ["nul\0/a.png", "edema", "1"],
         ["a.png", "", "1"],
         ["a.png", "normal", ""],
         ["a.png", "normal"],
@@ -320,11 +322,11 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path: Path) -> Non
         ["b.png", "normal", "2", "", " "],
     ]
     report = ManifestDataset(write_csv(tmp_path / "list.csv", HEADER, rows)).report()
-    assert (report.found, report.kept) == (12, 2)
+    assert (report.found, report.kept) == (13, 2)
     assert report.dropped == {
         "image file missing": 6,
         "no patient_id": 2,
-        "label outside the classes (edema)": 1,
+        "label outside the classes (edema)": 2,
         "label outside the classes (empty)": 1,
     }
 
@@ -350,6 +352,18 @@ def test_a_file_that_is_listed_as_two_things_is_an_error(
     table = write_csv(tmp_path / "list.csv", [*HEADER, "source"], rows)
     message = r"list.csv lists .*a.png twice, with .*'normal', '1', 'x'.* Keep one row per file"
     with pytest.raises(DatasetError, match=message):
+        ManifestDataset(table)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("patient", ["1", ""])
+def test_a_file_that_is_listed_inside_and_outside_the_classes_is_an_error(
+    tmp_path: Path, order: int, patient: str
+) -> None:
+    write_image(tmp_path / "a.png")
+    rows = [["a.png", "covid19", "1"], ["./a.png", "pneumonia", patient]]
+    table = write_csv(tmp_path / "list.csv", HEADER, rows[::order])
+    with pytest.raises(DatasetError, match=r"twice, with .*'covid19'.* and .*'pneumonia'.* Keep"):
         ManifestDataset(table)
 
 
@@ -481,6 +495,17 @@ def test_hannover_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path: Pat
     dataset = HannoverCovidDataset(tmp_path)
     assert [s.view for s in dataset.samples] == ["unknown"]
     assert dataset.report().dropped == {"image file missing": 2, "no patient_id": 1}
+
+
+def test_a_hannover_row_that_comes_again_counts_once(tmp_path: Path) -> None:
+    write_image(tmp_path / "png" / "a.png")
+    header, rows = ["patient_id", "image_id", "projection"], [["1", "a", "ap"]] * 3
+    dataset = HannoverCovidDataset(write_csv(tmp_path / "data.csv", header, rows).parent)
+    assert len(dataset) == 1
+    assert (dataset.report().found, dataset.report().dropped) == (3, {"file listed twice": 2})
+    write_csv(tmp_path / "data.csv", header, [*rows, ["2", "a", "ap"]])
+    with pytest.raises(DatasetError, match=r"data.csv lists .*a.png twice, with .*'1'.* and .*'2'"):
+        HannoverCovidDataset(tmp_path)
 
 
 def test_hannover_holds_covid19_only(tmp_path: Path) -> None:

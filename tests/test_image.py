@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -1314,6 +1315,33 @@ def test_several_frames_of_a_dicom_file_give_a_warning() -> None:
         load_image(dicom_files()["multi-frame"][0])
 
 
+@pytest.mark.parametrize("name", ["<u2", ">u2", "u1", "f4", "rgb"])
+def test_of_an_uncompressed_dicom_file_only_the_first_frame_is_read(
+    name: str, tmp_path: Path
+) -> None:
+    first = ramp(41, 63)  # of an odd number of bytes, where a pixel has one
+    frames = np.stack([first, *[255 - first] * 199])
+    syntax = BIG_ENDIAN if name != "<u2" else "1.2.840.10008.1.2.1"
+    if name == "f4":
+        floats = frames.astype(">f4").tobytes()
+        options = {"BitsAllocated": 32, "BitsStored": 32, "PixelData": None}
+        data = dicom(frames, syntax=syntax, NumberOfFrames=200, **options, FloatPixelData=floats)
+    elif name == "rgb":
+        data = dicom(np.stack([frames] * 3, -1), syntax=syntax, NumberOfFrames=200)
+    else:
+        data = dicom(frames.astype(name.strip("<>")), syntax=syntax, NumberOfFrames=200)
+    (tmp_path / "a.dcm").write_bytes(data)
+    with pytest.warns(ImageWarning, match="more than one frame"):
+        load_image(tmp_path / "a.dcm")  # what is imported now is not counted below
+    tracemalloc.start()
+    with pytest.warns(ImageWarning, match="more than one frame"):
+        image = load_image(tmp_path / "a.dcm")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.abs(np.asarray(image, int) - stretched(first)).max() <= 1
+    assert peak < 200_000 < 200 * first.size
+
+
 def test_padding_behind_the_pixels_does_no_harm() -> None:
     endless = b"\xfc\xff\xfc\xffSQ\0\0\xff\xff\xff\xff junk"  # tag of trailing padding
     for padding in (bytes(64), endless, b"\xff" * 7):
@@ -1748,11 +1776,14 @@ def test_colour_that_nobody_sees_is_no_colour() -> None:
     assert read_image(levels)[1].colour == pytest.approx(0.2)
 
 
-def test_a_jpeg_stored_as_rgb_is_read_as_before_and_its_colour_passed_over() -> None:
+def test_a_jpeg_stored_as_rgb_is_read_as_before_and_its_colour_told() -> None:
     data = encoded(arrowed(), "JPEG", keep_rgb=True, quality=95)
     image, facts = read_image(data)
     assert np.abs(np.asarray(image, int) - np.asarray(arrowed().convert("L"), int)).mean() < 2
-    assert facts.colour == 0
+    assert facts.colour == pytest.approx(0.1, abs=0.01)
+    small, facts = read_image(data, min_size=(100, 75))
+    assert small.size == (100, 75)
+    assert facts.colour == pytest.approx(0.1, abs=0.01)
 
 
 def test_a_jpeg_without_any_marker_is_told_by_its_components() -> None:

@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.folder import FolderDataset
@@ -28,8 +29,9 @@ from chestxray_covid.datasets.loading import (
     map_ahead,
     pipeline,
 )
+from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.errors import DatasetError, ImageError
-from chestxray_covid.image import Preprocess
+from chestxray_covid.image import Preprocess, load_image
 from sources import draw, write_folder, write_image
 
 SMALL = Preprocess(size_px=32)
@@ -61,6 +63,7 @@ class Recorder:
                 finding=(findings or {}).get(name, "none"),
                 patient_id=name,
                 source="drawn",
+                metadata={"read": "drawn"},
                 read=self.read,
             )
             for name in names
@@ -592,6 +595,28 @@ def test_transformed_images_are_not_cached(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Transformed images cannot be cached"):
         cached_decoder(dataset, SMALL, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_pixels_of_an_own_function_are_cached_only_under_a_name(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images", {"Normal": 1, "COVID": 1})
+    files = FolderDataset(tmp_path / "images")
+
+    def read_as(levels: Callable[[Image.Image], Image.Image], **name: str) -> ChestXrayDataset:
+        def read(sample: Sample, min_size: tuple[int, int] | None) -> Image.Image:
+            return levels(load_image(sample.path))
+
+        samples = [replace(s, read=read, metadata={**s.metadata, **name}) for s in files.samples]
+        return ChestXrayDataset(samples, classes=files.classes)
+
+    for levels in (ImageOps.invert, ImageOps.mirror):
+        with pytest.raises(ValueError, match=r'a function of your own.*metadata\["read"\] what is'):
+            cached_decoder(read_as(levels), SMALL, tmp_path / "cache")
+        dataset = read_as(levels, read=levels.__name__)
+        load = cached_decoder(dataset, SMALL, tmp_path / "cache")
+        assert all(np.array_equal(load(i), decoder(dataset, SMALL)(i)) for i in range(2))
+    phantoms = SyntheticChestXray(2, image_size_px=32)
+    load = cached_decoder(phantoms, SMALL, tmp_path / "cache")
+    assert np.array_equal(load(1), decoder(phantoms, SMALL)(1))
 
 
 def test_progress_is_shown_only_if_asked_for(

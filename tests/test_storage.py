@@ -111,12 +111,29 @@ def test_a_table_that_cannot_be_finished_leaves_the_one_before(tmp_path: Path) -
         ("path\na,b\n", "line 2: 2 cells, but the header has 1"),
         ("path\n", "has a header and no rows"),
         ("name\tpath\n", r"separated by '\\t': save it with commas"),
+        ('path,note\na,x\nb,"5 mm\nc,x\n', r"unexpected end of data, in the .* begins in line 3"),
+        (
+            'path,note\n\na,"not" b\n',
+            r"line 3\. Where a cell holds a quote, put the cell in quotes",
+        ),
+        ('path,id,note\na,1,"5 mm\nb,2,\nc,3,no 5"\n', "a cell holds 2 more rows, in .* line 2"),
+        ('path,id,note\na,"1,x\nb,2",x\n', "a cell holds 1 more rows, in .* line 2"),
     ],
 )
 def test_a_table_that_is_not_clear_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(DatasetError, match=message):
         list(read_csv(tmp_path / "a.csv", required=["path"]))
+
+
+def test_cells_may_have_several_lines(tmp_path: Path) -> None:
+    notes = ["Left:\nopacity, base, 5 mm\n\nno effusion", "a,b\r\nc,d,e", "\n", 'a "b"\n,,\n']
+    rows = [["a\nb.png", "1", note] for note in notes]
+    write_csv(tmp_path / "a.csv", ["path", "id", "note"], rows)
+    found = list(read_csv(tmp_path / "a.csv", required=["path"]))
+    assert [r["note"] for r in found] == [note.strip() for note in notes]
+    write_csv(tmp_path / "b.csv", ["path", "note"], [["a.png", "x\nb.png,y"]])
+    assert len(list(read_csv(tmp_path / "b.csv", required=["path"]))) == 1
 
 
 def test_files_and_folders_can_be_synced(tmp_path: Path) -> None:

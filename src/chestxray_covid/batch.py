@@ -148,7 +148,7 @@ def ray_predict(
 
     Raises:
         DatasetNotFoundError: If there is no image file.
-        DatasetError: If a CSV of paths cannot be read.
+        DatasetError: If a CSV of paths cannot be read, or another run writes the output.
         ValueError: If the output is no Parquet, or a file, or one of the inputs, a size is not
             positive, or the data set has no column ``path``.
         OSError: If the output cannot be listed.

@@ -21,7 +21,7 @@ from chestxray_covid.checkpoint import (
 )
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import pipeline
-from chestxray_covid.engines import open_engine, restrict_classes, softmax
+from chestxray_covid.engines import known, open_engine, restrict_classes, softmax
 from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError
 from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
 from chestxray_covid.hub import resolve
@@ -78,10 +78,10 @@ class Classifier:
         engine: str = "auto",
         precision: str = "auto",
     ) -> None:
+        config = known(config, tensors)
         if classes is not None:
             config, tensors = restrict_classes(config, tensors, classes)
-        self.config = config
-        self.gate, self.int8 = gate, int8
+        self.config, self.gate, self.int8 = config, gate, int8
         self._tensors, self._file_sha256 = tensors, ""
         self._origin: Path | None = None
         opened = partial(open_engine, int8=int8)

@@ -87,7 +87,17 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
     if data.get("Rows") is None or data.get("Columns") is None:
         raise ImageError(f"{name} is a DICOM file without an image (no Rows and Columns).")
     check_size((int(data.Columns), int(data.Rows)), name, max_pixels)
-    data.update(read(file, *order, stop_when=lambda tag, *_: tag > 0x7FE00010))
+    # Hundreds of frames may follow the first, which is all that is read where none is compressed.
+    frames, length = int(data.get("NumberOfFrames") or 1), None
+    if frames > 1 and not syntax.is_encapsulated:
+        length = require_extra("pydicom.pixels.utils", "dicom").get_expected_length(data)
+        length = math.ceil(length / frames / 2) * 2
+    data.update(read(file, *order, stop_when=lambda tag, *_: tag > 0x7FE00010, defer_size=length))
+    for tag in (0x7FE00008, 0x7FE00009, 0x7FE00010):
+        raw = data.get_item(tag, keep_deferred=True) if tag in data else None
+        if raw is not None and raw.value is None:  # longer than that
+            file.seek(raw.value_tell)
+            data[tag] = raw._replace(value=file.read(length))
     if not any(key in data for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ImageError(f"{name} is a DICOM file without pixel data.")
     if not decoder.is_available:
@@ -112,12 +122,12 @@ def _first_frame(data: Any, pixel_array: Any) -> NDArray[Any]:
     stored, high = data.get("BitsStored"), data.get("HighBit")
     if stored and high and stored <= high < data.BitsAllocated:
         data.BitsStored = high + 1
-        whole: NDArray[Any] = pixel_array(data, index=0)
+        whole: NDArray[Any] = pixel_array(data, index=0, number_of_frames=1)
         data.BitsStored = stored
         # Where the upper bits are not used, it is HighBit that is wrong.
         if whole.max() >= 1 << stored or whole.min() < -1 << (stored - 1):
             return np.asarray(whole >> (high + 1 - stored))
-    return np.asarray(pixel_array(data, index=0))
+    return np.asarray(pixel_array(data, index=0, number_of_frames=1))
 
 
 def _check_frame(data: Any, name: str, max_pixels: int) -> None:

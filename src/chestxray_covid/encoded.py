@@ -120,8 +120,8 @@ def decode_image(
         if isinstance(image, JpegImageFile):
             check_jpeg(data, name, max_pixels)
             sideways = is_sideways(orientation(image))
-            # Either way luma as it is stored; "L" would lose what says whether it is coloured.
-            mode = "YCbCr" if _holds_ycbcr(image) else "L"
+            # As it is stored; "L" would lose what says whether it is coloured.
+            mode = "YCbCr" if _holds_ycbcr(image) else image.mode
             image.draft(mode, min_size[::-1] if min_size and sideways else min_size)
         grey, facts = to_grey(_whole_depth(image, file, name), name, size)
     except ImageError:
@@ -206,7 +206,7 @@ def read_stream(stream: Stream) -> bytes:
     """Return what a binary stream holds, a seekable one from its start.
 
     Raises:
-        ImageError: If it cannot be read, whatever it raises, or does not end.
+        ImageError: If it cannot be read, or does not end.
         TypeError: If it is one of text.
     """
     parts: list[bytes] = []
@@ -225,11 +225,25 @@ def read_stream(stream: Stream) -> bytes:
                 raise ImageError(
                     f"<stream> is longer than {MAX_STREAM_BYTES} bytes. Save it to a file first."
                 )
-    except (ImageError, TypeError, MemoryError):
+    except ImageError:
         raise
-    except Exception as error:  # a closed one, a broken archive, a connection that was cut, ...
+    except _stream_errors() as error:
         raise ImageError(f"<stream> cannot be read: {reason(error)}") from error
     return b"".join(parts)
+
+
+def _stream_errors() -> tuple[type[Exception], ...]:
+    """Return what a file, a member of an archive or an answer of a server raises that breaks.
+
+    A function, since only then the modules are there already: their import takes a while.
+    """
+    import http.client
+    import lzma
+    import zipfile
+    import zlib
+
+    known = EOFError, OSError, RuntimeError, ValueError  # an encrypted member, a closed stream, ...
+    return (*known, lzma.LZMAError, zlib.error, zipfile.BadZipFile, http.client.HTTPException)
 
 
 def _holds_ycbcr(image: JpegImageFile) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid import engine_openvino
-from chestxray_covid.checkpoint import ModelConfig
+from chestxray_covid.checkpoint import ModelConfig, weights_digest
 from chestxray_covid.engine_onnx import OnnxEngine
 from chestxray_covid.errors import CheckpointError, MissingExtraError
 from chestxray_covid.files import read_json
@@ -82,9 +82,11 @@ def open_engine(
     Raises:
         ValueError: If engine or precision is unknown, they do not go together, or the device is
             not there.
-        CheckpointError: If the weights are not those that the config describes, or ``"int8"`` is
+        CheckpointError: If the weights are no DenseNet-121 of these classes, or ``"int8"`` is
             wanted of a checkpoint that was not quantised.
         MissingExtraError: If the engine that was asked for is not installed.
+        ForkedError: Of torch, in a process that was forked after torch had begun to compute here,
+            unless it computes on the CPU in one thread.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
@@ -140,8 +142,12 @@ def _open(
         if precision == "auto":
             precision = _trusted(config, name, engine_openvino.native_precision())
         return engine_openvino.OpenVinoEngine(tensors, config.preprocess, precision=precision)
+    import torch
+
     from chestxray_covid import engine_torch
 
+    # A GPU in a forked process is refused by torch itself, an impossible device by the engine.
+    engine_torch.check_forked(engine_torch.first_process(), torch.device("cpu"))
     if precision == "auto":
         precision = _trusted(config, name, engine_torch.native_precision(device))
     return engine_torch.TorchEngine(tensors, config.preprocess, device=device, precision=precision)
@@ -151,6 +157,13 @@ def _trusted(config: ModelConfig, name: str, precision: str) -> str:
     """Return the precision if these weights keep their probabilities with it, else float32."""
     judged = read_json(_JUDGED).get(config.weights_sha256, {}).get(f"{name}-{precision}")
     return precision if judged is not None and keeps_probabilities(**judged) else "float32"
+
+
+def known(config: ModelConfig, tensors: Mapping[str, NDArray[Any]]) -> ModelConfig:
+    """Return the config; without its hash if that is of judged weights, and these are others."""
+    judged = config.weights_sha256 in read_json(_JUDGED)
+    others = judged and weights_digest(tensors) != config.weights_sha256
+    return replace(config, weights_sha256="") if others else config
 
 
 def keeps_probabilities(*, p99: float, largest: float, auroc_change: float, **_: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -205,7 +206,7 @@ def _load_ahead(
 ) -> Iterator[_Loaded]:
     def load(pair: tuple[Any, str | None]) -> _Loaded:
         item, target = pair
-        if hasattr(item, "read") and not isinstance(item, Sample):
+        if hasattr(item, "read") and not isinstance(item, (Sample, os.PathLike)):
             item = read_stream(item)  # cannot be relied on to be read twice
         # The very pixels of the prediction: a large JPEG may be decoded smaller for those.
         pixels = read(item, classifier.config.preprocess)[0]

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def export_model(
         ValueError: If the format is unknown, there are no images, or ``output`` is the folder of a
             checkpoint, which has a card of its own.
         OSError: If the folder cannot be written; older files are intact.
+        ForkedError: In a process that was forked after torch had computed here, unless torch
+            computes in one thread.
     """
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {tuple(_FORMATS)}, got {format!r}")
@@ -109,9 +112,10 @@ def export_model(
         )
     config, tensors = load_checkpoint(resolve(checkpoint))
     pixels = _pixels(images, config)
+    reference = _reference(config, tensors)
     with tempfile.TemporaryDirectory() as folder:
         name, run = _FORMATS[format](fold(tensors, config.preprocess), Path(folder))
-        expected = _in_batches(_reference(config, tensors), pixels)
+        expected = _in_batches(reference, pixels)
         parity = _compare(_in_batches(run, pixels), expected)
         if not parity.is_rounding:
             raise ExportError(
@@ -196,8 +200,10 @@ def _reference(config: ModelConfig, tensors: Any) -> _Run:
     """Return torchvision's own network, which nothing was folded into."""
     import torch
 
+    from chestxray_covid.engine_torch import check_forked, first_process
     from chestxray_covid.models import forward_features, from_tensors, normalise
 
+    check_forked(first_process(), torch.device("cpu"))
     model = from_tensors(tensors)
 
     def run(pixels: NDArray[np.uint8]) -> _Outputs:
@@ -250,14 +256,16 @@ def _to_torch(network: Network, folder: Path) -> tuple[str, _Run]:
     module = FoldedNetwork(network).eval().to(memory_format=torch.contiguous_format)
     example = torch.zeros(2, 1, network.size_px, network.size_px, dtype=torch.uint8)
     shapes = {PIXELS: {0: torch.export.Dim("N")}}
-    program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    plain = partial(torch.autocast, "cpu", enabled=False)  # the caller's would be in the graph
+    with plain():
+        program = torch.export.export(module, (example,), dynamic_shapes=shapes)
     program.example_inputs = None  # the one thing that would be pickled
     path = folder / "model.pt2"
     torch.export.save(program, path)
     loaded = torch.export.load(path).module()
 
     def run(pixels: NDArray[np.uint8]) -> _Outputs:
-        with torch.inference_mode():
+        with torch.inference_mode(), plain():
             logits, features = loaded(torch.from_numpy(pixels))
         return logits.numpy(), features.numpy()
 

@@ -54,6 +54,8 @@ def segment(images: Any, *, batch_size: int = 16) -> Any:
         ImageError: If an image cannot be decoded.
         CheckpointError: If the bundled weights are missing or damaged.
         ValueError: If ``batch_size`` is not positive.
+        ForkedError: In a process that was forked after torch had computed here, unless torch
+            computes in one thread.
     """
     found = list(segment_stream([images], batch_size=batch_size))
     return found[0] if is_single(images) else found
@@ -196,9 +198,11 @@ def load_network(path: str | os.PathLike[str]) -> LungNetwork:
     Raises:
         CheckpointNotFoundError: If a file is missing.
         CheckpointError: If the weights do not fit their hash or the network.
+        ForkedError: As :func:`segment`.
     """
     import torch
 
+    from chestxray_covid.engine_torch import check_forked, first_process
     from chestxray_covid.lung_network import LungNetwork
     from chestxray_covid.models import load_tensors
 
@@ -220,15 +224,16 @@ def load_network(path: str | os.PathLike[str]) -> LungNetwork:
             "Install the package again."
         )
     tensors = read_tensors(data, target)
-    with torch.random.fork_rng(devices=[]):  # of the weights that are drawn and not used
-        network = LungNetwork().float()
+    check_forked(first_process(), torch.device("cpu"))
+    with torch.device("meta"):  # where no random numbers are drawn for weights that nobody uses
+        network = LungNetwork()
     own = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     if {name: t.shape for name, t in tensors.items()} != own or not all(
         np.isfinite(t).all() for t in tensors.values()
     ):
         raise CheckpointError(f"{target} does not hold the finite weights of a lung network.")
     load_tensors(network, tensors)
-    return network.eval()
+    return network.float().eval()
 
 
 @lru_cache(maxsize=1)

@@ -181,20 +181,23 @@ def to_tensors(model: nn.Module) -> dict[str, NDArray[Any]]:
 def load_tensors(model: nn.Module, tensors: Mapping[str, NDArray[Any]]) -> None:
     """Put a checkpoint's tensors into a model; names and shapes must fit exactly.
 
+    A model on the device ``meta``, which has no values to overwrite, takes them as its own.
+
     Raises:
         RuntimeError: If a name or shape differs.
     """
-    model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()})
+    state = {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
+    model.load_state_dict(state, assign=any(p.is_meta for p in model.parameters()))
 
 
 def from_tensors(tensors: Mapping[str, NDArray[Any]]) -> torchvision.models.DenseNet:
     """Return the network that a checkpoint's tensors describe, in ``eval()`` mode, float32."""
-    with torch.random.fork_rng(devices=[]):  # of the weights that are drawn and not used
+    with torch.device("meta"):  # where no random numbers are drawn for weights that nobody uses
         model = torchvision.models.densenet121(
             weights=None, num_classes=len(tensors["classifier.bias"])
-        ).float()
+        )
     load_tensors(model, tensors)
-    return model.eval()
+    return model.float().eval()
 
 
 def check_model(model: nn.Module, classes: Sequence[str]) -> None:

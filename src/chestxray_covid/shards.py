@@ -134,17 +134,28 @@ class ShardedTable:
             DatasetError: If another run has taken the shards away.
             OSError: If a shard cannot be read or the table not be written.
         """
+        try:
+            return self._declared(names) if self.is_parquet else self._joined(names)
+        except FileNotFoundError as error:
+            raise DatasetError(
+                f"{self.output} is being written by another run, which has taken files of this one "
+                f"away: {error}. Wait until that has ended, and run this again."
+            ) from error
+
+    def _declared(self, names: Sequence[str]) -> dict[str, str]:
         failed: dict[str, str] = {}
-        if self.is_parquet:
-            for name in names:
-                failed.update(self._format.failures(self.places.read(f"{self._folder}/{name}")))
-            there = self.finished()
-            for name in there - {*names}:
-                if _SHARD_NAME.fullmatch(name):  # of an older list of files, or not finished
-                    self.begin(there)
-                    self.places.remove(self._folder, name)
-            self.places.write(self._folder, _DONE, b"")
-            return failed
+        for name in names:
+            failed.update(self._format.failures(self.places.read(f"{self._folder}/{name}")))
+        there = self.finished()
+        for name in there - {*names}:
+            if _SHARD_NAME.fullmatch(name):  # of an older list of files, or not finished
+                self.begin(there)
+                self.places.remove(self._folder, name)
+        self.places.write(self._folder, _DONE, b"")
+        return failed
+
+    def _joined(self, names: Sequence[str]) -> dict[str, str]:
+        failed: dict[str, str] = {}
         output = Path(self.output)
         # In the folder that goes in the end, so that nothing of it stays after a kill either.
         partial = Path(self._folder, f".{output.name}.{os.getpid()}.partial")
@@ -159,11 +170,6 @@ class ShardedTable:
                 os.fsync(file.fileno())
             partial.replace(output)
             sync_folder(output.parent)
-        except FileNotFoundError as error:
-            raise DatasetError(
-                f"{output} is being written by another run, which has taken {error.filename} away. "
-                "Wait until that has ended, and run this again."
-            ) from error
         finally:
             partial.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)

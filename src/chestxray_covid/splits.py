@@ -235,9 +235,8 @@ def split_by_patient(
     groups = np.array(
         patient_groups(dataset, find_copies=find_copies, workers=workers, progress=progress)
     )
-    everything = np.arange(len(dataset))
     _check_divisible(dataset, groups, sides=1 + (val > 0) + (test > 0))
-    rest, held_out = divide(dataset, everything, groups, test, seed)
+    rest, held_out = divide(dataset, np.arange(len(dataset)), groups, test, seed)
     train, validation = divide(dataset, rest, groups, val / (1 - test), seed + 1)
     sides = {"train": train, "val": validation, "test": held_out}
     for side, chosen in sides.items():
@@ -335,16 +334,13 @@ def divide(
     held, left = _divide_rare(dataset, indices, own, fraction, folds, seed)
     if left.any():
         strata = _strata(dataset, indices[left].tolist(), groups, folds)
-        # Patients of rare classes may leave less of a common one than there are folds.
-        folds = min(folds, len(np.unique(own[left])), *Counter(strata).values())
-        if folds < 2:
-            return indices[~held], indices[held]
-        if len(indices) > _MANY:
+        folds = min(folds, len(np.unique(own[left])))  # the patients of rare classes are gone
+        if folds > 1 and len(indices) > _MANY:
             held[left] = _every_so_many(strata, own[left], fraction, seed)
-            return indices[~held], indices[held]
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        _, chosen = next(splitter.split(strata, strata, own[left]))
-        held[np.flatnonzero(left)[chosen]] = True
+        elif folds > 1:
+            splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+            _, chosen = next(splitter.split(strata, strata, own[left]))
+            held[np.flatnonzero(left)[chosen]] = True
     return indices[~held], indices[held]
 
 
@@ -371,8 +367,7 @@ def _every_so_many(
     passed = np.floor(rng.random() + fraction * np.arange(len(order) + 1))
     taken = np.zeros(len(order), bool)
     taken[order] = np.diff(passed) > 0
-    chosen: NDArray[np.bool_] = taken[numbers]
-    return chosen
+    return np.asarray(taken[numbers])
 
 
 def _divide_rare(
@@ -383,7 +378,7 @@ def _divide_rare(
     folds: int,
     seed: int,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Deal out classes with fewer groups than folds, each by itself.
+    """Deal out classes with fewer groups than folds, each by itself, and what they leave of others.
 
     Returns:
         Which positions are held out, and which belong to no such class, both ``(N,)`` bool.
@@ -391,10 +386,15 @@ def _divide_rare(
     rng = np.random.default_rng(seed)
     targets = np.array(dataset.targets)[indices]
     held, left = np.zeros(len(own), bool), np.ones(len(own), bool)
-    for target in np.unique(targets):
-        if len(np.unique(own[targets == target])) < folds:
-            mine = np.unique(own[(targets == target) & left])
-            count = min(max(1, round(fraction * len(mine))), len(mine))
-            held |= np.isin(own, rng.permutation(mine)[:count])
-            left &= ~np.isin(own, mine)
+    rare = [t for t in np.unique(targets) if len(np.unique(own[targets == t])) < folds]
+    first = len(rare)
+    for n, target in enumerate(rare):
+        mine = np.unique(own[(targets == target) & left])
+        least = n < first or not held[targets == target].any()
+        count = min(max(least, round(fraction * len(mine))), len(mine))
+        held |= np.isin(own, rng.permutation(mine)[:count])
+        left &= ~np.isin(own, mine)
+        if n + 1 == len(rare):  # too few samples left of a class would lower the folds of all
+            counts = np.bincount(targets[left])
+            rare += np.flatnonzero((counts > 0) & (counts < folds)).tolist()
     return held, left

@@ -80,7 +80,8 @@ def unpack_zip(
         progress: Show a progress bar.
 
     Raises:
-        ArchiveError: If the archive is damaged or hostile, or holds nothing that is wanted.
+        ArchiveError: If the archive cannot be read, is damaged or hostile, or holds nothing that
+            is wanted.
         DatasetNotFoundError: If there is no such archive.
         DownloadError: If ``root`` holds other files, is the current folder or cannot be written.
         ValueError: If a limit is not positive.
@@ -112,7 +113,7 @@ def member_names(archive: str | os.PathLike[str], *, max_files: int = 100_000) -
     """Return the names in a zip archive, unchecked, in its order.
 
     Raises:
-        ArchiveError: If it is no zip archive or has more than ``max_files`` members.
+        ArchiveError: If it cannot be read, is no zip archive or has more members than that.
         DatasetNotFoundError: If there is no such file.
     """
     with _opened(Path(archive).expanduser(), max_files) as zipped:
@@ -121,9 +122,15 @@ def member_names(archive: str | os.PathLike[str], *, max_files: int = 100_000) -
 
 @contextmanager
 def _opened(source: Path, max_files: int) -> Iterator[zipfile.ZipFile]:
-    if not source.is_file():
+    if not os.path.isfile(source):  # noqa: PTH113 - Path.is_file raises if the name is too long
         raise DatasetNotFoundError(f"{source} does not exist or is no file, expected a zip file.")
-    with source.open("rb") as file:
+    try:
+        opened = source.open("rb")
+    except OSError as error:
+        raise ArchiveError(
+            f"{source} cannot be read: {error}. Mend its permissions; nothing was unpacked."
+        ) from error
+    with opened as file:
         with _damage(source):
             _count_entries(file, source, max_files)
             zipped = zipfile.ZipFile(file)

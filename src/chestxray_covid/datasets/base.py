@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chestxray_covid.datasets.report import DatasetReport, printable, summarise_taken
-from chestxray_covid.datasets.storage import resolver, write_csv
+from chestxray_covid.datasets.storage import resolver, write_csv, writing_to
 from chestxray_covid.errors import DatasetError
 from chestxray_covid.image import load_image
 
@@ -120,7 +120,7 @@ def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
         ImageError: If the mask or the image cannot be decoded.
     """
     path = sample.metadata.get("lung_mask")
-    if path is None:
+    if not path:
         return None
     size = sample.read(sample, None).size
     mask = load_image(path).resize(size, Image.Resampling.BILINEAR)
@@ -163,8 +163,7 @@ class ChestXrayDataset:
         self._wholes: tuple[DatasetReport, ...] = ()
         #: Sources that nobody named → the resolved folder or CSV that they are named after.
         self._named_after: Mapping[str, Path] = {}
-        strange = {s.label for s in self.samples} - set(self.classes)
-        if strange:
+        if strange := {s.label for s in self.samples} - set(self.classes):
             raise DatasetError(
                 f"Labels {sorted(strange)} are not among the classes {list(self.classes)}. "
                 "Pass classes= with all labels, or map labels to canonical ones."
@@ -268,15 +267,19 @@ class ChestXrayDataset:
         and age. The file appears complete or not at all.
 
         Raises:
-            DatasetError: If a sample is a phantom that lies in no file.
+            DatasetError: If a sample is a phantom that lies in no file, or it cannot be written.
         """
         target = Path(path).expanduser()
-        phantoms = [s for s in self.samples if not s.is_file]
-        if phantoms:
+        if phantoms := [s for s in self.samples if not s.is_file]:
             raise DatasetError(
                 f"{phantoms[0].path} is a phantom without a file. "
                 "Write the phantoms first: SyntheticChestXray.save(folder)."
             )
+        with writing_to(target, DatasetError):
+            self._write_manifest(target)
+        return target
+
+    def _write_manifest(self, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = target.parent.resolve()
         kept = [n for n in KEPT_COLUMNS if any(s.metadata.get(n) for s in self.samples)]
@@ -289,7 +292,6 @@ class ChestXrayDataset:
             return [*known, *(s.metadata.get(n, "") for n in kept)]
 
         write_csv(target, [*MANIFEST_COLUMNS, *kept], map(row, self.samples))
-        return target
 
     def _with(self, samples: Iterable[Sample], classes: Sequence[str] = ()) -> ChestXrayDataset:
         other = ChestXrayDataset(
@@ -305,8 +307,7 @@ class ChestXrayDataset:
     def _promise(self, promised: Iterable[str]) -> Self:
         """Return self, or raise if a class that this source can contain has no sample."""
         present = {s.label for s in self.samples}
-        missing = [name for name in promised if name not in present]
-        if missing:
+        if missing := [name for name in promised if name not in present]:
             raise DatasetError(
                 f"No usable image of {missing} where the data set promises it. "
                 f"What was found:\n{self.report()}\n"

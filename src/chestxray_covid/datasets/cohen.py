@@ -24,8 +24,9 @@ from chestxray_covid.datasets.base import (
 from chestxray_covid.datasets.download import download_cohen, recorded_commit
 from chestxray_covid.datasets.loading import entries
 from chestxray_covid.datasets.report import summarise
-from chestxray_covid.datasets.storage import existing_folder, refuse_repeated
+from chestxray_covid.datasets.storage import existing_folder, numbered_rows, refuse_repeated
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.files import is_folder
 
 #: Views as the metadata spells them (lower case) → canonical view.
 _VIEWS = {
@@ -82,7 +83,8 @@ class CohenCovidDataset(ChestXrayDataset):
 
     Raises:
         DatasetNotFoundError: If the folder or ``metadata.csv`` is missing.
-        DatasetError: If the metadata cannot be read or a class has no usable image.
+        DatasetError: If the metadata cannot be read, a folder cannot be listed, or a class has no
+            usable image.
         TypeError: If ``views`` or ``modalities`` is a single string.
         ValueError: If a view is unknown.
     """
@@ -109,7 +111,8 @@ class CohenCovidDataset(ChestXrayDataset):
         classes = check_classes(classes)
         folder = existing_folder(root, "the folder of covid-chestxray-dataset")
         rows = read_metadata(folder / "metadata.csv")
-        files = {entry.name for entry in entries(_images(folder)) if entry.is_file()}
+        images = entries(_images(folder))
+        files = {e.name for e in images if os.path.isfile(e.path)}  # noqa: PTH113 - links may loop
         masks = _mask_names(folder)
         patients = _patient_aliases(rows)
         own_labels = {key.strip().lower(): value for key, value in (findings or {}).items()}
@@ -186,16 +189,18 @@ def read_metadata(path: Path) -> list[dict[str, str]]:
 
     Raises:
         DatasetNotFoundError: If the file is missing.
-        DatasetError: If it is empty, no CSV, or lacks a column.
+        DatasetError: If it is empty, no CSV, lacks a column, or lies in a closed folder.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises if the folder is closed
+        if is_folder(path.parent):
+            entries(path.parent)
         raise DatasetNotFoundError(
             f"{path} is missing. Pass the folder that holds metadata.csv and images/, or use "
             "download=True (command line: chestxray-covid download cohen)."
         )
     try:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows = list(_records(csv.reader(file), path))
+            rows = list(_records((row for _, row in numbered_rows(file)), path))
     except (csv.Error, OSError) as error:
         raise DatasetError(f"{path} cannot be read as CSV: {error}. Download it again.") from error
     if not rows:
@@ -251,7 +256,7 @@ def _records(lines: Iterator[list[str]], path: Path) -> Iterator[dict[str, str]]
 
 def _images(folder: Path) -> Path:
     images = folder / "images"
-    if not images.is_dir():
+    if not is_folder(images):
         raise DatasetNotFoundError(
             f"{images} is missing beside metadata.csv. Fetch the images with download=True "
             "(command line: chestxray-covid download cohen)."
@@ -261,7 +266,7 @@ def _images(folder: Path) -> Path:
 
 def _mask_names(folder: Path) -> frozenset[str]:
     masks = folder / "annotations" / "lungVAE-masks"
-    return frozenset(e.name for e in os.scandir(masks)) if masks.is_dir() else frozenset()
+    return frozenset(e.name for e in entries(masks)) if is_folder(masks) else frozenset()
 
 
 def _patient_aliases(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -275,6 +280,8 @@ def _patient_aliases(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
         return patient
 
     for row in rows:
+        if not row["patientid"]:
+            continue
         patient = resolve(row["patientid"])
         if row["filename"]:
             alias[patient] = resolve(owner.setdefault(row["filename"], patient))

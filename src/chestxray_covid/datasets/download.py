@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import operator
 import os
@@ -11,13 +10,18 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from chestxray_covid.datasets.archives import MARKER_NAME, member_names, unpack_zip
-from chestxray_covid.datasets.storage import exclusive, path_problem, write_file, writing_to
+from chestxray_covid.datasets.storage import (
+    exclusive,
+    path_problem,
+    read_loose_csv,
+    write_file,
+    writing_to,
+)
 from chestxray_covid.datasets.transfer import RemoteFile, fetch_all, remove_stale_parts
 from chestxray_covid.datasets.web import Client, origin, refuse_offline
 from chestxray_covid.errors import ArchiveError, DownloadError, require_extra
@@ -203,7 +207,7 @@ def download_kermany(
         progress: Show a progress bar while unpacking; ``kagglehub`` always shows its own.
 
     Raises:
-        ArchiveError: If the archive is damaged, hostile, or another one.
+        ArchiveError: If the archive cannot be read, or is damaged, hostile, or another one.
         DatasetNotFoundError: If there is no such archive.
         DownloadError: If ``kagglehub`` fails or ``root`` cannot be written.
         MissingExtraError: If ``kagglehub`` is not installed.
@@ -380,21 +384,9 @@ def _wanted_images(
         return list(dict.fromkeys(_IMAGES + name for name in names))
     paths = [
         path
-        for row in _rows(metadata)
+        for row in read_loose_csv(metadata)
         if (row.get("folder") or "images") == "images"
         and (path := _IMAGES + row.get("filename", "")) in commit.tree
         and (include is None or include(row))
     ]
     return list(dict.fromkeys(paths))
-
-
-def _rows(metadata: Path) -> list[dict[str, str]]:
-    """Return the rows of ``metadata.csv`` by normalised column name: names changed over time."""
-    try:
-        with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            lines = csv.reader(file)
-            names = [re.sub(r"\s+", "_", name.strip().lower()) for name in next(lines, [])]
-            padded = (zip_longest(names, line[: len(names)], fillvalue="") for line in lines)
-            return [{name: cell.strip() for name, cell in row if name} for row in padded]
-    except csv.Error as error:
-        raise DownloadError(f"{metadata} cannot be read as CSV: {error}.") from error

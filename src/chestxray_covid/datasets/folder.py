@@ -31,18 +31,14 @@ from chestxray_covid.files import is_folder
 
 #: Names in public collections (lower case, letters and digits only) → canonical label.
 _KNOWN_LABELS = {
-    "normal": "normal",
-    "nofinding": "normal",
-    "nofindings": "normal",
-    "healthy": "normal",
-    "pneumonia": "pneumonia",
-    "viralpneumonia": "pneumonia",
-    "bacterialpneumonia": "pneumonia",
-    "covid": "covid19",
-    "covid19": "covid19",
+    **dict.fromkeys(("normal", "nofinding", "nofindings", "healthy"), "normal"),
+    **dict.fromkeys(("pneumonia", "viralpneumonia", "bacterialpneumonia"), "pneumonia"),
+    **dict.fromkeys(("covid", "covid19"), "covid19"),
 }
 #: Words that turn a name into its opposite.
 _NEGATIONS = frozenset({"no", "non", "not", "negative"})
+#: Columns of a manifest that are fields of a sample.
+_KNOWN = frozenset(MANIFEST_COLUMNS)
 #: Folders, in lower case, that divide a collection and hold class folders themselves.
 _SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 
@@ -106,15 +102,14 @@ class FolderDataset(ChestXrayDataset):
                     patient = _patient(path, folder, pattern)
                     if patient is None:
                         notes["names without a patient number"] += 1
-                    samples.append(
-                        Sample(
-                            path=path,
-                            label=label,
-                            finding=child.name,
-                            patient_id=patient or path.relative_to(folder).as_posix(),
-                            source=name,
-                        )
+                    sample = Sample(
+                        path=path,
+                        label=label,
+                        finding=child.name,
+                        patient_id=patient or path.relative_to(folder).as_posix(),
+                        source=name,
                     )
+                    samples.append(sample)
         super().__init__(
             samples,
             classes=classes,
@@ -126,10 +121,6 @@ class FolderDataset(ChestXrayDataset):
         )
         self._named_after = {} if source else {name: folder.resolve()}
         self._promise(_promised(classes, found.values()))
-
-
-#: Columns of a manifest that are fields of a sample.
-_KNOWN = frozenset(MANIFEST_COLUMNS)
 
 
 class ManifestDataset(ChestXrayDataset):
@@ -175,6 +166,7 @@ class ManifestDataset(ChestXrayDataset):
         place = table.parent.resolve() / ("" if lies_in_its_folder else table.name)
         name = source or (place.name if lies_in_its_folder else place.stem)
         listed: dict[str, Sample] = {}
+        outside: dict[str, tuple[str, str, str]] = {}  # of the classes, what was said of a file
         resolved = resolver()
         dropped: Counter[str] = Counter()
         meant: dict[str, str] = {}
@@ -189,6 +181,9 @@ class ManifestDataset(ChestXrayDataset):
                 file = given if os.path.isabs(given) else folder + given  # noqa: PTH117 - fast
                 if label not in classes:
                     dropped[f"label outside the classes ({label or 'empty'})"] += 1
+                    if label and "\0" not in given:
+                        other = label, row["patient_id"], row.get("source") or name
+                        outside[resolved(Path(file))] = other
                 elif not row["patient_id"]:
                     dropped["no patient_id"] += 1
                 elif not given or not os.path.isfile(file):  # noqa: PTH113 - keeps no copy
@@ -197,10 +192,9 @@ class ManifestDataset(ChestXrayDataset):
                     more = more or [k for k in row if k not in _KNOWN]
                     unnamed = unnamed or not row.get("source")
                     sample = _listed(file, row, label, name, more)
-                    first = listed.setdefault(resolved(sample.path), sample)
-                    if first is not sample:
-                        _refuse_contradiction(table, first, sample)
-                        dropped["file listed twice"] += 1
+                    _add(sample, listed, resolved(sample.path), dropped, table)
+        for twice in filter(listed.__contains__, outside):
+            _refuse_contradiction(table, listed[twice], outside[twice])
         samples = tuple(listed.values())
         super().__init__(
             samples,
@@ -229,7 +223,7 @@ class HannoverCovidDataset(ChestXrayDataset):
 
     Raises:
         DatasetNotFoundError: If ``data.csv`` is missing.
-        DatasetError: If it cannot be read or no image is found.
+        DatasetError: If it cannot be read, lists a file under two patients, or no image is found.
     """
 
     def __init__(
@@ -243,9 +237,9 @@ class HannoverCovidDataset(ChestXrayDataset):
         classes = check_classes(classes)
         folder = existing_folder(root, "the folder of covid-19-image-repository")
         required = ("patient_id", "image_id", "projection")
-        samples: list[Sample] = []
+        listed: dict[str, Sample] = {}
         dropped: Counter[str] = Counter()
-        for row in read_csv(folder / "data.csv", required=required):
+        for row in read_csv(table := folder / "data.csv", required=required):
             path = folder / "png" / f"{row['image_id']}.png"
             if "covid19" not in classes:
                 dropped["finding outside the classes (covid19)"] += 1
@@ -254,17 +248,17 @@ class HannoverCovidDataset(ChestXrayDataset):
             elif not os.path.isfile(path):  # noqa: PTH113
                 dropped["image file missing"] += 1
             else:
-                samples.append(
-                    Sample(
-                        path=path,
-                        label="covid19",
-                        finding="COVID-19",
-                        patient_id=row["patient_id"],
-                        source="hannover",
-                        view=row["projection"].upper() or UNKNOWN_VIEW,
-                        metadata={**row, "license": "CC BY 3.0"},
-                    )
+                sample = Sample(
+                    path=path,
+                    label="covid19",
+                    finding="COVID-19",
+                    patient_id=row["patient_id"],
+                    source="hannover",
+                    view=row["projection"].upper() or UNKNOWN_VIEW,
+                    metadata={**row, "license": "CC BY 3.0"},
                 )
+                _add(sample, listed, row["image_id"], dropped, table)
+        samples = tuple(listed.values())
         super().__init__(
             samples,
             classes=classes,
@@ -374,9 +368,18 @@ def _why_missing(path: str) -> str:
     return "image file missing" + r" (its path has \ for /)" * is_of_windows
 
 
-def _refuse_contradiction(table: Path, first: Sample, again: Sample) -> None:
-    known, other = ((s.label, s.patient_id, s.source) for s in (first, again))
-    if known != other:
+def _add(
+    sample: Sample, listed: dict[str, Sample], place: str, dropped: Counter[str], table: Path
+) -> None:
+    """Take a sample, unless its file is listed already, which is counted."""
+    first = listed.setdefault(place, sample)
+    if first is not sample:
+        _refuse_contradiction(table, first, (sample.label, sample.patient_id, sample.source))
+        dropped["file listed twice"] += 1
+
+
+def _refuse_contradiction(table: Path, first: Sample, other: tuple[str, str, str]) -> None:
+    if (known := (first.label, first.patient_id, first.source)) != other:
         raise DatasetError(
             f"{table} lists {first.path} twice, with (label, patient_id, source) {known} and "
             f"{other}. Keep one row per file."

@@ -34,6 +34,8 @@ Loader = Callable[[int], NDArray[np.uint8]]
 
 #: Raised when decoding or resizing changes, so that no cache of the older kind is taken.
 _CACHE_VERSION = 1
+#: Where the ways of reading are that follow from what :meth:`Sample.content_hash` covers.
+_OWN_READS = ("chestxray_covid.datasets.base", "chestxray_covid.datasets.phantom")
 #: What a shard is called until it is complete.
 _PARTIAL = re.compile(r"\.[0-9a-f]{24}\.\w+\.partial(\.json)?")
 
@@ -144,14 +146,16 @@ def cached_decoder(
     the folder. What killed runs left of one is removed after a day.
 
     Args:
-        dataset: The samples; must have no transform, whose result the key would not show.
+        dataset: The samples; must have no transform, whose result the key would not show. Nor does
+            it show what a ``read`` of your own gives, unless ``metadata["read"]`` names what is
+            read, and how.
         preprocess: Size and way of resizing.
         folder: Cache folder, made if missing.
         workers: Threads that decode.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If the data set has a transform.
+        ValueError: If the data set has a transform, or a ``read`` of your own that is not named.
         ImageError: If a file cannot be decoded; nothing is added to the cache then.
         DatasetError: If a file cannot be read.
         OSError: If the cache cannot be written; nothing is added to it then.
@@ -161,6 +165,12 @@ def cached_decoder(
             "Transformed images cannot be cached: the cache knows only a file's content. "
             "Leave out the cache or the transform."
         )
+    for s in dataset.samples:
+        if getattr(s.read, "__module__", "") not in _OWN_READS and "read" not in s.metadata:
+            raise ValueError(
+                f"{s.path} is read by a function of your own, which the cache cannot tell from "
+                'others. Leave out the cache, or say in metadata["read"] what is read, and how.'
+            )
     size = preprocess.size_px
     place = Path(folder).expanduser() / f"v{_CACHE_VERSION}-{preprocess.resize}-{size}px"
     place.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,8 @@ class DatasetReport:
         dropped: Reason → number of entries; ``found == kept + sum(dropped.values())``. Beyond the
             30 most frequent, reasons are counted together.
         images: Class → number of images.
-        patients: Class → number of patients.
+        patients: Class → number of patients, as each collection numbers them: whom two know under
+            numbers of their own counts twice, until ``patient_groups`` has joined the two.
         notes: Facts about what was found that are not drops, for example files without a
             metadata row.
     """

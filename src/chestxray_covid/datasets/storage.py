@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from itertools import chain
+from itertools import chain, zip_longest
+from operator import itemgetter
 from pathlib import Path
 
 from chestxray_covid.errors import (
@@ -73,18 +74,18 @@ def path_problem(path: str) -> str:
 
 
 @contextmanager
-def writing_to(place: Path) -> Iterator[None]:
+def writing_to(place: Path, kind: type[ChestXrayError] = DownloadError) -> Iterator[None]:
     """Turn errors of the file system into our own.
 
     Raises:
-        DownloadError: If the body raises an ``OSError`` that is not already one of ours.
+        ChestXrayError: Of this kind, if the body raises an ``OSError`` that is not one of ours.
     """
     try:
         yield
     except ChestXrayError:
         raise
     except OSError as error:
-        raise DownloadError(
+        raise kind(
             f"{place} cannot be written: {error}. Check the free space and the permissions there, "
             "or choose another folder; then run the same again."
         ) from error
@@ -191,6 +192,35 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) 
         csv.writer(file).writerows(chain([header], rows))
 
 
+def numbered_rows(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of an open CSV, its header too, and the number of the line each begins in.
+
+    A quote that nobody doubled makes a cell of all that follows, up to the next quote.
+
+    Raises:
+        csv.Error: If quotes do not match, or a cell of several lines swallowed what reads as rows.
+    """
+    reader = csv.reader(file, strict=True)
+    line, width = 1, 0
+    try:
+        for row in reader:
+            if reader.line_num > line and _holds_rows(row, width):
+                raise csv.Error(f"a cell holds {reader.line_num - line} more rows")
+            yield line, row
+            line, width = reader.line_num + 1, width or len(row)
+    except csv.Error as error:
+        raise csv.Error(
+            f"{error}, in the row that begins in line {line}. Where a cell holds a quote, put the "
+            "cell in quotes and double that one"
+        ) from error
+
+
+def _holds_rows(row: Sequence[str], width: int) -> bool:
+    """Return whether each line of a row would be a whole row, as no line of a note would be."""
+    lines = ",".join(row).splitlines()
+    return width > 2 and all(n.count(",") == width - 1 and ", " not in n for n in lines)
+
+
 def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]]:
     """Yield the rows of a CSV one by one: a million of them would be a gigabyte.
 
@@ -198,8 +228,8 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
 
     Raises:
         DatasetNotFoundError: If there is no such file.
-        DatasetError: If it is no CSV, has no rows, lacks a column or has it twice, or if a row
-            is longer than the header.
+        DatasetError: If it is no CSV, has no rows, lacks a column or has it twice, if a row is
+            longer than the header, or a quote that does not belong there swallows rows.
     """
     if not os.path.isfile(table):  # noqa: PTH113 - Path.is_file raises if the name is too long
         raise DatasetNotFoundError(f"{table} is missing; expected a CSV with columns {required}.")
@@ -207,8 +237,8 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
     try:
         # surrogateescape: file names need not be UTF-8
         with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file)
-            names = [name.strip() for name in next(reader, [])]
+            rows = numbered_rows(file)
+            names = [name.strip() for name in next(rows, (1, []))[1]]
             if missing := [name for name in required if name not in names]:
                 raise DatasetError(
                     f"{table} lacks the columns {missing}; it has {names}. Expected a CSV with a "
@@ -216,10 +246,10 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
                 )
             refuse_repeated(table, names)
             width, path = len(names), names.index("path") if "path" in names else None
-            for row in filter(None, reader):
+            for line, row in filter(itemgetter(1), rows):  # without empty lines
                 if len(row) > width and any(map(str.strip, row[width:])):
                     raise DatasetError(
-                        f"{table}, line {reader.line_num}: {len(row)} cells, but the header has "
+                        f"{table}, line {line}: {len(row)} cells, but the header has "
                         f"{width}. Put cells that hold a comma in quotes."
                     )
                 if len(row) < width:
@@ -233,6 +263,22 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
         raise DatasetError(f"{table} cannot be read as CSV: {error}.") from error
     if not row:
         raise DatasetError(f"{table} has a header and no rows.")
+
+
+def read_loose_csv(table: Path) -> list[dict[str, str]]:
+    """Return the rows of a ``metadata.csv`` by normalised column name: names changed over time.
+
+    Raises:
+        DownloadError: If it is no CSV.
+    """
+    try:
+        with table.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            rows = numbered_rows(file)
+            names = [re.sub(r"\s+", "_", n.strip().lower()) for n in next(rows, (1, []))[1]]
+            padded = (zip_longest(names, row[: len(names)], fillvalue="") for _, row in rows)
+            return [{name: cell.strip() for name, cell in row if name} for row in padded]
+    except csv.Error as error:
+        raise DownloadError(f"{table} cannot be read as CSV: {error}.") from error
 
 
 @contextmanager

@@ -204,7 +204,7 @@ class SyntheticChestXray(ChestXrayDataset):
             path = folder / s.label / f"{s.patient_id}_{int(s.metadata['index']):06d}.png"
             s.read(s, None).save(path)
             written.append(replace(s, path=path, read=read_file))
-        ChestXrayDataset(written, classes=self.classes).to_manifest(folder / "manifest.csv")
+        ChestXrayDataset(written, classes=self.classes)._write_manifest(folder / "manifest.csv")
 
 
 def _ranks(seed: int, position: int, classes: int, size: int, patients: int | None) -> list[int]:
