@@ -118,7 +118,7 @@ class TrainingInterrupted(ChestXrayError):  # noqa: N818 - it is no error, like 
 
 
 class ForkedError(ChestXrayError, RuntimeError):
-    """A process was forked from one in which torch had begun to compute, and could wait for ever."""
+    """A process was forked from one in which torch had computed, and could wait for ever."""
 
 
 class MissingExtraError(ChestXrayError, ImportError):
