@@ -243,13 +243,9 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     [
         ("segment", "segment", True),
         ("segment", "segment", False),
-        ("grad_cam", "grad_cam", True),
-        ("grad_cam", "grad_cam", False),
         ("grad_cam", "segment", False),
         ("predict", "grad_cam", False),
-        ("predict", "predict", True),
         ("predict", "predict", False),
-        ("export", "grad_cam", False),
         ("grad_cam", "export", False),
     ],
 )

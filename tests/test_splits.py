@@ -320,14 +320,11 @@ def test_what_patients_of_a_rare_class_leave_of_another_changes_no_other_class(
     rows = [("normal", "a", f"n{i}") for i in range(1000)]
     rows += [(label, "a", f"b{i}") for label in ("pneumonia", "covid19") for i in range(both)]
     rows += [("covid19", "a", f"c{i}") for i in range(alone)]
-    for seed in range(5):
-        split = split_by_patient(
-            listed(*rows), val=fraction, test=fraction, seed=seed, find_copies=False
-        )
-        assert_sound(split)
-        for side in (split.val, split.test):
-            assert len(side) == pytest.approx(len(rows) * fraction, rel=0.05)
-            assert set(side.targets) == {0, 1, 2}
+    split = split_by_patient(listed(*rows), val=fraction, test=fraction, find_copies=False)
+    assert_sound(split)
+    for side in (split.val, split.test):
+        assert len(side) == pytest.approx(len(rows) * fraction, rel=0.05)
+        assert set(side.targets) == {0, 1, 2}
 
 
 # Splits made by hand
