@@ -24,7 +24,7 @@ from chestxray_covid.audit_verdicts import (
     judge_auroc,
     worst,
 )
-from chestxray_covid.confounders import CONFOUNDED_V, Confounding, corrected_v, cramers_v
+from chestxray_covid.confounders import CHANCE_V, CONFOUNDED_V, Confounding, corrected_v, cramers_v
 from chestxray_covid.datasets.base import UNKNOWN_VIEW, ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.delong import auroc_by_group
@@ -85,7 +85,7 @@ def confounding_item(
         reason=f"In the {what}: {' '.join(reasons)}",
         threshold=(
             f"Cramér's V, corrected for its bias: warn from {MEDIUM_V}, fail from {CONFOUNDED_V}, "
-            f"or from {MEDIUM_V} where every label follows; sex and age, where they are known of "
+            f"or from {CHANCE_V} where every label follows; sex and age, where they are known of "
             f"most images of either label, and of {SMALL}, only warn"
         ),
         threshold_source=ASSOCIATION,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 #: Below it, labels that follow from their sources may do so by chance, where sources are many and
 #: small: five pairs of images among single ones gave 0.29 at most.
-_CHANCE_V = 0.3
+CHANCE_V = 0.3
 #: Cramér's V, corrected for its bias, from which the source counts as giving the label away: our
 #: choice; on the classic design, which it must catch, it is 0.97.
 CONFOUNDED_V = 0.8
@@ -67,7 +67,7 @@ class Confounding:
         where every label follows from its source.
         """
         v = self.corrected_v
-        return v >= CONFOUNDED_V or (self.determined == 1 and v >= _CHANCE_V)
+        return v >= CONFOUNDED_V or (self.determined == 1 and v >= CHANCE_V)
 
     def to_frame(self) -> pd.DataFrame:
         """Return the table with sources as rows and labels as columns."""

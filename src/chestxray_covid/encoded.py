@@ -235,7 +235,7 @@ def read_stream(stream: Stream) -> bytes:
 def _stream_errors() -> tuple[type[Exception], ...]:
     """Return what a file, a member of an archive or an answer of a server raises that breaks.
 
-    A function, since only then the modules are there already: their import takes a while.
+    A function, so that the imports, which take a while, wait until something has broken.
     """
     import http.client
     import lzma

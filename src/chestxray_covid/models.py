@@ -41,7 +41,8 @@ def build_densenet121(
         trainable: ``"all"``, ``"head"`` (the classifier alone), or the first block that trains,
             for example ``"denseblock4"``; see :func:`set_trainable`.
         num_classes: Number of logits, at least 2.
-        seed: Makes the random weights a function of it; ``None`` takes torch's own randomness.
+        seed: Makes the random weights a function of it, 0 to 2**63 - 1; ``None`` takes torch's own
+            randomness.
 
     Raises:
         TypeError: If ``pretrained`` is neither true nor false nor a checkpoint.
