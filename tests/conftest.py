@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +52,13 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_checkpoint(folder, config, random_tensors(3))
     return folder
+
+
+@pytest.fixture(scope="module")
+def shallow() -> Iterator[None]:
+    """Let every DenseNet-121 of a module's tests have one layer per block."""
+    from shallow import make_shallow
+
+    with pytest.MonkeyPatch.context() as patch:
+        make_shallow(patch.setattr)
+        yield

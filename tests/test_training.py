@@ -49,6 +49,8 @@ from chestxray_covid.training_feed import LateReader
 from chestxray_covid.training_network import TrainingNetwork
 from chestxray_covid.training_state import StateStore
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 QUICK = TrainingConfig(
     preprocess=Preprocess(size_px=32),
     epochs=2,
@@ -86,7 +88,7 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def finished(split: Split, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(shallow: None, split: Split, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     run = tmp_path_factory.mktemp("finished") / "run"
     return Finished(*trained(split, run), run)
 
@@ -143,17 +145,19 @@ def test_it_learns_opacities_in_the_lungs(tmp_path: Path) -> None:
         QUICK,
         preprocess=Preprocess(size_px=64),
         augmentation=Augmentation.none(),
-        epochs=3,
+        epochs=8,
         samples_per_epoch=None,
         batch_size=8,
         monitor="val_auroc",
+        cache_dir=tmp_path / "cache",
     )
     history, _ = trained(split, tmp_path / "run", config)
-    # Rounding, which is the processor's, moves it by several hundredths; of 24 against 24 images
-    # that are ordered at random, 0.75 is three standard deviations from 0.5.
+    # Three seeds gave 0.89 to 0.95; rounding, which is the processor's, moves it by several
+    # hundredths. Of 24 against 24 images that are ordered at random, 0.8 is 3.6 standard
+    # deviations from 0.5.
     assert list(split.val.targets).count(1) == len(split.val) / 2 == 24
     assert history.best.val_auroc is not None
-    assert history.best.val_auroc > 0.75
+    assert history.best.val_auroc > 0.8
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_the_global_one(
@@ -395,7 +399,9 @@ def test_a_step_sees_lungs_before_other_backgrounds_frames_and_hidden_centres() 
 COMPILED = """
 import sys
 from chestxray_covid import *
+from shallow import make_shallow
 import torch
+make_shallow()
 split = split_by_patient(SyntheticChestXray(48, image_size_px=64), val=0.2, test=0.2)
 for name, backend in (("plain", None), ("compiled", "eager"), ("failed", "tvm")):
     config = TrainingConfig(preprocess=Preprocess(size_px=32), epochs=1, batch_size=6, device="cpu",
@@ -418,7 +424,8 @@ def test_a_compiled_step_trains_the_same_weights_or_says_what_is_missing(tmp_pat
     # In a process of its own: what the compiler leaves in one is no business of other tests.
     quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", COMPILED, str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, env=quiet, timeout=240)
+    tests = Path(__file__).parent
+    subprocess.run(command, check=True, capture_output=True, env=quiet, cwd=tests, timeout=240)
     plain, compiled = (load_checkpoint(tmp_path / n)[1] for n in ("plain", "compiled"))
     assert set(plain) == set(compiled)
     for name, values in plain.items():

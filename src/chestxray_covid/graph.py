@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from chestxray_covid.errors import CheckpointError
 from chestxray_covid.image import Preprocess
+from chestxray_covid.tensors import BLOCKS
 
 #: ``convolution`` (weight ``(O, I, k, k)``), ``affine`` (weight ``(C, 1, 1)``, times and plus),
 #: ``linear`` (weight ``(O, I)``), ``concat`` of channels, ``max_pool`` 3x3 with stride 2 and
@@ -36,8 +37,8 @@ Op: TypeAlias = Literal[
 PIXELS, LOGITS, FEATURES = "pixels", "logits", "features"
 #: Length of the features.
 FEATURE_COUNT = 1024
-#: Layers per block: Huang et al., CVPR 2017, table 1; and what torch adds to a variance.
-_BLOCKS, _EPSILON = (6, 12, 24, 16), 1e-5
+#: What torch adds to a variance.
+_EPSILON = 1e-5
 #: Largest number of a folded layer; those of trained networks stay below 10. Larger ones make
 #: infinities and NaN, which OpenVINO's ReLU turns into 0, and so into a confident answer.
 _LARGEST = 1e6
@@ -161,12 +162,12 @@ class _Folding:
 
     def network(self, preprocess: Preprocess) -> None:
         current = self.first(preprocess)
-        for block, layers in enumerate(_BLOCKS, 1):
+        for block, layers in enumerate(BLOCKS, 1):
             parts = [current]
             for layer in range(1, layers + 1):
                 parts.append(self.dense(f"features.denseblock{block}.denselayer{layer}", parts))
             current = self.concat(f"features.denseblock{block}", parts)
-            if block < len(_BLOCKS):
+            if block < len(BLOCKS):
                 current = self.transition(f"features.transition{block}", current)
         self.head(current)
 

@@ -14,6 +14,8 @@ from chestxray_covid.errors import CheckpointError, first_of
 #: No more is read; single precision and 1000 classes come to 32 MB, with a header of 90 kB.
 MAX_WEIGHTS_BYTES = 100_000_000
 _MAX_HEADER_BYTES = 1_000_000
+#: Layers of each dense block: Huang et al., CVPR 2017, table 1.
+BLOCKS = (6, 12, 24, 16)
 _DTYPES = frozenset({"float16", "float32", "int64"})
 
 
@@ -32,7 +34,7 @@ def densenet121_shapes(num_classes: int) -> dict[str, tuple[int, ...]]:
 
     norm("features.norm0", 64)
     width = 64
-    for block, layers in enumerate((6, 12, 24, 16), 1):
+    for block, layers in enumerate(BLOCKS, 1):
         for layer in range(1, layers + 1):
             place = f"features.denseblock{block}.denselayer{layer}"
             norm(f"{place}.norm1", width)
