@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from chestxray_covid import ChestXrayDataset, Preprocess, SyntheticChestXray, audit_shortcuts
-from chestxray_covid.audit_baselines import held_out_scores
+from chestxray_covid.audit_baselines import grouped_folds, held_out_scores
 from chestxray_covid.audit_report import PASS, VERDICTS
 from chestxray_covid.audit_verdicts import judge_auroc
 from chestxray_covid.datasets.base import Sample
@@ -274,7 +274,9 @@ def chance(images: int, numbers: int) -> dict[str, Any]:
     rng, truth, groups = np.random.default_rng(0), np.arange(images) % 2, np.arange(images)
     found = []
     for seed in range(DATA_SETS):
-        scores = held_out_scores(rng.normal(size=(images, numbers)), truth, groups, seed=seed)
+        folds = grouped_folds(truth, groups, seed=seed)
+        assert folds is not None
+        scores = held_out_scores(rng.normal(size=(images, numbers)), truth, folds)
         found.append(auroc_by_group(truth, scores[:, 1], groups.tolist()))
     judged = [judge_auroc(estimate) for estimate in found]
     below = sum(estimate.high < 0.5 for estimate in found)

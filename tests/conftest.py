@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from chestxray_covid import tensors
 from chestxray_covid.checkpoint import ModelConfig, save_checkpoint
 from chestxray_covid.image import Preprocess
 from chestxray_covid.tensors import densenet121_shapes
@@ -29,29 +30,34 @@ def real_data() -> Path:
 def random_tensors(num_classes: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
     """Return a DenseNet-121's tensors with random weights that keep signals of unit size."""
     rng = np.random.default_rng(seed)
-    tensors = {}
+    found = {}
     for name, shape in densenet121_shapes(num_classes).items():
         if name.endswith("num_batches_tracked"):
-            tensors[name] = np.array(100, np.int64)
+            found[name] = np.array(100, np.int64)
         elif len(shape) > 1:
             scale = np.sqrt(2 / np.prod(shape[1:]))
-            tensors[name] = (rng.standard_normal(shape) * scale).astype(np.float32)
+            found[name] = (rng.standard_normal(shape) * scale).astype(np.float32)
         elif name.endswith(("norm0.weight", "running_var")) or ".weight" in name:
-            tensors[name] = np.ones(shape, np.float32)
+            found[name] = np.ones(shape, np.float32)
         else:
-            tensors[name] = np.zeros(shape, np.float32)
-    return tensors
+            found[name] = np.zeros(shape, np.float32)
+    return found
 
 
-@pytest.fixture(scope="session")
-def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a valid checkpoint of three classes at 64 px with random weights; do not change it."""
-    folder = tmp_path_factory.mktemp("checkpoint")
+def random_checkpoint(folder: Path) -> Path:
+    """Save three classes at 64 px with random weights."""
     config = ModelConfig(
         classes=("normal", "pneumonia", "covid19"), preprocess=Preprocess(size_px=64)
     )
     save_checkpoint(folder, config, random_tensors(3))
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a valid checkpoint of three classes at 64 px with random weights; do not change it."""
+    assert tensors.BLOCKS == (6, 12, 24, 16), "a module of shallow networks has its own"
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

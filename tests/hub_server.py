@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from servers import LocalServer, Reply, Request, git_blob_sha1
+from shallow import CODE
 
 REPO = "user/model"
 
@@ -206,8 +207,8 @@ def hub_environment(server: LocalServer, home: Path, **more: str) -> dict[str, s
 
 
 def run_python(code: str, environment: Mapping[str, str], *arguments: object) -> Any:
-    """Return what code in a new process prints as its last line, which is JSON."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    """Return what code prints as its last line, JSON, in a new process of shallow networks."""
+    command = [sys.executable, "-c", CODE + code, *map(str, arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, timeout=120
     )

@@ -5,19 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torchvision
-
-from chestxray_covid import engine_onnx, engine_openvino, graph, tensors
+from chestxray_covid import (
+    checkpoint,
+    engine_onnx,
+    engine_openvino,
+    export,
+    gate,
+    gate_fit,
+    graph,
+    tensors,
+)
 
 BLOCKS = (1, 1, 1, 1)
 FEATURE_COUNT = 68
+#: For processes that neither build nor train a network.
+CODE = "from shallow import make_shallow; make_shallow(builds=False)\n"
 
 
-def make_shallow(change: Callable[[object, str, object], None] = setattr) -> None:
+def make_shallow(
+    change: Callable[[object, str, object], None] = setattr, *, builds: bool = True
+) -> None:
     """Let every DenseNet-121 have that depth; a short training run takes a quarter of the time."""
-    network = partial(torchvision.models.DenseNet, 32, BLOCKS, 64)
-    change(torchvision.models, "densenet121", lambda weights=None, **options: network(**options))
     for module in (tensors, graph):
         change(module, "BLOCKS", BLOCKS)
-    for module in (graph, engine_onnx, engine_openvino):
+    for module in (checkpoint, engine_onnx, engine_openvino, export, gate, gate_fit, tensors):
         change(module, "FEATURE_COUNT", FEATURE_COUNT)
+    if builds:
+        import torchvision
+
+        network = partial(torchvision.models.DenseNet, 32, BLOCKS, 64)
+        change(
+            torchvision.models, "densenet121", lambda weights=None, **options: network(**options)
+        )

@@ -31,6 +31,10 @@ from chestxray_covid import (
 )
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.cli import NOT_A_DEVICE, main
+from conftest import random_checkpoint
+from shallow import CODE
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 TRAIN = ["--no-pretrained", "--epochs", "1", "--size", "32", "--batch-size", "8", "--device", "cpu"]
 
@@ -39,6 +43,11 @@ def call(*arguments: object) -> Result:
     # What a command sets up for its process must not outlive it in the tests'.
     name = "THP_MEM_ALLOC_ENABLE"
     return CliRunner(env={name: os.environ.get(name)}).invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(shallow: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
@@ -293,12 +302,13 @@ def test_an_interrupted_prediction_leaves_no_file(
 ) -> None:
     output = tmp_path / "full" / "out.csv"
     code = (
-        "import resource, sys; from chestxray_covid.cli import main\n"
+        f"{CODE}import resource, sys; from chestxray_covid.cli import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY)); main()"
     )
     arguments = ["predict", mixed, "--model", checkpoint_folder, "--output", output]
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    tests = Path(__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tests)
     assert done.returncode == 1
     assert "Error: " in done.stderr
     assert "Traceback" not in done.stderr
@@ -460,7 +470,8 @@ def test_models_lists_what_is_bundled_and_predict_takes_the_default(
     )
     shown = call("models").output
     assert "densenet121-v1 (default)" in shown
-    assert "normal, pneumonia, covid19; 64 px; 28.2 MB" in shown
+    size = (checkpoint_folder / "model.safetensors").stat().st_size
+    assert f"normal, pneumonia, covid19; 64 px; {size / 1e6:.1f} MB" in shown
     assert "licence: cc-by-nc-sa-4.0" in shown
     assert "AUROC elsewhere: 0.50 (0.40 to 0.60)" in shown
     done = call("predict", mixed / "a,1.png")

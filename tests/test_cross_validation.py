@@ -21,6 +21,7 @@ from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.errors import SplitError
 from chestxray_covid.splits import folds_by_patient
 
+pytestmark = pytest.mark.usefixtures("shallow")
 DATA = SyntheticChestXray(48, image_size_px=64, sources=("a", "b"))
 CONFIG = TrainingConfig(
     preprocess=Preprocess(size_px=32),
@@ -38,7 +39,9 @@ def network() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def validated(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluationReport, Path]:
+def validated(
+    shallow: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[EvaluationReport, Path]:
     place = tmp_path_factory.mktemp("folds")
     return cross_validate(DATA, CONFIG, folds=3, model=network, output=place), place
 

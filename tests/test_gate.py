@@ -22,7 +22,6 @@ from chestxray_covid.errors import CheckpointError
 from chestxray_covid.gate import (
     ABSTAINING,
     DESCRIPTORS,
-    FEATURES,
     GATE_NAME,
     KINDS,
     Flag,
@@ -36,6 +35,7 @@ from chestxray_covid.image import Preprocess
 from chestxray_covid.pixels import ImageFacts
 from chestxray_covid.prediction import Prediction
 from chestxray_covid.prediction_table import CSV, line
+from chestxray_covid.tensors import FEATURE_COUNT as FEATURES
 
 from conftest import random_tensors  # isort: skip
 

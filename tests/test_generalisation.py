@@ -31,6 +31,8 @@ from chestxray_covid.generalisation import (
 )
 from chestxray_covid.intervals import Estimate
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 FEW: dict[str, Any] = {"n_resamples": 50}
 
 

@@ -40,7 +40,10 @@ from chestxray_covid.models import to_tensors
 from chestxray_covid.publish import push
 from chestxray_covid.reporting import markdown_text
 from chestxray_covid.results import Results
+from conftest import random_checkpoint
 from hub_server import HubServer, hub_environment, run_python
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 ROOT = Path(__file__).parents[1]
 LABELS = ("normal", "pneumonia", "covid19")
@@ -67,6 +70,11 @@ AUDIT = AuditReport(
         ),
     ),
 )
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(shallow: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

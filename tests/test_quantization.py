@@ -31,7 +31,11 @@ from chestxray_covid.cli import main
 from chestxray_covid.graph import Network
 from chestxray_covid.int8 import Int8, rounded_results
 from chestxray_covid.quantization import compare
+from chestxray_covid.tensors import densenet121_shapes
 from conftest import random_tensors
+from shallow import BLOCKS, FEATURE_COUNT
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 CLASSES = ("normal", "covid19")
 
@@ -110,9 +114,12 @@ def test_weights_and_other_attachments_are_those_of_the_original(
 def test_what_is_kept_is_a_number_per_channel_and_no_image(quantised: Any) -> None:
     data = (quantised[0] / "int8.safetensors").read_bytes()
     found = Int8.from_bytes(data)
-    assert len(data) < 200_000
-    assert len(found.largest) == 119, "every convolution's input but the first"
-    assert len(found.largest["features.denseblock4.denselayer16.norm1"]) == 992
+    shapes = densenet121_shapes(len(CLASSES))
+    convolutions = [name for name, shape in shapes.items() if len(shape) == 4]
+    assert len(found.largest) == len(convolutions) - 1, "every convolution's input but the first"
+    last = f"features.denseblock4.denselayer{BLOCKS[3]}.norm1"
+    assert len(found.largest[last]) == FEATURE_COUNT - 32
+    assert len(data) < 4 * sum(map(len, found.largest.values())) + 20_000
 
 
 def test_a_model_that_is_restricted_to_some_classes_keeps_its_int8(

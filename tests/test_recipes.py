@@ -43,12 +43,14 @@ from chestxray_covid.tensors import read_tensors
 from chestxray_covid.training_config import EpochRecord
 from conftest import random_tensors
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 COVID_SOURCES = ("cohen", "hannover")
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @pytest.fixture(scope="module")
-def recipes() -> Iterator[dict[str, Any]]:
+def recipes(shallow: None) -> Iterator[dict[str, Any]]:
     """Import the recipes as they import each other: as scripts of one folder."""
     names = [path.stem for path in RECIPES.glob("*.py")]
     before = list(sys.path)
@@ -784,16 +786,20 @@ def test_random_weights_are_settled_on_what_they_are_shown(
     norm = network.features.norm0
     assert torch.allclose(norm.running_mean.double(), first.mean((0, 2, 3)), atol=1e-4)
     found = probe.features_of(network, pixels)
-    widths = {"transition1": 128, "transition2": 256, "transition3": 512, "norm5": 1024}
+    features = network.features
+    transitions = [features.transition1, features.transition2, features.transition3]
+    last = features.norm5.num_features
+    widths = {f"transition{n}": t.conv.out_channels for n, t in enumerate(transitions, 1)}
+    widths["norm5"] = last
     assert {k: v.shape for k, v in found.items()} == {
         name: (probe.VIEWS, len(pixels), 3 * width) for name, width in widths.items()
     }
     with torch.inference_mode():
         maps = torch.relu(network.features(normalise(pixels, small)))
     shown = found["norm5"][0]
-    assert np.allclose(shown[:, :1024], maps.mean((2, 3)), atol=1e-3)
-    assert np.allclose(shown[:, 1024:2048], maps.amax((2, 3)), atol=1e-3)
-    assert np.allclose(shown[:, 2048:], maps.std((2, 3)), atol=1e-3)
+    assert np.allclose(shown[:, :last], maps.mean((2, 3)), atol=1e-3)
+    assert np.allclose(shown[:, last : 2 * last], maps.amax((2, 3)), atol=1e-3)
+    assert np.allclose(shown[:, 2 * last :], maps.std((2, 3)), atol=1e-3)
     assert not np.allclose(found["norm5"][2], shown, atol=1e-2), "the third view is another"
     mirrored = probe.features_of(network, pixels.flip(-1))["norm5"]
     assert np.allclose(mirrored[0], found["norm5"][1], atol=1e-3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,36 +22,51 @@ FOLDS = 5
 SMALL_THUMBNAIL_PX, THUMBNAIL_PX = 8, 64
 #: Strengths of the ridge, in numbers of features, among which each fold chooses.
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0)
+#: Rows to learn from and rows to judge, per fold.
+Folds: TypeAlias = tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
 
 
-def held_out_scores(
-    features: NDArray[Any], labels: ArrayLike, groups: NDArray[np.int64], *, seed: int
-) -> NDArray[np.float64] | None:
-    """Return how much a ridge classifier takes each image for each label, its patient held out.
+def grouped_folds(labels: ArrayLike, groups: NDArray[np.int64], *, seed: int) -> Folds | None:
+    """Return the rows to learn from and those to judge, patients apart and labels alike.
 
     Args:
-        features: ``(N, D)``.
         labels: ``(N,)``, of at least two values.
         groups: ``(N,)`` patient of each image.
         seed: Seed of the folds.
 
     Returns:
-        ``(N, K)`` decision values, columns in sorted order of the labels; ``None`` if a label has
-        fewer patients than there are folds, or fewer than 20 images.
+        As many pairs as folds; ``None`` if a label has fewer patients than there are folds, or
+        fewer than 20 images.
     """
-    from sklearn.linear_model import RidgeClassifierCV
     from sklearn.model_selection import StratifiedGroupKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     names, codes = np.unique(np.asarray(labels), return_inverse=True)
     counts = [(np.sum(codes == k), len(set(groups[codes == k]))) for k in range(len(names))]
     if len(names) < 2 or any(n < SMALL or patients < FOLDS for n, patients in counts):
         return None
-    scores = np.zeros((len(codes), len(names)))
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    return tuple(splitter.split(codes, codes, groups))
+
+
+def held_out_scores(features: NDArray[Any], labels: ArrayLike, folds: Folds) -> NDArray[np.float64]:
+    """Return how much a ridge classifier takes each image for each label, its patient held out.
+
+    Args:
+        features: ``(N, D)``.
+        labels: ``(N,)``, as :func:`grouped_folds` got them.
+        folds: What that returned.
+
+    Returns:
+        ``(N, K)`` decision values, columns in sorted order of the labels.
+    """
+    from sklearn.linear_model import RidgeClassifierCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    names, codes = np.unique(np.asarray(labels), return_inverse=True)
+    scores = np.zeros((len(codes), len(names)))
     alphas = [strength * features.shape[1] for strength in _STRENGTHS]
-    for train, test in splitter.split(features, codes, groups):
+    for train, test in folds:
         model = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=alphas))
         decision = model.fit(features[train], codes[train]).decision_function(features[test])
         scores[test] = decision if decision.ndim > 1 else np.stack([-decision, decision], axis=1)
@@ -66,31 +81,31 @@ def baselines(data: AuditData) -> tuple[AuditFinding, ...]:
     facts = [file_facts(sample) for sample in data.samples]
     headers = as_numbers(facts) if any(facts) else None
     brightness = np.stack([grey.mean(1), grey.std(1)], axis=1)
+    folds = grouped_folds(data.truth, data.groups, seed=data.how["seed"])
     return (
-        _baseline(data, "file_facts", "file facts only", headers),
-        _baseline(data, "brightness", "mean and deviation of the grey", brightness),
-        _baseline(data, "thumbnail_8", "a thumbnail of 8 × 8 pixels", small),
-        _baseline(data, "frame_70", "the frame, central 70 % hidden", _frame(shown, 0.7)),
-        _baseline(data, "frame_90", "the frame, central 90 % hidden", _frame(shown, 0.9)),
-        _baseline(data, "image", "the whole image, 64 × 64", shown.reshape(len(shown), -1)),
+        _baseline(data, folds, "file_facts", "file facts only", headers),
+        _baseline(data, folds, "brightness", "mean and deviation of the grey", brightness),
+        _baseline(data, folds, "thumbnail_8", "a thumbnail of 8 × 8 pixels", small),
+        _baseline(data, folds, "frame_70", "the frame, central 70 % hidden", _frame(shown, 0.7)),
+        _baseline(data, folds, "frame_90", "the frame, central 90 % hidden", _frame(shown, 0.9)),
+        _baseline(data, folds, "image", "the whole image, 64 × 64", shown.reshape(len(shown), -1)),
     )
 
 
 def _baseline(
-    data: AuditData, name: str, what: str, features: NDArray[np.float64] | None
+    data: AuditData, folds: Folds | None, name: str, what: str, features: NDArray[np.float64] | None
 ) -> AuditFinding:
     if features is None:
         why = "No image is a file with a header that can be read."
         return AuditFinding(
             name=name, what=what, metric="auroc", estimate=undefined(data), meaning=why
         )
-    scores = held_out_scores(features, data.truth, data.groups, seed=data.how["seed"])
-    if scores is None:
+    if folds is None:
         why = f"Each class needs {SMALL} images of {FOLDS} patients."
         return AuditFinding(
             name=name, what=what, metric="auroc", estimate=undefined(data), meaning=why
         )
-    estimate = data.auroc(scores[:, 1])
+    estimate = data.auroc(held_out_scores(features, data.truth, folds)[:, 1])
     return AuditFinding(name=name, what=what, metric="auroc", estimate=estimate)
 
 

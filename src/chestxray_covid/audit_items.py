@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid import metrics as m
-from chestxray_covid.audit_baselines import FOLDS, baselines, held_out_scores, undefined
+from chestxray_covid.audit_baselines import (
+    FOLDS,
+    baselines,
+    grouped_folds,
+    held_out_scores,
+    undefined,
+)
 from chestxray_covid.audit_data import AuditData, Question
 from chestxray_covid.audit_report import FAIL, NOT_ASSESSABLE, PASS, WARN, AuditFinding, AuditItem
 from chestxray_covid.audit_verdicts import (
@@ -286,14 +292,13 @@ def _knowledge(
     patients = {v: len(set(data.groups[inside & (texts == v)])) for v in sizes}
     kept = [v for v in sizes if sizes[v] >= SMALL and patients[v] >= FOLDS]
     among = np.flatnonzero(inside & np.isin(texts, kept))
-    scores = None
+    folds = None
     if len(kept) > 1:
-        scores = held_out_scores(
-            features[among], texts[among], data.groups[among], seed=data.how["seed"]
-        )
-    if scores is None:
+        folds = grouped_folds(texts[among], data.groups[among], seed=data.how["seed"])
+    if folds is None:
         why = f"Fewer than two values with {SMALL} images of {FOLDS} patients."
         return AuditFinding(**base, metric="auroc", estimate=undefined(data), meaning=why)
+    scores = held_out_scores(features[among], texts[among], folds)
     is_it = (texts[among, np.newaxis] == np.array(kept)).astype(int)
     # One source of many may stand out, and give the label away: a mean would hide it.
     best = int(np.argmax([m.auroc(is_it[:, k], scores[:, k]) for k in range(len(kept))]))

@@ -29,7 +29,12 @@ from chestxray_covid.errors import (
 )
 from chestxray_covid.files import MAX_JSON_BYTES, parse_json, read_limited, write_files
 from chestxray_covid.image import Preprocess
-from chestxray_covid.tensors import MAX_WEIGHTS_BYTES, check_tensors, read_tensors
+from chestxray_covid.tensors import (
+    FEATURE_COUNT,
+    MAX_WEIGHTS_BYTES,
+    check_tensors,
+    read_tensors,
+)
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -162,7 +167,7 @@ def timm_fields(classes: Sequence[str], preprocess: Preprocess) -> dict[str, Any
     side = preprocess.size_px
     return {
         "num_classes": len(classes),
-        "num_features": 1024,
+        "num_features": FEATURE_COUNT,
         "label_names": list(classes),
         "dtype": "float32",
         "pretrained_cfg": {

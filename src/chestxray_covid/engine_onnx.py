@@ -15,7 +15,6 @@ from chestxray_covid.compiled import keep_compiled, load_compiled
 from chestxray_covid.datasets.loading import cores
 from chestxray_covid.errors import require_extra
 from chestxray_covid.graph import (
-    FEATURE_COUNT,
     FEATURES,
     LOGITS,
     PIXELS,
@@ -25,6 +24,7 @@ from chestxray_covid.graph import (
     fold,
 )
 from chestxray_covid.image import Preprocess
+from chestxray_covid.tensors import FEATURE_COUNT
 
 #: Opset 17 came with ONNX 1.12 in 2022; every runtime of today reads it.
 OPSET, _IR_VERSION = 17, 8

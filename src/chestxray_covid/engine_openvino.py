@@ -21,7 +21,6 @@ from chestxray_covid.compiled import keep_compiled, load_compiled
 from chestxray_covid.datasets.loading import cores
 from chestxray_covid.errors import require_extra
 from chestxray_covid.graph import (
-    FEATURE_COUNT,
     FEATURES,
     LOGITS,
     PIXELS,
@@ -32,6 +31,7 @@ from chestxray_covid.graph import (
 )
 from chestxray_covid.image import Preprocess
 from chestxray_covid.int8 import Int8
+from chestxray_covid.tensors import FEATURE_COUNT
 
 #: Our names of precisions → OpenVINO's.
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}

@@ -27,6 +27,7 @@ from chestxray_covid.files import write_files
 from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, fold
 from chestxray_covid.hub import resolve
 from chestxray_covid.inputs import expand, read
+from chestxray_covid.tensors import FEATURE_COUNT
 
 CARD_NAME, TEXT_NAME = "card.json", "README.md"
 #: Largest difference to torchvision's float32 network that is rounding and nothing else: of a
@@ -147,7 +148,7 @@ def _card(
         "preprocess": {**config.preprocess.to_dict(), "interpolation": "bilinear, antialiased"},
         "outputs": {
             LOGITS: {"dtype": "float32", "shape": ["N", len(config.classes)]},
-            FEATURES: {"dtype": "float32", "shape": ["N", 1024]},
+            FEATURES: {"dtype": "float32", "shape": ["N", FEATURE_COUNT]},
         },
         "classes": list(config.classes),
         "threshold": config.threshold,

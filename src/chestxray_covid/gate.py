@@ -20,7 +20,7 @@ from PIL import Image
 
 from chestxray_covid.errors import CheckpointError
 from chestxray_covid.pixels import ImageFacts
-from chestxray_covid.tensors import read_tensors
+from chestxray_covid.tensors import FEATURE_COUNT, read_tensors
 
 #: Name of the attachment of a checkpoint that holds its gate.
 GATE_NAME = "gate.safetensors"
@@ -47,8 +47,6 @@ MIN_SIDE = 0.4
 MIN_COLOURED = 0.005
 #: An image is blank if so large a share of its pixels is within so many grey levels of the median.
 MIN_BLANK, BLANK_LEVELS = 0.99, 4
-#: Length of the features of DenseNet-121.
-FEATURES = 1024
 _THUMBNAIL_PX = 16
 _GREY_BINS = 16
 #: Length of what :func:`describe` returns.
@@ -257,7 +255,7 @@ class Gate:
         return Flag(name=name, reason=reason, score=float(odds[alike].sum() / odds.sum()))
 
     def _check_distance(self, standard: NDArray[np.float64]) -> list[Flag]:
-        distance = float(self._distances(standard[:, :FEATURES])[0])
+        distance = float(self._distances(standard[:, :FEATURE_COUNT])[0])
         limit = float(self.max_distance[0])
         if not distance > limit:
             return []
@@ -288,7 +286,7 @@ class Gate:
         Args:
             features: ``(N, 1024)``.
         """
-        standard = standardise(features, self.mean[:FEATURES], self.scale[:FEATURES])
+        standard = standardise(features, self.mean[:FEATURE_COUNT], self.scale[:FEATURE_COUNT])
         return self._distances(standard)
 
     @cached_property
@@ -350,15 +348,15 @@ _POSITIVE = frozenset({"scale", "variances", "noise", "max_distance"})
 
 
 def _shapes(components: int) -> Mapping[str, tuple[int, ...]]:
-    inputs = FEATURES + DESCRIPTORS
+    inputs = FEATURE_COUNT + DESCRIPTORS
     return {
         "mean": (inputs,),
         "scale": (inputs,),
         "probe": (len(KINDS), inputs),
         "bias": (len(KINDS),),
         "min_log_odds": (len(KINDS) - 1,),
-        "centre": (FEATURES,),
-        "basis": (FEATURES, components),
+        "centre": (FEATURE_COUNT,),
+        "basis": (FEATURE_COUNT, components),
         "variances": (components,),
         "noise": (1,),
         "max_distance": (1,),

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid.errors import first_of
-from chestxray_covid.gate import FEATURES, KINDS, Gate, describe, standardise
+from chestxray_covid.gate import KINDS, Gate, describe, standardise
+from chestxray_covid.tensors import FEATURE_COUNT
 
 #: Kinds that are made of frontal radiographs, and so show the look of their source.
 _FROM_FRONTAL = ("frontal", "inverted", "turned")
@@ -105,10 +106,10 @@ def _gather(
 ) -> _Examples:
     count = len(pixels)
     lengths = {len(features), len(kinds), len(patients), len(sources)}
-    if lengths != {count} or pixels.ndim != 4 or features.shape != (count, FEATURES):
+    if lengths != {count} or pixels.ndim != 4 or features.shape != (count, FEATURE_COUNT):
         raise ValueError(
-            f"expected (N, 1, S, S) pixels, (N, {FEATURES}) features and N kinds, patients and "
-            f"sources, got {pixels.shape}, {features.shape} and {len(kinds)}, {len(patients)}, "
+            f"expected (N, 1, S, S) pixels, (N, {FEATURE_COUNT}) features and N kinds, patients "
+            f"and sources, got {pixels.shape}, {features.shape} and {len(kinds)}, {len(patients)}, "
             f"{len(sources)}"
         )
     strange = sorted(set(kinds) - set(KINDS))
@@ -133,7 +134,7 @@ def _check_enough(examples: _Examples, components: int) -> None:
     count = len(set(frontal.patients))
     if count < _FOLDS:
         raise ValueError(f"there are {count} frontal patients, expected at least {_FOLDS}")
-    least = min(len(frontal.kinds) * (_FOLDS - 1) // _FOLDS - 2, FEATURES - 1)
+    least = min(len(frontal.kinds) * (_FOLDS - 1) // _FOLDS - 2, FEATURE_COUNT - 1)
     if not 1 <= components <= least:
         raise ValueError(
             f"components must be in 1 to {least} for {len(frontal.kinds)} frontal radiographs, "
@@ -190,7 +191,7 @@ def _judge(rest: _Examples, left: _Examples, components: int) -> NDArray[np.floa
     """Return ``(N, 6)``, five log-odds and a distance, of the frontal radiographs left out."""
     gate = _fit(rest, components)
     inputs = left.inputs[left.is_frontal]
-    distances = gate.distances(inputs[:, :FEATURES])
+    distances = gate.distances(inputs[:, :FEATURE_COUNT])
     return np.column_stack([gate.log_odds(inputs)[:, 1:], distances])
 
 
@@ -209,7 +210,7 @@ def _fit(examples: _Examples, components: int) -> Gate:
     standard = standardise(examples.inputs, mean, scale).astype(np.float32)
     probe = LogisticRegression(C=_PENALTY_C, class_weight="balanced", max_iter=1000, tol=1e-3)
     probe.fit(standard, examples.kinds)
-    frontal = standard[examples.is_frontal, :FEATURES]
+    frontal = standard[examples.is_frontal, :FEATURE_COUNT]
     centre = frontal.mean(0)
     _, singular, directions = np.linalg.svd(frontal - centre, full_matrices=False)
     variances = singular**2 / len(frontal)
@@ -222,7 +223,7 @@ def _fit(examples: _Examples, components: int) -> Gate:
         "centre": centre,
         "basis": directions[:components].T,
         "variances": variances[:components],
-        "noise": [variances[components:].sum() / (FEATURES - components)],
+        "noise": [variances[components:].sum() / (FEATURE_COUNT - components)],
         "max_distance": [1.0],
     }
     return Gate(**{name: np.asarray(value, np.float32) for name, value in parts.items()})

@@ -35,8 +35,6 @@ Op: TypeAlias = Literal[
 
 #: Names of the input and the outputs, in every runtime.
 PIXELS, LOGITS, FEATURES = "pixels", "logits", "features"
-#: Length of the features.
-FEATURE_COUNT = 1024
 #: What torch adds to a variance.
 _EPSILON = 1e-5
 #: Largest number of a folded layer; those of trained networks stay below 10. Larger ones make

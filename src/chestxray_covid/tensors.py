@@ -16,6 +16,8 @@ MAX_WEIGHTS_BYTES = 100_000_000
 _MAX_HEADER_BYTES = 1_000_000
 #: Layers of each dense block: Huang et al., CVPR 2017, table 1.
 BLOCKS = (6, 12, 24, 16)
+#: Length of the pooled features that the classifier sees.
+FEATURE_COUNT = 1024
 _DTYPES = frozenset({"float16", "float32", "int64"})
 
 
