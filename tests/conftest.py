@@ -63,8 +63,7 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shallow() -> Iterator[None]:
     """Let every DenseNet-121 of a module's tests have one layer per block."""
-    from shallow import make_shallow
+    from shallow import shallow_networks
 
-    with pytest.MonkeyPatch.context() as patch:
-        make_shallow(patch.setattr)
+    with shallow_networks():
         yield

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+
+import pytest
 
 from chestxray_covid import (
     checkpoint,
@@ -37,3 +40,11 @@ def make_shallow(
         change(
             torchvision.models, "densenet121", lambda weights=None, **options: network(**options)
         )
+
+
+@contextmanager
+def shallow_networks() -> Iterator[None]:
+    """Let every DenseNet-121 have one layer per block meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_shallow(patch.setattr)
+        yield

@@ -38,6 +38,8 @@ from chestxray_covid.places import Places
 from chestxray_covid.prediction import FailedPrediction, Prediction
 from chestxray_covid.prediction_table import heading, line
 from chestxray_covid.shards import Shard, ShardedTable
+from conftest import random_checkpoint
+from shallow import CODE, shallow_networks
 
 FILES = 12
 
@@ -498,18 +500,18 @@ def rows_of_parts(output: Path) -> list[dict[str, object]]:
     return [row for part in sorted(output.glob("part-*")) for row in rows_of(part)]
 
 
-KILLED = """
+KILLED = f"""{CODE}
 import os, signal, sys, time
 from chestxray_covid import Classifier, predict_files
 checkpoint, images, whole, killed = sys.argv[1:]
 clf = Classifier.from_pretrained(checkpoint, engine="torch")  # others do not survive a fork
-options = {"classifier": clf, "shard_size": 1, "batch_size": 1}
+options = {{"classifier": clf, "shard_size": 1, "batch_size": 1}}
 start = time.perf_counter()
 predict_files([images] * 12, whole, **options)
 shard = (time.perf_counter() - start) / 144
 
 def count_shards():
-    hidden = os.path.join(os.path.dirname(killed), f".{os.path.basename(killed)}.parts")
+    hidden = os.path.join(os.path.dirname(killed), f".{{os.path.basename(killed)}}.parts")
     place = killed if os.path.isdir(killed) else hidden
     names = os.listdir(place) if os.path.isdir(place) else []
     return sum(name.startswith("part-") for name in names)
@@ -533,29 +535,33 @@ for number in range(20):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_after_twenty_kills_nothing_is_lost_and_nothing_twice(
-    images: Path, tmp_path: Path, checkpoint_folder: Path, suffix: str
+    images: Path, tmp_path: Path, suffix: str
 ) -> None:
-    whole, killed = (tmp_path / f"{name}{suffix}" for name in ("whole", "killed"))
-    command = [sys.executable, "-c", KILLED, checkpoint_folder, images, whole, killed]
+    (tmp_path / "tables").mkdir()
+    whole, killed = (tmp_path / "tables" / f"{name}{suffix}" for name in ("whole", "killed"))
+    with shallow_networks():
+        checkpoint = random_checkpoint(tmp_path / "model")
+        same = Classifier.from_pretrained(checkpoint, engine="torch")
+    command = [sys.executable, "-c", KILLED, checkpoint, images, whole, killed]
     done = subprocess.run(
         [*map(str, command)],
         capture_output=True,
         text=True,
         check=True,
         timeout=300,
+        cwd=Path(__file__).parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     stages = [int(line) for line in done.stdout.split()]
     assert len(stages) == 20
     assert stages == sorted(stages), "what was finished stays"
     assert len(set(stages)) > 3, "the kills came too early or too late to show anything"
-    same = Classifier.from_pretrained(checkpoint_folder, engine="torch")
     table = predict_files([images] * 12, killed, classifier=same, shard_size=1, batch_size=1)
     assert table.count == 12 * FILES
     rows = rows_of(killed)
     assert rows == rows_of(whole)
     assert set(Counter(row["path"] for row in rows).values()) == {12}
-    assert {p.name for p in tmp_path.iterdir()} == {killed.name, whole.name}
+    assert {p.name for p in killed.parent.iterdir()} == {killed.name, whole.name}
 
 
 def test_a_disk_that_is_full_keeps_what_was_finished(
