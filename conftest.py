@@ -45,6 +45,7 @@ def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     labels = ("normal", "pneumonia", "covid19")
     SyntheticChestXray(48, classes=labels, image_size_px=64).save(folder / "data" / "phantoms")
+    (folder / "data" / "training").symlink_to("phantoms")
     examples = runpy.run_path(str(ROOT / "examples" / "phantoms.py"))
     examples["draw"](folder / "data", count=150, image_size_px=64)
     config = ModelConfig(classes=("normal", "covid19"), preprocess=Preprocess(size_px=64))

@@ -104,7 +104,8 @@ def about_relatives() -> str:
         text += f"""
         A network that never learned anything, one draw of weights, with a linear readout on top,
         reaches {estimate(untrained()["auroc"])} (the readout's penalty was chosen with the folds in
-        sight, too; its interval is DeLong's, the others are the bootstrap's)."""
+        sight, too). Intervals of the first row and of random weights are DeLong's, those of the
+        other rows the bootstrap's."""
     return " ".join(
         f"""{text} How those on Cohen alone are trained was chosen with the folds in sight, and the
         website's name alone, without any image, reaches
