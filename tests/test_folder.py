@@ -115,6 +115,25 @@ def test_links_to_folders_are_noted_and_not_followed(tmp_path: Path) -> None:
     assert dataset.report().notes["links to folders, not followed"] == 1
 
 
+def test_class_folders_that_are_links_to_others_give_each_file_once(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"Normal": 2, "COVID": 1})
+    write_folder(tmp_path / "test", {"Normal": 1, "COVID": 1})
+    for name, target in [("val", "test"), ("train/healthy", "Normal"), ("train/Covid", "../gone")]:
+        (tmp_path / name).symlink_to(target, target_is_directory=True)
+    dataset = FolderDataset(tmp_path)
+    assert [s.path.relative_to(tmp_path).as_posix() for s in dataset.samples] == [
+        *("test/COVID/COVID-0.png", "test/Normal/Normal-0.png", "train/COVID/COVID-0.png"),
+        *("train/Normal/Normal-0.png", "train/Normal/Normal-1.png"),
+    ]
+    assert dataset.report().dropped == {"file listed twice": 4}
+    for label in ("COVID-19", "Effusion"):  # inside the classes and outside
+        link = tmp_path / "train" / label
+        link.symlink_to("Normal", target_is_directory=True)
+        with pytest.raises(DatasetError, match=r"is in .*too, through a link.*'normal'"):
+            FolderDataset(tmp_path)
+        link.unlink()
+
+
 @pytest.mark.parametrize("inside", ["Normal", "Normal/site", "."])
 def test_a_folder_that_cannot_be_listed_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str

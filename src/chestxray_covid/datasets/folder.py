@@ -23,7 +23,7 @@ from chestxray_covid.datasets.base import (
 )
 from chestxray_covid.datasets.cohen import CohenCovidDataset, canonical_view
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layout
-from chestxray_covid.datasets.loading import entries, images_below, may_hold_images
+from chestxray_covid.datasets.loading import entries, images_of, may_hold_images
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.datasets.storage import existing_folder, nothing_collected, read_csv, resolver
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
@@ -66,7 +66,8 @@ class FolderDataset(ChestXrayDataset):
     Raises:
         DatasetNotFoundError: If ``root`` is no folder or has no class folder.
         DatasetError: If a class folder that was asked for has no image, if none was asked for,
-            if the name of another looks like a class without images, or one cannot be listed.
+            if the name of another looks like a class without images, one cannot be listed, or
+            links put a file under two labels.
         ValueError: If ``patient_id`` is no regular expression.
     """
 
@@ -94,22 +95,21 @@ class FolderDataset(ChestXrayDataset):
             )
         samples: list[Sample] = []
         dropped: Counter[str] = Counter()
-        for child, label in found.items():
-            for path in images_below(child, dropped, notes):
-                if label not in classes:
-                    dropped[f"folder outside the classes ({label})"] += 1
-                else:
-                    patient = _patient(path, folder, pattern)
-                    if patient is None:
-                        notes["names without a patient number"] += 1
-                    sample = Sample(
-                        path=path,
-                        label=label,
-                        finding=child.name,
-                        patient_id=patient or path.relative_to(folder).as_posix(),
-                        source=name,
-                    )
-                    samples.append(sample)
+        for child, path in images_of(found, dropped, notes):
+            if (label := found[child]) not in classes:
+                dropped[f"folder outside the classes ({label})"] += 1
+                continue
+            patient = _patient(path, folder, pattern)
+            if patient is None:
+                notes["names without a patient number"] += 1
+            sample = Sample(
+                path=path,
+                label=label,
+                finding=child.name,
+                patient_id=patient or path.relative_to(folder).as_posix(),
+                source=name,
+            )
+            samples.append(sample)
         super().__init__(
             samples,
             classes=classes,

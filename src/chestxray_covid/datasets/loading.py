@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.datasets.storage import remove_stale
+from chestxray_covid.datasets.storage import remove_stale, resolver
 from chestxray_covid.errors import DatasetError
 from chestxray_covid.files import is_folder
 from chestxray_covid.image import IMAGE_SUFFIXES, Preprocess
@@ -308,6 +308,35 @@ def why_no_image(entry: os.DirEntry[str]) -> str:
     if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):  # noqa: PTH113
         return ""
     return "no regular file"
+
+
+def images_of(
+    labels: Mapping[Path, str], dropped: Counter[str], notes: Counter[str]
+) -> Iterator[tuple[Path, Path]]:
+    """Yield class folder and image for each file below class folders, in their order, once.
+
+    Args:
+        labels: Class folder → label. One may be a link to another, or to a part of it.
+        dropped: As in :func:`images_below`; also counts what was yielded before.
+        notes: As there.
+
+    Raises:
+        DatasetError: If a folder cannot be listed, or a file has two labels.
+    """
+    first: dict[str, Path] = {}
+    resolved = resolver()
+    for folder, label in labels.items():
+        for path in images_below(folder, dropped, notes):
+            known = first.setdefault(resolved(path), folder)
+            if labels[known] != label:
+                raise DatasetError(
+                    f"{path} is in {known}, too, through a link, so that it would be both "
+                    f"{labels[known]!r} and {label!r}. Remove one of the two."
+                )
+            if known is folder:
+                yield folder, path
+            else:
+                dropped["file listed twice"] += 1
 
 
 def images_below(folder: Path, dropped: Counter[str], notes: Counter[str]) -> Iterator[Path]:
