@@ -413,6 +413,16 @@ def test_blanks_around_cells_do_not_count_except_in_a_path(tmp_path: Path) -> No
     ]
 
 
+@pytest.mark.parametrize("sign", ["-", " (-)", "−", "?", " - "])
+def test_a_sign_that_doubts_or_denies_is_part_of_a_label(tmp_path: Path, sign: str) -> None:
+    names = ["COVID+", "COVID" + sign, "Normal"]
+    rows = [[write_image(tmp_path / f"{i}.png").name, name, str(i)] for i, name in enumerate(names)]
+    dataset = ManifestDataset(write_csv(tmp_path / "list.csv", HEADER, rows))
+    assert [s.label for s in dataset.samples] == ["covid19", "normal"]
+    dropped = f"label outside the classes ({names[1].strip()})"
+    assert dataset.report().dropped == {dropped: 1}
+
+
 def test_lists_know_the_labels_and_views_that_folders_and_cohen_know(tmp_path: Path) -> None:
     names = ["Normal", "COVID-19", "No finding", "C19", "normal"]
     paths = [write_image(tmp_path / f"{i}.png") for i in range(len(names))]

@@ -37,8 +37,8 @@ _KNOWN_LABELS = {
 }
 #: Words that turn a name into its opposite.
 _NEGATIONS = frozenset({"no", "non", "not", "negative"})
-#: Columns of a manifest that are fields of a sample.
-_KNOWN = frozenset(MANIFEST_COLUMNS)
+#: Signs that doubt or deny the word they are at: ``COVID?``, ``COVID (-)``.
+_DOUBTS = re.compile(r"[?!~¬]|[-−–—]\W*$")
 #: Folders, in lower case, that divide a collection and hold class folders themselves.
 _SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 
@@ -100,8 +100,7 @@ class FolderDataset(ChestXrayDataset):
                 dropped[f"folder outside the classes ({label})"] += 1
                 continue
             patient = _patient(path, folder, pattern)
-            if patient is None:
-                notes["names without a patient number"] += 1
+            notes["names without a patient number"] += patient is None
             sample = Sample(
                 path=path,
                 label=label,
@@ -116,7 +115,7 @@ class FolderDataset(ChestXrayDataset):
             transform=transform,
             target_transform=target_transform,
             report=summarise(
-                samples, classes, source=name, root=folder, dropped=dropped, notes=notes
+                samples, classes, source=name, root=folder, dropped=dropped, notes=+notes
             ),
         )
         self._named_after = {} if source else {name: folder.resolve()}
@@ -189,7 +188,7 @@ class ManifestDataset(ChestXrayDataset):
                 elif not given or not os.path.isfile(file):  # noqa: PTH113 - keeps no copy
                     dropped[_why_missing(given)] += 1
                 else:
-                    more = more or [k for k in row if k not in _KNOWN]
+                    more = more or [k for k in row if k not in MANIFEST_COLUMNS]
                     unnamed = unnamed or not row.get("source")
                     sample = _listed(file, row, label, name, more)
                     _add(sample, listed, resolved(sample.path), dropped, table)
@@ -337,7 +336,8 @@ def _label(name: str, labels: Mapping[str, str], classes: Sequence[str]) -> str:
         return labels[name]
     if name in classes:
         return name
-    return _KNOWN_LABELS.get(re.sub(r"[^a-z0-9]", "", name.lower()), name)
+    plain = "" if _DOUBTS.search(name) else re.sub(r"[^a-z0-9]", "", name.lower())
+    return _KNOWN_LABELS.get(plain, name)
 
 
 def _promised(classes: Sequence[str], labels: Collection[str]) -> Sequence[str]:
