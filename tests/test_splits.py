@@ -384,6 +384,22 @@ def test_a_saved_split_comes_back_wherever_the_files_lie(
         assert {order[i] for i in shuffled.indices[side]} == set(split.indices[side])
 
 
+def test_numbers_of_numpy_are_saved_as_others(tmp_path: Path) -> None:
+    whole = SyntheticChestXray(20, image_size_px=32)
+    samples = [replace(s, patient_id=np.int64(s.patient_id)) for s in whole.samples]  # type: ignore[arg-type]
+    dataset = ChestXrayDataset(samples, classes=whole.classes)
+    split = split_by_patient(dataset, val=0.3, test=0.3, seed=np.int64(1), find_copies=False)  # type: ignore[arg-type]
+    split = replace(split, groups=np.array(split.groups))  # type: ignore[arg-type]
+    back = Split.load(split.save(tmp_path / "split.json"), dataset)
+    assert (back.indices, back.seed) == (split.indices, 1)
+    assert back.groups == tuple(split.groups)
+
+
+def test_a_split_that_cannot_be_written_is_an_error(tmp_path: Path, site: FolderDataset) -> None:
+    with pytest.raises(DatasetError, match=r"cannot be written: .*choose another folder"):
+        split_by_patient(site, find_copies=False).save(tmp_path)
+
+
 def test_phantoms_can_be_saved_too(tmp_path: Path) -> None:
     phantoms = SyntheticChestXray(24, image_size_px=32, patients=24)
     split = split_by_patient(phantoms)

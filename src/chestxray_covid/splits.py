@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups, patient_on_two_sides
-from chestxray_covid.datasets.storage import write_file
-from chestxray_covid.errors import SplitError
+from chestxray_covid.datasets.storage import write_file, writing_to
+from chestxray_covid.errors import DatasetError, SplitError
 
 SIDES = ("train", "val", "test")
 _FORMAT = 1
@@ -61,8 +61,7 @@ class Split:
             for i in indices:
                 if not 0 <= i < count:
                     raise SplitError(f"{side} holds position {i} of a data set of {count} samples.")
-                other = taken.setdefault(self.groups[i], side)
-                if other != side:
+                if (other := taken.setdefault(self.groups[i], side)) != side:
                     sample = self.dataset.samples[i]
                     raise SplitError(
                         f"{sample.path} (patient {sample.patient_id} of {sample.source}, or a "
@@ -88,17 +87,18 @@ class Split:
         """Write the split as JSON, one entry per file with its hash, complete or not at all.
 
         Raises:
-            DatasetError: If a file cannot be read.
+            DatasetError: If a file cannot be read, or the split not written.
         """
         entries = [
-            {"side": side, **_facts(self.dataset.samples[i]), "group": self.groups[i]}
+            {"side": side, **_facts(self.dataset.samples[i]), "group": int(self.groups[i])}
             for side, indices in self.indices.items()
             for i in indices
         ]
-        data = {"format_version": _FORMAT, "seed": self.seed, "samples": entries}
+        data = {"format_version": _FORMAT, "seed": int(self.seed), "samples": entries}
         target = Path(path).expanduser()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_file(target, json.dumps(data, indent=1).encode())
+        with writing_to(target, DatasetError):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_file(target, json.dumps(data, indent=1).encode())
         return target
 
     @classmethod
@@ -167,7 +167,7 @@ def _entries_of(
 
 
 def _facts(sample: Sample) -> dict[str, str]:
-    own = {name: getattr(sample, name) for name in _FACTS[1:]}
+    own = {name: str(getattr(sample, name)) for name in _FACTS[1:]}
     return {"hash": sample.content_hash(), "name": sample.path.name, **own}
 
 
