@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -380,6 +381,14 @@ def test_a_class_that_is_promised_and_empty_is_an_error(tmp_path: Path) -> None:
     assert "finding outside the classes (pneumonia)" in str(error.value)
     with pytest.raises(DatasetError, match=r"\['tuberculosis'\]"):
         CohenCovidDataset(root, classes=("pneumonia", "tuberculosis"))
+
+
+def test_views_and_modalities_may_come_one_by_one(tmp_path: Path) -> None:
+    root = write_cohen(tmp_path)
+    views, modalities = ["PA", "AP Supine"], ["CT", "X-ray"]
+    expected = CohenCovidDataset(root, views=views, modalities=modalities)
+    once: Any = {"views": iter(views), "modalities": iter(modalities)}
+    assert CohenCovidDataset(root, **once).samples == expected.samples
 
 
 def test_a_view_that_nothing_has_is_an_error(tmp_path: Path) -> None:

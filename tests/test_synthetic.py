@@ -96,6 +96,12 @@ def test_a_sequence_of_sources_says_nothing_about_the_label() -> None:
     assert len(by_patient) == 60
 
 
+def test_names_may_come_one_by_one() -> None:
+    once: Any = {"sources": iter(["a", "b"]), "views": iter(["PA", "AP"])}
+    expected = SyntheticChestXray(8, sources=["a", "b"], views=["PA", "AP"])
+    assert SyntheticChestXray(8, **once).samples == expected.samples
+
+
 def test_a_mapping_of_sources_gives_the_label_away() -> None:
     sources = {"covid19": "site-b", "normal": "site-a"}
     dataset = SyntheticChestXray(30, sources=sources, views=("PA", "AP"))

@@ -104,6 +104,7 @@ class CohenCovidDataset(ChestXrayDataset):
         for name, wanted in (("views", views), ("modalities", modalities)):
             if isinstance(wanted, str):
                 raise TypeError(f"{name} must be a sequence of names, got the string {wanted!r}")
+        views, modalities = (None if w is None else tuple(w) for w in (views, modalities))
         if views is not None and (strange := sorted(set(views) - _CANONICAL)):
             raise ValueError(f"Unknown views {strange}. Valid are {sorted(_CANONICAL)}")
         if download:

@@ -240,9 +240,10 @@ def _deals(
 def _names(what: str, names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise TypeError(f"{what} must be a sequence of names, got the string {names!r}")
+    names = tuple(names)
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{what} must be one or more names, got {names!r}")
-    return tuple(names)
+        raise ValueError(f"{what} must be one or more names, got {list(names)}")
+    return names
 
 
 def _whole(what: str, value: SupportsIndex, low: int, high: float = math.inf) -> int:
