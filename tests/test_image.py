@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 import tracemalloc
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from urllib3 import HTTPResponse
 
 import chestxray_covid
 from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError, MissingExtraError
@@ -119,6 +121,29 @@ def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "really_a_png.jpg"
     path.write_bytes(encode(ramp(), "PNG"))
     assert np.array_equal(loaded(path), ramp())
+
+
+def test_members_of_a_tar_archive_are_read_also_where_it_is_a_stream_and_may_break() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64), np.uint8)
+    data, packed = encode(pixels, "PNG"), io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        (info := tarfile.TarInfo("a.png")).size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    for mode in ("r|", "r:"):
+        with tarfile.open(fileobj=io.BytesIO(packed.getvalue()), mode=mode) as archive:
+            member = archive.extractfile(next(iter(archive)))
+            assert np.array_equal(loaded(member), pixels)
+    cut = io.BytesIO(packed.getvalue()[: len(data) - 100])
+    with tarfile.open(fileobj=cut, mode="r|") as archive:
+        member = archive.extractfile(next(iter(archive)))
+        with pytest.raises(ImageError, match="<stream> cannot be read: ReadError"):
+            load_image(member)
+
+
+def test_an_answer_of_requests_may_break() -> None:
+    cut = HTTPResponse(io.BytesIO(bytes(9)), {"Content-Length": "10"}, preload_content=False)
+    with pytest.raises(ImageError, match="<stream> cannot be read: ProtocolError"):
+        load_image(cut)
 
 
 def test_streams_of_text_closed_ones_and_endless_ones_are_refused() -> None:

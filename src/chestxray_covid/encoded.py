@@ -212,7 +212,7 @@ def read_stream(stream: Stream) -> bytes:
     parts: list[bytes] = []
     total = 0
     try:
-        if getattr(stream, "seekable", bool)():
+        if _is_seekable(stream):
             cast(io.IOBase, stream).seek(0)
         while part := stream.read(1 << 20):
             if not isinstance(part, bytes | bytearray | memoryview):
@@ -232,6 +232,13 @@ def read_stream(stream: Stream) -> bytes:
     return b"".join(parts)
 
 
+def _is_seekable(stream: Stream) -> bool:
+    try:
+        return bool(cast(io.IOBase, stream).seekable())
+    except AttributeError:  # also of a member of a tar archive that is itself read as a stream
+        return False
+
+
 def _stream_errors() -> tuple[type[Exception], ...]:
     """Return what a file, a member of an archive or an answer of a server raises that breaks.
 
@@ -239,11 +246,15 @@ def _stream_errors() -> tuple[type[Exception], ...]:
     """
     import http.client
     import lzma
+    import tarfile
     import zipfile
     import zlib
 
+    from requests.packages import urllib3  # type: ignore[attr-defined]
+
     known = EOFError, OSError, RuntimeError, ValueError  # an encrypted member, a closed stream, ...
-    return (*known, lzma.LZMAError, zlib.error, zipfile.BadZipFile, http.client.HTTPException)
+    packed = lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error
+    return (*known, *packed, http.client.HTTPException, urllib3.exceptions.HTTPError)
 
 
 def _holds_ycbcr(image: JpegImageFile) -> bool:
