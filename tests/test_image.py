@@ -1421,6 +1421,7 @@ def jpeg_bomb() -> bytes:
     [
         (lambda: dicom(None), "without an image"),
         (lambda: dicom(ramp(), PixelData=None), "without pixel data"),
+        (lambda: dicom(ramp(), PixelData=b""), "without pixel data"),
         (lambda: dicom(ramp(), PixelData=ramp().tobytes()[:-200]), "cannot be read: ValueError"),
         (lambda: dicom(ramp())[:-300], "cannot be read: (ValueError|UserWarning)"),
         (lambda: dicom(ramp())[:200], "names no transfer syntax|without an image|cannot be read"),

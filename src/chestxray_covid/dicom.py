@@ -98,7 +98,7 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
         if raw is not None and raw.value is None:  # longer than that
             file.seek(raw.value_tell)
             data[tag] = raw._replace(value=file.read(length))
-    if not any(key in data for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+    if not any(map(data.get, ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))):
         raise ImageError(f"{name} is a DICOM file without pixel data.")
     if not decoder.is_available:
         raise ImageError(
