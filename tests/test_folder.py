@@ -386,6 +386,17 @@ def test_a_file_that_is_listed_inside_and_outside_the_classes_is_an_error(
         ManifestDataset(table)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_file_that_has_another_label_where_it_has_no_patient_is_an_error(
+    tmp_path: Path, order: int
+) -> None:
+    write_image(tmp_path / "a.png")
+    rows = [["a.png", "covid19", "1"], ["a.png", "normal", ""], ["a.png", "covid19", ""]]
+    table = write_csv(tmp_path / "list.csv", HEADER, rows[::order])
+    with pytest.raises(DatasetError, match=r"twice, with .*'covid19'.* and .*'normal'.* Keep"):
+        ManifestDataset(table)
+
+
 @pytest.mark.skipif(os.sep != "/", reason="Windows reads its own paths")
 def test_a_path_as_windows_writes_it_is_told_to_be_the_reason(tmp_path: Path) -> None:
     write_image(tmp_path / "img" / "a.png")

@@ -165,7 +165,7 @@ class ManifestDataset(ChestXrayDataset):
         place = table.parent.resolve() / ("" if lies_in_its_folder else table.name)
         name = source or (place.name if lies_in_its_folder else place.stem)
         listed: dict[str, Sample] = {}
-        outside: dict[str, tuple[str, str, str]] = {}  # of the classes, what was said of a file
+        unused: list[tuple[str, tuple[str, str, str]]] = []  # what other rows say of a file
         resolved = resolver()
         dropped: Counter[str] = Counter()
         meant: dict[str, str] = {}
@@ -180,20 +180,23 @@ class ManifestDataset(ChestXrayDataset):
                 file = given if os.path.isabs(given) else folder + given  # noqa: PTH117 - fast
                 if label not in classes:
                     dropped[f"label outside the classes ({label or 'empty'})"] += 1
-                    if label and "\0" not in given:
-                        other = label, row["patient_id"], row.get("source") or name
-                        outside[resolved(Path(file))] = other
                 elif not row["patient_id"]:
                     dropped["no patient_id"] += 1
                 elif not given or not os.path.isfile(file):  # noqa: PTH113 - keeps no copy
-                    dropped[_why_missing(given)] += 1
+                    is_of_windows = "\\" in given and os.sep == "/"
+                    dropped["image file missing" + r" (its path has \ for /)" * is_of_windows] += 1
                 else:
                     more = more or [k for k in row if k not in MANIFEST_COLUMNS]
                     unnamed = unnamed or not row.get("source")
                     sample = _listed(file, row, label, name, more)
                     _add(sample, listed, resolved(sample.path), dropped, table)
-        for twice in filter(listed.__contains__, outside):
-            _refuse_contradiction(table, listed[twice], outside[twice])
+                    continue
+                if label and "\0" not in given:
+                    other = label, row["patient_id"], row.get("source") or name
+                    unused.append((resolved(Path(file)), other))
+        for where, other in unused:
+            if where in listed and listed[where].label != other[0]:
+                _refuse_contradiction(table, listed[where], other)
         samples = tuple(listed.values())
         super().__init__(
             samples,
@@ -361,11 +364,6 @@ def _patient(path: Path, root: Path, pattern: re.Pattern[str] | None) -> str | N
         return path.relative_to(root).as_posix()
     match = pattern.search(path.name)
     return (match[1] if pattern.groups else match[0]) if match else None
-
-
-def _why_missing(path: str) -> str:
-    is_of_windows = "\\" in path and os.sep == "/"
-    return "image file missing" + r" (its path has \ for /)" * is_of_windows
 
 
 def _add(
