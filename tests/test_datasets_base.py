@@ -29,12 +29,21 @@ from chestxray_covid.datasets.base import (
 from chestxray_covid.datasets.cohen import CohenCovidDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.folder import FolderDataset, HannoverCovidDataset, ManifestDataset
+from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset
 from chestxray_covid.datasets.report import DatasetReport, summarise
 from chestxray_covid.datasets.storage import existing_folder
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError, ImageNotFoundError
 from conftest import NUMPY_BOOL
-from sources import draw, write_cohen, write_csv, write_folder, write_hannover, write_image
+from sources import (
+    draw,
+    write_cohen,
+    write_csv,
+    write_folder,
+    write_hannover,
+    write_image,
+    write_kermany,
+)
 
 #: Names that break naive CSV, shells, terminals and encodings.
 HOSTILE_NAMES = (
@@ -302,6 +311,21 @@ def test_two_sources_that_nobody_named_are_not_taken_for_one(tmp_path: Path) -> 
     covid = FolderDataset(tmp_path / "a" / "data", classes=["covid19"])
     (tmp_path / "link").symlink_to(tmp_path / "a" / "data")
     assert len(covid.subset([0]) + FolderDataset(tmp_path / "link" / ".").subset([1])) == 2
+
+
+def test_a_folder_that_is_called_as_a_collection_is_not_taken_for_it(tmp_path: Path) -> None:
+    collections = {
+        "cohen": CohenCovidDataset(write_cohen(tmp_path / "1")),
+        "hannover": HannoverCovidDataset(write_hannover(tmp_path / "2")),
+        "kermany": KermanyPneumoniaDataset(write_kermany(tmp_path / "3")),
+    }
+    for name, collection in collections.items():
+        folder = write_folder(tmp_path / name, {"Normal": 1, "COVID": 1})
+        message = f"{type(collection).__name__} and .*{name} are both called '{name}' by default"
+        with pytest.raises(DatasetError, match=message):
+            collection.subset([0]) + FolderDataset(folder)
+        assert (collection + FolderDataset(folder, source=name)).sources == (name,)
+        assert len(collection.subset([0]) + collection.subset([1])) == 2
 
 
 def test_a_file_is_not_added_twice(tmp_path: Path, dataset: FolderDataset) -> None:

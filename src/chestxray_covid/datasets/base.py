@@ -161,7 +161,7 @@ class ChestXrayDataset:
         self._report = report
         #: Reports of the data sets that the samples were taken from, if from any.
         self._wholes: tuple[DatasetReport, ...] = ()
-        #: Sources that nobody named → the resolved folder or CSV that they are named after.
+        #: Sources that nobody named → the resolved folder or CSV, or class, they are named after.
         self._named_after: Mapping[str, Path] = {}
         if strange := {s.label for s in self.samples} - set(self.classes):
             raise DatasetError(

@@ -141,6 +141,7 @@ class CohenCovidDataset(ChestXrayDataset):
                 notes={"files without a metadata row": len(files - {r["filename"] for r in rows})},
             ),
         )
+        self._named_after = {"cohen": Path("CohenCovidDataset")}
         self._promise(classes)
 
 

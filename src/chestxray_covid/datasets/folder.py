@@ -268,6 +268,7 @@ class HannoverCovidDataset(ChestXrayDataset):
             target_transform=target_transform,
             report=summarise(samples, classes, source="hannover", root=folder, dropped=dropped),
         )
+        self._named_after = {"hannover": Path("HannoverCovidDataset")}
         self._promise(["covid19"])
 
 

@@ -122,6 +122,7 @@ class KermanyPneumoniaDataset(ChestXrayDataset):
                 samples, classes, source="kermany", root=layout, dropped=dropped, notes=+notes
             ),
         )
+        self._named_after = {"kermany": Path("KermanyPneumoniaDataset")}
         self._promise(promised)
 
 
