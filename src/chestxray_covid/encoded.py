@@ -69,6 +69,11 @@ _DEEP_CHANNELS = re.compile("(LA|RGB|RGBA|RGBX);16([BLN])")
 _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 # Raw modes of a single channel, signed or float, in either order of the bytes.
 _EITHER_ORDER = re.compile("([IF];(?:16|32))B?([SF])")
+# Where streams come from, and what they raise that break, beside errors of Python's own.
+_BREAKS = (
+    *(("http.client", "HTTPException"), ("urllib3.exceptions", "HTTPError")),
+    *(("lzma", "LZMAError"), ("tarfile", "TarError"), ("zipfile", "BadZipFile"), ("zlib", "error")),
+)
 
 
 class Stream(Protocol):
@@ -242,19 +247,11 @@ def _is_seekable(stream: Stream) -> bool:
 def _stream_errors() -> tuple[type[Exception], ...]:
     """Return what a file, a member of an archive or an answer of a server raises that breaks.
 
-    A function, so that the imports, which take a while, wait until something has broken.
+    Looked up, not imported: who has such a stream has its module.
     """
-    import http.client
-    import lzma
-    import tarfile
-    import zipfile
-    import zlib
-
-    from requests.packages import urllib3  # type: ignore[attr-defined]
-
+    found = (getattr(sys.modules.get(module), name, None) for module, name in _BREAKS)
     known = EOFError, OSError, RuntimeError, ValueError  # an encrypted member, a closed stream, ...
-    packed = lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error
-    return (*known, *packed, http.client.HTTPException, urllib3.exceptions.HTTPError)
+    return (*known, *filter(None, found))
 
 
 def _holds_ycbcr(image: JpegImageFile) -> bool:
