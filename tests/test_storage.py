@@ -129,9 +129,11 @@ def test_a_table_that_is_not_clear_is_refused(tmp_path: Path, content: str, mess
 def test_cells_may_have_several_lines(tmp_path: Path) -> None:
     notes = ["Left:\nopacity, base, 5 mm\n\nno effusion", "a,b\r\nc,d,e", "\n", 'a "b"\n,,\n']
     rows = [["a\nb.png", "1", note] for note in notes]
+    # The last are one line each: with an end, or with what ends a line elsewhere.
+    rows += [["c.png", "1", note] for note in ("no effusion\n", "\r\n", "a\u2028b,c,d\x0b\n")]
     write_csv(tmp_path / "a.csv", ["path", "id", "note"], rows)
     found = list(read_csv(tmp_path / "a.csv", required=["path"]))
-    assert [r["note"] for r in found] == [note.strip() for note in notes]
+    assert [r["note"] for r in found] == [note.strip() for _, _, note in rows]
     write_csv(tmp_path / "b.csv", ["path", "note"], [["a.png", "x\nb.png,y"]])
     assert len(list(read_csv(tmp_path / "b.csv", required=["path"]))) == 1
 

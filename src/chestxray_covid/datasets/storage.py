@@ -216,9 +216,10 @@ def numbered_rows(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
 
 
 def _holds_rows(row: Sequence[str], width: int) -> bool:
-    """Return whether each line of a row would be a whole row, as no line of a note would be."""
-    lines = ",".join(row).splitlines()
-    return width > 2 and all(n.count(",") == width - 1 and ", " not in n for n in lines)
+    """Return whether each of a row's lines would be a whole row, as no line of a note would be."""
+    lines = re.split(r"\r\n|\r|\n", ",".join(row).rstrip("\r\n"))
+    whole = all(n.count(",") == width - 1 and ", " not in n for n in lines)
+    return width > 2 and len(lines) > 1 and whole
 
 
 def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]]:
