@@ -313,6 +313,15 @@ def test_two_sources_that_nobody_named_are_not_taken_for_one(tmp_path: Path) -> 
     assert len(covid.subset([0]) + FolderDataset(tmp_path / "link" / ".").subset([1])) == 2
 
 
+def test_a_sum_keeps_the_order_of_classes_that_all_have() -> None:
+    turned = ("covid19", "normal")
+    one, other = (SyntheticChestXray(4, seed=seed, classes=turned) for seed in (0, 1))
+    assert (one + other).classes == concatenate([one]).classes == turned
+    assert (one + other).targets == one.targets + other.targets
+    other = SyntheticChestXray(4, seed=1, classes=("covid19", "pneumonia"))
+    assert (one + other).classes == LABELS
+
+
 def test_a_folder_that_is_called_as_a_collection_is_not_taken_for_it(tmp_path: Path) -> None:
     collections = {
         "cohen": CohenCovidDataset(write_cohen(tmp_path / "1")),

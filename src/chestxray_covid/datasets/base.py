@@ -250,10 +250,9 @@ class ChestXrayDataset:
         """
         if not operator.index(per_class) > 0:
             raise ValueError(f"per_class must be positive, got {per_class}")
-        order = np.random.default_rng(seed).permutation(len(self))
         taken: Counter[int] = Counter()
         kept = []
-        for i in order:
+        for i in np.random.default_rng(seed).permutation(len(self)):
             taken[self.targets[i]] += 1
             if taken[self.targets[i]] <= per_class:
                 kept.append(int(i))
@@ -319,8 +318,9 @@ class ChestXrayDataset:
 def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
     """Return one data set with the samples of all, at least one; no pixels are copied.
 
-    A sample whose source took it over from a collection that is present too (``origin`` in its
-    metadata) is counted to that collection, so that the two copies are seen to be one source.
+    Classes are in canonical order where not all have the same. A sample whose source took it over
+    from a collection that is present too (``origin`` in its metadata) is counted to that
+    collection, so that the two copies are seen to be one source.
 
     Raises:
         ValueError: If there is nothing to concatenate or the transforms differ.
@@ -341,7 +341,7 @@ def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
     named = _told_apart(datasets)
     loaded = {s.source for d in datasets for s in d.samples}
     samples = [_counted_to_origin(s, loaded) for d in datasets for s in d.samples]
-    whole = first._with(samples, classes)
+    whole = first._with(samples, classes if len({d.classes for d in datasets}) > 1 else ())
     whole._named_after = named
     reports = (r for d in datasets for r in d._wholes or (d.report(),))
     whole._wholes = tuple({id(r): r for r in reports}.values())  # parts of one data set share it
