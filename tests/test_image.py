@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from urllib3 import HTTPResponse
 
 import chestxray_covid
+from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError, MissingExtraError
 from chestxray_covid.image import (
     ImageWarning,
@@ -303,6 +304,11 @@ def test_arrays_of_impossible_shapes_are_refused(shape: tuple[int, ...], message
 def test_arrays_of_other_dtypes_are_refused(dtype: Any) -> None:
     with pytest.raises(ImageError, match="expected bool, an integer or a float"):
         load_image(np.zeros((5, 6), dtype))
+
+
+def test_a_table_of_samples_is_refused_in_words() -> None:
+    with pytest.raises(ImageError, match="has dtype object, expected bool"):
+        load_image(SyntheticChestXray(2, image_size_px=32).metadata)  # type: ignore[arg-type]
 
 
 def test_tensors_with_gradient_and_half_precision_are_taken() -> None:

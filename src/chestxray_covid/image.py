@@ -141,7 +141,7 @@ def read_image(
         return _from_path(Path(os.fsdecode(source)), min_size, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(bytes(source)), "<bytes>", min_size, max_pixels)
-    if hasattr(source, "patient_id"):
+    if hasattr(source, "patient_id") and hasattr(source, "is_file"):  # a table has the first, too
         sample = cast(_Sample, source)
         pixels = sample.path if sample.is_file else sample.read(sample, min_size)
         return read_image(pixels, min_size=min_size, max_pixels=max_pixels)
