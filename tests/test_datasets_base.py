@@ -33,7 +33,12 @@ from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset
 from chestxray_covid.datasets.report import DatasetReport, summarise
 from chestxray_covid.datasets.storage import existing_folder
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError, ImageNotFoundError
+from chestxray_covid.errors import (
+    DatasetError,
+    DatasetNotFoundError,
+    ImageError,
+    ImageNotFoundError,
+)
 from conftest import NUMPY_BOOL
 from sources import (
     draw,
@@ -653,6 +658,20 @@ def test_a_lung_mask_has_the_size_of_its_image(tmp_path: Path) -> None:
     assert not mask[20, 24]
     assert not mask[2].any()
     assert mask.mean() == pytest.approx(140 / 480, abs=0.05)
+
+
+@pytest.mark.parametrize(("lung", "highest"), [(1, 1), (2, 2), (257, 255), (0, 0)])
+def test_a_lung_mask_of_labels_is_refused(tmp_path: Path, lung: int, highest: int) -> None:
+    pixels = np.zeros((20, 30), np.uint16 if lung > 255 else np.uint8)
+    pixels[5:9, 5:9] = lung
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    image = write_image(tmp_path / "a.png")
+    drawn = sample(path=image, metadata={"lung_mask": str(tmp_path / "mask.png")})
+    if 0 < highest < 128:
+        with pytest.raises(ImageError, match=rf"mask.png is at most {lung}; lungs must be white"):
+            lung_mask(drawn)
+    else:
+        assert np.any(lung_mask(drawn)) == (highest > 0)
 
 
 def test_most_samples_have_no_lung_mask(dataset: FolderDataset) -> None:

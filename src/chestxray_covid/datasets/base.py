@@ -22,7 +22,7 @@ from PIL import Image
 
 from chestxray_covid.datasets.report import DatasetReport, printable, summarise_taken
 from chestxray_covid.datasets.storage import resolver, write_csv, writing_to
-from chestxray_covid.errors import DatasetError
+from chestxray_covid.errors import DatasetError, ImageError
 from chestxray_covid.image import load_image
 
 if TYPE_CHECKING:
@@ -117,14 +117,17 @@ def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
     The mask is ``(H, W)`` bool, true inside the lungs, of the size of the image on disk.
 
     Raises:
-        ImageError: If the mask or the image cannot be decoded.
+        ImageError: If the mask or the image cannot be decoded, or the mask is neither black nor
+            has any white, as one of labels 0 and 1.
     """
     path = sample.metadata.get("lung_mask")
     if not path:
         return None
     size = sample.read(sample, None).size
-    mask = load_image(path).resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(mask) > 127
+    mask = load_image(path)
+    if 0 < (highest := np.asarray(mask).max()) < 128:
+        raise ImageError(f"{path} is at most {highest}; lungs must be white. Save them as 255.")
+    return np.asarray(mask.resize(size, Image.Resampling.BILINEAR)) > 127
 
 
 class ChestXrayDataset:
@@ -250,12 +253,9 @@ class ChestXrayDataset:
         """
         if not operator.index(per_class) > 0:
             raise ValueError(f"per_class must be positive, got {per_class}")
-        taken: Counter[int] = Counter()
-        kept = []
-        for i in np.random.default_rng(seed).permutation(len(self)):
-            taken[self.targets[i]] += 1
-            if taken[self.targets[i]] <= per_class:
-                kept.append(int(i))
+        order = np.random.default_rng(seed).permutation(len(self))
+        dealt = np.array(self.targets)[order]
+        kept = [i for t in range(len(self.classes)) for i in order[dealt == t][:per_class]]
         return self.subset(sorted(kept))
 
     def to_manifest(self, path: str | os.PathLike[str]) -> Path:
