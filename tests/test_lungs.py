@@ -134,6 +134,7 @@ def test_too_little_lung_gives_no_box() -> None:
     assert lung_box(mask) is None
     mask[:10, :19] = True
     assert lung_box(mask) is None
+    assert lung_box(np.where(mask, 255, 0).astype(np.uint8)) is None  # as a mask's file has it
     mask[:10, :20] = True
     assert lung_box(mask) is not None
 
