@@ -5,16 +5,31 @@ from __future__ import annotations
 import json
 import math
 from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from torch._inductor.exc import InductorError
 
-from chestxray_covid import EpochRecord, History, Preprocess, TrainingConfig
+from chestxray_covid import (
+    Callback,
+    EpochRecord,
+    History,
+    Preprocess,
+    SyntheticChestXray,
+    Trainer,
+    TrainingConfig,
+    build_densenet121,
+    split_by_patient,
+)
 from chestxray_covid.errors import TrainingError
-from chestxray_covid.training_network import validation_numbers
+from chestxray_covid.models import to_tensors
+from chestxray_covid.training_network import TrainingNetwork, validation_numbers
 from conftest import NUMPY_BOOL
 
 
@@ -269,3 +284,53 @@ def test_the_auroc_of_three_classes_is_the_mean_of_one_against_the_rest() -> Non
 def test_numbers_that_one_class_cannot_give_are_absent() -> None:
     numbers = validation_numbers(np.zeros(3, int), np.array([[0.9, 0.1]] * 3))
     assert numbers == {"val_accuracy": 1.0, "val_kappa": None, "val_auroc": None}
+
+
+class _Seen(Exception):
+    """What is to be seen was seen."""
+
+
+class _Look(Callback):
+    """Looks at predictions as many notebooks do, and ends the run at the second step."""
+
+    def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+        if step == 2:
+            raise _Seen
+        trainer.model.eval()
+        trainer.model.train()
+
+
+def test_a_callback_that_looks_at_predictions_moves_nothing_that_is_frozen(tmp_path: Path) -> None:
+    split = split_by_patient(
+        SyntheticChestXray(20, image_size_px=64, sources=("a",)), test=0, find_copies=False
+    )
+    config = TrainingConfig(
+        batch_size=2,
+        samples_per_epoch=6,
+        preprocess=Preprocess(size_px=32),
+        precision="float32",
+        device="cpu",
+        progress=False,
+    )
+    model = build_densenet121(False, "head")
+    before = to_tensors(model.features)
+    trainer = Trainer(
+        model, split.train, split.val, config, output=tmp_path / "run", callbacks=[_Look()]
+    )
+    with pytest.raises(_Seen):
+        trainer.fit()
+    after = to_tensors(model.features)
+    assert [name for name in before if not np.array_equal(before[name], after[name])] == []
+
+
+def test_whatever_fails_inside_a_backend_is_told_as_such() -> None:
+    options = TrainingConfig(compile_backend="inductor")
+    network: Any = SimpleNamespace(_model=None, _config=options)
+    failed = InductorError(OSError("No working C++ compiler found"), None)
+    with (
+        pytest.raises(TrainingError, match=r"'inductor' does not work here: .*No working C\+\+"),
+        TrainingNetwork.computing(network),
+    ):
+        raise failed
+    with pytest.raises(RuntimeError, match=r"^size mismatch$"), TrainingNetwork.computing(network):
+        raise RuntimeError("size mismatch")

@@ -102,6 +102,8 @@ class TrainingNetwork:
         # The optimizer stays plain: Accelerate's own skips steps whenever another loop of this
         # process stopped amid its accumulation, which the two would share.
         self._net = accelerator.prepare(model)
+        set_training_mode(model)
+        self._modes = [(module, module.training) for module in model.modules()]
         self._optimizer = _OPTIMIZERS[config.optimizer](
             trained,
             lr=config.learning_rate,
@@ -156,7 +158,8 @@ class TrainingNetwork:
                 yield
             except RuntimeError as error:
                 backend = self._config.compile_backend
-                if backend is None or not type(error).__module__.startswith("torch._dynamo"):
+                kinds = (kind.__module__ for kind in type(error).__mro__)
+                if backend is None or "torch._dynamo.exc" not in kinds:
                     raise
                 raise TrainingError(
                     f"compile_backend={backend!r} does not work here: {error}. Use another or None."
@@ -208,8 +211,9 @@ class TrainingNetwork:
                 broadcast(statistics)
 
     def train(self) -> None:
-        """Put what trains in training mode."""
-        set_training_mode(self._model)
+        """Put what trains in training mode, and nothing else."""
+        for module, training in self._modes:
+            module.training = training
 
     def vary(self, images: Tensor, epoch: int, draws: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return augmented pixels, and of which images the centre is hidden.
