@@ -407,6 +407,15 @@ def test_many_images_of_few_patients_are_not_assessable() -> None:
     assert found["lungs_hidden"].meaning == "Each class needs 20 images of 5 patients."
 
 
+def test_an_auroc_of_one_patient_a_class_is_not_called_chance() -> None:
+    order = np.arange(80) % 2.0
+    order[0], order[1] = order[1], order[0]
+    item, found = scored(order, {}, patients=2)
+    assert str(found["whole"].estimate) == "0.975 (no interval, n = 80)"
+    assert item.verdict == "not_assessable"
+    assert item.reason.startswith("Too few images or patients to tell (lungs hidden, ")
+
+
 def test_an_order_that_is_reversed_or_chance_does_not_hide_what_is_read() -> None:
     perfect = np.arange(80) % 2.0
     item, found = scored(1 - perfect + weak(0.1), {"corners hidden": perfect})

@@ -24,6 +24,7 @@ from chestxray_covid import (
 )
 from chestxray_covid.datasets.phantom import phantom_mask
 from chestxray_covid.generalisation import (
+    NOT_RETRAINED,
     auroc_change,
     has_enough,
     within_less_pooled,
@@ -121,6 +122,11 @@ def test_a_ready_classifier_is_judged_and_not_trained_again() -> None:
     item = audit_shortcuts(model, one, left_out=[retrained], **how).item("generalisation")
     assert item.verdict == "fail"
     assert "Trained without a, it is" in item.reason
+
+
+def test_a_ready_classifier_is_not_said_to_be_trained_again_where_images_are_few() -> None:
+    rows = leave_one_source_out(phantoms().subset(range(30)), Oracle(("normal", "covid19")), **FEW)
+    assert {row.note for row in rows} == {NOT_RETRAINED}
 
 
 def test_a_source_of_one_class_has_no_auroc_and_says_so() -> None:

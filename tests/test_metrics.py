@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,6 +225,18 @@ def test_thresholds_agree_with_a_search_over_all_decisions(n: int, target: float
     assert lowest == min(t for t in tried if m.specificity(truth, score >= t) >= target)
     assert m.specificity(truth, score >= lowest) >= target
     assert m.specificity(truth, score >= np.nextafter(lowest, -np.inf)) < target
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_a_specificity_is_reached_in_the_precision_of_the_scores(kind: Any) -> None:
+    truth, score = scores(200, ties=False)
+    own = score.astype(kind)
+    found = m.threshold_at_specificity(truth, own, specificity=0.9)
+    assert type(found) is float
+    for judged in (own, own.astype(np.float64)):
+        assert m.specificity(truth, judged >= found) >= 0.9
+    assert m.specificity(truth, own >= np.nextafter(kind(found), kind(0))) < 0.9
+    assert m.threshold_at_specificity([0, 1], np.array([1, 1], kind), specificity=1) > 1
 
 
 def test_a_target_is_reached_exactly_where_multiplication_would_overshoot() -> None:

@@ -98,9 +98,9 @@ def test_fewer_than_two_classes_are_refused(num_classes: Any) -> None:
     assert build_densenet121(False, num_classes=np.int64(3)).classifier.out_features == 3
 
 
-@pytest.mark.parametrize("seed", [-1, 10**20])
-def test_a_seed_that_torch_cannot_take_is_refused(seed: int) -> None:
-    with pytest.raises(ValueError, match=f"seed must be from 0 to .*, got {seed}"):
+@pytest.mark.parametrize("seed", [-1, 10**20, 1.5, "1"])
+def test_a_seed_that_torch_cannot_take_is_refused(seed: Any) -> None:
+    with pytest.raises(ValueError, match=f"seed must be a whole number from 0 to .*, got {seed!r}"):
         build_densenet121(False, seed=seed)
 
 
@@ -451,7 +451,8 @@ def test_bfloat16_is_native_where_the_processor_says_so() -> None:
 
 
 def test_a_seed_makes_random_weights_a_function_of_it() -> None:
-    first, again = (build_densenet121(pretrained=False, seed=1).state_dict() for _ in range(2))
+    seeds = (1, np.int64(1))
+    first, again = (build_densenet121(pretrained=False, seed=n).state_dict() for n in seeds)
     other = build_densenet121(pretrained=False, seed=2).state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["features.conv0.weight"], other["features.conv0.weight"])

@@ -43,6 +43,8 @@ def test_decisions_agree_with_scikit_learn() -> None:
     assert found["ppv"].value == pytest.approx(sk.precision_score(truth, called))
     assert found["npv"].value == pytest.approx(sk.precision_score(~truth, ~called))
     assert (found["prevalence"], found["named"]) == (truth.mean(), False)
+    named = op.decide(truth, score, patients, threshold=0.5, prevalence=np.float32(0.5), **HOW)
+    assert type(named["prevalence"]) is float, "JSON knows no other"
 
 
 @pytest.mark.parametrize("prevalence", [0.001, 0.02, 0.5, 0.9])

@@ -74,12 +74,13 @@ def occlusion_item(
     )
     open_ = [by_name[n].what for n, verdict in verdicts.items() if verdict == NOT_ASSESSABLE]
     verdict = worst(verdicts.values())
-    told = by_name["whole"].estimate
-    if not told.low > 0.5 and told.value != 1:
+    low, high = ends_of(by_name["whole"].estimate)
+    if low <= 0.5:
         # What it does not know it cannot lose; what it does all the same is seen as ever.
         verdict = NOT_ASSESSABLE if verdict == PASS else verdict
         how = "does not tell the classes apart here, so it loses nothing"
-        if ends_of(told)[1] < 0.5:
+        if high < 0.5:
+            told = by_name["whole"].estimate
             how = f"takes the classes for each other here (AUROC {told})"
         reason = f"It {how}. {reason}".strip()
     return AuditItem(

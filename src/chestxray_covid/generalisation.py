@@ -147,7 +147,7 @@ def leave_one_source_out(
         own = Question.of(classifier.classes, dataset, question.positive, question.negative)
         found = classifier.predict_proba(both, batch_size=batch_size, progress=progress)
         row = _row(source, own, both, own.score(found), len(inside), how)
-        rows.append(replace(row, note=row.note or NOT_RETRAINED) if ready else row)
+        rows.append(replace(row, note=NOT_RETRAINED) if ready else row)
     return tuple(rows)
 
 

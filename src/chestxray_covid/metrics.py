@@ -15,7 +15,6 @@ Only NumPy is needed; the tests compare every number with scikit-learn or SciPy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sized
 from typing import Any, TypeAlias
 
@@ -40,8 +39,7 @@ def confusion_matrix(y_true: ArrayLike, y_pred: ArrayLike, n_classes: int) -> La
     [[1, 1], [0, 1]]
     """
     truth, predicted = _label_pair(y_true, y_pred, n_classes)
-    counts = np.bincount(truth * n_classes + predicted, minlength=n_classes**2)
-    return counts.reshape(n_classes, n_classes)
+    return np.bincount(truth * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, -1)
 
 
 def sensitivity(y_true: ArrayLike, y_pred: ArrayLike, *, sample_weight: Weights = None) -> Value:
@@ -235,12 +233,15 @@ def threshold_at_specificity(y_true: ArrayLike, y_score: ArrayLike, *, specifici
     """Return the lowest threshold that still reaches a target specificity, in (0, 1].
 
     A case is called positive when ``y_score >= threshold``; so this is the next number above the
-    score of a negative case, and above 1 if that score is 1. See :func:`threshold_at_sensitivity`.
+    score of a negative case, in the precision of the scores, and above 1 if that score is 1.
 
     Raises:
         ValueError: If ``specificity`` is outside (0, 1] or no case is negative.
     """
-    return math.nextafter(_score_at_rate(y_true, y_score, 0, "specificity", specificity), math.inf)
+    highest = _score_at_rate(y_true, y_score, 0, "specificity", specificity)
+    kind = np.asarray(y_score).dtype  # in which NumPy compares: a smaller step would be none
+    own = kind if kind in (np.float16, np.float32) else np.float64
+    return float(np.nextafter(highest, np.inf, dtype=own))
 
 
 def _score_at_rate(
@@ -341,8 +342,7 @@ def check_labels(values: ArrayLike, name: str, n_classes: int) -> Labels:
         ValueError: If they are not whole numbers from 0 to ``n_classes - 1``.
     """
     numbers = _numbers(values, name, 1)
-    strange = (numbers < 0) | (numbers >= n_classes) | (numbers % 1 != 0)
-    if strange.any():
+    if (strange := (numbers < 0) | (numbers >= n_classes) | (numbers % 1 != 0)).any():
         place = int(np.argmax(strange))
         raise ValueError(
             f"{name} must hold whole labels from 0 to {n_classes - 1}, "

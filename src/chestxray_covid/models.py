@@ -57,8 +57,8 @@ def build_densenet121(
     """
     if not isinstance(num_classes, int | np.integer) or num_classes < 2:
         raise ValueError(f"num_classes must be a whole number of at least 2, got {num_classes!r}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
+    if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed < 2**63):
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
     if not isinstance(pretrained, (bool, str, os.PathLike)):
         raise TypeError(
             "pretrained must be True (ImageNet), False (random weights) or a checkpoint (a folder, "
@@ -83,7 +83,7 @@ def build_densenet121(
 
 def _initialise(model: torchvision.models.DenseNet, seed: int, *, features: bool) -> None:
     """Draw random weights as torchvision does, from a generator of their own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     if features:
         for module in model.features.modules():
             if isinstance(module, nn.Conv2d):

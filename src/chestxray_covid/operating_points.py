@@ -175,7 +175,7 @@ def decide(
         **found,
         "threshold": threshold,
         "confusion": ((tn, fp), (fn, tp)),
-        "prevalence": float(truth.mean()) if prevalence is None else prevalence,
+        "prevalence": float(truth.mean() if prevalence is None else prevalence),
         "named": prevalence is not None,
     }
 
