@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.stats import chi2_contingency
 
-from chestxray_covid.confounders import Confounding, corrected_v
+from chestxray_covid.confounders import Confounding, corrected_v, cramers_v
 
 
 def dealt(sites: int, images: int, seed: int) -> Confounding:
@@ -37,6 +39,30 @@ def test_what_is_certain_stays_certain_and_what_is_undefined_undefined() -> None
     assert np.isnan(corrected_v({"a": {"x": 3, "y": 0}, "b": {"x": 1, "y": 0}}))
     assert corrected_v({"a": {"x": 1, "y": 0}, "b": {"x": 0, "y": 1}}) == 0
     assert np.isnan(corrected_v({}))
+
+
+def test_rows_may_name_their_columns_in_any_order_and_leave_out_empty_ones() -> None:
+    assert corrected_v({"a": {"x": 3}, "b": {"y": 9}}) == pytest.approx(1)
+    whole = {"a": {"x": 9, "y": 2}, "b": {"x": 1, "y": 8}}
+    assert corrected_v({**whole, "b": {"y": 8, "x": 1}}) == corrected_v(whole) > 0.5
+
+
+def test_thousands_of_sources_fit_into_the_memory() -> None:
+    tracemalloc.start()
+    design = Confounding.of([f"{i // 2}" for i in range(6000)], ["normal", "covid19"] * 3000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert design.cramers_v == 0
+    assert peak < 20e6
+
+
+def test_weights_count_images_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    rows, columns = rng.integers(0, 5, 40), rng.integers(0, 3, 40)
+    drawn = rng.integers(0, 3, (4, 40))
+    found = cramers_v(rows, columns, sample_weight=drawn)
+    alone = [cramers_v(np.repeat(rows, w), np.repeat(columns, w)) for w in drawn]
+    assert found == pytest.approx(alone, abs=1e-12)
 
 
 def test_as_many_sources_as_images_tell_nothing() -> None:

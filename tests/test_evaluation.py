@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from sklearn import metrics as sk
@@ -468,6 +469,7 @@ def test_an_empty_data_set_is_refused(
     [
         (P[:3], {}, r"a row per image and 2 columns .* got shape \(3, 2\)"),
         (np.full((4, 3), 1 / 3), {}, r"got shape \(4, 3\)"),
+        (pd.DataFrame(P, columns=["covid19", "normal"]), {}, "expected the order of the classes: "),
         (P, {"patients": ["1", "2"]}, "'patient_id': 2"),
         (P, {"views": ["PA"] * 5}, "'view': 5"),
         (P, {"ids": ["x"]}, "'id': 1"),
@@ -482,6 +484,12 @@ def test_what_does_not_fit_together_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=match):
         judge(BINARY, probabilities, **changes)
+
+
+def test_a_table_with_other_names_is_taken_in_its_order() -> None:
+    for names in (["normal", "covid19"], [0, 1]):
+        found = judge(BINARY, pd.DataFrame(P, columns=names))
+        assert found.to_dict() == judge(BINARY, P).to_dict()
 
 
 # ---- the report

@@ -99,12 +99,13 @@ def corrected_v(table: Mapping[str, Mapping[str, int]]) -> float:
     for Cramér's V and Tschuprow's T, Journal of the Korean Statistical Society 42 (2013) 323–328.
 
     Args:
-        table: Row → column → number of images.
+        table: Row → column → number of images, 0 where a column is missing.
 
     >>> corrected_v({"ward": {"normal": 5, "covid19": 0}, "clinic": {"normal": 0, "covid19": 5}})
     1.0
     """
-    counts = np.array([list(row.values()) for row in table.values()] or [[0]], float)
+    columns = dict.fromkeys(column for row in table.values() for column in row)
+    counts = np.array([[row.get(c, 0) for c in columns] for row in table.values()] or [[0]], float)
     counts = counts[counts.sum(1) > 0][:, counts.sum(0) > 0]
     n, sizes = counts.sum(), np.array(counts.shape) - 1
     if sizes.min() < 1:
@@ -135,8 +136,13 @@ def cramers_v(
     first, second = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
     weight = np.ones(len(first)) if sample_weight is None else np.asarray(sample_weight, float)
     shape = (int(first.max()) + 1, int(second.max()) + 1)
-    cells = np.eye(shape[0] * shape[1])[first * shape[1] + second]  # (N, cells)
-    counts = (weight @ cells).reshape(*weight.shape[:-1], *shape)
+    cells = first * shape[1] + second
+    order = np.argsort(cells, kind="stable")
+    held, starts = np.unique(cells[order], return_index=True)
+    counts = np.zeros((*weight.shape[:-1], shape[0] * shape[1]))
+    # No table of images by cells, which thousands of sources would make larger than the memory.
+    counts[..., held] = np.add.reduceat(np.take(weight, order, axis=-1), starts, axis=-1)
+    counts = counts.reshape(*weight.shape[:-1], *shape)
     total = counts.sum((-2, -1))
     expected = counts.sum(-1, keepdims=True) * counts.sum(-2, keepdims=True)
     expected /= np.maximum(total, 1e-300)[..., None, None]

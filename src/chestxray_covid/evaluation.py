@@ -173,7 +173,8 @@ def evaluate_probabilities(
 
     Args:
         y_true: ``(N,)`` labels, each one of ``classes``.
-        probabilities: ``(N, K)`` in [0, 1], rows summing to 1, columns in the order of ``classes``.
+        probabilities: ``(N, K)`` in [0, 1], rows summing to 1, columns in the order of ``classes``,
+            also where they have names.
         classes: K labels.
         patients: ``(N,)`` patients, unique only within their source.
         sources: ``(N,)`` collections.
@@ -192,6 +193,7 @@ def evaluate_probabilities(
 
     how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     names, p = check_classes(classes), m.check_probabilities(probabilities)
+    _check_columns(probabilities, names)
     chosen = _positive(y_true, names, positive)
     unknown = [UNKNOWN] * len(p)
     columns: dict[str, Sequence[Any]] = {
@@ -233,6 +235,16 @@ def evaluate_probabilities(
         **by,
         predictions=table,
     )
+
+
+def _check_columns(probabilities: Any, classes: tuple[str, ...]) -> None:
+    """Raise if columns are named after the classes, as a ``DataFrame``'s, in another order."""
+    named = tuple(getattr(probabilities, "columns", classes))
+    if named != classes and set(named) == set(classes):
+        raise ValueError(
+            f"probabilities have the columns {list(named)}, expected the order of the classes: "
+            f"{list(classes)}"
+        )
 
 
 def _is_confounded(table: pd.DataFrame, positive: str) -> bool:

@@ -61,9 +61,9 @@ class EvaluationReport:
         positive: The class in question, usually ``"covid19"``.
         n_images: Number of images.
         n_patients: Number of patients; one counts once, also with images in two collections.
-        confounded: Whether the source all but gives the label (Cramér's V of 0.8 or more, or one
-            class per source), or the positive class against normal, so that these numbers cannot
-            tell disease from source.
+        confounded: Whether the source all but gives the label (see
+            :attr:`Confounding.is_severe`), or the positive class against normal, so that these
+            numbers cannot tell disease from source.
         confidence: Level of all intervals.
         n_resamples: Resamples of the bootstrap.
         seed: Seed of the bootstrap.
