@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chestxray_covid import Augmentation, EpochRecord, History, TrainingConfig
+from chestxray_covid import (
+    Augmentation,
+    EpochRecord,
+    History,
+    Trainer,
+    TrainingConfig,
+    build_densenet121,
+)
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.errors import ConfigError, TrainingError
 from chestxray_covid.training_order import Batch, epoch_batches, epoch_order, repetitions
@@ -308,6 +315,17 @@ def test_a_damaged_history_hinders_only_where_there_is_no_state(tmp_path: Path) 
 def test_no_state_is_an_error_that_says_where(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"no state to resume from in .*state"):
         StateStore(tmp_path).load()
+
+
+@pytest.mark.parametrize("values", [{}, {"identity": []}])
+def test_a_state_of_another_version_is_refused_in_words(tmp_path: Path, values: Any) -> None:
+    config = TrainingConfig(device="cpu", progress=False, allow_confounded_sources=True)
+    val = listed({("c", "normal"): 2, ("c", "covid19"): 2})
+    StateStore(tmp_path).save(3, TENSORS, values)
+    trainer = Trainer(build_densenet121(False, "head"), UNEVEN, val, config, output=tmp_path)
+    with pytest.raises(TrainingError, match=r"state is none of this version: .*Error\("):
+        trainer.fit(resume=True)
+    assert StateStore(tmp_path).steps() == [3]
 
 
 KILLED = """

@@ -379,9 +379,10 @@ class Trainer:
 
     def _restore(self) -> None:
         _, tensors, values = self._states.load()
-        self._take_over(values["identity"])
+        with self._states.understanding():
+            self._take_over(values["identity"])
+            self._at = Position(**values["at"])
         self._network.load_state(tensors)
-        self._at = Position(**values["at"])
         if not self._accelerator.is_main_process:  # the sums are those of all processes
             self._at.loss_sum, self._at.seen = 0.0, 0
         self.history = History.from_dict(values["history"])

@@ -241,6 +241,17 @@ class StateStore:
                 damaged.append(str(error))
         raise self._nothing(f": {'; '.join(damaged)}" if damaged else "")
 
+    @contextlib.contextmanager
+    def understanding(self) -> Iterator[None]:
+        """Turn what a state lacks, or has too much, into a :class:`TrainingError`."""
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"The state in {self._folder} is none of this version: {error!r}. Continue with "
+                "the one that wrote it, or train without resume, into a new folder."
+            ) from error
+
     def _nothing(self, why: str) -> TrainingError:
         return TrainingError(
             f"There is no state to resume from in {self._folder}{why}. "
