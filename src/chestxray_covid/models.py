@@ -134,10 +134,16 @@ def set_training_mode(model: nn.Module) -> None:
     A frozen batch norm in training mode would still move its running statistics.
     """
     model.train()
-    for module in model.modules():
-        own = list(module.parameters())
-        if own and not any(p.requires_grad for p in own):
-            module.eval()
+    _hold_frozen(model)
+
+
+def _hold_frozen(module: nn.Module) -> set[bool]:
+    """Put what is frozen in ``eval()``, and return whether all, some or no parameters train."""
+    trains = {p.requires_grad for p in module.parameters(recurse=False)}
+    trains = trains.union(*map(_hold_frozen, module.children()))
+    if trains == {False}:
+        module.eval()
+    return trains
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:

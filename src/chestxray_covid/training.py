@@ -207,7 +207,7 @@ class Trainer:
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 for callback in self.callbacks:
                     callback.on_step_end(self, at.step, loss)
-                self._network.train()  # a callback may have looked at its predictions
+                    self._network.train()  # it may have looked at predictions
                 self._save_or_stop(due=due)
 
     def _step(self, group: list[Batch], pixels: Iterator[Tensor], *, due: bool) -> None:

@@ -102,8 +102,6 @@ class TrainingNetwork:
         # The optimizer stays plain: Accelerate's own skips steps whenever another loop of this
         # process stopped amid its accumulation, which the two would share.
         self._net = accelerator.prepare(model)
-        set_training_mode(model)
-        self._modes = [(module, module.training) for module in model.modules()]
         self._optimizer = _OPTIMIZERS[config.optimizer](
             trained,
             lr=config.learning_rate,
@@ -211,9 +209,8 @@ class TrainingNetwork:
                 broadcast(statistics)
 
     def train(self) -> None:
-        """Put what trains in training mode, and nothing else."""
-        for module, training in self._modes:
-            module.training = training
+        """Put what trains in training mode."""
+        set_training_mode(self._model)
 
     def vary(self, images: Tensor, epoch: int, draws: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return augmented pixels, and of which images the centre is hidden.
