@@ -286,7 +286,7 @@ def test_numbers_that_one_class_cannot_give_are_absent() -> None:
     assert numbers == {"val_accuracy": 1.0, "val_kappa": None, "val_auroc": None}
 
 
-class _Seen(Exception):
+class _SeenError(Exception):
     """What is to be seen was seen."""
 
 
@@ -295,7 +295,7 @@ class _Look(Callback):
 
     def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
         if step == 2:
-            raise _Seen
+            raise _SeenError
         trainer.model.eval()
         trainer.model.train()
 
@@ -317,7 +317,7 @@ def test_a_callback_that_looks_at_predictions_moves_nothing_that_is_frozen(tmp_p
     trainer = Trainer(
         model, split.train, split.val, config, output=tmp_path / "run", callbacks=[_Look()]
     )
-    with pytest.raises(_Seen):
+    with pytest.raises(_SeenError):
         trainer.fit()
     after = to_tensors(model.features)
     assert [name for name in before if not np.array_equal(before[name], after[name])] == []
