@@ -23,6 +23,7 @@ from chestxray_covid import (
     patient_groups,
 )
 from chestxray_covid.datasets.phantom import phantom_mask
+from chestxray_covid.errors import TrainingError
 from chestxray_covid.generalisation import (
     NOT_RETRAINED,
     auroc_change,
@@ -143,6 +144,15 @@ def test_where_nothing_of_a_class_is_left_nothing_is_trained() -> None:
     rows = leave_one_source_out(dataset, Linear, **FEW)
     assert rows[0].note == "Without a, no image of ['normal'] is left to train on."
     assert math.isnan(rows[0].internal.value)
+
+
+def test_a_class_that_the_data_lack_with_the_source_too_hinders_nothing() -> None:
+    classes = ("normal", "pneumonia", "covid19")
+    dataset = ChestXrayDataset(phantoms().samples[:60], classes=classes)
+    rows = leave_one_source_out(dataset, lambda _: Oracle(classes), **FEW)
+    assert [(row.internal.value, row.external.value) for row in rows] == [(1, 1)] * 3
+    with pytest.raises(TrainingError, match=r"No training image of \['pneumonia'\]"):
+        leave_one_source_out(dataset, TrainingConfig(), model=lambda: build_densenet121(False))
 
 
 def test_options_train_the_network_without_the_source() -> None:

@@ -124,6 +124,7 @@ def leave_one_source_out(
     # A copy elsewhere of an image that is trained on would be judged from memory.
     groups = np.array(patient_groups(dataset, find_copies=ready is None, progress=progress))
     sources = np.array([sample.source for sample in dataset.samples])
+    held = {sample.label for sample in dataset.samples}
     rows = []
     for source in dataset.sources:
         away = np.flatnonzero(sources == source)
@@ -135,7 +136,7 @@ def leave_one_source_out(
         if ready is None and not callable(fit):
             rest, chooses = divide(dataset, rest, groups, _CHOOSES, seed)
         inside, outside = (question.asked(dataset.subset(part)) for part in (judged, away))
-        lacking = set(question.classes) - {dataset.samples[i].label for i in rest}
+        lacking = held - {dataset.samples[i].label for i in rest}
         if lacking and ready is None:
             note = f"Without {source}, no image of {sorted(lacking)} is left to train on."
             rows.append(_missing(source, len(outside), confidence, note))
