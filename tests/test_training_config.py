@@ -25,6 +25,7 @@ from chestxray_covid import (
     Trainer,
     TrainingConfig,
     build_densenet121,
+    set_trainable,
     split_by_patient,
 )
 from chestxray_covid.errors import TrainingError
@@ -300,7 +301,15 @@ class _Look(Callback):
         trainer.model.train()
 
 
-def test_a_callback_that_looks_at_predictions_moves_nothing_that_is_frozen(tmp_path: Path) -> None:
+class _Unfreeze(Callback):
+    """Unfreezes what the run's optimizer does not know."""
+
+    def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+        set_trainable(trainer.model, "denseblock4")
+
+
+def watched(output: Path, callback: Callback) -> Trainer:
+    """Return the training of a head, with pixels enough for three steps, that is watched."""
     split = split_by_patient(
         SyntheticChestXray(20, image_size_px=64, sources=("a",)), test=0, find_copies=False
     )
@@ -313,14 +322,21 @@ def test_a_callback_that_looks_at_predictions_moves_nothing_that_is_frozen(tmp_p
         progress=False,
     )
     model = build_densenet121(False, "head")
-    before = to_tensors(model.features)
-    trainer = Trainer(
-        model, split.train, split.val, config, output=tmp_path / "run", callbacks=[_Look()]
-    )
+    return Trainer(model, split.train, split.val, config, output=output, callbacks=[callback])
+
+
+def test_a_callback_that_looks_at_predictions_moves_nothing_that_is_frozen(tmp_path: Path) -> None:
+    trainer = watched(tmp_path / "run", _Look())
+    before = to_tensors(trainer.model.features)
     with pytest.raises(_SeenError):
         trainer.fit()
-    after = to_tensors(model.features)
+    after = to_tensors(trainer.model.features)
     assert [name for name in before if not np.array_equal(before[name], after[name])] == []
+
+
+def test_a_callback_cannot_unfreeze_what_would_not_train(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"denseblock4\..* was unfrozen amid a run"):
+        watched(tmp_path / "run", _Unfreeze()).fit()
 
 
 def test_whatever_fails_inside_a_backend_is_told_as_such() -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from chestxray_covid.checkpoint import load_checkpoint
-from chestxray_covid.errors import WeightsUnavailableError
+from chestxray_covid.errors import TrainingError, WeightsUnavailableError
 from chestxray_covid.hub import resolve
 from chestxray_covid.image import Preprocess
 from chestxray_covid.tensors import densenet121_shapes
@@ -144,6 +144,21 @@ def _hold_frozen(module: nn.Module) -> set[bool]:
     if trains == {False}:
         module.eval()
     return trains
+
+
+def check_moved(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise unless an optimizer moves all parameters that train.
+
+    Raises:
+        TrainingError: If one was unfrozen since the optimizer was made.
+    """
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in moved:
+            raise TrainingError(
+                f"{name} was unfrozen amid a run, which goes on training what it began with. End "
+                "the run first, then train its model, unfrozen, in another one."
+            )
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:

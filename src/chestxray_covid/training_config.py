@@ -378,7 +378,11 @@ def _check_types(records: Sequence[EpochRecord], finished: Any) -> None:
 
 
 class Callback:
-    """What a run calls while it trains; override what is of use."""
+    """What a run calls while it trains; override what is of use.
+
+    The network may be looked at; a part of it that is unfrozen would not train, and is a
+    :class:`TrainingError`.
+    """
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Run before the first step, also of a resumed run."""

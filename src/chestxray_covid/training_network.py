@@ -24,6 +24,7 @@ from chestxray_covid.errors import TrainingError
 from chestxray_covid.lung_network import LungNetwork
 from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
 from chestxray_covid.models import (
+    check_moved,
     load_tensors,
     normalise,
     set_training_mode,
@@ -210,6 +211,7 @@ class TrainingNetwork:
 
     def train(self) -> None:
         """Put what trains in training mode."""
+        check_moved(self._model, self._optimizer)
         set_training_mode(self._model)
 
     def vary(self, images: Tensor, epoch: int, draws: Sequence[int]) -> tuple[Tensor, Tensor]:
