@@ -28,6 +28,9 @@ NAMES = {"normal": "IM-{:04d}-{:04d}.jpeg", "pneumonia": "person{}_bacteria_{}.j
 
 def draw(root: Path, *, count: int = 300, image_size_px: int = 128, seed: int = 0) -> None:
     """Write both collections below ``root``, about ``2 / 3 * count`` phantoms in all."""
+    places = (root / "covid-chestxray-dataset", root / "kermany")
+    if taken := [str(place) for place in places if place.exists()]:
+        raise SystemExit(f"{' and '.join(taken)} is there already: name another folder.")
     phantoms = SyntheticChestXray(
         count,
         classes=LABELS,
@@ -40,8 +43,8 @@ def draw(root: Path, *, count: int = 300, image_size_px: int = 128, seed: int = 
     few = sorted({s.patient_id for s in cohen if s.label == "normal"})[:3]
     cohen = [s for s in cohen if s.label != "normal" or s.patient_id in few]
     kermany = [s for s in phantoms.samples if s.source == "kermany" and s.label != "covid19"]
-    write_cohen(root / "covid-chestxray-dataset", cohen)
-    write_kermany(root / "kermany" / "chest_xray", kermany)
+    write_cohen(places[0], cohen)
+    write_kermany(places[1] / "chest_xray", kermany)
 
 
 def write_cohen(root: Path, samples: Sequence[Sample]) -> None:

@@ -62,6 +62,8 @@ def test_phantom_collections_open_as_the_real_ones_do(collections: Path) -> None
     assert kermany.report().images["normal"] == len(normals)
     assert kermany.report().patients["normal"] == len({s.patient_id for s in normals})
     assert {s.metadata["split"] for s in kermany.samples} == {"train", "test"}
+    with pytest.raises(SystemExit, match=r"kermany is there already: name another folder"):
+        example("phantoms")["main"]([str(collections)])
 
 
 def test_in_the_phantom_collections_the_source_gives_the_label_away(collections: Path) -> None:
