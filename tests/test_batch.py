@@ -357,6 +357,18 @@ def test_an_error_late_in_the_list_keeps_what_was_judged_and_is_raised(
         assert not output.exists()
 
 
+def test_a_quote_that_nobody_closed_swallows_no_images(
+    images: Path, tmp_path: Path, clf: Classifier
+) -> None:
+    place = tmp_path / "list.csv"
+    listed = [f"{images}/{number:02d}.png" for number in range(3)]
+    place.write_text(f'path,note\n{listed[0]},"two\nlines"\n{listed[1]},5" tube\n')
+    assert predict_files(place, tmp_path / "o.csv", classifier=clf).count == 2
+    place.write_text(f'path,note\n{listed[0]},"open\n{listed[1]},x\n{listed[2]},x\n')
+    with pytest.raises(DatasetError, match=r"CSV of paths.* begins in line 2"):
+        predict_files(place, tmp_path / "p.csv", classifier=clf)
+
+
 @pytest.mark.parametrize("name", ["folder", "file.parquet"])
 def test_an_output_of_the_wrong_kind_is_refused_first(
     images: Path, tmp_path: Path, clf: Classifier, name: str
@@ -614,6 +626,11 @@ class TestRefused:
     def test_a_csv_without_paths(self, clf: Classifier, tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_text("file,label\na.png,normal\n")
         with pytest.raises(DatasetError, match="has no column path"):
+            predict_files(tmp_path / "t.csv", tmp_path / "o.csv", classifier=clf)
+
+    def test_a_csv_with_two_columns_of_paths(self, clf: Classifier, tmp_path: Path) -> None:
+        (tmp_path / "t.csv").write_text("path,label,path\na.png,normal,b.png\n")
+        with pytest.raises(DatasetError, match="has more than one column path"):
             predict_files(tmp_path / "t.csv", tmp_path / "o.csv", classifier=clf)
 
     def test_a_csv_that_is_not_there(self, clf: Classifier, tmp_path: Path) -> None:

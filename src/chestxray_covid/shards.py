@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from chestxray_covid.datasets.loading import in_batches
+from chestxray_covid.datasets.storage import numbered_rows
 from chestxray_covid.errors import DatasetError
 from chestxray_covid.files import sync_folder
 from chestxray_covid.image import IMAGE_SUFFIXES
@@ -204,7 +205,8 @@ def listed(images: Place | Iterable[Place], places: Places) -> Iterator[str]:
     """Yield the files that are meant by files, folders and CSVs with a column ``path``.
 
     Raises:
-        DatasetError: If a CSV cannot be read or has no such column.
+        DatasetError: If a CSV cannot be read, has no such column or two, or a quote that does not
+            belong there swallows rows.
         OSError: If a folder in object storage cannot be listed.
     """
     for one in [images] if isinstance(images, (str, os.PathLike)) else images:
@@ -223,15 +225,17 @@ def _rows(table: str, places: Places) -> Iterator[str]:
         whole = places.read(table) if is_address(table) else None
         data = Path(table).open("rb") if whole is None else io.BytesIO(whole)  # noqa: SIM115
         with io.TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline="") as file:
-            reader = csv.DictReader(file)
-            if "path" not in (reader.fieldnames or ()):
+            rows = numbered_rows(file)
+            columns = next(rows, (1, []))[1]
+            if (count := columns.count("path")) != 1:
                 raise DatasetError(
-                    f"{table} has no column path; it has {reader.fieldnames}. "
-                    "Expected a CSV with a header that names it."
+                    f"{table} has {'more than one' if count else 'no'} column path; it has "
+                    f"{columns}. Expected a CSV with a header that names it once."
                 )
-            for row in reader:
-                if name := row["path"]:
-                    yield _below(folder, name)
+            place = columns.index("path")
+            for _, row in rows:
+                if len(row) > place and row[place]:
+                    yield _below(folder, row[place])
     except (csv.Error, OSError) as error:
         raise DatasetError(f"{table} cannot be read as a CSV of paths: {error}.") from error
 
