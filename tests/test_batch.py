@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import random
@@ -367,6 +368,17 @@ def test_a_quote_that_nobody_closed_swallows_no_images(
     place.write_text(f'path,note\n{listed[0]},"open\n{listed[1]},x\n{listed[2]},x\n')
     with pytest.raises(DatasetError, match=r"CSV of paths.* begins in line 2"):
         predict_files(place, tmp_path / "p.csv", classifier=clf)
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_reason(
+    images: Path, tmp_path: Path, clf: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*\.o\.csv\.parts"):
+        predict_files(images, tmp_path / "o.csv", classifier=clf)
 
 
 @pytest.mark.parametrize("name", ["folder", "file.parquet"])

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -124,8 +125,9 @@ class ShardedTable:
         try:
             self.places.write(self._folder, shard.name, self._format.encode(rows, self._classes))
         except OSError:
-            if not self.is_parquet and not os.listdir(self._folder):  # noqa: PTH208
-                Path(self._folder).rmdir()
+            if not self.is_parquet:
+                with suppress(OSError):  # it holds other shards, or could not be made
+                    Path(self._folder).rmdir()
             raise
 
     def complete(self, names: Sequence[str]) -> dict[str, str]:
