@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -270,6 +272,26 @@ def test_streams_data_sets_and_folders_are_explained(
     turned = SyntheticChestXray(2, image_size_px=64, transform=lambda p: p.rotate(90))
     assert grad_cam(model, turned)[1].image.tobytes() == turned[1][0].tobytes()
     assert grad_cam(model, []) == []
+
+
+@pytest.mark.parametrize("explain", [grad_cam, partial(occlusion_sensitivity, steps=2)])
+def test_open_files_of_one_archive_are_explained_each(
+    model: Classifier, images: list[Image.Image], tmp_path: Path, explain: Any
+) -> None:
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for number, image in enumerate(images[:2]):
+            image.save(tmp_path / f"{number}.png")
+            archive.add(tmp_path / f"{number}.png", f"{number}.png")
+
+    def opened() -> Iterator[Any]:
+        with tarfile.open(tmp_path / "all.tar") as archive:
+            for member in archive:
+                with archive.extractfile(member) or io.BytesIO() as file:
+                    yield file
+
+    found = explain(model, opened())
+    assert all(map(same, found, explain(model, images[:2])))
+    assert [heatmap.source for heatmap in found] == ["<stream>"] * 2
 
 
 def test_each_image_may_have_its_own_target(model: Classifier, images: list[Image.Image]) -> None:

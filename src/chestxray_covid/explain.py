@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,14 +10,21 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from chestxray_covid.classifier import Classifier
-from chestxray_covid.datasets.base import Sample
 from chestxray_covid.datasets.loading import in_batches, map_ahead
-from chestxray_covid.encoded import read_stream
 from chestxray_covid.engines import softmax
 from chestxray_covid.errors import ForkedError
 from chestxray_covid.heatmap import Heatmap
 from chestxray_covid.image import load_image
-from chestxray_covid.inputs import check_positive, expand, is_single, name_of, read
+from chestxray_covid.inputs import (
+    Held,
+    Item,
+    check_positive,
+    expand,
+    hold,
+    is_single,
+    name_of,
+    read,
+)
 
 
 class _Loaded(NamedTuple):
@@ -184,9 +190,13 @@ def explained(
     classifier: Classifier, images: Any, target: str | Sequence[str] | None
 ) -> tuple[list[Any], list[str | None]]:
     """Return the single images, and the class to explain for each, ``None`` for the predicted."""
-    # Read at once: of a file of several frames, the next one takes the place of the one before.
+    # Read at once: of a file of several frames, the next one takes the place of the one before, and
+    # the open files of an archive share one position.
     items = [
-        load_image(one) if isinstance(one, ImageFile.ImageFile) else one for one in expand(images)
+        load_image(one)
+        if isinstance(one, ImageFile.ImageFile)
+        else hold(one, classifier.config.preprocess)
+        for one in expand(images)
     ]
     if target is None or isinstance(target, str):
         targets: list[str | None] = [target] * len(items)
@@ -206,12 +216,12 @@ def _load_ahead(
 ) -> Iterator[_Loaded]:
     def load(pair: tuple[Any, str | None]) -> _Loaded:
         item, target = pair
-        if hasattr(item, "read") and not isinstance(item, (Sample, os.PathLike)):
-            item = read_stream(item)  # cannot be relied on to be read twice
         # The very pixels of the prediction: a large JPEG may be decoded smaller for those.
         pixels = read(item, classifier.config.preprocess)[0]
-        whole = item.dataset.image(item.position) if hasattr(item, "position") else item
-        return _Loaded(name_of(pair[0]), load_image(whole), pixels, target)
+        whole: Any = item.found if isinstance(item, Held) else item
+        if isinstance(item, Item):
+            whole = item.dataset.image(item.position)
+        return _Loaded(name_of(item), load_image(whole), pixels, target)
 
     pairs = zip(items, targets, strict=True)
     return map_ahead(load, pairs, ahead=2 * batch_size)
