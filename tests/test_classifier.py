@@ -39,6 +39,7 @@ from chestxray_covid.errors import (
     ImageError,
     ImageNotFoundError,
 )
+from chestxray_covid.explain import grad_cam
 from chestxray_covid.image import Preprocess, load_image
 from chestxray_covid.prediction import FailedPrediction, Prediction
 from conftest import random_tensors
@@ -811,6 +812,15 @@ def test_unknown_engines_and_devices_are_refused(checkpoint_folder: Path) -> Non
 def test_weights_that_do_not_fit_their_config_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"classifier\.weight has shape"):
         Classifier(ModelConfig(classes=CLASSES), random_tensors(2))
+
+
+def test_weights_that_train_on_are_not_those_of_a_classifier() -> None:
+    tensors = random_tensors(3)
+    own = Classifier(ModelConfig(classes=CLASSES), tensors, engine="torch")
+    before = own.weights_sha256
+    tensors["classifier.bias"] += np.array([9, 0, 0], np.float32)
+    assert own.weights_sha256 == before
+    assert grad_cam(own, noise(1)[0]).target == own.predict(noise(1)[0]).label
 
 
 # ---------------------------------------------------------------- threads and processes

@@ -13,12 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid.checkpoint import (
-    ModelConfig,
-    load_attachment,
-    load_checkpoint,
-    weights_digest,
-)
+from chestxray_covid.checkpoint import ModelConfig, load_attachment, load_checkpoint, weights_digest
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import pipeline
 from chestxray_covid.engines import known, open_engine, restrict_classes, softmax
@@ -52,7 +47,7 @@ class Classifier:
 
     Args:
         config: Config of the checkpoint.
-        tensors: Weights of the checkpoint.
+        tensors: Weights of the checkpoint; a copy is kept, since a network's own may train on.
         gate: Says what is odd about an image; without it, predictions tell only what needs no
             statistics: blank, low resolution, colour.
         int8: Statistics for ``precision="int8"``.
@@ -78,6 +73,7 @@ class Classifier:
         engine: str = "auto",
         precision: str = "auto",
     ) -> None:
+        tensors = {n: t.copy() if isinstance(t, np.ndarray) else t for n, t in tensors.items()}
         config = known(config, tensors)
         if classes is not None:
             config, tensors = restrict_classes(config, tensors, classes)
