@@ -28,6 +28,7 @@ from chestxray_covid import (
 )
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.cli import main
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.graph import Network
 from chestxray_covid.int8 import Int8, rounded_results
 from chestxray_covid.quantization import compare
@@ -219,6 +220,31 @@ def test_a_model_that_answers_otherwise_is_refused_and_nothing_is_written(
     with pytest.raises(ExportError, match=r"AUROC moves by more than 0\.005.*\n.*0\.5000 after"):
         quantize(checkpoint, images, evaluation=FolderDataset(images), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_patient_of_two_collections_is_one(
+    checkpoint: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copied(source: str) -> list[Sample]:
+        return [
+            replace(sample, source=source, metadata={"content_hash": str(number)})
+            for number, sample in enumerate(FolderDataset(images).samples)
+        ]
+
+    seen: list[Any] = []
+
+    def compare(*_: Any, patients: Any, **__: Any) -> None:
+        seen.extend(patients)
+        raise ExportError("enough")
+
+    monkeypatch.setattr(quantization, "compare", compare)
+    monkeypatch.setattr(quantization, "largest_values", lambda *_: {})
+    monkeypatch.setattr(quantization, "_probabilities", lambda *_: ((), ()))
+    evaluation = ChestXrayDataset([*copied("a"), *copied("b")], classes=CLASSES)
+    with pytest.raises(ExportError, match="enough"):
+        quantize(checkpoint, images, evaluation=evaluation, output=tmp_path / "o")
+    assert seen[:12] == seen[12:]
+    assert len(set(seen)) == 12
 
 
 def test_wrong_arguments_are_named_before_anything_is_computed(

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from chestxray_covid import metrics as m
 from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.engine_openvino import import_openvino, largest_values
 from chestxray_covid.engines import open_engine, softmax
 from chestxray_covid.errors import ExportError
@@ -123,7 +124,8 @@ def quantize(
         checkpoint: ``None`` for the bundled model, or whatever :func:`resolve` takes.
         calibration: Radiographs like those of later use, some 200 of all sources: a folder, a data
             set, or a list of images. Labels are not needed.
-        evaluation: Labelled radiographs, other than those.
+        evaluation: Labelled radiographs, other than those; a patient of two collections is one, see
+            :func:`~chestxray_covid.patient_groups`.
         output: Folder of the new checkpoint, made if missing.
         positive: The class in question; ``"covid19"`` or the last class if not given.
         n_resamples: Resamples of the bootstrap over patients.
@@ -158,7 +160,7 @@ def quantize(
         before,
         after,
         classes=config.classes,
-        patients=[(sample.source, sample.patient_id) for sample in evaluation.samples],
+        patients=patient_groups(evaluation, find_copies=False),
         positive=chosen,
         calibration_images=len(pixels),
         n_resamples=n_resamples,
