@@ -240,6 +240,15 @@ def test_a_saved_classifier_is_the_same_and_its_card_stays(run: Path, tmp_path: 
     assert (target / "README.md").read_text() == "mine"
 
 
+def test_a_card_in_the_current_folder_has_its_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    Classifier.from_pretrained(run).save_pretrained(".")
+    assert "\n# mine\n" in (tmp_path / "mine" / "README.md").read_text()
+
+
 def test_a_part_of_the_classes_is_saved_without_results_of_the_whole(
     run: Path, tmp_path: Path
 ) -> None:

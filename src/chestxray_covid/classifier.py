@@ -177,7 +177,8 @@ class Classifier:
         if options and not push_to_hub:
             raise TypeError(f"{', '.join(options)}: options of publishing; add push_to_hub=True")
         export(Path(folder), self.config, self._tensors, self._origin, own=self._attachments())
-        return self.push_to_hub(repo_id or Path(folder).name, **options) if push_to_hub else None
+        name = repo_id or Path(folder).absolute().name
+        return self.push_to_hub(name, **options) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish the checkpoint on the Hub and return the address of the commit.

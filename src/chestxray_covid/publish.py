@@ -63,9 +63,9 @@ def export(
         if load_config(origin).classes == config.classes:
             results = read_results(origin, config)
     config_text(config)  # a provenance that is no JSON has a message of its own
-    made = (
-        make_card(config, results, folder.name, None) if card and _own_card(folder) is None else {}
-    )
+    made = {}
+    if card and _own_card(folder) is None:
+        made = make_card(config, results, folder.absolute().name, None)  # "." has no name
     save_checkpoint(folder, config, tensors, {**attachments, **(own or {})})
     write_files(folder, {**results.contents, **made})
 
