@@ -391,6 +391,7 @@ def test_evaluate_decides_at_every_rule_and_says_what_they_were_chosen_on(
         (("--prevalence", "1"), "is not in the range"),
         (("--versus", "normal"), "need --threshold, --target-sensitivity or"),
         (("--threshold", "0.5", "--versus", "flu"), "--versus must be one of normal, covid19"),
+        (("--threshold", "0.5", "--versus", "covid19"), "must be another class than covid19"),
     ],
 )
 def test_evaluate_refuses_impossible_rules_before_the_slow_part(

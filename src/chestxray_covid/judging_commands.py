@@ -186,6 +186,8 @@ def _check_rules(
     from chestxray_covid.operating_points import choose_threshold
 
     positive = default_positive(classes)
+    if versus == positive:
+        raise click.UsageError(f"--versus must be another class than {positive}, the positive one.")
     sides = {positive, versus} if versus else set(classes)
     truth = [s.label == positive for s in dataset.samples if s.label in sides]
     if rules and not truth:
