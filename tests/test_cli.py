@@ -524,6 +524,9 @@ def test_download_draws_phantoms_and_unpacks_an_archive(tmp_path: Path) -> None:
         (["download", "phantoms", "p", "--ref=x", "--all-views"], "--ref and --all-views are for"),
         (["download", "cohen", "c", "--seed", "0"], "--seed is for phantoms alone, not cohen"),
         (["download", "kermany", "k", "--count", "9"], "--count is for phantoms"),
+        (["predict", "a.png", "--ray"], "--ray needs --output"),
+        (["predict", "a.png", "--num-gpus", "1"], "--num-cpus and --num-gpus are for --ray"),
+        (["predict", "a", "--ray", "--output=o.parquet", "--workers=2"], "--workers is not for"),
     ],
 )
 def test_a_wrong_call_is_explained(arguments: list[str], match: str) -> None:

@@ -73,6 +73,10 @@ def predict(
 
     if on_ray and output is None:
         raise click.UsageError("--ray needs --output, a folder whose name ends in .parquet.")
+    if on_ray and workers is not None:
+        raise click.UsageError("--workers is not for --ray, where --num-cpus threads decode.")
+    if not on_ray and (num_cpus is not None or num_gpus):
+        raise click.UsageError("--num-cpus and --num-gpus are for --ray; see --device otherwise.")
     classifier = Classifier.from_pretrained(
         model, device=device, engine=engine, precision=precision
     )
