@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,25 @@ def test_a_run_whose_parts_another_has_taken_says_so(
         predict_files(images, place, classifier=clf, shard_size=5)
     assert len(rows_of(output)) == FILES
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_two_writers_of_one_shard_by_its_address_do_not_meet(tmp_path: Path, is_full: bool) -> None:
+    address = tmp_path.as_uri()
+
+    class Overtaken(pyarrow.fs.LocalFileSystem):
+        def move(self, old: str, new: str) -> None:
+            Places().write(address, "part", b"of the other writer")
+            if is_full:
+                raise OSError("the disk is full")
+            super().move(old, new)
+
+    places = Places()
+    places._systems["file:///"] = (Overtaken(), "/")
+    with pytest.raises(OSError, match="the disk is full") if is_full else nullcontext():
+        places.write(address, "part", b"whole")
+    kept = b"of the other writer" if is_full else b"whole"
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("part", kept)]
 
 
 def test_a_kill_while_the_table_is_put_together_leaves_nothing_for_ever(

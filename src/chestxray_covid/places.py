@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +75,20 @@ class Places:
             return
         fs, path = self._opened(folder)
         fs.create_dir(path, recursive=True)
-        # An object appears when its stream is closed. A file system needs a rename for that.
-        partial = f"{path}/{name}" if fs.type_name in _OBJECT_STORES else f"{path}/.{name}.partial"
-        with fs.open_output_stream(partial) as file:
-            file.write(data)
-        if partial != f"{path}/{name}":
-            fs.move(partial, f"{path}/{name}")
+        # An object appears when its stream is closed. A file system needs a rename for that, of a
+        # file that no other writer has: a worker that was replaced may still run.
+        final, own = f"{path}/{name}", f"{path}/.{name}.{secrets.token_hex(4)}.partial"
+        partial = final if fs.type_name in _OBJECT_STORES else own
+        try:
+            with fs.open_output_stream(partial) as file:
+                file.write(data)
+            if partial != final:
+                fs.move(partial, final)
+        except OSError:
+            if partial != final:
+                with suppress(OSError):
+                    fs.delete_file(partial)
+            raise
 
     def remove(self, folder: str, name: str) -> None:
         """Delete a file."""
