@@ -1,14 +1,37 @@
+"""Temperatures and thresholds, found on drawn labels and on phantoms."""
+
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 
-from chestxray_covid import Classifier, ModelConfig, Preprocess, build_densenet121
+from chestxray_covid import (
+    ChestXrayDataset,
+    Classifier,
+    ModelConfig,
+    Preprocess,
+    SyntheticChestXray,
+    build_densenet121,
+    calibrate,
+    open_dataset,
+    split_by_patient,
+)
 from chestxray_covid.calibration import fit_temperature, fold_temperature
+from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
+from chestxray_covid.cli import main
 from chestxray_covid.models import to_tensors
+from conftest import random_checkpoint
+
+pytestmark = pytest.mark.usefixtures("shallow")
+
+LABELS = ("normal", "pneumonia", "covid19")
 
 
 def drawn(temperature: float, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
@@ -80,3 +103,155 @@ def test_a_folded_temperature_divides_the_logits_of_every_engine() -> None:
 def test_an_impossible_temperature_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be positive and finite"):
         fold_temperature({}, temperature)
+
+
+@pytest.fixture(scope="module")
+def phantoms() -> ChestXrayDataset:
+    """Return phantoms that are drawn once."""
+    drawn = SyntheticChestXray(60, classes=LABELS, image_size_px=64)
+    images = {s.path: s.read(s, None) for s in drawn.samples}
+    samples = [replace(s, read=lambda own, size: images[own.path]) for s in drawn.samples]
+    return ChestXrayDataset(samples, classes=LABELS)
+
+
+@pytest.fixture(scope="module")
+def model(
+    shallow: None, phantoms: ChestXrayDataset, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return a model whose logits have a deviation of 3, a note, and what int8 needs."""
+    folder = random_checkpoint(tmp_path_factory.mktemp("model"))
+    config, tensors = load_checkpoint(folder)
+    pixels = np.stack([config.preprocess(phantoms.image(i)) for i in range(len(phantoms))])
+    _, features = Classifier(config, tensors).engine(pixels)
+    middle, scale = features.mean(0), features.std(0) + 1e-6
+    weight = np.random.default_rng(0).normal(size=(3, len(scale)))
+    weight *= 3 / ((features - middle) / scale @ weight.T).std()
+    tensors["classifier.weight"] = (weight / scale).astype(np.float32)
+    tensors["classifier.bias"] = -(weight / scale @ middle).astype(np.float32)
+    attachments = {"note.json": b"{}", "int8.safetensors": b"x", "int8.json": b"{}"}
+    save_checkpoint(folder, config, tensors, attachments)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def validation(model: Path, phantoms: ChestXrayDataset) -> ChestXrayDataset:
+    """Return phantoms with labels that are drawn as if the model were twice too sure of them."""
+    powers = np.sqrt(Classifier.from_pretrained(model).predict_proba(phantoms))
+    rng, shares = np.random.default_rng(0), powers / powers.sum(1, keepdims=True)
+    samples = [
+        replace(s, label=str(rng.choice(LABELS, p=share)))
+        for s, share in zip(phantoms.samples, shares, strict=True)
+    ]
+    return ChestXrayDataset(samples, classes=LABELS)
+
+
+def test_a_checkpoint_gets_the_temperature_and_the_threshold_of_the_validation_images(
+    model: Path, validation: ChestXrayDataset, tmp_path: Path
+) -> None:
+    report = calibrate(model, validation, output=tmp_path / "new", sensitivity=0.8)
+    before, after = (Classifier.from_pretrained(place) for place in (model, tmp_path / "new"))
+    assert 1.3 < report.temperature < 3, "about 2"
+    logits = np.log(before.predict_proba(validation))
+    shares = np.exp(logits / report.temperature)
+    expected = shares / shares.sum(1, keepdims=True)
+    np.testing.assert_allclose(after.predict_proba(validation), expected, atol=1e-5)
+    truth = np.array([LABELS.index(s.label) for s in validation.samples])
+    assert report.temperature == pytest.approx(fit_temperature(truth, logits), rel=1e-3)
+
+    cases = [p for p in after.predict(validation) if p.label is not None]
+    covid = [p for p, s in zip(cases, validation.samples, strict=True) if s.label == "covid19"]
+    reached = sum(bool(p.is_positive) for p in covid)
+    assert reached == -(-8 * len(covid) // 10), "and no more than it takes"
+    assert min(p.score for p in covid if p.is_positive) == pytest.approx(report.threshold)
+    counts = {label: sum(s.label == label for s in validation.samples) for label in LABELS}
+    assert after.config.threshold_origin == report.threshold_origin
+    assert f"80% sensitivity for covid19 against normal on {counts['covid19']} and" in (
+        report.threshold_origin
+    )
+    patients = {s.patient_id for s in validation.samples}
+    assert (report.n_images, report.n_patients) == (60, len(patients))
+    assert f"Temperature {report.temperature:.4g}" in str(report)
+
+
+def test_calibrating_takes_back_what_made_a_model_surer(
+    model: Path, validation: ChestXrayDataset, tmp_path: Path
+) -> None:
+    config, tensors = load_checkpoint(model)
+    save_checkpoint(tmp_path / "sure", config, fold_temperature(tensors, 0.5))
+    plain = calibrate(model, validation, output=tmp_path / "a", balanced=True)
+    sure = calibrate(tmp_path / "sure", validation, output=tmp_path / "b", balanced=True)
+    assert sure.temperature == pytest.approx(2 * plain.temperature, rel=1e-2)
+    assert sure.threshold == pytest.approx(plain.threshold, abs=1e-3)
+    assert sure.ece_before.value > sure.ece_after.value
+    again = calibrate(tmp_path / "b", validation, output=tmp_path / "c", balanced=True)
+    assert again.temperature == pytest.approx(1, abs=1e-2)
+    config = load_checkpoint(tmp_path / "c")[0]
+    whole = sure.temperature * again.temperature
+    assert config.provenance["temperature"] == pytest.approx(whole), "of all that was folded in"
+
+
+def test_attachments_come_along_but_for_those_of_int8(
+    model: Path, validation: ChestXrayDataset, tmp_path: Path
+) -> None:
+    calibrate(model, validation, output=tmp_path, sensitivity=None)
+    old, new = load_checkpoint(model)[0], load_checkpoint(tmp_path)[0]
+    assert set(new.attachments) == {"note.json"}
+    assert load_attachment(tmp_path, new, "note.json") == b"{}"
+    assert (new.threshold, new.threshold_origin) == (old.threshold, old.threshold_origin)
+    assert new.weights_sha256 != old.weights_sha256
+
+
+def test_what_cannot_calibrate_is_refused_and_nothing_is_written(
+    model: Path, validation: ChestXrayDataset, tmp_path: Path
+) -> None:
+    def refused(match: str, data: ChestXrayDataset = validation, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            calibrate(model, data, **{"output": tmp_path / "new", **options})
+
+    refused("output must be another folder", output=model)
+    refused(r"sensitivity must be a fraction in \(0, 1\] or None, got 1.5", sensitivity=1.5)
+    some = validation.filter(lambda s: s.label != "pneumonia")
+    refused(r"must have images of every class .* got \['covid19', 'normal'\]", some)
+    labels = [p.label for p in Classifier.from_pretrained(model).predict(validation)]
+    for match, turn in (("right on all of these 60", 0), ("from 0.05 to 20.0 makes", 1)):
+        samples = [
+            replace(s, label=LABELS[LABELS.index(label) - turn])
+            for s, label in zip(validation.samples, labels, strict=True)
+        ]
+        assert {s.label for s in samples} == {*LABELS}
+        refused(match, ChestXrayDataset(samples, classes=LABELS))
+    config, tensors = load_checkpoint(model)
+    other = replace(config, classes=("healthy", "pneumonia", "covid19"))
+    save_checkpoint(tmp_path / "other", other, tensors)
+    with pytest.raises(ValueError, match="tells healthy, pneumonia, covid19 apart: pass sens"):
+        calibrate(tmp_path / "other", validation, output=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_line_takes_the_validation_side_of_a_run(
+    model: Path, validation: ChestXrayDataset, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    for number, sample in enumerate(validation.samples):
+        (data / sample.label).mkdir(parents=True, exist_ok=True)
+        sample.read(sample, None).save(data / sample.label / f"{number:02}_0.png")
+    arguments = ["--data", str(data), "--sensitivity", "0.8", "--output"]
+
+    def call(place: Path, output: str, *more: str) -> Result:
+        given = ["calibrate", "--model", str(place), *arguments, str(tmp_path / output), *more]
+        return CliRunner().invoke(main, given)
+
+    done = call(model, "all")
+    assert done.exit_code == 0, done.output
+    assert "chosen on 60 images of 60 patients" in done.output
+    assert "80% sensitivity for covid19 against normal" in done.output
+    assert Classifier.from_pretrained(tmp_path / "all").config.threshold != 0.5
+
+    run = shutil.copytree(model, tmp_path / "run")
+    split = split_by_patient(open_dataset(data, classes=LABELS), val=0.4, test=0.3)
+    split.save(run / "split.json")
+    done = call(run, "val")
+    assert done.exit_code == 0, done.output
+    assert "Chosen on the side val of the run's split." in done.output
+    assert f"chosen on {len(split.val)} images" in done.output
+    assert f"chosen on {len(split.test)} images" in call(run, "test", "--split", "test").output

@@ -152,7 +152,7 @@ def test_an_operating_point_refuses_missing_and_unknown_fields() -> None:
 
 def test_the_text_says_where_the_threshold_and_the_prevalence_come_from() -> None:
     text = str(point(caution=op.OPTIMISTIC))
-    assert "a against b, p(a) >= 0.5 (r, given)" in text
+    assert "a against b, p(a) >= 0.5 (r)" in text
     assert "at a prevalence of 0.02 (named)" in text
     assert text.endswith(op.OPTIMISTIC)
     assert "(of these data)" in str(point(named=False))

@@ -432,6 +432,40 @@ def test_a_compiled_step_trains_the_same_weights_or_says_what_is_missing(tmp_pat
         np.testing.assert_allclose(compiled[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+FORKED = """
+import os, sys
+from chestxray_covid import *
+from chestxray_covid.errors import ForkedError
+from shallow import make_shallow
+import torch
+make_shallow()
+torch.set_num_threads(2)
+split = split_by_patient(SyntheticChestXray(24, image_size_px=32), val=0.3, test=0.3)
+config = TrainingConfig(preprocess=Preprocess(size_px=32), epochs=1, batch_size=4, device="cpu",
+                        precision="float32", progress=False)
+def train(name):
+    model = build_densenet121(pretrained=False, seed=0)
+    Trainer(model, split.train, split.val, config, output=os.path.join(sys.argv[1], name)).fit()
+train("parent")
+child = os.fork()
+if not child:
+    try:
+        train("child")
+    except ForkedError:
+        os._exit(5)
+    os._exit(6)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_training_in_a_forked_process_is_refused_instead_of_waiting(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORKED, str(tmp_path)]
+    done = subprocess.run(command, check=False, cwd=Path(__file__).parent, timeout=120)
+    assert done.returncode == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["parent"]
+
+
 def test_a_restored_optimizer_keeps_the_layout_of_the_weights() -> None:
     config = replace(QUICK, channels_last=True)
     networks = [TrainingNetwork(network(), config, Accelerator(cpu=True), [0, 1]) for _ in range(2)]

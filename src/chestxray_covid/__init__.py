@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.batch import PredictedFiles as PredictedFiles
     from chestxray_covid.batch import predict_files as predict_files
     from chestxray_covid.batch import ray_predict as ray_predict
+    from chestxray_covid.calibration import CalibrationReport as CalibrationReport
+    from chestxray_covid.calibration import calibrate as calibrate
     from chestxray_covid.calibration import fit_temperature as fit_temperature
     from chestxray_covid.checkpoint import ModelConfig as ModelConfig
     from chestxray_covid.classifier import Classifier as Classifier
@@ -122,7 +124,7 @@ _MODULES = {
     "audit_report": ("AuditFinding", "AuditItem", "AuditReport"),
     "augment": ("Augmentation",),
     "batch": ("PredictedFiles", "predict_files", "ray_predict"),
-    "calibration": ("fit_temperature",),
+    "calibration": ("CalibrationReport", "calibrate", "fit_temperature"),
     "checkpoint": ("ModelConfig",),
     "classifier": ("Classifier",),
     "comparison": ("Comparison",),

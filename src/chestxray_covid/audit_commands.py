@@ -16,8 +16,8 @@ from chestxray_covid.command import (
     MODEL,
     PRECISION,
     REPORT,
-    SPLIT_NAME,
     open_data,
+    place_of_split,
     translated,
 )
 
@@ -96,7 +96,7 @@ def audit(
     )
     dataset = open_data(data, classifier.classes)
     trained = open_data(train, classifier.classes) if train else None
-    saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
+    saved = place_of_split(model)
     dataset, known = _sides(dataset, saved, side)
     report = audit_shortcuts(
         classifier,

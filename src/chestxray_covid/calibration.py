@@ -1,17 +1,208 @@
-"""Probabilities that mean what they say: temperature scaling."""
+"""Probabilities that mean what they say, and a threshold that was chosen: after training."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from chestxray_covid.metrics import check_labels, check_lengths
+from chestxray_covid.checkpoint import (
+    ModelConfig,
+    load_attachment,
+    load_checkpoint,
+    save_checkpoint,
+)
+from chestxray_covid.classifier import Classifier
+from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.hub import resolve
+from chestxray_covid.intervals import Estimate, bootstrap_by_group
+from chestxray_covid.metrics import (
+    check_labels,
+    check_lengths,
+    expected_calibration_error,
+    threshold_at_sensitivity,
+)
 
 #: Temperatures outside say that the logits are no logits.
 _TEMPERATURES = (0.05, 20.0)
+#: What eight bits move was measured with the probabilities of before: :func:`quantize` again.
+_OF_INT8 = ("int8.safetensors", "int8.json")
+_SIDES = ("covid19", "normal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationReport:
+    """What :func:`calibrate` chose, and what it did to the images that it was chosen on.
+
+    Attributes:
+        temperature: What logits were divided by, here. Above 1 the model was too sure of itself.
+        threshold: Of :attr:`Prediction.score`, from which a case counts as positive.
+        threshold_origin: In words, where the threshold comes from.
+        n_images: Images that both were chosen on.
+        n_patients: Their patients.
+        ece_before: Expected calibration error of the model as it was, with an interval by patient.
+        ece_after: Of the calibrated one, on the same images, and so a little too good.
+    """
+
+    temperature: float
+    threshold: float
+    threshold_origin: str
+    n_images: int
+    n_patients: int
+    ece_before: Estimate
+    ece_after: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        errors = {name: getattr(self, name).to_dict() for name in ("ece_before", "ece_after")}
+        return {**asdict(self), **errors}
+
+    def __str__(self) -> str:
+        return (
+            f"Temperature {self.temperature:.4g}, chosen on {self.n_images} images of "
+            f"{self.n_patients} patients: expected calibration error {self.ece_before} before, "
+            f"{self.ece_after} after, on the same images.\n"
+            f"Threshold {self.threshold!r}: {self.threshold_origin}."
+        )
+
+
+def calibrate(
+    checkpoint: str | os.PathLike[str] | None,
+    validation: ChestXrayDataset,
+    *,
+    output: str | os.PathLike[str],
+    sensitivity: float | None = 0.9,
+    balanced: bool = False,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    progress: bool = False,
+) -> CalibrationReport:
+    """Write a checkpoint whose probabilities and threshold were chosen on validation images.
+
+    Logits are divided by one temperature (:func:`fit_temperature`), which becomes part of the last
+    layer: labels and AUROCs stay, and every engine and export answers so. The threshold of
+    ``Prediction.is_positive`` becomes the highest that reaches a sensitivity for COVID-19 against
+    normal, with its origin in words. The gate and other attachments come along, but for those of
+    ``int8``. Reports of the model before are not of the new one: judge it again, on others.
+
+    Args:
+        checkpoint: ``None`` for the bundled model, or whatever :func:`resolve` takes.
+        validation: Radiographs of patients that the model was not trained on, for example
+            ``split.val``, with every class of the model. The test side stays for judging.
+        output: Folder of the new checkpoint, made if missing; another one than ``checkpoint``.
+        sensitivity: In (0, 1]; ``None`` keeps the threshold, which, where calibrating moves the
+            scores, means something else then.
+        balanced: Count every class alike, as training with ``balance`` does.
+        n_resamples, seed: Of the bootstrap over patients.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing or damaged.
+        ImageError: If an image cannot be decoded.
+        ValueError: If ``output`` is the checkpoint itself, ``sensitivity`` is outside (0, 1], the
+            model lacks one of ``"covid19"`` and ``"normal"``, the images lack a class of the
+            model, or the model is right on all of them or knows next to nothing of their labels.
+        OSError: If the folder cannot be written.
+    """
+    folder = resolve(checkpoint)
+    config, tensors = load_checkpoint(folder)
+    _check(config, validation, folder, Path(output), sensitivity)
+    kept = {*config.attachments} - {*_OF_INT8}
+    attachments = {name: load_attachment(folder, config, name) or b"" for name in kept}
+    truth = np.array([config.classes.index(s.label) for s in validation.samples])
+    plain = Classifier(config, tensors, precision="float32")
+    before = plain.predict_proba(validation, progress=progress)
+    weights = 1 / np.bincount(truth)[truth] if balanced else None
+    logits = np.log(np.maximum(before, np.finfo(np.float32).tiny))
+    temperature = fit_temperature(truth, logits, sample_weight=weights)
+    _check_temperature(temperature, int((before.argmax(1) != truth).sum()), len(truth))
+    tensors = fold_temperature(tensors, temperature)
+    # Once more, since the threshold has to hold with the last layer as it is rounded.
+    after = Classifier(config, tensors, precision="float32").predict_proba(
+        validation, progress=progress
+    )
+    if sensitivity is not None:
+        config = _with_threshold(config, truth, after, sensitivity)
+    whole = temperature * float(config.provenance.get("temperature") or 1.0)
+    config = replace(config, provenance={**config.provenance, "temperature": whole})
+    save_checkpoint(output, config, tensors, attachments)
+    patients = patient_groups(validation, find_copies=False)
+    how = {"n_resamples": n_resamples, "seed": seed}
+    errors = [
+        bootstrap_by_group(expected_calibration_error, patients, truth, found, **how)
+        for found in (before, after)
+    ]
+    return CalibrationReport(
+        temperature=temperature,
+        threshold=config.threshold,
+        threshold_origin=config.threshold_origin,
+        n_images=len(truth),
+        n_patients=len(set(patients)),
+        ece_before=errors[0],
+        ece_after=errors[1],
+    )
+
+
+def _check(
+    config: ModelConfig,
+    validation: ChestXrayDataset,
+    folder: Path,
+    output: Path,
+    sensitivity: float | None,
+) -> None:
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"output must be another folder than the checkpoint's, got {output}")
+    if sensitivity is not None and not 0 < sensitivity <= 1:
+        raise ValueError(f"sensitivity must be a fraction in (0, 1] or None, got {sensitivity}")
+    if sensitivity is not None and not {*_SIDES} <= {*config.classes}:
+        raise ValueError(
+            f"The threshold is one of covid19 against normal, and the model tells "
+            f"{', '.join(config.classes)} apart: pass sensitivity=None"
+        )
+    found = {s.label for s in validation.samples}
+    if found != {*config.classes}:
+        raise ValueError(
+            f"validation must have images of every class of the model, {list(config.classes)}, "
+            f"and of no other, got {sorted(found)}"
+        )
+
+
+def _check_temperature(temperature: float, mistakes: int, count: int) -> None:
+    low, high = _TEMPERATURES
+    if not mistakes:
+        raise ValueError(
+            f"The model is right on all of these {count} images. How sure it should be cannot be "
+            "told without mistakes: give more images, of patients that it was not trained on."
+        )
+    if not 1.01 * low < temperature < high / 1.01:
+        raise ValueError(
+            f"No temperature from {low} to {high} makes the probabilities fit: the model is wrong "
+            f"on {mistakes} of these {count} images, whatever it says of them. Train it, or look "
+            "whether the labels are those of the images."
+        )
+
+
+def _with_threshold(
+    config: ModelConfig, truth: NDArray[np.int64], found: NDArray[np.float64], sensitivity: float
+) -> ModelConfig:
+    covid, normal = (config.classes.index(name) for name in _SIDES)
+    judged = (truth == covid) | (truth == normal)
+    sums = np.maximum(found[judged, covid] + found[judged, normal], np.finfo(np.float64).tiny)
+    positive = truth[judged] == covid
+    threshold = threshold_at_sensitivity(
+        positive.astype(int), found[judged, covid] / sums, sensitivity=sensitivity
+    )
+    origin = (
+        f"{sensitivity:.0%} sensitivity for covid19 against normal on {positive.sum()} and "
+        f"{(~positive).sum()} radiographs for validation"
+    )
+    return replace(config, threshold=threshold, threshold_origin=origin)
 
 
 def fit_temperature(

@@ -22,7 +22,7 @@ from chestxray_covid.command import (
 )
 from chestxray_covid.export_commands import export, quantize
 from chestxray_covid.hub_commands import models, push
-from chestxray_covid.judging_commands import evaluate
+from chestxray_covid.judging_commands import calibrate, evaluate
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
@@ -35,7 +35,7 @@ def main() -> None:
     """COVID-19 classification of chest radiographs with DenseNet-121."""
 
 
-for subcommand in (audit, evaluate, predict, models, push, export, quantize):
+for subcommand in (audit, calibrate, evaluate, predict, models, push, export, quantize):
     main.add_command(subcommand)
 
 

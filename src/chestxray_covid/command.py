@@ -98,6 +98,11 @@ def translated(command: Command) -> Command:
     return run  # type: ignore[return-value]
 
 
+def place_of_split(model: str | None) -> Path | None:
+    """Return where the split of a run lies, if it has one; ``None`` for what is no folder."""
+    return Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
+
+
 def open_data(data: tuple[Path, ...], classes: tuple[str, ...]) -> ChestXrayDataset:
     """Return the data sets as one, and tell what each of them holds."""
     from chestxray_covid.datasets.base import concatenate

@@ -95,9 +95,10 @@ def open_engine(
     check_tensors(tensors, len(config.classes), Path("tensors"))
     names = [name for name in _candidates(engine, device) if _computes_in(name, precision)]
     if not names:
+        how = f"in {precision} " if precision != "auto" else ""
         raise ValueError(
-            f"engine {engine!r} does not compute in {precision} on device {device or 'cpu'!r}. "
-            'openvino and onnx use the CPU alone, onnx in float32; leave it to engine="auto".'
+            f"engine {engine!r} does not compute {how}on device {device or 'cpu'!r}. "
+            "openvino and onnx use the CPU alone, onnx in float32; engine 'auto' finds what does."
         )
     if precision == "int8":
         return _open_int8(config, tensors, int8)

@@ -1,4 +1,4 @@
-"""Subcommands that judge a model."""
+"""Subcommands that judge a model, and choose its temperature and threshold."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from chestxray_covid.command import (
     MODEL,
     PRECISION,
     REPORT,
-    SPLIT_NAME,
     open_data,
+    place_of_split,
     translated,
 )
 
@@ -138,7 +138,7 @@ def evaluate(
     if chosen_on is not None and chosen_on.weights_sha256 not in ("", classifier.weights_sha256):
         raise click.UsageError("--choose-on is the report of another model: evaluate this one.")
     dataset = open_data(data, classifier.classes)
-    saved = Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
+    saved = place_of_split(model)
     if side is not None and saved is None:
         raise click.UsageError("--split needs --model to be the folder of a training run.")
     if side is not None and saved is not None:
@@ -172,6 +172,65 @@ def evaluate(
         from chestxray_covid.report import extend_report
 
         click.echo(f"\nThe page is {extend_report(page, evaluation=report)}")
+
+
+@click.command()
+@MODEL
+@DATA
+@click.option(
+    "--split",
+    "side",
+    type=click.Choice(["val", "test"]),
+    help="Side of the split that the run was trained with; val if --model is a run. Not the side "
+    "that judges it.",
+)
+@click.option(
+    "--sensitivity",
+    type=_SHARE,
+    default=0.9,
+    show_default=True,
+    help="The threshold becomes the highest that reaches it for covid19 against normal.",
+)
+@click.option("--balanced", is_flag=True, help="Count every class alike, as training does.")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the new checkpoint.",
+)
+@translated
+def calibrate(
+    model: str | None,
+    data: tuple[Path, ...],
+    side: str | None,
+    sensitivity: float,
+    balanced: bool,
+    output: Path,
+) -> None:
+    """Choose a model's temperature and threshold on validation data; write a new checkpoint."""
+    from chestxray_covid.calibration import calibrate as choose
+    from chestxray_covid.checkpoint import load_config
+    from chestxray_covid.hub import resolve
+    from chestxray_covid.splits import Split
+
+    classes = load_config(resolve(model)).classes
+    dataset = open_data(data, classes)
+    saved = place_of_split(model)
+    if side is not None and saved is None:
+        raise click.UsageError("--split needs --model to be the folder of a training run.")
+    if saved is not None and (side is not None or saved.is_file()):
+        dataset = getattr(Split.load(saved, dataset), side or "val")
+        click.echo(f"Chosen on the side {side or 'val'} of the run's split.")
+    sides = {"covid19", "normal"} <= set(classes)
+    report = choose(
+        model,
+        dataset,
+        output=output,
+        sensitivity=sensitivity if sides else None,
+        balanced=balanced,
+        progress=True,
+    )
+    click.echo(f"{report}\nThe checkpoint is in {output}. Judge it on other data.")
 
 
 def _check_rules(

@@ -87,8 +87,9 @@ class OperatingPoint:
     def __str__(self) -> str:
         (tn, fp), (fn, tp) = self.confusion
         whose = "named" if self.named else "of these data"
+        where = "" if self.chosen_on == GIVEN else f", chosen on {self.chosen_on}"
         lines = [
-            f"{self.title}, {self.score} >= {self.threshold!r} ({self.rule}, {self.chosen_on})",
+            f"{self.title}, {self.score} >= {self.threshold!r} ({self.rule}{where})",
             f"  TP {tp}, FN {fn}, TN {tn}, FP {fp}",
             f"  sensitivity {self.sensitivity}, specificity {self.specificity}",
             f"  at a prevalence of {self.prevalence:.3g} ({whose}): ppv {self.ppv}, npv {self.npv}",

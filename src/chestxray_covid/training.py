@@ -111,9 +111,7 @@ class Trainer:
         self._batch_size = size if size != "auto" else 0  # until it is found
 
     def fit(self, *, resume: bool = False) -> History:
-        """Train, and return the history; the run directory then holds the best weights.
-
-        It begins with the weights that the model has, also where it was trained before.
+        """Train on from the model's weights; return the history, and leave the best in the run.
 
         Args:
             resume: Continue the run in ``output``, which must have the same options and data.
@@ -126,6 +124,8 @@ class Trainer:
             TrainingInterrupted: If SIGINT or SIGTERM arrived; the state was saved, or the run was
                 finished, because a callback wanted to stop at the same time.
             ImageError: If a file cannot be decoded.
+            ForkedError: In a process that was forked after torch had begun to compute here, unless
+                it computes on the CPU in one thread.
         """
         self._accelerator = open_accelerator(self.config, self.output)
         self.device: torch.device = self._accelerator.device

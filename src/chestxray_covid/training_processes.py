@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from chestxray_covid.engine_torch import check_forked, first_process
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.training_config import TrainingConfig
 
@@ -21,6 +22,7 @@ def open_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
     Raises:
         TrainingError: If it was set up for another device in this process, or if the processes
             would write into different run directories.
+        ForkedError: If torch would wait for threads that a fork has left behind.
     """
     connected = _is_connected()
     try:
@@ -30,6 +32,7 @@ def open_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
             f"Accelerate is set up differently in this process already: {error} "
             "It can be set up once per process; start another for this run."
         ) from error
+    check_forked(first_process(), accelerator.device)
     if _is_connected() and not connected:  # else it is of an earlier run, or the caller's own
         atexit.register(_disconnect, os.getpid())
     name = torch.tensor([zlib.crc32(os.fsencode(output))], device=accelerator.device)
