@@ -29,7 +29,8 @@ TRAINED = {
     "default": """
         In training it was shown lungs before another image's background, or a uniform grey
         (`swap_background`). All else hidden is nothing new to it, so that it says less of this
-        model than the lungs hidden, and less than of one that never saw such images.""",
+        model than the lungs hidden, and less than of one that never saw such images. Cohen's copies
+        of Hannover's radiographs count once here.""",
 }
 SPOKEN = {"pass": "pass", "warn": "warn", "fail": "**fail**", "not_assessable": "not assessable"}
 

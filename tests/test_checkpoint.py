@@ -254,41 +254,14 @@ def test_a_config_says_the_same_in_the_words_of_timm() -> None:
     assert "model_type" not in data
 
 
-def version_1() -> dict[str, Any]:
-    """Return the config of format 1: before attachments and timm's fields."""
-    ours = ("classes", "preprocess", "threshold", "threshold_origin", "architecture")
-    about = ("weights_sha256", "provenance", "chestxray_covid_version")
-    return {name: CONFIG.to_dict()[name] for name in ours + about} | {"format_version": 1}
-
-
-def test_a_checkpoint_of_format_1_is_read_and_saved_in_the_present_one(
-    tmp_path: Path, good_file: bytes, tensors: Tensors
-) -> None:
-    (tmp_path / WEIGHTS_NAME).write_bytes(good_file)
-    digest = hashlib.sha256(good_file).hexdigest()
-    written(tmp_path, version_1() | {"weights_sha256": digest, "threshold": 0.25})
-    config, found = load_checkpoint(tmp_path)
-    assert (config.format_version, config.threshold, config.attachments) == (2, 0.25, {})
-    assert same(found, {name: tensors[name] for name in found})
-    save_checkpoint(tmp_path, config, found)
-    assert json.loads((tmp_path / CONFIG_NAME).read_text())["format_version"] == 2
-    assert load_config(tmp_path) == config
-
-
-@pytest.mark.parametrize("name", ["attachments", "num_classes", "pretrained_cfg"])
-def test_format_1_has_no_fields_of_format_2(tmp_path: Path, name: str) -> None:
-    later = {name: CONFIG.to_dict()[name]}
-    with pytest.raises(ConfigError, match=f"unknown fields: {name}; missing: none"):
-        load_config(written(tmp_path, version_1() | later))
-
-
 def valid() -> dict[str, Any]:
     return CONFIG.to_dict() | {"weights_sha256": "0" * 64}
 
 
 HOSTILE_FIELDS: list[tuple[str, Any, str]] = [
-    ("format_version", 0, "format_version is '0', expected 1 or 2: .*Train again"),
-    ("format_version", 3, "format_version is '3', expected 1 or 2: .*the version that wrote it"),
+    ("format_version", 1, "format_version is '1', expected 2: .*Train again"),
+    ("format_version", 0, "format_version is '0', expected 2: .*Train again"),
+    ("format_version", 3, "format_version is '3', expected 2: .*the version that wrote it"),
     ("format_version", "1", "format_version is '1'"),
     ("format_version", 2.0, "format_version is '2.0'"),
     ("format_version", True, "format_version is 'True'"),
@@ -405,7 +378,7 @@ def test_a_missing_field_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_a_config_without_a_version_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="format_version is 'None', expected 1 or 2"):
+    with pytest.raises(ConfigError, match="format_version is 'None', expected 2"):
         load_config(written(tmp_path, {"architecture": "densenet121", "num_classes": 2}))
 
 

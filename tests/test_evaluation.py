@@ -574,7 +574,7 @@ def break_probabilities(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        (break_format, "format 99, this version reads 1 and 2"),
+        (break_format, "format 99, this version reads 2"),
         (break_field, "by_view"),
         (break_classes, "single string|sequence of names"),
         (break_estimate, "cannot have the value 'high'"),

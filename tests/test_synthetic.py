@@ -339,11 +339,6 @@ def test_saving_refuses_a_place_that_is_a_file_or_below_one(tmp_path: Path) -> N
     assert file.read_text() == "mine"
 
 
-def test_saving_refuses_an_unknown_layout(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="layout must be 'folder', got 'cohen'"):
-        SyntheticChestXray(2).save(tmp_path, layout="cohen")
-
-
 @contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
     resource = pytest.importorskip("resource", reason="file size limits are a POSIX feature")

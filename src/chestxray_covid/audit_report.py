@@ -125,7 +125,7 @@ class AuditReport:
 
     @property
     def verdict(self) -> str:
-        """The worst verdict: ``"fail"``, ``"warn"``, ``"not_assessable"``, then ``"pass"``.
+        """The first of ``"fail"``, ``"warn"``, ``"not_assessable"`` and ``"pass"`` of any item.
 
         So a pass means that every item was assessed and passed.
         """

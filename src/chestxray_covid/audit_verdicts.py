@@ -30,18 +30,12 @@ def worst(verdicts: Iterable[str]) -> str:
     return next((verdict for verdict in VERDICTS if verdict in found), NOT_ASSESSABLE)
 
 
-def capped(verdict: str, most: str = WARN) -> str:
-    """Return the verdict, or ``most`` where it is worse than that."""
-    return most if VERDICTS.index(verdict) < VERDICTS.index(most) else verdict
+def capped(verdict: str) -> str:
+    """Return the verdict, or a warning where it is worse than that."""
+    return WARN if VERDICTS.index(verdict) < VERDICTS.index(WARN) else verdict
 
 
-def judge_auroc(
-    estimate: Estimate,
-    *,
-    both_ways: bool = False,
-    notable: float = NOTABLE,
-    strong: float = STRONG,
-) -> str:
+def judge_auroc(estimate: Estimate, *, both_ways: bool = False, notable: float = NOTABLE) -> str:
     """Return the verdict on an AUROC that ought to be at chance.
 
     An AUROC whose interval holds 0.5 does not fail; one whose interval reaches the failing values
@@ -53,13 +47,12 @@ def judge_auroc(
         both_ways: Whether far below 0.5 is as bad as far above; of a model that was trained on
             such numbers it is not.
         notable: What is a warning.
-        strong: What is a failure.
     """
     value, (low, high) = estimate.value, ends_of(estimate)
     if both_ways and value < 0.5:
         value, low, high = 1 - value, 1 - high, 1 - low
     furthest = max(high, 1 - low) if both_ways else high
-    return _graded(value, low > 0.5, furthest, notable, strong)
+    return _graded(value, low > 0.5, furthest, notable, STRONG)
 
 
 def judge_change(

@@ -38,7 +38,6 @@ from chestxray_covid.tensors import (
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-#: Version 1 had neither attachments nor timm's fields; it is still read.
 FORMAT_VERSION = 2
 ARCHITECTURE = "densenet121"
 
@@ -118,7 +117,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """Return the config that :meth:`to_dict` described, of this version or of version 1.
+        """Return the config that :meth:`to_dict` described, of this version of the format.
 
         Raises:
             ConfigError: If a field is unknown, missing or impossible, or a field of timm's says
@@ -127,25 +126,24 @@ class ModelConfig:
         if not isinstance(data, dict):
             raise ConfigError(f"Expected a JSON object, got {type(data).__name__}")
         version = data.get("format_version")
-        if type(version) is not int or version not in (1, FORMAT_VERSION):
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ConfigError(
-                f"format_version is {str(version)[:100]!r}, expected 1 or {FORMAT_VERSION}: "
+                f"format_version is {str(version)[:100]!r}, expected {FORMAT_VERSION}: "
                 "this is no checkpoint of this version of chestxray-covid. Train again with it, "
                 "or install the version that wrote it."
             )
-        derived = set(timm_fields((), Preprocess())) if version > 1 else set()
-        names = {f.name for f in fields(cls)} - ({"attachments"} if version == 1 else set())
-        expected = names | derived
+        names = {f.name for f in fields(cls)}
+        expected = names | set(timm_fields((), Preprocess()))
         unknown, missing = sorted(map(str, set(data) - expected)), sorted(expected - set(data))
         if unknown or missing:
             raise ConfigError(f"unknown fields: {first_of(unknown)}; missing: {first_of(missing)}")
         if not isinstance(data["classes"], list):
             raise ConfigError(f"classes must be a list, got {str(data['classes'])[:200]!r}")
         own = {name: data[name] for name in names}
-        own |= {"classes": tuple(data["classes"]), "format_version": FORMAT_VERSION}
+        own |= {"classes": tuple(data["classes"])}
         config = cls(**{**own, "preprocess": Preprocess.from_dict(data["preprocess"])})
         for name, value in timm_fields(config.classes, config.preprocess).items():
-            if name in derived and data[name] != value:
+            if data[name] != value:
                 raise ConfigError(
                     f"{name} is {str(data[name])[:200]!r}, but classes and preprocess make it "
                     f"{value!r}. Save the checkpoint again with chestxray-covid."

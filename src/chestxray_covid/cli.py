@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from chestxray_covid.splits import Split
 
 
-@click.group(epilog=NOT_A_DEVICE, context_settings={"max_content_width": 100})
+#: Subcommands in the order of use, which is that of the help.
+_ORDER = ("predict", "models", "download", "train", "calibrate", "evaluate", "audit", "export")
+
+
+class _InOrder(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        last = sorted(self.commands.keys() - {*_ORDER})
+        return [*_ORDER, *last]
+
+
+@click.group(cls=_InOrder, epilog=NOT_A_DEVICE, context_settings={"max_content_width": 100})
 @click.version_option(__version__, prog_name="chestxray-covid")
 def main() -> None:
     """COVID-19 classification of chest radiographs with DenseNet-121."""
@@ -132,8 +142,20 @@ def download(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for decoded pixels, so that later epochs and runs need not decode.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="auto takes a GPU if there is one.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of split, order, variation and random weights.",
+)
 @click.option("--resume", is_flag=True, help="Continue an interrupted run, with its split.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")

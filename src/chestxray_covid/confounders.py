@@ -63,8 +63,9 @@ class Confounding:
 
     @property
     def is_severe(self) -> bool:
-        """Whether the source all but gives the label: a corrected V of 0.8 or more, or of 0.3
-        where every label follows from its source.
+        """Whether the source all but gives the label.
+
+        A corrected V of 0.8 or more does, or of 0.3 where every label follows from its source.
         """
         v = self.corrected_v
         return v >= CONFOUNDED_V or (self.determined == 1 and v >= CHANCE_V)

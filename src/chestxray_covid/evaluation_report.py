@@ -44,11 +44,8 @@ from chestxray_covid.subgroups import Subgroup
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Version 1 knew a patient only within a source, neither sex nor age, and nothing of the model; it
-#: is still read.
 _FORMAT = 2
 _GROUPS = ("by_source", "by_view", "by_sex", "by_age")
-_ADDED = ("by_sex", "by_age", "operating_points", "model", "excluded", "chestxray_covid_version")
 _COLUMNS = ("group", "subgroup", "class", "metric", "value", "low", "high", "n", "method")
 
 
@@ -126,29 +123,27 @@ class EvaluationReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the report that :meth:`to_dict` described, of this version or of version 1.
+        """Return the report that :meth:`to_dict` described.
 
         Raises:
             ReportError: If it is of another format, or a field is missing or impossible.
         """
         try:
             version = data["format_version"]
-            if type(version) is not int or version not in (1, _FORMAT):
-                raise ValueError(f"format {version!r}, this version reads 1 and {_FORMAT}")
-            known = _ADDED if version == 1 else ()
-            own = {f.name: data[f.name] for f in fields(cls) if f.name not in known}
+            if type(version) is not int or version != _FORMAT:
+                raise ValueError(f"format {version!r}, this version reads {_FORMAT}")
+            own = {f.name: data[f.name] for f in fields(cls)}
             own["classes"] = check_classes(data["classes"])
             own["overall"] = Subgroup.from_dict(data["overall"])
-            for group in own.keys() & set(_GROUPS):
+            for group in _GROUPS:
                 own[group] = {name: Subgroup.from_dict(part) for name, part in data[group].items()}
-            for name in own.keys() & {"model", "excluded"}:
+            for name in ("model", "excluded"):
                 own[name] = dict(data[name])
-            points = map(OperatingPoint.from_dict, own.get("operating_points", ()))
+            points = map(OperatingPoint.from_dict, own["operating_points"])
             own["operating_points"] = tuple(points)
-            own.setdefault("chestxray_covid_version", "")
             table = data["predictions"]
             if table is not None:
-                own["predictions"] = read_predictions(table, own["classes"], version=version)
+                own["predictions"] = read_predictions(table, own["classes"])
             report = cls(**own)
             _check(report)
             return report

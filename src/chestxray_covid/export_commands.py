@@ -20,7 +20,12 @@ from chestxray_covid.command import DATA, MODEL, translated
     show_default=True,
     help="ONNX, OpenVINO's model.xml and model.bin, or torch.export's model.pt2.",
 )
-@click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the file, its card and README.",
+)
 @translated
 def export(images: tuple[Path, ...], model: str | None, kind: str, output: Path) -> None:
     """Write a model as one file for another runtime, with a card of what it expects.
@@ -44,7 +49,12 @@ def export(images: tuple[Path, ...], model: str | None, kind: str, output: Path)
     type=click.Path(exists=True, path_type=Path),
     help="Radiographs, files or folders, some 200; may be given several times.",
 )
-@click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the new checkpoint.",
+)
 @translated
 def quantize(
     model: str | None, data: tuple[Path, ...], calibration: tuple[Path, ...], output: Path

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 #: Where a source says nothing.
 UNKNOWN = "unknown"
-#: Columns before the probabilities; version 1 of the reports had the first five.
+#: Columns before the probabilities.
 IDENTITY = ("id", "label", "patient_id", "source", "view", "patient_group", "sex", "age_band")
-_IDENTITY_1 = IDENTITY[:5]
 #: By which an image is recognised in another report.
 _IMAGE = ["source", "patient_id", "id", "label"]
 
@@ -142,10 +141,8 @@ def share_patients(one: pd.DataFrame, other: pd.DataFrame) -> bool:
     return not pairs[0].isdisjoint(pairs[1])
 
 
-def read_predictions(
-    data: Mapping[str, Any], classes: tuple[str, ...], *, version: int
-) -> pd.DataFrame:
-    """Return the predictions in a report of some version, with the columns of the present one.
+def read_predictions(data: Mapping[str, Any], classes: tuple[str, ...]) -> pd.DataFrame:
+    """Return the predictions in a report.
 
     Raises:
         ValueError: If columns or probabilities are not as they should be.
@@ -154,13 +151,10 @@ def read_predictions(
 
     table = pd.DataFrame(data)
     scores = [f"p_{name}" for name in classes]
-    expected = [*(_IDENTITY_1 if version == 1 else IDENTITY), *scores]
+    expected = [*IDENTITY, *scores]
     if list(table.columns) != expected:
         raise ValueError(f"predictions have the columns {list(table.columns)}, expected {expected}")
     m.check_probabilities(table[scores])
     if strange := set(table["label"]) - set(classes):
         raise ValueError(f"predictions have the labels {strange}, expected {list(classes)}")
-    if version == 1:
-        patients = table.groupby(["source", "patient_id"], sort=False).ngroup().astype(str)
-        table = table.assign(patient_group=patients, sex=UNKNOWN, age_band=UNKNOWN)
-    return table[[*IDENTITY, *scores]]
+    return table

@@ -215,7 +215,7 @@ class ChestXrayDataset:
 
     @cached_property
     def metadata(self) -> pd.DataFrame:
-        """One row per sample, in order: the sample's fields and its source's own columns."""
+        """One row per sample, in order, with the sample's fields and its source's own columns."""
         import pandas as pd
 
         rows = [

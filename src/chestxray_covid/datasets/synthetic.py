@@ -147,9 +147,7 @@ class SyntheticChestXray(ChestXrayDataset):
             target_transform=target_transform,
         )
 
-    def save(
-        self, root: str | os.PathLike[str], *, layout: str = "folder", progress: bool = False
-    ) -> Path:
+    def save(self, root: str | os.PathLike[str], *, progress: bool = False) -> Path:
         """Write the phantoms as PNG files and return ``root``, which is complete or absent.
 
         The files are ``root/<label>/<patient>_<index>.png``, which ``FolderDataset`` reads with
@@ -158,16 +156,12 @@ class SyntheticChestXray(ChestXrayDataset):
 
         Args:
             root: Folder to make; may exist if it is empty.
-            layout: ``"folder"``, the only one.
             progress: Show a progress bar.
 
         Raises:
-            ValueError: If the layout is unknown.
             DatasetError: If ``root`` is a file, a folder with content or the current one, or
                 cannot be written.
         """
-        if layout != "folder":
-            raise ValueError(f"layout must be 'folder', got {layout!r}")
         target = Path(root).expanduser().resolve()
         try:
             if target.exists() and not (target.is_dir() and not any(target.iterdir())):
