@@ -41,7 +41,7 @@ from chestxray_covid.hub import DEFAULT_MODEL
 from chestxray_covid.models import normalise
 from chestxray_covid.tensors import read_tensors
 from chestxray_covid.training_config import EpochRecord
-from conftest import random_tensors
+from conftest import random_checkpoint, random_tensors
 
 pytestmark = pytest.mark.usefixtures("shallow")
 
@@ -61,6 +61,11 @@ def recipes(shallow: None) -> Iterator[dict[str, Any]]:
         sys.path[:] = before
         for name in (*names, "generate", "generate_relatives", "generate_model", "generate_tried"):
             sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(shallow: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
