@@ -183,6 +183,7 @@ def test_calibrating_takes_back_what_made_a_model_surer(
     assert sure.temperature == pytest.approx(2 * plain.temperature, rel=1e-2)
     assert sure.threshold == pytest.approx(plain.threshold, abs=1e-3)
     assert sure.ece_before.value > sure.ece_after.value
+    assert plain.to_dict()["ece_after"]["value"] == plain.ece_after.value
     again = calibrate(tmp_path / "b", validation, output=tmp_path / "c", balanced=True)
     assert again.temperature == pytest.approx(1, abs=1e-2)
     config = load_checkpoint(tmp_path / "c")[0]
@@ -209,6 +210,9 @@ def test_what_cannot_calibrate_is_refused_and_nothing_is_written(
             calibrate(model, data, **{"output": tmp_path / "new", **options})
 
     refused("output must be another folder", output=model)
+    refused("n_resamples must be a whole number from 1", n_resamples=0)
+    with pytest.raises(TypeError, match=r"got list. Of a Split, pass split.val"):
+        calibrate(model, [], output=tmp_path / "new")
     refused(r"sensitivity must be a fraction in \(0, 1\] or None, got 1.5", sensitivity=1.5)
     some = validation.filter(lambda s: s.label != "pneumonia")
     refused(r"must have images of every class .* got \['covid19', 'normal'\]", some)
@@ -252,6 +256,6 @@ def test_the_command_line_takes_the_validation_side_of_a_run(
     split.save(run / "split.json")
     done = call(run, "val")
     assert done.exit_code == 0, done.output
-    assert "Chosen on the side val of the run's split." in done.output
+    assert "Chosen on the validation side of the run's split." in done.output
     assert f"chosen on {len(split.val)} images" in done.output
-    assert f"chosen on {len(split.test)} images" in call(run, "test", "--split", "test").output
+    assert "chosen on 60 images" in call(run, "whole", "--split", "all").output

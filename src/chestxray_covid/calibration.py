@@ -21,7 +21,8 @@ from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.hub import resolve
-from chestxray_covid.intervals import Estimate, bootstrap_by_group
+from chestxray_covid.int8 import INT8_NAME
+from chestxray_covid.intervals import Estimate, bootstrap_by_group, check_resampling
 from chestxray_covid.metrics import (
     check_labels,
     check_lengths,
@@ -29,10 +30,12 @@ from chestxray_covid.metrics import (
     threshold_at_sensitivity,
 )
 
-#: Temperatures outside say that the logits are no logits.
+#: Temperatures outside say that the logits are no logits; several that were folded in one after
+#: the other may be beyond.
 _TEMPERATURES = (0.05, 20.0)
+_MAX_TEMPERATURE = 1e6
 #: What eight bits move was measured with the probabilities of before: :func:`quantize` again.
-_OF_INT8 = ("int8.safetensors", "int8.json")
+_OF_INT8 = (INT8_NAME, "int8.json")
 _SIDES = ("covid19", "normal")
 
 
@@ -86,7 +89,7 @@ def calibrate(
     """Write a checkpoint whose probabilities and threshold were chosen on validation images.
 
     Logits are divided by one temperature (:func:`fit_temperature`), which becomes part of the last
-    layer: labels and AUROCs stay, and every engine and export answers so. The threshold of
+    layer: labels and the order by ``score`` stay, and every engine and export answers so. The threshold of
     ``Prediction.is_positive`` becomes the highest that reaches a sensitivity for COVID-19 against
     normal, with its origin in words. The gate and other attachments come along, but for those of
     ``int8``. Reports of the model before are not of the new one: judge it again, on others.
@@ -105,11 +108,13 @@ def calibrate(
     Raises:
         CheckpointError: If the checkpoint is missing or damaged.
         ImageError: If an image cannot be decoded.
+        TypeError: If ``validation`` is no data set.
         ValueError: If ``output`` is the checkpoint itself, ``sensitivity`` is outside (0, 1], the
             model lacks one of ``"covid19"`` and ``"normal"``, the images lack a class of the
             model, or the model is right on all of them or knows next to nothing of their labels.
         OSError: If the folder cannot be written.
     """
+    how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=0.95)
     folder = resolve(checkpoint)
     config, tensors = load_checkpoint(folder)
     _check(config, validation, folder, Path(output), sensitivity)
@@ -129,15 +134,14 @@ def calibrate(
     )
     if sensitivity is not None:
         config = _with_threshold(config, truth, after, sensitivity)
-    whole = temperature * float(config.provenance.get("temperature") or 1.0)
-    config = replace(config, provenance={**config.provenance, "temperature": whole})
-    save_checkpoint(output, config, tensors, attachments)
     patients = patient_groups(validation, find_copies=False)
-    how = {"n_resamples": n_resamples, "seed": seed}
     errors = [
         bootstrap_by_group(expected_calibration_error, patients, truth, found, **how)
         for found in (before, after)
     ]
+    known = temperature_of(config) or 1.0
+    about = {**config.provenance, "temperature": known * temperature}
+    config = save_checkpoint(output, replace(config, provenance=about), tensors, attachments)
     return CalibrationReport(
         temperature=temperature,
         threshold=config.threshold,
@@ -156,6 +160,11 @@ def _check(
     output: Path,
     sensitivity: float | None,
 ) -> None:
+    if not isinstance(validation, ChestXrayDataset):
+        raise TypeError(
+            f"validation must be a ChestXrayDataset, got {type(validation).__name__}. "
+            "Of a Split, pass split.val."
+        )
     if output.resolve() == folder.resolve():
         raise ValueError(f"output must be another folder than the checkpoint's, got {output}")
     if sensitivity is not None and not 0 < sensitivity <= 1:
@@ -269,3 +278,11 @@ def fold_temperature(
         for name in ("classifier.weight", "classifier.bias")
     }
     return {**tensors, **head}
+
+
+def temperature_of(config: ModelConfig) -> float | None:
+    """Return what the logits were divided by; ``None`` if the provenance holds no such number."""
+    found = config.provenance.get("temperature")
+    if isinstance(found, int | float) and not isinstance(found, bool):
+        return found if 0 < found < _MAX_TEMPERATURE else None
+    return None

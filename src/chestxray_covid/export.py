@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid._version import __version__
+from chestxray_covid.calibration import temperature_of
 from chestxray_covid.checkpoint import CONFIG_NAME, ModelConfig, load_checkpoint
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.engine_onnx import onnx_model
@@ -35,8 +36,8 @@ CARD_NAME, TEXT_NAME = "card.json", "README.md"
 MAX_PROBABILITY_DIFFERENCE, MAX_RELATIVE_DIFFERENCE = 1e-4, 1e-4
 #: Images that are compared at once, and phantoms where the caller has no images.
 _BATCH, _PHANTOMS = 8, 8
-#: Calibration finds temperatures of about 1; an identifier of a licence has some 20 characters.
-_MAX_TEMPERATURE, _MAX_LICENSE = 1e6, 100
+#: An identifier of a licence has some 20 characters.
+_MAX_LICENSE = 100
 
 #: ``(N, K)`` logits and ``(N, 1024)`` features.
 _Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -153,20 +154,12 @@ def _card(
         "classes": list(config.classes),
         "threshold": config.threshold,
         "threshold_origin": config.threshold_origin,
-        "temperature": _temperature(config),
+        "temperature": temperature_of(config),
         "weights_sha256": config.weights_sha256,
         "license": license[:_MAX_LICENSE] if isinstance(license, str) else None,
         "parity": asdict(parity),
         "chestxray_covid_version": __version__,
     }
-
-
-def _temperature(config: ModelConfig) -> float | None:
-    """Return what the logits were divided by; ``None`` if the provenance holds no such number."""
-    found = config.provenance.get("temperature")
-    if isinstance(found, int | float) and not isinstance(found, bool):
-        return found if 0 < found < _MAX_TEMPERATURE else None
-    return None
 
 
 def _pixels(images: Any, config: ModelConfig) -> NDArray[np.uint8]:

@@ -180,9 +180,9 @@ def evaluate(
 @click.option(
     "--split",
     "side",
-    type=click.Choice(["val", "test"]),
-    help="Side of the split that the run was trained with; val if --model is a run. Not the side "
-    "that judges it.",
+    type=click.Choice(["val", "all"]),
+    help="val: the validation side of the split that the run was trained with, which is taken if "
+    "there is one. all: every image of --data, which must be of other patients than trained on.",
 )
 @click.option(
     "--sensitivity",
@@ -216,11 +216,11 @@ def calibrate(
     classes = load_config(resolve(model)).classes
     dataset = open_data(data, classes)
     saved = place_of_split(model)
-    if side is not None and saved is None:
-        raise click.UsageError("--split needs --model to be the folder of a training run.")
-    if saved is not None and (side is not None or saved.is_file()):
-        dataset = getattr(Split.load(saved, dataset), side or "val")
-        click.echo(f"Chosen on the side {side or 'val'} of the run's split.")
+    if side == "val" and saved is None:
+        raise click.UsageError("--split val needs --model to be the folder of a training run.")
+    if saved is not None and (side == "val" or (side is None and saved.is_file())):
+        dataset = Split.load(saved, dataset).val
+        click.echo("Chosen on the validation side of the run's split.")
     sides = {"covid19", "normal"} <= set(classes)
     report = choose(
         model,
