@@ -89,10 +89,11 @@ def calibrate(
     """Write a checkpoint whose probabilities and threshold were chosen on validation images.
 
     Logits are divided by one temperature (:func:`fit_temperature`), which becomes part of the last
-    layer: labels and the order by ``score`` stay, and every engine and export answers so. The threshold of
-    ``Prediction.is_positive`` becomes the highest that reaches a sensitivity for COVID-19 against
-    normal, with its origin in words. The gate and other attachments come along, but for those of
-    ``int8``. Reports of the model before are not of the new one: judge it again, on others.
+    layer: labels and the order by ``score`` stay, and every engine and export answers so. The
+    threshold of ``Prediction.is_positive`` becomes the highest that reaches a sensitivity for
+    COVID-19 against normal, with its origin in words. The gate and other attachments come along,
+    but for those of ``int8``. Reports of the model before are not of the new one: judge it again,
+    on others.
 
     Args:
         checkpoint: ``None`` for the bundled model, or whatever :func:`resolve` takes.
