@@ -96,8 +96,9 @@ def model_block() -> str:
     ours = table(("AUROC of COVID-19", "Images", "Value"), honest_rows())
     pooled = report.overall.per_class["covid19"]
     text = f"""
-        The bundled weights (three classes, four public sources, trained from random weights) are
-        for research. Internal numbers are no evidence: on held-out patients of the four sources,
+        The bundled weights (three classes, trained from random weights on four public sources:
+        Cohen's radiographs from many places, Kermany's of children, Hannover's of COVID-19 alone
+        and NIH's of adults) are for research. Internal numbers are no evidence: on held-out patients of the four sources,
         the AUROC of COVID-19 against normal is {shown(pooled["auroc_vs_normal"])}, and the sources
         all but give the label away. Where the source cannot help, or not as much, it is this (0.5
         is chance):"""
