@@ -98,10 +98,10 @@ def model_block() -> str:
     text = f"""
         The bundled weights (three classes, trained from random weights on four public sources:
         Cohen's radiographs from many places, Kermany's of children, Hannover's of COVID-19 alone
-        and NIH's of adults) are for research. Internal numbers are no evidence: on held-out patients of the four sources,
-        the AUROC of COVID-19 against normal is {shown(pooled["auroc_vs_normal"])}, and the sources
-        all but give the label away. Where the source cannot help, or not as much, it is this (0.5
-        is chance):"""
+        and NIH's of adults) are for research. Internal numbers are no evidence: on held-out
+        patients of the four sources, the AUROC of COVID-19 against normal is
+        {shown(pooled["auroc_vs_normal"])}, and the sources all but give the label away. Where the
+        source cannot help, or not as much, it is this (0.5 is chance):"""
     frame = f"""
         With the central 70 % or 90 % of the side hidden under the image's mean, the weights tell
         COVID-19 of one source from normals of another, on held-out patients, with an AUROC of

@@ -470,6 +470,7 @@ def test_an_empty_data_set_is_refused(
         (P[:3], {}, r"a row per image and 2 columns .* got shape \(3, 2\)"),
         (np.full((4, 3), 1 / 3), {}, r"got shape \(4, 3\)"),
         (pd.DataFrame(P, columns=["covid19", "normal"]), {}, "expected the order of the classes: "),
+        (pd.DataFrame(P, columns=["p_covid19", "p_normal"]), {}, r"columns \['p_covid19', "),
         (P, {"patients": ["1", "2"]}, "'patient_id': 2"),
         (P, {"views": ["PA"] * 5}, "'view': 5"),
         (P, {"ids": ["x"]}, "'id': 1"),

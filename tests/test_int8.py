@@ -53,7 +53,10 @@ def results(network: Network, extra: str) -> tuple[NDArray[np.float32], ...]:
 def int8(network: Network) -> Int8:
     """Return the largest values that two random images have."""
     names = list(rounded_results(network))
-    return Int8(largest=largest_values(network, names, pixels()))
+    assert len(names) == 119, "every convolution's input but the first"
+    found = Int8(largest=largest_values(network, names, pixels()))
+    assert len(found.largest["features.denseblock4.denselayer16.norm1"]) == 992
+    return found
 
 
 def test_largest_values_are_those_of_every_pixel_of_every_image(

@@ -335,7 +335,7 @@ def test_a_callback_that_looks_at_predictions_moves_nothing_that_is_frozen(tmp_p
 
 
 def test_a_callback_cannot_unfreeze_what_would_not_train(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"denseblock4\..* was unfrozen amid a run"):
+    with pytest.raises(TrainingError, match=r"denseblock4\..* was unfrozen or replaced amid a run"):
         watched(tmp_path / "run", _Unfreeze()).fit()
 
 

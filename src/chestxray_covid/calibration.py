@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.hub import resolve
 from chestxray_covid.int8 import INT8_NAME
-from chestxray_covid.intervals import Estimate, bootstrap_by_group, check_resampling
 from chestxray_covid.metrics import (
     check_labels,
     check_lengths,
     expected_calibration_error,
     threshold_at_sensitivity,
 )
+from chestxray_covid.subgroups import SMALL
 
 #: Temperatures outside say that the logits are no logits; several that were folded in one after
 #: the other may be beyond.
@@ -49,8 +49,9 @@ class CalibrationReport:
         threshold_origin: In words, where the threshold comes from.
         n_images: Images that both were chosen on.
         n_patients: Their patients.
-        ece_before: Expected calibration error of the model as it was, with an interval by patient.
+        ece_before: Expected calibration error of the model as it was, in [0, 1].
         ece_after: Of the calibrated one, on the same images, and so a little too good.
+        caution: What a reader has to know of the threshold, in words, or nothing.
     """
 
     temperature: float
@@ -58,21 +59,18 @@ class CalibrationReport:
     threshold_origin: str
     n_images: int
     n_patients: int
-    ece_before: Estimate
-    ece_after: Estimate
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data."""
-        errors = {name: getattr(self, name).to_dict() for name in ("ece_before", "ece_after")}
-        return {**asdict(self), **errors}
+    ece_before: float
+    ece_after: float
+    caution: str
 
     def __str__(self) -> str:
-        return (
+        lines = [
             f"Temperature {self.temperature:.4g}, chosen on {self.n_images} images of "
-            f"{self.n_patients} patients: expected calibration error {self.ece_before} before, "
-            f"{self.ece_after} after, on the same images.\n"
-            f"Threshold {self.threshold!r}: {self.threshold_origin}."
-        )
+            f"{self.n_patients} patients: expected calibration error {self.ece_before:.3f} before, "
+            f"{self.ece_after:.3f} after, on the same images.",
+            f"Threshold {self.threshold!r}: {self.threshold_origin}.",
+        ]
+        return "\n".join([*lines, *([self.caution] if self.caution else [])])
 
 
 def calibrate(
@@ -81,19 +79,18 @@ def calibrate(
     *,
     output: str | os.PathLike[str],
     sensitivity: float | None = 0.9,
-    balanced: bool = False,
-    n_resamples: int = 1000,
-    seed: int = 0,
     progress: bool = False,
 ) -> CalibrationReport:
     """Write a checkpoint whose probabilities and threshold were chosen on validation images.
 
     Logits are divided by one temperature (:func:`fit_temperature`), which becomes part of the last
     layer: labels and the order by ``score`` stay, and every engine and export answers so. The
-    threshold of ``Prediction.is_positive`` becomes the highest that reaches a sensitivity for
-    COVID-19 against normal, with its origin in words. The gate and other attachments come along,
-    but for those of ``int8``. Reports of the model before are not of the new one: judge it again,
-    on others.
+    threshold of ``Prediction.is_positive`` becomes one that reaches a sensitivity for COVID-19
+    against normal and calls no more images positive than that takes, halfway to the next score; its
+    origin is told in words. All images count, abstained ones, too.
+
+    The gate and other attachments come along, but for those of ``int8``. Reports of the model
+    before are not of the new one: judge it again, on others.
 
     Args:
         checkpoint: ``None`` for the bundled model, or whatever :func:`resolve` takes.
@@ -102,55 +99,47 @@ def calibrate(
         output: Folder of the new checkpoint, made if missing; another one than ``checkpoint``.
         sensitivity: In (0, 1]; ``None`` keeps the threshold, which, where calibrating moves the
             scores, means something else then.
-        balanced: Count every class alike, as training with ``balance`` does.
-        n_resamples, seed: Of the bootstrap over patients.
         progress: Whether to show a progress bar.
 
     Raises:
         CheckpointError: If the checkpoint is missing or damaged.
         ImageError: If an image cannot be decoded.
         TypeError: If ``validation`` is no data set.
-        ValueError: If ``output`` is the checkpoint itself, ``sensitivity`` is outside (0, 1], the
-            model lacks one of ``"covid19"`` and ``"normal"``, the images lack a class of the
-            model, or the model is right on all of them or knows next to nothing of their labels.
+        ValueError: If ``output`` is the checkpoint itself or a file, ``sensitivity`` is outside
+            (0, 1], the model lacks one of ``"covid19"`` and ``"normal"``, the images lack a class
+            of the model, or no temperature or threshold can be told from them.
         OSError: If the folder cannot be written.
     """
-    how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=0.95)
     folder = resolve(checkpoint)
     config, tensors = load_checkpoint(folder)
     _check(config, validation, folder, Path(output), sensitivity)
     kept = {*config.attachments} - {*_OF_INT8}
     attachments = {name: load_attachment(folder, config, name) or b"" for name in kept}
     truth = np.array([config.classes.index(s.label) for s in validation.samples])
-    plain = Classifier(config, tensors, precision="float32")
-    before = plain.predict_proba(validation, progress=progress)
-    weights = 1 / np.bincount(truth)[truth] if balanced else None
-    logits = np.log(np.maximum(before, np.finfo(np.float32).tiny))
-    temperature = fit_temperature(truth, logits, sample_weight=weights)
+
+    def judged() -> NDArray[np.float64]:
+        own = Classifier(config, tensors, precision="float32")
+        return own.predict_proba(validation, progress=progress)
+
+    before = judged()
+    temperature = fit_temperature(truth, np.log(np.maximum(before, np.finfo(np.float32).tiny)))
     _check_temperature(temperature, int((before.argmax(1) != truth).sum()), len(truth))
     tensors = fold_temperature(tensors, temperature)
-    # Once more, since the threshold has to hold with the last layer as it is rounded.
-    after = Classifier(config, tensors, precision="float32").predict_proba(
-        validation, progress=progress
-    )
+    after, caution = judged(), ""  # with the last layer as it is rounded
     if sensitivity is not None:
-        config = _with_threshold(config, truth, after, sensitivity)
-    patients = patient_groups(validation, find_copies=False)
-    errors = [
-        bootstrap_by_group(expected_calibration_error, patients, truth, found, **how)
-        for found in (before, after)
-    ]
-    known = temperature_of(config) or 1.0
-    about = {**config.provenance, "temperature": known * temperature}
+        config, caution = _with_threshold(config, truth, after, sensitivity)
+    about = {k: v for k, v in config.provenance.items() if k != "headline"}  # of the old one
+    about["temperature"] = temperature * (temperature_of(config) or 1.0)
     config = save_checkpoint(output, replace(config, provenance=about), tensors, attachments)
     return CalibrationReport(
         temperature=temperature,
         threshold=config.threshold,
         threshold_origin=config.threshold_origin,
         n_images=len(truth),
-        n_patients=len(set(patients)),
-        ece_before=errors[0],
-        ece_after=errors[1],
+        n_patients=len(set(patient_groups(validation, find_copies=False))),
+        ece_before=float(expected_calibration_error(truth, before)),
+        ece_after=float(expected_calibration_error(truth, after)),
+        caution=caution,
     )
 
 
@@ -166,10 +155,12 @@ def _check(
             f"validation must be a ChestXrayDataset, got {type(validation).__name__}. "
             "Of a Split, pass split.val."
         )
-    if output.resolve() == folder.resolve():
-        raise ValueError(f"output must be another folder than the checkpoint's, got {output}")
-    if sensitivity is not None and not 0 < sensitivity <= 1:
-        raise ValueError(f"sensitivity must be a fraction in (0, 1] or None, got {sensitivity}")
+    if output.resolve() == folder.resolve() or (output.exists() and not output.is_dir()):
+        raise ValueError(f"output must be a folder other than the checkpoint's, got {output}")
+    if sensitivity is not None and not (
+        isinstance(sensitivity, float | int | np.floating) and 0 < sensitivity <= 1
+    ):
+        raise ValueError(f"sensitivity must be a fraction in (0, 1] or None, got {sensitivity!r}")
     if sensitivity is not None and not {*_SIDES} <= {*config.classes}:
         raise ValueError(
             f"The threshold is one of covid19 against normal, and the model tells "
@@ -190,29 +181,39 @@ def _check_temperature(temperature: float, mistakes: int, count: int) -> None:
             f"The model is right on all of these {count} images. How sure it should be cannot be "
             "told without mistakes: give more images, of patients that it was not trained on."
         )
-    if not 1.01 * low < temperature < high / 1.01:
+    why = f"The model is wrong on {mistakes} of these {count} images, and "
+    if temperature < 1.01 * low:
+        raise ValueError(f"{why}still too unsure at a temperature of {low}: look at its weights.")
+    if temperature > high / 1.01:
         raise ValueError(
-            f"No temperature from {low} to {high} makes the probabilities fit: the model is wrong "
-            f"on {mistakes} of these {count} images, whatever it says of them. Train it, or look "
-            "whether the labels are those of the images."
+            f"{why}too sure of them even at a temperature of {high}: it knows next to nothing of "
+            "their labels. Train it, or look whether the labels are those of the images."
         )
 
 
 def _with_threshold(
     config: ModelConfig, truth: NDArray[np.int64], found: NDArray[np.float64], sensitivity: float
-) -> ModelConfig:
+) -> tuple[ModelConfig, str]:
+    """Return the config with a threshold, and a caution."""
     covid, normal = (config.classes.index(name) for name in _SIDES)
     judged = (truth == covid) | (truth == normal)
     sums = np.maximum(found[judged, covid] + found[judged, normal], np.finfo(np.float64).tiny)
-    positive = truth[judged] == covid
-    threshold = threshold_at_sensitivity(
-        positive.astype(int), found[judged, covid] / sums, sensitivity=sensitivity
-    )
+    score, positive = found[judged, covid] / sums, truth[judged] == covid
+    reached = threshold_at_sensitivity(positive.astype(int), score, sensitivity=sensitivity)
+    below = float(score[score < reached].max(initial=0.0))
+    # Between two scores: on the score itself, another runtime's rounding would miss it.
+    threshold = middle if (middle := (below + reached) / 2) > below else reached
+    if not 0 < threshold < 1:
+        raise ValueError(
+            f"The scores are saturated, a threshold would be {threshold}: pass sensitivity=None"
+        )
+    counts = int(positive.sum()), int((~positive).sum())
     origin = (
-        f"{sensitivity:.0%} sensitivity for covid19 against normal on {positive.sum()} and "
-        f"{(~positive).sum()} radiographs for validation"
+        f"{100 * sensitivity:g}% sensitivity for covid19 against normal on {counts[0]} and "
+        f"{counts[1]} radiographs for validation"
     )
-    return replace(config, threshold=threshold, threshold_origin=origin)
+    caution = "Caution: so few images say next to nothing." if min(counts) < SMALL else ""
+    return replace(config, threshold=threshold, threshold_origin=origin), caution
 
 
 def fit_temperature(

@@ -238,9 +238,13 @@ def evaluate_probabilities(
 
 
 def _check_columns(probabilities: Any, classes: tuple[str, ...]) -> None:
-    """Raise if columns are named after the classes, as a ``DataFrame``'s, in another order."""
-    named = tuple(getattr(probabilities, "columns", classes))
-    if named != classes and set(named) == set(classes):
+    """Raise if columns are named after the classes, as a ``DataFrame``'s, in another order.
+
+    A table of predictions names them ``p_covid19`` and so on; columns of other tables are no names.
+    """
+    named = list(getattr(probabilities, "columns", classes))
+    own = tuple(n.removeprefix("p_") for n in named if isinstance(n, str))
+    if own != classes and sorted(own) == sorted(classes):
         raise ValueError(
             f"probabilities have the columns {list(named)}, expected the order of the classes: "
             f"{list(classes)}"

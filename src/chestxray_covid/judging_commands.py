@@ -145,14 +145,8 @@ def evaluate(
         dataset = getattr(Split.load(saved, dataset), side)
         if side in _FLATTERED:
             click.echo(f"Caution: {_FLATTERED[side]}; use --split test for a judgement.", err=True)
-    elif saved is not None and saved.is_file():
-        seen = _count_seen(saved, dataset)
-        if seen:
-            click.echo(
-                f"Caution: the model was trained on {seen} of these {len(dataset)} images; "
-                "use --split test for those that it never saw.",
-                err=True,
-            )
+    else:
+        _warn_of_seen(saved, dataset, "use --split test for those that it never saw")
     if usual and not {s.label for s in dataset.samples} & {"covid19", "normal"}:
         rules = []
     _check_rules(rules, classifier.classes, dataset, chosen_on, versus)
@@ -187,11 +181,9 @@ def evaluate(
 @click.option(
     "--sensitivity",
     type=_SHARE,
-    default=0.9,
-    show_default=True,
-    help="The threshold becomes the highest that reaches it for covid19 against normal.",
+    help="The threshold becomes one that reaches it for covid19 against normal; 0.9 if not given, "
+    "where the model tells these apart.",
 )
-@click.option("--balanced", is_flag=True, help="Count every class alike, as training does.")
 @click.option(
     "--output",
     required=True,
@@ -203,13 +195,13 @@ def calibrate(
     model: str | None,
     data: tuple[Path, ...],
     side: str | None,
-    sensitivity: float,
-    balanced: bool,
+    sensitivity: float | None,
     output: Path,
 ) -> None:
     """Choose a model's temperature and threshold on validation data; write a new checkpoint."""
     from chestxray_covid.calibration import calibrate as choose
     from chestxray_covid.checkpoint import load_config
+    from chestxray_covid.files import write_files
     from chestxray_covid.hub import resolve
     from chestxray_covid.splits import Split
 
@@ -221,15 +213,13 @@ def calibrate(
     if saved is not None and (side == "val" or (side is None and saved.is_file())):
         dataset = Split.load(saved, dataset).val
         click.echo("Chosen on the validation side of the run's split.")
-    sides = {"covid19", "normal"} <= set(classes)
-    report = choose(
-        model,
-        dataset,
-        output=output,
-        sensitivity=sensitivity if sides else None,
-        balanced=balanced,
-        progress=True,
-    )
+    else:
+        _warn_of_seen(saved, dataset, "leave out --split for those of validation")
+    if sensitivity is None and {"covid19", "normal"} <= set(classes):
+        sensitivity = 0.9
+    report = choose(model, dataset, output=output, sensitivity=sensitivity, progress=True)
+    if saved is not None and saved.is_file():  # by which evaluate and audit know who was trained on
+        write_files(output, {saved.name: saved.read_bytes()})
     click.echo(f"{report}\nThe checkpoint is in {output}. Judge it on other data.")
 
 
@@ -263,8 +253,14 @@ def _check_rules(
             choose_threshold(truth, [0.0] * len(truth), **rule)
 
 
-def _count_seen(saved: Path, dataset: ChestXrayDataset) -> int:
+def _warn_of_seen(saved: Path | None, dataset: ChestXrayDataset, cure: str) -> None:
     from chestxray_covid.splits import saved_side
 
+    if saved is None or not saved.is_file():
+        return
     trained = saved_side(saved, "train")
-    return sum(s.content_hash() in trained for s in dataset.samples)
+    if seen := sum(s.content_hash() in trained for s in dataset.samples):
+        click.echo(
+            f"Caution: the model was trained on {seen} of these {len(dataset)} images; {cure}.",
+            err=True,
+        )

@@ -156,7 +156,7 @@ def check_moved(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in moved:
             raise TrainingError(
-                f"{name} was unfrozen amid a run, which goes on training what it began with. End "
+                f"{name} was unfrozen or replaced amid a run, which trains what it began with. End "
                 "the run first, then train its model, unfrozen, in another one."
             )
 

@@ -54,14 +54,13 @@ from chestxray_covid.training_state import (
 class Trainer:
     """Trains a DenseNet-121; every result lies in the run directory.
 
-    The run directory is a checkpoint of the best epoch so far (``model.safetensors``,
-    ``config.json``) with ``history.json`` and ``history.csv``. Until the run is finished it also
-    holds ``state/``, from which ``fit(resume=True)`` continues at the exact sample: on a CPU the
-    weights equal those of an uninterrupted run bit for bit.
+    It is a checkpoint of the best epoch so far (``model.safetensors``, ``config.json``) with
+    ``history.json`` and ``history.csv``, and, until the run is finished, ``state/``, from which
+    ``fit(resume=True)`` continues at the exact sample: on a CPU the weights equal those of an
+    uninterrupted run bit for bit.
 
-    Data order and augmentation depend on (seed, epoch, sample) only, but for the neighbours in a
-    batch that ``swap_frame`` and ``swap_background`` take from. The caller's model is trained
-    in place and holds the best weights in the end.
+    Data order and augmentation depend on (seed, epoch, sample) only, but for what is swapped with
+    neighbours in a batch. The caller's model is trained in place and ends with the best weights.
 
     Args:
         model: From :func:`build_densenet121`, with as many logits as ``train`` has classes.
@@ -207,7 +206,8 @@ class Trainer:
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 for callback in self.callbacks:
                     callback.on_step_end(self, at.step, loss)
-                    self._network.train()  # it may have looked at predictions
+                if self.callbacks:  # which may have looked at predictions
+                    self._network.train()
                 self._save_or_stop(due=due)
 
     def _step(self, group: list[Batch], pixels: Iterator[Tensor], *, due: bool) -> None:

@@ -67,7 +67,7 @@ class FolderDataset(ChestXrayDataset):
         DatasetNotFoundError: If ``root`` is no folder or has no class folder.
         DatasetError: If a class folder that was asked for has no image, if none was asked for,
             if the name of another looks like a class without images, one cannot be listed, or
-            links put a file under two labels.
+            links to folders put a file under two labels.
         ValueError: If ``patient_id`` is no regular expression.
     """
 

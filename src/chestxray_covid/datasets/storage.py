@@ -205,7 +205,9 @@ def numbered_rows(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     try:
         for row in reader:
             if reader.line_num > line and _holds_rows(row, width):
-                raise csv.Error(f"a cell holds {reader.line_num - line} more rows")
+                raise csv.Error(
+                    f"a cell holds {reader.line_num - line} more rows, or what looks so"
+                )
             yield line, row
             line, width = reader.line_num + 1, width or len(row)
     except csv.Error as error:
