@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,13 @@ from chestxray_covid import (
     EvaluationReport,
     Preprocess,
     SyntheticChestXray,
+    Trainer,
     TrainingConfig,
     build_densenet121,
     cross_validate,
 )
 from chestxray_covid.datasets.duplicates import patient_groups
-from chestxray_covid.errors import SplitError
+from chestxray_covid.errors import SplitError, TrainingInterrupted
 from chestxray_covid.splits import folds_by_patient
 
 pytestmark = pytest.mark.usefixtures("shallow")
@@ -113,3 +116,20 @@ def test_too_few_patients_or_folds_are_refused() -> None:
         cross_validate(few, CONFIG, folds=2, model=network)
     with pytest.raises(ValueError, match="folds must be at least 2"):
         cross_validate(DATA, CONFIG, folds=1, model=network)
+
+
+def test_what_was_interrupted_in_a_temporary_folder_is_not_said_to_be_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    validate = Trainer._validate
+
+    def interrupted(trainer: Trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(trainer)
+
+    monkeypatch.setattr(Trainer, "_validate", interrupted)
+    with pytest.raises(TrainingInterrupted) as stop:
+        cross_validate(DATA, CONFIG, folds=3, model=network)
+    assert str(stop.value).endswith(
+        "its folder was temporary. Pass output=, and it can be continued."
+    )

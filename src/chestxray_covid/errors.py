@@ -111,8 +111,11 @@ class TrainingInterrupted(ChestXrayError):  # noqa: N818 - it is no error, like 
         self.run = run
 
     def __str__(self) -> str:
+        said = f"Training stopped by signal {self.signal_number}; "
+        if not self.run.is_dir():
+            return f"{said}its folder was temporary. Pass output=, and it can be continued."
         return (
-            f"Training stopped by signal {self.signal_number}; the state is saved in {self.run}. "
+            f"{said}the state is saved in {self.run}. "
             "Continue with resume=True (command line: --resume)."
         )
 
