@@ -61,6 +61,12 @@ PRECISION = click.option(
     show_default=True,
     help="What it computes in; auto takes the fastest that keeps the model's probabilities.",
 )
+NEW_CHECKPOINT = click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the new checkpoint.",
+)
 BATCH = click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from chestxray_covid.command import DATA, MODEL, translated
+from chestxray_covid.command import DATA, MODEL, NEW_CHECKPOINT, translated
 
 
 @click.command()
@@ -49,12 +49,7 @@ def export(images: tuple[Path, ...], model: str | None, kind: str, output: Path)
     type=click.Path(exists=True, path_type=Path),
     help="Radiographs, files or folders, some 200; may be given several times.",
 )
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the new checkpoint.",
-)
+@NEW_CHECKPOINT
 @translated
 def quantize(
     model: str | None, data: tuple[Path, ...], calibration: tuple[Path, ...], output: Path

@@ -15,6 +15,7 @@ from chestxray_covid.command import (
     DEVICE,
     ENGINE,
     MODEL,
+    NEW_CHECKPOINT,
     PRECISION,
     REPORT,
     open_data,
@@ -184,12 +185,7 @@ def evaluate(
     help="The threshold becomes one that reaches it for covid19 against normal; 0.9 if not given, "
     "where the model tells these apart.",
 )
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the new checkpoint.",
-)
+@NEW_CHECKPOINT
 @translated
 def calibrate(
     model: str | None,
