@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
@@ -50,6 +51,14 @@ def judged(**changes: Any) -> Any:
     }
     labels = [LABELS[k] for k in truth]
     return evaluate_probabilities(labels, np.stack([1 - p, p], 1), **{**columns, **changes})
+
+
+def test_a_view_that_is_missing_is_unknown() -> None:
+    report = judged(views=["PA", None, math.nan, pd.NA] * 12)
+    assert {name: part.n_images for name, part in report.by_view.items()} == {
+        "PA": 12,
+        "unknown": 36,
+    }
 
 
 def test_sexes_and_age_bands_have_their_own_numbers() -> None:

@@ -36,7 +36,7 @@ from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.delong import auroc_by_group
 from chestxray_covid.heat_shares import LungHeat
 from chestxray_covid.intervals import bootstrap_by_group
-from chestxray_covid.subgroups import SMALL, age_band, sex_of
+from chestxray_covid.subgroups import SMALL, age_band, sex_of, years_of
 
 #: Pixels of the input per cell of DenseNet-121's last maps, along a side.
 STRIDE = 32
@@ -258,7 +258,7 @@ def _goes_with_label(design: AuditItem, name: str) -> bool:
 
 def _attributes(samples: Sequence[Sample]) -> dict[str, list[str | None]]:
     """Return attribute → value of each sample, ``None`` where it is not known."""
-    ages = [_age(sample) for sample in samples]
+    ages = [years_of(sample.metadata.get("age", "")) for sample in samples]
     known = [age for age in ages if age is not None]
     middle = float(np.median(known)) if known else 0.0
     return {
@@ -267,14 +267,6 @@ def _attributes(samples: Sequence[Sample]) -> dict[str, list[str | None]]:
         "sex": [_SEXES.get(sex_of(s.metadata.get("sex", ""))) for s in samples],
         "age": [None if age is None else f"{age >= middle}" for age in ages],
     }
-
-
-def _age(sample: Sample) -> float | None:
-    try:
-        age = float(sample.metadata.get("age", ""))
-    except ValueError:
-        return None
-    return age if 0 <= age <= 130 else None
 
 
 def _knowledge(

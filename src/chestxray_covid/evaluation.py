@@ -156,7 +156,7 @@ def evaluate_probabilities(
     classes: Sequence[str],
     patients: Sequence[Hashable],
     sources: Sequence[str],
-    views: Sequence[str],
+    views: Sequence[str | float | None],
     groups: Sequence[Hashable] | None = None,
     sexes: Sequence[str] | None = None,
     ages: Sequence[str] | None = None,
@@ -178,7 +178,7 @@ def evaluate_probabilities(
         classes: K labels.
         patients: ``(N,)`` patients, unique only within their source.
         sources: ``(N,)`` collections.
-        views: ``(N,)`` projections.
+        views: ``(N,)`` projections; missing values, as pandas has them, are ``"unknown"``.
         groups: ``(N,)`` patients across sources, by which intervals are resampled; the pairs of
             source and patient if not given.
         sexes: ``(N,)``, ``"F"``, ``"M"`` or anything else for unknown.
@@ -201,7 +201,7 @@ def evaluate_probabilities(
         "label": y_true,
         "patient_id": patients,
         "source": sources,
-        "view": views,
+        "view": [UNKNOWN if pd.isna(view) else view for view in views],
         "patient_group": list(zip(sources, patients, strict=False)) if groups is None else groups,
         "sex": unknown if sexes is None else [sex_of(str(sex)) for sex in sexes],
         "age_band": unknown if ages is None else [age_band(str(age)) for age in ages],

@@ -93,17 +93,27 @@ def sex_of(text: str) -> str:
     return _SEXES.get(text.strip().lower(), UNKNOWN)
 
 
+def years_of(text: str) -> float | None:
+    """Return an age in years, or ``None`` for what is no age of a person.
+
+    >>> years_of("45.5"), years_of("999"), years_of("")
+    (45.5, None, None)
+    """
+    try:
+        years = float(text)
+    except ValueError:
+        return None
+    return years if 0 <= years <= _MAX_AGE else None
+
+
 def age_band(text: str) -> str:
     """Return the band of an age in years, or ``"unknown"``.
 
     >>> age_band("17"), age_band("45.5"), age_band("80"), age_band("")
     ('0-17', '40-59', '80+', 'unknown')
     """
-    try:
-        years = float(text)
-    except ValueError:
-        return UNKNOWN
-    if not 0 <= years <= _MAX_AGE:
+    years = years_of(text)
+    if years is None:
         return UNKNOWN
     place = int(np.searchsorted(_BANDS, years, side="right")) - 1
     last = place == len(_BANDS) - 1
