@@ -233,6 +233,19 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+def test_the_home_folder_is_found_by_its_sign(
+    clf: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    clf.save_pretrained("~/models/mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models"]
+    again = Classifier.from_pretrained("~/models/mine", engine="torch")
+    assert again.config.weights_sha256 == clf.config.weights_sha256
+    with pytest.raises(CheckpointNotFoundError, match="~nobody/mine is no checkpoint folder"):
+        Classifier.from_pretrained("~nobody/mine")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_image_of_any_kind_gives_one_prediction(
     clf: Classifier, folder: Path, kind: str

@@ -61,6 +61,15 @@ def test_a_view_that_is_missing_is_unknown() -> None:
     }
 
 
+def test_a_report_is_kept_where_the_home_folder_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    report = judged()
+    assert report.save("~/run/evaluation.json") == tmp_path / "run" / "evaluation.json"
+    assert type(report).load("~/run/evaluation.json").overall == report.overall
+
+
 def test_sexes_and_age_bands_have_their_own_numbers() -> None:
     sexes = ["F", "M", "M", ""] * 12
     ages = ["30", "70", "70", "x"] * 12

@@ -110,9 +110,9 @@ def calibrate(
             of the model, or no temperature or threshold can be told from them.
         OSError: If the folder cannot be written.
     """
-    folder = resolve(checkpoint)
+    folder, target = resolve(checkpoint), Path(output).expanduser()
     config, tensors = load_checkpoint(folder)
-    _check(config, validation, folder, Path(output), sensitivity)
+    _check(config, validation, folder, target, sensitivity)
     kept = {*config.attachments} - {*_OF_INT8}
     attachments = {name: load_attachment(folder, config, name) or b"" for name in kept}
     truth = np.array([config.classes.index(s.label) for s in validation.samples])
@@ -130,7 +130,7 @@ def calibrate(
         config, caution = _with_threshold(config, truth, after, sensitivity)
     about = {k: v for k, v in config.provenance.items() if k != "headline"}  # of the old one
     about["temperature"] = temperature * (temperature_of(config) or 1.0)
-    config = save_checkpoint(output, replace(config, provenance=about), tensors, attachments)
+    config = save_checkpoint(target, replace(config, provenance=about), tensors, attachments)
     return CalibrationReport(
         temperature=temperature,
         threshold=config.threshold,

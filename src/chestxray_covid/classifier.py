@@ -176,8 +176,9 @@ class Classifier:
 
         if options and not push_to_hub:
             raise TypeError(f"{', '.join(options)}: options of publishing; add push_to_hub=True")
-        export(Path(folder), self.config, self._tensors, self._origin, own=self._attachments())
-        name = repo_id or Path(folder).absolute().name
+        target, own = Path(folder).expanduser(), self._attachments()
+        export(target, self.config, self._tensors, self._origin, own=own)
+        name = repo_id or target.absolute().name
         return self.push_to_hub(name, **options) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:

@@ -328,7 +328,7 @@ def cross_validate(
     groups = patient_groups(dataset, workers=config.workers, progress=config.progress)
     probabilities = np.zeros((len(dataset), len(dataset.classes)))
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(output) if output is not None else Path(temporary)
+        place = Path(temporary if output is None else output).expanduser()
         pairs = folds_by_patient(dataset, groups, folds=folds, seed=seed)
         for number, (rest, held_out) in enumerate(pairs):
             probabilities[held_out] = _predict_fold(

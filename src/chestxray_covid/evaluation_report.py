@@ -158,7 +158,7 @@ class EvaluationReport:
         Raises:
             OSError: If it cannot be written; an older file is intact.
         """
-        target, text = Path(path), self.to_json()
+        target, text = Path(path).expanduser(), self.to_json()
         target.parent.mkdir(parents=True, exist_ok=True)
         write_files(target.parent, {target.name: text.encode()})
         return target
@@ -171,7 +171,8 @@ class EvaluationReport:
             ReportError: If the file cannot be read or is no report.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+            return cls.from_dict(json.loads(text))
         except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"{path} cannot be read as an evaluation report: {error}") from error
 

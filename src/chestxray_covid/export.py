@@ -106,7 +106,7 @@ def export_model(
     """
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {tuple(_FORMATS)}, got {format!r}")
-    target = Path(output)
+    target = Path(output).expanduser()
     if (target / CONFIG_NAME).exists():
         raise ValueError(
             f"output must not be the folder of a checkpoint, as {target} is: its {TEXT_NAME} would "

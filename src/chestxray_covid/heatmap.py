@@ -78,7 +78,7 @@ class Heatmap:
             ValueError: If the name does not end in ``.png`` or ``opacity`` is out of range.
             OSError: If it cannot be written.
         """
-        target, buffer = Path(path), io.BytesIO()
+        target, buffer = Path(path).expanduser(), io.BytesIO()
         if target.suffix.lower() != ".png":
             raise ValueError(f"A heatmap is saved as .png, got {target.name!r}")
         self.overlay(opacity=opacity).save(buffer, "PNG")

@@ -88,8 +88,10 @@ def resolve(
                 'or name a repository: "user/name".'
             )
         return _bundled(DEFAULT_MODEL if name_or_path is None else str(name_or_path))
-    if is_folder(name_or_path):
-        return Path(name_or_path) / (subfolder or "")
+    # Unlike pathlib's, it leaves alone what names no user, and an empty name empty.
+    folder = os.path.expanduser(name_or_path)  # noqa: PTH111
+    if is_folder(folder):
+        return Path(folder) / (subfolder or "")
     if not isinstance(name_or_path, str) or not _HUB_ID.fullmatch(name_or_path):
         raise CheckpointNotFoundError(
             f"{name_or_path} is no checkpoint folder, no bundled model ({_bundled_names()}) and no "
@@ -100,7 +102,7 @@ def resolve(
         repo_id=name_or_path,
         revision=revision or "main",
         subfolder=(subfolder or "").strip("/") or None,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
+        cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
         token=clean_token(token) if isinstance(token, str) else token,
         force_download=force_download,
         offline=local_files_only,

@@ -173,7 +173,7 @@ def quantize(
         )
     attachments[INT8_NAME] = int8.to_bytes()
     attachments[REPORT_NAME] = json.dumps(report.to_dict(), indent=1, allow_nan=False).encode()
-    save_checkpoint(Path(output), config, tensors, attachments)
+    save_checkpoint(Path(output).expanduser(), config, tensors, attachments)
     return report
 
 

@@ -82,7 +82,7 @@ def write_report(
         parts += [element("h2", "Figures"), _figures(figures)]
     parts += [element("h2", "Data"), _links(contents)]
     contents[PAGE_NAME] = document(heading, parts).encode()
-    target = Path(folder)
+    target = Path(folder).expanduser()
     target.mkdir(parents=True, exist_ok=True)
     write_files(target, contents)
     return target / PAGE_NAME

@@ -59,7 +59,7 @@ class ShardedTable:
         self, output: Place, *, classes: Sequence[str], model: str, shard_size: int
     ) -> None:
         check_positive("shard_size", shard_size)
-        given = os.fspath(output)
+        given = os.path.expanduser(os.fspath(output))  # noqa: PTH111 - it may be an address
         bare = given.rstrip(f"/{os.sep}")  # with which a shell ends the name of a folder
         self.output = bare if format_of(bare) is PARQUET else given
         self.places = Places()
