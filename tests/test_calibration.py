@@ -210,6 +210,24 @@ def test_attachments_come_along_but_for_those_of_int8(
     assert new.weights_sha256 != old.weights_sha256
 
 
+@pytest.mark.parametrize("shared", [0.25, 0.75])
+def test_without_a_sensitivity_the_same_images_stay_positive(
+    model: Path, validation: ChestXrayDataset, tmp_path: Path, shared: float
+) -> None:
+    config, tensors = load_checkpoint(model)
+    scores = [p.score for p in Classifier.from_pretrained(model).predict(validation)]
+    config = replace(config, threshold=float(np.quantile(scores, shared)) + 1e-4)
+    save_checkpoint(tmp_path / "old", config, tensors)
+    report = calibrate(tmp_path / "old", validation, output=tmp_path / "new", sensitivity=None)
+    assert abs(report.threshold - config.threshold) > 1e-3
+    before, after = (
+        [p.is_positive for p in Classifier.from_pretrained(tmp_path / name).predict(validation)]
+        for name in ("old", "new")
+    )
+    assert before == after
+    assert {*before} == {False, True}
+
+
 def test_what_cannot_calibrate_is_refused_and_nothing_is_written(
     model: Path, validation: ChestXrayDataset, tmp_path: Path
 ) -> None:

@@ -97,8 +97,8 @@ def calibrate(
         validation: Radiographs of patients that the model was not trained on, for example
             ``split.val``, with every class of the model. The test side stays for judging.
         output: Folder of the new checkpoint, made if missing; another one than ``checkpoint``.
-        sensitivity: In (0, 1]; ``None`` keeps the threshold, which, where calibrating moves the
-            scores, means something else then.
+        sensitivity: In (0, 1]; ``None`` moves the threshold as the scores move, so that the same
+            images stay positive and its origin stays true.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -126,6 +126,7 @@ def calibrate(
     _check_temperature(temperature, int((before.argmax(1) != truth).sum()), len(truth))
     tensors = fold_temperature(tensors, temperature)
     after, caution = judged(), ""  # with the last layer as it is rounded
+    config = replace(config, threshold=_tempered(config.threshold, temperature))
     if sensitivity is not None:
         config, caution = _with_threshold(config, truth, after, sensitivity)
     about = {k: v for k, v in config.provenance.items() if k != "headline"}  # of the old one
@@ -189,6 +190,15 @@ def _check_temperature(temperature: float, mistakes: int, count: int) -> None:
             f"{why}too sure of them even at a temperature of {high}: it knows next to nothing of "
             "their labels. Train it, or look whether the labels are those of the images."
         )
+
+
+def _tempered(threshold: float, temperature: float) -> float:
+    """Return the threshold that a temperature makes of one: its logit is divided, as a score's is.
+
+    The score p(a) / (p(a) + p(b)) is the logistic function of the difference of two logits.
+    """
+    odds: float = ((1 - threshold) / threshold) ** (1 / temperature)
+    return 1 / (1 + odds)
 
 
 def _with_threshold(
