@@ -126,8 +126,9 @@ def calibrate(
     _check_temperature(temperature, int((before.argmax(1) != truth).sum()), len(truth))
     tensors = fold_temperature(tensors, temperature)
     after, caution = judged(), ""  # with the last layer as it is rounded
-    config = replace(config, threshold=_tempered(config.threshold, temperature))
-    if sensitivity is not None:
+    if sensitivity is None:
+        config = replace(config, threshold=_tempered(config.threshold, temperature))
+    else:
         config, caution = _with_threshold(config, truth, after, sensitivity)
     about = {k: v for k, v in config.provenance.items() if k != "headline"}  # of the old one
     about["temperature"] = temperature * (temperature_of(config) or 1.0)
@@ -197,8 +198,9 @@ def _tempered(threshold: float, temperature: float) -> float:
 
     The score p(a) / (p(a) + p(b)) is the logistic function of the difference of two logits.
     """
-    odds: float = ((1 - threshold) / threshold) ** (1 / temperature)
-    return 1 / (1 + odds)
+    from scipy.special import expit, logit
+
+    return float(expit(logit(threshold) / temperature))
 
 
 def _with_threshold(
