@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from chestxray_covid import tensors
 from chestxray_covid.checkpoint import ModelConfig, save_checkpoint
+from chestxray_covid.datasets import phantom, synthetic
+from chestxray_covid.datasets.base import Sample
 from chestxray_covid.image import Preprocess
 from chestxray_covid.tensors import densenet121_shapes
 
@@ -66,4 +70,23 @@ def shallow() -> Iterator[None]:
     from shallow import shallow_networks
 
     with shallow_networks():
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn_once() -> Iterator[None]:
+    """Keep the phantoms of a module, whose tests draw the same ones again and again."""
+    drawn: dict[phantom.Recipe, Image.Image] = {}
+    draw = phantom.render_phantom
+
+    @wraps(draw)  # so that it is pickled under that name
+    def kept(sample: Sample, min_size: tuple[int, int] | None = None) -> Image.Image:
+        recipe = phantom.Recipe.of(sample)
+        if recipe not in drawn:
+            drawn[recipe] = draw(sample, min_size)
+        return drawn[recipe].copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (phantom, synthetic):
+            patch.setattr(module, "render_phantom", kept)
         yield

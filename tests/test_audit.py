@@ -46,6 +46,8 @@ from chestxray_covid.heat_shares import LungHeat
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.lungs import segment
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 HOW: dict[str, Any] = {"n_resamples": 100, "masks": phantom_mask, "heat": False}
 
 

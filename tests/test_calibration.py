@@ -29,7 +29,7 @@ from chestxray_covid.cli import main
 from chestxray_covid.models import to_tensors
 from conftest import random_checkpoint
 
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
 
 LABELS = ("normal", "pneumonia", "covid19")
 

@@ -34,7 +34,7 @@ from chestxray_covid.cli import NOT_A_DEVICE, main
 from conftest import random_checkpoint
 from shallow import CODE
 
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
 
 TRAIN = ["--no-pretrained", "--epochs", "1", "--size", "32", "--batch-size", "8", "--device", "cpu"]
 

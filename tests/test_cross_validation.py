@@ -24,7 +24,7 @@ from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.errors import SplitError, TrainingInterrupted
 from chestxray_covid.splits import folds_by_patient
 
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
 DATA = SyntheticChestXray(48, image_size_px=64, sources=("a", "b"))
 CONFIG = TrainingConfig(
     preprocess=Preprocess(size_px=32),

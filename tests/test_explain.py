@@ -33,6 +33,8 @@ from chestxray_covid.explain import _hidden
 from chestxray_covid.models import from_tensors, normalise
 from conftest import random_tensors
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 CLASSES = ("normal", "pneumonia", "covid19")
 PREPROCESS = Preprocess(size_px=96)
 CONFIG = ModelConfig(classes=CLASSES, preprocess=PREPROCESS)

@@ -33,7 +33,7 @@ from chestxray_covid.generalisation import (
 )
 from chestxray_covid.intervals import Estimate
 
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
 
 FEW: dict[str, Any] = {"n_resamples": 50}
 

@@ -23,6 +23,8 @@ from chestxray_covid import (
 from chestxray_covid.datasets.phantom import phantom_mask
 from conftest import random_tensors
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 
 @pytest.fixture(scope="module")
 def model() -> Classifier:

@@ -43,7 +43,7 @@ from chestxray_covid.results import Results
 from conftest import random_checkpoint
 from hub_server import HubServer, hub_environment, run_python
 
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
 
 ROOT = Path(__file__).parents[1]
 LABELS = ("normal", "pneumonia", "covid19")

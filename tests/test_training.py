@@ -49,7 +49,7 @@ from chestxray_covid.training_feed import LateReader
 from chestxray_covid.training_network import TrainingNetwork
 from chestxray_covid.training_state import StateStore
 
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
 
 QUICK = TrainingConfig(
     preprocess=Preprocess(size_px=32),
