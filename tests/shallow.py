@@ -25,14 +25,20 @@ FEATURE_COUNT = 68
 CODE = "from shallow import make_shallow; make_shallow(builds=False)\n"
 
 
+def _set_depth(
+    change: Callable[[object, str, object], None], blocks: tuple[int, ...], features: int
+) -> None:
+    for module in (tensors, graph):
+        change(module, "BLOCKS", blocks)
+    for module in (checkpoint, engine_onnx, engine_openvino, export, gate, gate_fit, tensors):
+        change(module, "FEATURE_COUNT", features)
+
+
 def make_shallow(
     change: Callable[[object, str, object], None] = setattr, *, builds: bool = True
 ) -> None:
     """Let every DenseNet-121 have that depth; a short training run takes a quarter of the time."""
-    for module in (tensors, graph):
-        change(module, "BLOCKS", BLOCKS)
-    for module in (checkpoint, engine_onnx, engine_openvino, export, gate, gate_fit, tensors):
-        change(module, "FEATURE_COUNT", FEATURE_COUNT)
+    _set_depth(change, BLOCKS, FEATURE_COUNT)
     if builds:
         import torchvision
 
@@ -47,4 +53,15 @@ def shallow_networks() -> Iterator[None]:
     """Let every DenseNet-121 have one layer per block meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
         make_shallow(patch.setattr)
+        yield
+
+
+@contextmanager
+def real_depth() -> Iterator[None]:
+    """Let every DenseNet-121 be one meanwhile, amid tests with shallow networks."""
+    import torchvision
+
+    with pytest.MonkeyPatch.context() as patch:
+        _set_depth(patch.setattr, (6, 12, 24, 16), 1024)
+        patch.setattr(torchvision.models, "densenet121", torchvision.models.densenet.densenet121)
         yield

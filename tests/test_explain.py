@@ -32,8 +32,9 @@ from chestxray_covid.engine_torch import TorchEngine
 from chestxray_covid.explain import _hidden
 from chestxray_covid.models import from_tensors, normalise
 from conftest import random_tensors
+from shallow import real_depth
 
-pytestmark = pytest.mark.usefixtures("drawn_once")
+pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
 
 CLASSES = ("normal", "pneumonia", "covid19")
 PREPROCESS = Preprocess(size_px=96)
@@ -81,10 +82,16 @@ def network_without_inplace(model: Classifier) -> nn.Sequential:
     return nn.Sequential(OrderedDict(**parts, flat=nn.Flatten(), head=net.classifier)).eval()
 
 
+@pytest.fixture
+def at_real_depth() -> Iterator[None]:
+    with real_depth():
+        yield
+
+
+@pytest.mark.usefixtures("at_real_depth")
 @pytest.mark.parametrize("target", CLASSES)
-def test_grad_cam_agrees_with_captum(
-    model: Classifier, images: list[Image.Image], target: str
-) -> None:
+def test_grad_cam_agrees_with_captum(images: list[Image.Image], target: str) -> None:
+    model = classifier()
     found = grad_cam(model, images, target)
     chain = network_without_inplace(model)
     pixels = torch.from_numpy(np.stack([PREPROCESS(image) for image in images]))
@@ -163,6 +170,7 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(spearmanr(one.ravel(), other.ravel()).statistic)
 
 
+@pytest.mark.usefixtures("at_real_depth")
 def test_weights_made_random_change_the_map() -> None:
     """The sanity check of Adebayo et al. 2018, from the head to the whole network."""
     bundled = Classifier.from_pretrained()

@@ -37,6 +37,8 @@ from chestxray_covid.export_card import card_text
 from conftest import random_checkpoint, random_tensors
 from shallow import shallow_networks
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "embed_onnx.py"
 CLASSES = ("normal", "pneumonia", "covid19")
 
@@ -157,7 +159,7 @@ def test_the_snippet_of_the_card_runs(
 def test_the_torch_file_holds_no_pickle(exported: dict[str, Path]) -> None:
     with zipfile.ZipFile(exported["torch"] / "model.pt2") as archive:
         contents = [archive.read(name) for name in archive.namelist()]
-    assert len(contents) > 100
+    assert len(contents) > 40
     # A pickle begins with its protocol; what torch.save writes is a zip archive.
     assert not [data[:9] for data in contents if data[:1] == b"\x80" and data[-1:] == b"."]
     assert not [data[:9] for data in contents if data[:2] == b"PK"]
