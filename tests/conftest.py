@@ -73,6 +73,15 @@ def shallow() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def real_depth() -> Iterator[None]:
+    """Let every DenseNet-121 be one in a test of a module of shallow networks."""
+    from shallow import real_networks
+
+    with real_networks():
+        yield
+
+
 @pytest.fixture(scope="module")
 def drawn_once() -> Iterator[None]:
     """Keep the phantoms of a module, whose tests draw the same ones again and again."""

@@ -57,7 +57,7 @@ def shallow_networks() -> Iterator[None]:
 
 
 @contextmanager
-def real_depth() -> Iterator[None]:
+def real_networks() -> Iterator[None]:
     """Let every DenseNet-121 be one meanwhile, amid tests with shallow networks."""
     import torchvision
 

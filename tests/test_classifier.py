@@ -42,9 +42,16 @@ from chestxray_covid.errors import (
 from chestxray_covid.explain import grad_cam
 from chestxray_covid.image import Preprocess, load_image
 from chestxray_covid.prediction import FailedPrediction, Prediction
-from conftest import random_tensors
+from conftest import random_checkpoint, random_tensors
+
+pytestmark = pytest.mark.usefixtures("shallow")
 
 CLASSES = ("normal", "pneumonia", "covid19")
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(shallow: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +131,11 @@ def rows(predictions: list[Prediction]) -> NDArray[np.float64]:
 # ---------------------------------------------------------------- probabilities
 
 
-def test_probabilities_are_those_of_torchvision(clf: Classifier, checkpoint_folder: Path) -> None:
+@pytest.mark.usefixtures("real_depth")
+def test_probabilities_are_those_of_torchvision(tmp_path: Path) -> None:
     batch = noise(20)
-    expected = plain_torchvision(checkpoint_folder, batch)
+    expected = plain_torchvision(random_checkpoint(tmp_path), batch)
+    clf = Classifier.from_pretrained(tmp_path)
     assert expected.std(axis=0).min() > 1e-3, "a network that ignores its input proves nothing"
     np.testing.assert_allclose(clf.predict_proba(batch), expected, atol=1e-6)
 
@@ -194,7 +203,7 @@ def test_an_image_with_values_that_are_not_finite_is_refused(clf: Classifier, va
 @pytest.mark.parametrize("ask", ["predict", "predict_proba", "__call__"])
 def test_a_model_that_overflows_raises_and_never_answers(ask: str) -> None:
     tensors = random_tensors(2)
-    tensors["classifier.weight"] = np.full((2, 1024), 3e38, np.float32)
+    tensors["classifier.weight"] = np.full_like(tensors["classifier.weight"], 3e38)
     config = ModelConfig(classes=("normal", "covid19"), preprocess=Preprocess(size_px=32))
     overflowing = Classifier(config, tensors)
     with pytest.raises(CheckpointError, match=r"not finite: its weights overflow\. Train it"):
@@ -857,7 +866,9 @@ def test_a_pickled_classifier_answers_the_same(clf: Classifier) -> None:
     assert np.array_equal(other.predict_proba(noise(4)), clf.predict_proba(noise(4)))
 
 
-def test_a_classifier_can_be_sent_to_a_new_process(clf: Classifier, folder: Path) -> None:
+@pytest.mark.usefixtures("real_depth")  # that of the new process
+def test_a_classifier_can_be_sent_to_a_new_process(folder: Path, tmp_path: Path) -> None:
+    clf = Classifier.from_pretrained(random_checkpoint(tmp_path))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         found = pool.submit(clf.predict, folder).result()
@@ -869,6 +880,7 @@ def test_a_classifier_can_be_sent_to_a_new_process(clf: Classifier, folder: Path
 
 
 @pytest.mark.real_data
+@pytest.mark.usefixtures("real_depth")
 def test_real_files_are_judged_as_a_plain_torchvision_pipeline_judges_them(
     real_data: Path, tmp_path: Path
 ) -> None:

@@ -32,7 +32,6 @@ from chestxray_covid.engine_torch import TorchEngine
 from chestxray_covid.explain import _hidden
 from chestxray_covid.models import from_tensors, normalise
 from conftest import random_tensors
-from shallow import real_depth
 
 pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
 
@@ -82,13 +81,7 @@ def network_without_inplace(model: Classifier) -> nn.Sequential:
     return nn.Sequential(OrderedDict(**parts, flat=nn.Flatten(), head=net.classifier)).eval()
 
 
-@pytest.fixture
-def at_real_depth() -> Iterator[None]:
-    with real_depth():
-        yield
-
-
-@pytest.mark.usefixtures("at_real_depth")
+@pytest.mark.usefixtures("real_depth")
 @pytest.mark.parametrize("target", CLASSES)
 def test_grad_cam_agrees_with_captum(images: list[Image.Image], target: str) -> None:
     model = classifier()
@@ -170,7 +163,7 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(spearmanr(one.ravel(), other.ravel()).statistic)
 
 
-@pytest.mark.usefixtures("at_real_depth")
+@pytest.mark.usefixtures("real_depth")
 def test_weights_made_random_change_the_map() -> None:
     """The sanity check of Adebayo et al. 2018, from the head to the whole network."""
     bundled = Classifier.from_pretrained()
