@@ -7,6 +7,8 @@ that which the relatives start from, which saw no COVID-19, or one with random w
 label at all. It stays as it is: a logistic regression reads the mean, the maximum and the standard
 deviation of every channel of a layer. What that reaches needs no training of the network, so no
 network shows by reaching it that it reads lungs. ``--base`` takes another network to start from.
+Where the output folder has what the folds' own networks answered, each readout is also judged
+together with them.
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ import torch
 from collection import cohens
 from judge_default import folds_inside, judge_parts, said, write
 from relatives import Relatives
+from scipy.special import logit
+from scipy.stats import zscore
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from train_default import MILD
 
-from chestxray_covid import ChestXrayDataset, Preprocess, build_densenet121
+from chestxray_covid import ChestXrayDataset, EvaluationReport, Preprocess, build_densenet121
 from chestxray_covid.models import normalise
 
 PREPROCESS = Preprocess(size_px=160)
@@ -99,6 +103,25 @@ def read_out(
     return found
 
 
+def answers_of_folds(place: Path, dataset: ChestXrayDataset) -> np.ndarray | None:
+    """Return ``(N,)`` logits of the networks that ``judge_default.py`` trained in these folds.
+
+    Args:
+        place: Folder of its results; None is returned if they are not there.
+        dataset: Cohen's samples, in the same order.
+    """
+    path = place / "folds_evaluation.json"
+    if not path.is_file():
+        return None
+    found = EvaluationReport.load(path).predictions
+    asked = [(s.patient_id, s.label) for s in dataset.samples]
+    if list(zip(found["patient_id"], found["label"], strict=True)) != asked:
+        raise SystemExit(f"{path} is of other images. Run judge_default.py --what folds again.")
+    limits = np.finfo(np.float32).eps, 1 - np.finfo(np.float32).eps
+    logits: np.ndarray = logit(np.clip(found["p_covid19"], *limits))
+    return logits
+
+
 def images_of(dataset: ChestXrayDataset) -> Tensor:
     """Return all images, ``(N, 1, S, S)`` uint8."""
     return torch.from_numpy(np.stack([PREPROCESS(s) for s in dataset.samples]))
@@ -128,6 +151,7 @@ def main() -> None:
     inside, pairs = folds_inside(relatives, cohen)
     truth = np.array([s.label == "covid19" for s in inside.samples])
     pixels = images_of(inside)
+    trained = answers_of_folds(options.output, inside)
     networks: dict[str, Callable[[], nn.Module]] = {
         "random": lambda: random_network(pixels),
         "base": lambda: build_densenet121(options.base or relatives.train_base(), num_classes=3),
@@ -136,8 +160,12 @@ def main() -> None:
     for weights, build in networks.items():
         for layer, features in features_of(build(), pixels).items():
             print(weights, layer)
-            parts = judge_parts(inside, pairs, read_out(features, truth, pairs))
-            rows.append({"weights": weights, "layer": layer, **parts})
+            found = read_out(features, truth, pairs)
+            row = {"weights": weights, "layer": layer, **judge_parts(inside, pairs, found)}
+            if trained is not None:
+                both = judge_parts(inside, pairs, zscore(found) + zscore(trained))
+                row["with_folds"] = {name: part["auroc"] for name, part in both.items()}
+            rows.append(row)
     about = {
         "folds": len(pairs),
         **said(options.made),

@@ -43,7 +43,7 @@ from chestxray_covid.tensors import read_tensors
 from chestxray_covid.training_config import EpochRecord
 from conftest import random_checkpoint, random_tensors
 
-pytestmark = pytest.mark.usefixtures("shallow")
+pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
 
 COVID_SOURCES = ("cohen", "hannover")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -811,13 +811,26 @@ def test_random_weights_are_settled_on_what_they_are_shown(
 
 
 def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
-    recipes: dict[str, Any], data: Path, published: Published, monkeypatch: pytest.MonkeyPatch
+    recipes: dict[str, Any],
+    data: Path,
+    published: Published,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     probe = recipes["probe_inside"]
+    relatives = probe.Relatives(data, published.run, None)
+    inside, folds = probe.folds_inside(relatives, probe.cohens(relatives.dataset))
+    truth = np.array([s.label == "covid19" for s in inside.samples])
+    sure = np.random.default_rng(0).dirichlet((1, 1, 1), len(inside))
+    sure[:, 2] = np.where(truth, 1, 0)  # some logits are infinite
+    recipes["judge_default"].write_folds(inside, folds, sure / sure.sum(1, keepdims=True), tmp_path)
+    assert probe.answers_of_folds(tmp_path / "nothing", inside) is None
+    with pytest.raises(SystemExit, match="is of other images"):
+        probe.answers_of_folds(tmp_path, inside.subset(range(1, len(inside))))
     monkeypatch.setattr(probe, "PREPROCESS", Preprocess(size_px=64))
     monkeypatch.setattr(probe, "VIEWS", 2)
     monkeypatch.setattr(probe, "BATCH", 8)
-    options = {"data": data, "run": published.run, "output": published.results}
+    options = {"data": data, "run": published.run, "output": tmp_path}
     asked, read_out = [], probe.read_out
 
     def noted(features: np.ndarray, truth: np.ndarray, pairs: list[Any]) -> np.ndarray:
@@ -826,12 +839,10 @@ def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
 
     monkeypatch.setattr(probe, "read_out", noted)
     run_main(probe, monkeypatch, {**options, "base": published.weights, "made": "a machine"})
-    found = published.read("probes")
-    relatives = probe.Relatives(data, published.run, None)
-    inside, folds = probe.folds_inside(relatives, probe.cohens(relatives.dataset))
+    found = json.loads((tmp_path / "probes.json").read_text())
     groups = np.array(patient_groups(inside, find_copies=False))
-    for truth, pairs in asked:
-        assert truth.tolist() == [s.label == "covid19" for s in inside.samples]
+    for asked_truth, pairs in asked:
+        assert np.array_equal(asked_truth, truth)
         for (rest, held_out), expected in zip(pairs, folds, strict=True):
             assert np.array_equal(held_out, expected[1])
             assert set(groups[rest]).isdisjoint(groups[held_out])
@@ -845,4 +856,5 @@ def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
     assert rows == [(w, layer) for w in ("random", "base") for layer in probe.LAYERS]
     for row in found["rows"]:
         assert sum(row["all"]["n"]) == 45
+        assert row["all"]["auroc"]["value"] < row["with_folds"]["all"]["value"] <= 1
         assert 0 <= row["all"]["auroc"]["value"] <= 1
