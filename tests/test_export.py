@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from scipy.special import softmax
 
 from chestxray_covid import (
     Classifier,
@@ -96,9 +97,21 @@ def test_an_exported_file_answers_pixels_as_the_classifier_does(
     pixels = np.stack([classifier.config.preprocess(path) for path in paths])
     for count in (1, 3):
         logits = logits_of(format, exported[format], pixels[:count])
-        powers = np.exp(logits - logits.max(1, keepdims=True))
         expected = classifier.predict_proba(paths[:count])
-        np.testing.assert_allclose(powers / powers.sum(1, keepdims=True), expected, atol=1e-4)
+        np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=1e-4)
+
+
+@pytest.mark.usefixtures("real_depth")
+@pytest.mark.parametrize("format", ["openvino", "torch"])  # the documentation's page exports ONNX
+def test_a_network_of_full_depth_is_exported(format: str, phantoms: Path, tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "model")
+    folder = export_model(checkpoint, tmp_path / "exported", format=format, images=phantoms)
+    classifier = Classifier.from_pretrained(checkpoint, engine="torch")
+    paths = sorted(phantoms.rglob("*.png"))
+    logits = logits_of(format, folder, np.stack([classifier.config.preprocess(p) for p in paths]))
+    expected = classifier.predict_proba(paths)
+    assert expected.std(axis=0).min() > 1e-3, "or the images would not matter"
+    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=1e-4)
 
 
 def test_what_is_exported_depends_on_no_setting_of_torch(phantoms: Path, tmp_path: Path) -> None:
