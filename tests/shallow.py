@@ -21,6 +21,8 @@ from chestxray_covid import (
 
 BLOCKS = (1, 1, 1, 1)
 FEATURE_COUNT = 68
+#: A DenseNet-121's own: only this module changes them.
+REAL = tensors.BLOCKS, tensors.FEATURE_COUNT
 #: For processes that neither build nor train a network.
 CODE = "from shallow import make_shallow; make_shallow(builds=False)\n"
 
@@ -62,6 +64,6 @@ def real_networks() -> Iterator[None]:
     import torchvision
 
     with pytest.MonkeyPatch.context() as patch:
-        _set_depth(patch.setattr, (6, 12, 24, 16), 1024)
+        _set_depth(patch.setattr, *REAL)
         patch.setattr(torchvision.models, "densenet121", torchvision.models.densenet.densenet121)
         yield
