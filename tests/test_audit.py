@@ -723,6 +723,7 @@ def _named(*labels: str) -> ChestXrayDataset:
         ({"positive": "normal", "negative": "normal"}, "positive must be one of"),
         ({"limit": 0}, "limit must be positive"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"seed": 2**32}, "seed must be from 0 to 4294967294, got 4294967296"),
         ({"n_resamples": 0}, "n_resamples must be a whole number from 1 to 1,000,000"),
         ({"masks": lambda s: np.zeros((4, 4))}, r"masks must return \(H, W\) bool"),
         ({"train": _named("flu", "cold")}, "train holds neither 'covid19' nor 'normal'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from chestxray_covid import (
     build_densenet121,
     cross_validate,
 )
+from chestxray_covid.datasets import duplicates
 from chestxray_covid.datasets.duplicates import patient_groups
-from chestxray_covid.errors import SplitError, TrainingInterrupted
+from chestxray_covid.errors import SplitError, TrainingError, TrainingInterrupted
 from chestxray_covid.splits import folds_by_patient
 
 pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
@@ -56,13 +58,21 @@ def validated(
         ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"val": 0.9}, r"val must be a share in \(0, 0.5\], got 0.9"),
         ({"val": float("nan")}, "val must be a share"),
+        ({"seed": 2**32}, "seed must be from 0 to 4294967294, got 4294967296"),
+        ({"folds": 40}, r"Class normal has 14 patient\(s\), too few for 40 sides"),
     ],
 )
 def test_wrong_arguments_are_refused_before_a_fold_is_trained(
-    changes: dict[str, object], reason: str, tmp_path: Path
+    changes: dict[str, object], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(duplicates, "_thumbnails", None)  # no image is decoded
+    options: dict[str, Any] = {"folds": 3, "model": network, "output": tmp_path}
     with pytest.raises(ValueError, match=reason):
-        cross_validate(DATA, CONFIG, folds=3, model=network, output=tmp_path, **changes)
+        cross_validate(DATA, CONFIG, **{**options, **changes})
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        cross_validate(DATA, CONFIG, **{**options, "folds": 2.5})
+    with pytest.raises(TypeError, match=r"model must be a function .* got DenseNet"):
+        cross_validate(DATA, CONFIG, **{**options, "model": network()})
     with pytest.raises(TypeError, match="config must be a TrainingConfig, got dict"):
         cross_validate(DATA, {"epochs": 1}, folds=3, model=network, output=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -116,6 +126,16 @@ def test_too_few_patients_or_folds_are_refused() -> None:
         cross_validate(few, CONFIG, folds=2, model=network)
     with pytest.raises(ValueError, match="folds must be at least 2"):
         cross_validate(DATA, CONFIG, folds=1, model=network)
+
+
+def test_a_fold_that_cannot_be_trained_is_refused_before_the_first_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Trainer, "fit", None)
+    rare = list(dict.fromkeys(s.patient_id for s in DATA.samples if s.label == "covid19"))[:3]
+    few = DATA.filter(lambda s: s.label == "normal" or s.patient_id in rare)
+    with pytest.raises(TrainingError, match=r"No training image of \['covid19'\]"):
+        cross_validate(few, CONFIG, folds=2, model=network)
 
 
 def test_what_was_interrupted_in_a_temporary_folder_is_not_said_to_be_there(

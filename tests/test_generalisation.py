@@ -22,6 +22,7 @@ from chestxray_covid import (
     leave_one_source_out,
     patient_groups,
 )
+from chestxray_covid.datasets import duplicates
 from chestxray_covid.datasets.phantom import phantom_mask
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.generalisation import (
@@ -182,11 +183,17 @@ def test_options_train_the_network_without_the_source() -> None:
         ({"test": 0}, r"test must be a share in \(0, 0.5\]"),
         ({"n_resamples": 0}, "n_resamples must be a whole number from 1 to 1,000,000"),
         ({"positive": "flu"}, "positive must be one of"),
+        ({"seed": 2**32}, "seed must be from 0 to 4294967294, got 4294967296"),
     ],
 )
-def test_impossible_options_are_refused(options: dict[str, Any], reason: str) -> None:
+def test_impossible_options_are_refused(
+    options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "_thumbnails", None)  # no image is decoded
     with pytest.raises(ValueError, match=reason):
         leave_one_source_out(phantoms(), Linear, **{**FEW, **options})
+    with pytest.raises(TypeError, match=r"model must be a function .* got Linear"):
+        leave_one_source_out(phantoms(), TrainingConfig(), model=torch.nn.Linear(1, 1))
 
 
 @dataclass

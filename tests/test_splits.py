@@ -277,6 +277,11 @@ def test_a_class_of_two_patients_cannot_be_on_three_sides() -> None:
         split_by_patient(listed(*rows), find_copies=False)
 
 
+def test_too_few_patients_are_refused_before_copies_are_looked_for() -> None:
+    with pytest.raises(SplitError, match=r"has 1 patient\(s\), too few for 3 sides"):
+        split_by_patient(listed(*balanced(1)))  # of files that are not there
+
+
 def test_a_class_that_misses_a_side_is_refused() -> None:
     rows = [("normal", "a", p) for p in "124"] + [("covid19", "a", p) for p in "123"]
     data = listed(*rows)

@@ -31,7 +31,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.generalisation import LeftOutSource
 from chestxray_covid.heat_shares import lung_heat
 from chestxray_covid.hiding import Region
-from chestxray_covid.intervals import check_resampling
+from chestxray_covid.intervals import check_resampling, check_seed
 
 
 def audit_shortcuts(
@@ -88,6 +88,7 @@ def audit_shortcuts(
         ImageError: If a file cannot be decoded.
     """
     how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
+    check_seed(seed)
     question = Question.of(classifier.classes, dataset, positive, negative)
     if train is not None and not len(question.asked(train)):
         raise ValueError(

@@ -27,7 +27,7 @@ from chestxray_covid.judged_images import (
     whole_characters,
 )
 from chestxray_covid.reporting import told_of
-from chestxray_covid.splits import divide, folds_by_patient
+from chestxray_covid.splits import check_divisible, divide, folds_by_patient
 from chestxray_covid.subgroups import GROUPS, age_band, judge, parts_of, sex_of
 
 if TYPE_CHECKING:
@@ -309,37 +309,43 @@ def cross_validate(
         seed: Seed of folds and splits.
 
     Raises:
-        TypeError: If ``config`` is none.
-        ValueError: If ``val`` or ``positive`` is impossible.
+        TypeError: If ``config`` is none, ``model`` a network instead of a function that returns
+            one, or ``folds`` no whole number.
+        ValueError: If ``folds``, ``val``, ``positive`` or ``seed`` is impossible.
         SplitError: If a class has too few patients.
         TrainingError: If a fold cannot be trained.
         WeightsUnavailableError: If ImageNet weights are wanted and not to be had.
     """
+    from chestxray_covid.models import check_maker
     from chestxray_covid.training_config import TrainingConfig
-    from chestxray_covid.training_order import check_options
+    from chestxray_covid.training_order import check_options, check_sides
 
     config = config or TrainingConfig()
     check_options(config, ())
+    check_maker(model)
     if not 0 < val <= 0.5:
         raise ValueError(f"val must be a share in (0, 0.5], got {val}")
     labels = [sample.label for sample in dataset.samples]
     chosen = _positive(labels, dataset.classes, positive)
     check_resampling(n_resamples=1, seed=seed, confidence=0.95)
+    # Before copies are looked for, which only make patients fewer.
+    check_divisible(dataset, patient_groups(dataset, find_copies=False), sides=folds, seed=seed)
     groups = patient_groups(dataset, workers=config.workers, progress=config.progress)
+    parts = [
+        (*divide(dataset, rest, np.asarray(groups), val, seed), held_out)
+        for rest, held_out in folds_by_patient(dataset, groups, folds=folds, seed=seed)
+    ]
+    for train, chooses, _ in parts:  # all of them, before the first takes hours
+        check_sides(dataset.subset(train), dataset.subset(chooses))
     probabilities = np.zeros((len(dataset), len(dataset.classes)))
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary if output is None else output).expanduser()
-        pairs = folds_by_patient(dataset, groups, folds=folds, seed=seed)
-        for number, (rest, held_out) in enumerate(pairs):
-            probabilities[held_out] = _predict_fold(
-                dataset,
-                (rest, held_out),
-                groups,
+        for number, part in enumerate(parts):
+            probabilities[part[-1]] = _predict_fold(
+                [dataset.subset(positions) for positions in part],
                 replace(config, seed=config.seed + number),
-                val=val,
                 model=model,
                 output=place / f"fold-{number}",
-                seed=seed,
             )
     return evaluate_probabilities(
         labels,
@@ -353,30 +359,24 @@ def cross_validate(
 
 
 def _predict_fold(
-    dataset: ChestXrayDataset,
-    fold: tuple[NDArray[np.int64], NDArray[np.int64]],
-    groups: Sequence[int],
+    parts: Sequence[ChestXrayDataset],
     config: TrainingConfig,
     *,
-    val: float,
     model: Callable[[], torchvision.models.DenseNet] | None,
     output: Path,
-    seed: int,
 ) -> NDArray[np.float64]:
-    """Train on what a fold leaves and return the fold's ``(N, K)`` probabilities."""
+    """Train on the first part, choose the epoch on the second, and return ``(N, K)`` of the last.
+
+    ``(N, K)`` are the probabilities of its samples.
+    """
     from chestxray_covid.classifier import Classifier
-    from chestxray_covid.models import build_densenet121
+    from chestxray_covid.models import make_network
     from chestxray_covid.training import Trainer
     from chestxray_covid.training_state import StateStore
 
-    rest, held_out = fold
-    train, chooses = divide(dataset, rest, np.asarray(groups), val, seed)
-    network = (
-        model() if model else build_densenet121(num_classes=len(dataset.classes), seed=config.seed)
-    )
-    trainer = Trainer(
-        network, dataset.subset(train), dataset.subset(chooses), config, output=output
-    )
+    train, chooses, held_out = parts
+    network = make_network(model, len(train.classes), config.seed)
+    trainer = Trainer(network, train, chooses, config, output=output)
     trainer.fit(resume=StateStore(output).holds_run())
     classifier = Classifier.from_pretrained(output)
-    return classifier.predict_proba(dataset.subset(held_out), workers=config.workers)
+    return classifier.predict_proba(held_out, workers=config.workers)

@@ -22,6 +22,7 @@ from chestxray_covid.intervals import (
     Estimate,
     bootstrap_by_group,
     check_resampling,
+    check_seed,
 )
 from chestxray_covid.splits import divide
 from chestxray_covid.subgroups import SMALL
@@ -106,7 +107,8 @@ def leave_one_source_out(
 
     Raises:
         ValueError: If there is one source only, or an option is impossible.
-        TypeError: If ``fit`` is none of these, or returns no classifier.
+        TypeError: If ``fit`` is none of these, or returns no classifier, or ``model`` is a network
+            instead of a function that returns one.
         TrainingError: If a network cannot be trained.
         ImageError: If a file cannot be decoded.
     """
@@ -118,8 +120,13 @@ def leave_one_source_out(
     # A class is a function that returns its instances, whatever these can do.
     is_ready = hasattr(fit, "predict_proba") and not isinstance(fit, type)
     ready = cast(ProbabilisticClassifier, fit) if is_ready else None
+    if ready is None:
+        check_seed(seed)
     if ready is None and not callable(fit):
+        from chestxray_covid.models import check_maker
+
         check_options(cast(Any, fit), ())
+        check_maker(model)
     question = Question.of((ready or dataset).classes, dataset, positive, negative)
     # A copy elsewhere of an image that is trained on would be judged from memory.
     groups = np.array(patient_groups(dataset, find_copies=ready is None, progress=progress))
@@ -179,13 +186,12 @@ def _trained(
     config: TrainingConfig,
     model: Callable[[], torchvision.models.DenseNet] | None,
 ) -> Classifier:
-    from chestxray_covid.models import build_densenet121
+    from chestxray_covid.models import make_network
     from chestxray_covid.training import Trainer
 
     # What is left when a source is gone may well be confounded: that is what is being measured.
     known = replace(config, allow_confounded_sources=True)
-    classes = len(train.classes)
-    network = model() if model else build_densenet121(num_classes=classes, seed=config.seed)
+    network = make_network(model, len(train.classes), config.seed)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         Trainer(network, train, val, known, output=run).fit()

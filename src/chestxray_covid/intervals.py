@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import NormalDist
@@ -330,6 +331,17 @@ def check_resampling(*, n_resamples: int, confidence: float, seed: int = 0) -> d
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be inside (0, 1), for example 0.95, got {confidence}")
     return {"n_resamples": int(n_resamples), "seed": int(seed), "confidence": float(confidence)}
+
+
+def check_seed(seed: int) -> None:
+    """Raise unless scikit-learn, which deals out patients, takes a seed and the next one.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is out of range.
+    """
+    if not 0 <= operator.index(seed) <= 2**32 - 2:
+        raise ValueError(f"seed must be from 0 to {2**32 - 2}, got {seed}")
 
 
 def group_codes(groups: Iterable[Hashable]) -> Labels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,26 @@ def build_densenet121(
         load_tensors(model, tensors)
     set_trainable(model, trainable)
     return model
+
+
+def check_maker(model: Callable[[], torchvision.models.DenseNet] | None) -> None:
+    """Raise unless this is ``None``, or a function that returns a fresh network at each call.
+
+    Raises:
+        TypeError: If it is anything else, for example a network, which would train on and on.
+    """
+    if model is not None and (isinstance(model, nn.Module) or not callable(model)):
+        raise TypeError(
+            "model must be a function that returns a fresh network, for example "
+            f"lambda: build_densenet121(pretrained=False), got {type(model).__name__}"
+        )
+
+
+def make_network(
+    model: Callable[[], torchvision.models.DenseNet] | None, num_classes: int, seed: int
+) -> torchvision.models.DenseNet:
+    """Return the network that a function makes, or by default one from ImageNet weights."""
+    return model() if model else build_densenet121(num_classes=num_classes, seed=seed)
 
 
 def _initialise(model: torchvision.models.DenseNet, seed: int, *, features: bool) -> None:

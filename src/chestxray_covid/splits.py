@@ -20,6 +20,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups, patient_on_two_sides
 from chestxray_covid.datasets.storage import write_file, writing_to
 from chestxray_covid.errors import DatasetError, SplitError
+from chestxray_covid.intervals import check_seed
 
 SIDES = ("train", "val", "test")
 _FORMAT = 1
@@ -230,23 +231,21 @@ def split_by_patient(
             raise ValueError(f"{name} must be a fraction in [0, 0.5], got {fraction}")
     if not 0 < val + test < 1:
         raise ValueError(f"val and test must add up to more than 0 and less than 1: {val}, {test}")
-    if not 0 <= operator.index(seed) <= 2**32 - 2:  # scikit-learn's limit; one is added
-        raise ValueError(f"seed must be from 0 to {2**32 - 2}, got {seed}")
-    groups = np.array(
-        patient_groups(dataset, find_copies=find_copies, workers=workers, progress=progress)
-    )
-    _check_divisible(dataset, groups, sides=1 + (val > 0) + (test > 0))
+    wanted: dict[str, int] = {"sides": 1 + (val > 0) + (test > 0), "seed": seed}
+    groups = np.array(patient_groups(dataset, find_copies=False))
+    check_divisible(dataset, groups, **wanted)
+    if find_copies:  # which only makes groups fewer
+        groups = np.array(patient_groups(dataset, workers=workers, progress=progress))
+        check_divisible(dataset, groups, **wanted)
     rest, held_out = divide(dataset, np.arange(len(dataset)), groups, test, seed)
     train, validation = divide(dataset, rest, groups, val / (1 - test), seed + 1)
     sides = {"train": train, "val": validation, "test": held_out}
-    for side, chosen in sides.items():
-        wanted = {"train": 1.0, "val": val, "test": test}[side] > 0
-        lacking = set(dataset.targets) - {dataset.targets[i] for i in chosen}
-        if wanted and lacking:
-            names = sorted(dataset.classes[c] for c in lacking)
+    for side, fraction in {"train": 1.0, "val": val, "test": test}.items():
+        lacking = set(dataset.targets) - {dataset.targets[i] for i in sides[side]}
+        if fraction and lacking:
             raise SplitError(
-                f"No patient with {names} fell into {side}: too few patients for these "
-                "fractions. Use larger fractions, more data, or another seed."
+                f"No patient with {sorted(dataset.classes[c] for c in lacking)} fell into {side}: "
+                "too few patients. Use larger fractions, more data, or another seed."
             )
     return Split(
         dataset=dataset,
@@ -262,34 +261,41 @@ def folds_by_patient(
     """Return ``folds`` pairs of positions (rest, held out), stratified by label and source.
 
     Raises:
-        SplitError: If a class has fewer groups than there are folds.
-        ValueError: If ``folds`` is below 2.
+        SplitError, TypeError, ValueError: As :func:`check_divisible`.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    if folds < 2:
-        raise ValueError(f"folds must be at least 2, got {folds}")
-    _check_divisible(dataset, np.asarray(groups), sides=folds)
+    check_divisible(dataset, groups, sides=folds, seed=seed)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     strata = _strata(dataset, range(len(dataset)), np.asarray(groups), folds)
     return list(splitter.split(strata, strata, groups))
 
 
-def _check_divisible(dataset: ChestXrayDataset, groups: NDArray[np.int64], *, sides: int) -> None:
-    owners: dict[int, set[int]] = defaultdict(set)
-    for target, group in zip(dataset.targets, groups, strict=True):
-        owners[target].add(int(group))
-    if len(owners) < 2:
+def check_divisible(
+    dataset: ChestXrayDataset, groups: Sequence[int] | NDArray[np.int64], *, sides: int, seed: int
+) -> None:
+    """Raise unless every class has enough groups for so many sides, or folds.
+
+    Raises:
+        SplitError: If a class has fewer groups, or there is one class only.
+        TypeError, ValueError: If ``sides`` or ``seed`` is no whole number, or out of range.
+    """
+    check_seed(seed)
+    if operator.index(sides) < 2:
+        raise ValueError(f"folds must be at least 2, got {sides}")
+    pairs = dict.fromkeys(zip(dataset.targets, map(int, groups), strict=True))
+    owned = Counter(target for target, _ in pairs)
+    if len(owned) < 2:
         raise SplitError(
-            f"Only one class with samples: {[dataset.classes[c] for c in owners]}. "
+            f"Only one class with samples: {[dataset.classes[c] for c in owned]}. "
             "Add a data set that has the other, or ask for other classes=."
         )
-    for target, owned in owners.items():
-        if len(owned) < sides:
-            raise SplitError(
-                f"Class {dataset.classes[target]} has {len(owned)} patient(s), too few for "
-                f"{sides} sides without a patient on two of them. Add data or use fewer sides."
-            )
+    rarest, few = min(owned.items(), key=operator.itemgetter(1))
+    if few < sides:
+        raise SplitError(
+            f"Class {dataset.classes[rarest]} has {few} patient(s), too few for {sides} sides "
+            "without a patient on two of them. Add data or use fewer sides."
+        )
 
 
 def _strata(
@@ -351,12 +357,6 @@ def _every_so_many(
 
     Groups are ordered by how many samples they have of each stratum, those with equal numbers at
     random, and one is taken each time that another ``1 / fraction`` of them have passed.
-
-    Args:
-        strata: Label and source of each position.
-        groups: ``(N,)`` group of each position.
-        fraction: To hold out, in (0, 0.5].
-        seed: Of the order.
     """
     _, kinds = np.unique(np.asarray(strata), return_inverse=True)
     _, numbers = np.unique(groups, return_inverse=True)
