@@ -754,3 +754,20 @@ def test_two_images_under_an_empty_identity_are_not_joined(tmp_path: Path) -> No
     rows = [["a.png", "normal", "1", "", ""], ["b.png", "normal", "2", "", ""]]
     manifest = ManifestDataset(write_csv(tmp_path / "list.csv", header, rows))
     assert patient_groups(manifest, find_copies=False) == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["patient_id", "source"])
+def test_a_gap_of_a_table_is_neither_a_patient_nor_a_source(name: str) -> None:
+    known = {"label": "normal", "finding": "", "patient_id": "1", "source": "site"}
+    with pytest.raises(TypeError, match=f"{name} of a.png must be text, got nan"):
+        Sample(path=Path("a.png"), **{**known, name: float("nan")})
+
+
+def test_labels_that_are_gaps_are_refused_beside_others() -> None:
+    labels = (float("nan"), "flu")
+    samples = [
+        Sample(path=Path("a.png"), label=name, finding="", patient_id="1", source="site")
+        for name in labels
+    ]
+    with pytest.raises(DatasetError, match=r"Labels \['flu', nan\] are not among"):
+        ChestXrayDataset(samples, classes=("normal", "covid19"))

@@ -474,6 +474,8 @@ def test_an_empty_data_set_is_refused(
         (P, {"patients": ["1", "2"]}, "'patient_id': 2"),
         (P, {"views": ["PA"] * 5}, "'view': 5"),
         (P, {"ids": ["x"]}, "'id': 1"),
+        (P, {"sources": ["a", "b", np.nan, "a"]}, "needs a source, got nan at position 2"),
+        (P, {"sources": [None, *"aba"], "groups": [0, 1, 2, 3]}, "needs a source, got None at"),
         (P * 2, {}, r"probabilities must be in \[0, 1\]"),
         (P / 2, {}, "must sum to 1"),
         (P * np.nan, {}, "probabilities must be finite"),

@@ -187,7 +187,8 @@ def evaluate_probabilities(
         positive, n_resamples, seed, confidence: As in :func:`evaluate`.
 
     Raises:
-        ValueError: If shapes, labels, probabilities or options are not as said.
+        ValueError: If shapes, labels, probabilities or options are not as said, or a source is
+            missing.
     """
     import pandas as pd
 
@@ -206,6 +207,7 @@ def evaluate_probabilities(
         "sex": unknown if sexes is None else [sex_of(str(sex)) for sex in sexes],
         "age_band": unknown if ages is None else [age_band(str(age)) for age in ages],
     }
+    group_codes(sources, "source")  # or it would be the patient that is said to be missing
     lengths = {name: len(column) for name, column in columns.items()}
     if p.shape[1] != len(names) or set(lengths.values()) != {len(p)}:
         raise ValueError(

@@ -344,8 +344,12 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be from 0 to {2**32 - 2}, got {seed}")
 
 
-def group_codes(groups: Iterable[Hashable]) -> Labels:
+def group_codes(groups: Iterable[Hashable], name: str = "patient") -> Labels:
     """Return the groups as ``(N,)`` int64 numbers from 0, in order of appearance.
+
+    Args:
+        groups: ``(N,)`` of anything hashable.
+        name: What they are, for the message.
 
     Raises:
         ValueError: If a group is missing (``None`` or not a number), alone or inside a tuple.
@@ -355,8 +359,8 @@ def group_codes(groups: Iterable[Hashable]) -> Labels:
     for group, code in known.items():
         if type(group) not in (int, str) and _is_missing(group):
             raise ValueError(
-                f"Every image needs a patient, got {group!r} at position "
-                f"{int(np.argmax(codes == code))}. Give images of unknown patients ids of their own"
+                f"Every image needs a {name}, got {group!r} at position "
+                f"{int(np.argmax(codes == code))}. Give unknown {name}s names of their own"
             )
     return codes
 

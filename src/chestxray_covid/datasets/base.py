@@ -38,8 +38,7 @@ FRONTAL_VIEWS = ("PA", "AP", "AP Supine", "AP Erect", "AP Semi Erect")
 UNKNOWN_VIEW = "unknown"
 #: Columns of the interchange CSV that every data set writes and :class:`ManifestDataset` reads.
 MANIFEST_COLUMNS = ("path", "label", "finding", "patient_id", "source", "view")
-#: Metadata that goes into the CSV, too: who a patient or an image is across collections, and what
-#: an evaluation divides patients by.
+#: Metadata in the CSV, too: who or what is the same across collections, and of which subgroup.
 KEPT_COLUMNS = ("origin", "image_id", "numbered_by", "content_hash", "sex", "age")
 
 
@@ -65,6 +64,9 @@ class Sample:
             ``numbered_by`` is the collection that ``patient_id`` is a number of, if not ``source``;
             ``sex`` and ``age`` (years) are the patient's.
         read: How the pixels come about; ``read_file`` unless the sample is a phantom.
+
+    Raises:
+        TypeError: If ``patient_id`` or ``source`` is a gap of a table, or something else not text.
     """
 
     path: Path
@@ -81,6 +83,9 @@ class Sample:
     def __post_init__(self) -> None:
         if isinstance(self.path, str):
             object.__setattr__(self, "path", Path(self.path))
+        for name, value in (("patient_id", self.patient_id), ("source", self.source)):
+            if not isinstance(value, str | int | np.integer):  # gaps of tables are not even equal
+                raise TypeError(f"{name} of {self.path} must be text, got {value!r}")
 
     @property
     def is_file(self) -> bool:
@@ -98,17 +103,15 @@ class Sample:
         Raises:
             DatasetError: If the file cannot be read.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        if not self.is_file:
-            digest.update(repr((str(self.path), sorted(self.metadata.items()))).encode())
-            return digest.hexdigest()
+        content = repr((str(self.path), sorted(self.metadata.items()))).encode()
         try:
-            if not self.path.is_file():  # opening a named pipe would wait for a writer
-                raise FileNotFoundError("no regular file is there")
-            digest.update(self.path.read_bytes())
+            if self.is_file:
+                if not self.path.is_file():  # opening a named pipe would wait for a writer
+                    raise FileNotFoundError("no regular file is there")
+                content = self.path.read_bytes()
         except OSError as error:
             raise DatasetError(f"{self.path} cannot be read: {error}") from error
-        return digest.hexdigest()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
@@ -123,11 +126,10 @@ def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
     path = sample.metadata.get("lung_mask")
     if not path:
         return None
-    size = sample.read(sample, None).size
     mask = load_image(path)
     if 0 < (highest := np.asarray(mask).max()) < 128:
         raise ImageError(f"{path} is at most {highest}; lungs must be white. Save them as 255.")
-    return np.asarray(mask.resize(size, Image.Resampling.BILINEAR)) > 127
+    return np.asarray(mask.resize(sample.read(sample, None).size, Image.Resampling.BILINEAR)) > 127
 
 
 class ChestXrayDataset:
@@ -166,9 +168,9 @@ class ChestXrayDataset:
         self._wholes: tuple[DatasetReport, ...] = ()
         #: Sources that nobody named → the resolved folder or CSV, or class, they are named after.
         self._named_after: Mapping[str, Path] = {}
-        if strange := {s.label for s in self.samples} - set(self.classes):
+        if odd := {s.label for s in self.samples} - set(self.classes):
             raise DatasetError(
-                f"Labels {sorted(strange)} are not among the classes {list(self.classes)}. "
+                f"Labels {sorted(odd, key=str)} are not among the classes {list(self.classes)}. "
                 "Pass classes= with all labels, or map labels to canonical ones."
             )
         self.targets: list[int] = [self.class_to_idx[s.label] for s in self.samples]
@@ -329,19 +331,18 @@ def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
     """
     if not datasets:
         raise ValueError("concatenate needs at least one data set")
-    first = datasets[0]
-    for other in datasets[1:]:
-        if (other.transform, other.target_transform) != (first.transform, first.target_transform):
-            raise ValueError(
-                "Data sets with different transforms cannot be concatenated; "
-                "give all of them the same transform objects."
-            )
+    pairs = [(d.transform, d.target_transform) for d in datasets]
+    if any(pair != pairs[0] for pair in pairs):
+        raise ValueError(
+            "Data sets with different transforms cannot be concatenated; "
+            "give all of them the same transform objects."
+        )
     names = dict.fromkeys(name for d in datasets for name in d.classes)
     classes = [*(name for name in LABELS if name in names), *(n for n in names if n not in LABELS)]
     named = _told_apart(datasets)
     loaded = {s.source for d in datasets for s in d.samples}
     samples = [_counted_to_origin(s, loaded) for d in datasets for s in d.samples]
-    whole = first._with(samples, classes if len({d.classes for d in datasets}) > 1 else ())
+    whole = datasets[0]._with(samples, classes if len({d.classes for d in datasets}) > 1 else ())
     whole._named_after = named
     reports = (r for d in datasets for r in d._wholes or (d.report(),))
     whole._wholes = tuple({id(r): r for r in reports}.values())  # parts of one data set share it
@@ -381,8 +382,7 @@ def _counted_to_origin(sample: Sample, loaded: set[str]) -> Sample:
     if not origin or origin not in loaded or origin == sample.source:
         return sample
     numbered_by = sample.metadata.get("numbered_by") or sample.source
-    metadata = {**sample.metadata, "numbered_by": numbered_by}
-    return replace(sample, source=origin, metadata=metadata)
+    return replace(sample, source=origin, metadata={**sample.metadata, "numbered_by": numbered_by})
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
