@@ -38,6 +38,7 @@ from chestxray_covid import (
     TrainingConfig,
     build_densenet121,
     split_by_patient,
+    training_network,
 )
 from chestxray_covid.augment import hide_centres, swap_backgrounds, swap_frames
 from chestxray_covid.checkpoint import load_checkpoint
@@ -947,6 +948,29 @@ def test_automatic_precision_follows_the_hardware(split: Split, tmp_path: Path) 
     trainer = Trainer(network(), split.train, split.val, config, output=tmp_path / "run")
     trainer.fit()
     assert trainer._network.bfloat16 == native_bfloat16(torch.device("cpu"))
+
+
+def test_a_run_goes_on_in_its_precision_where_the_hardware_has_another(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(QUICK, precision="auto", epochs=1, samples_per_epoch=8, batch_size=4)
+
+    def run(*callbacks: Callback, **changes: Any) -> Trainer:
+        own = replace(config, **changes)
+        return Trainer(network(), split.train, split.val, own, output=tmp_path, callbacks=callbacks)
+
+    monkeypatch.setattr(training_network, "native_bfloat16", lambda device: True)
+    with pytest.raises(TrainingInterrupted):
+        run(StopAfter(1)).fit()
+    monkeypatch.setattr(training_network, "native_bfloat16", lambda device: False)
+    with pytest.raises(TrainingError, match=r"differs in \['precision'\]"):
+        run(precision="float32").fit(resume=True)
+    trainer = run()
+    trainer.fit(resume=True)
+    assert trainer._network.bfloat16
+    provenance = Classifier.from_pretrained(tmp_path).config.provenance
+    assert provenance["training"]["precision"] == "bfloat16"
+    assert run().fit(resume=True) == run(precision="bfloat16").fit(resume=True)
 
 
 @pytest.mark.gpu

@@ -106,8 +106,8 @@ class Trainer:
             warn_if_confounded(train, stacklevel=2)
         self._states = StateStore(self.output)
         self._at = Position()
-        size = self.config.batch_size
-        self._batch_size = size if size != "auto" else 0  # until it is found
+        self._batch_size = 0 if self.config.batch_size == "auto" else self.config.batch_size
+        self._precision: str = self.config.precision  # until it is found what "auto" is
 
     def fit(self, *, resume: bool = False) -> History:
         """Train on from the model's weights; return the history, and leave the best in the run.
@@ -162,12 +162,12 @@ class Trainer:
         self._load_train = self._loader(self.train)
         self._load_val = self._loader(self.val)
         self._network = TrainingNetwork(self.model, config, self._accelerator, self.train.targets)
+        self._precision = "bfloat16" if self._network.bfloat16 else "float32"
         if resume:
             self._restore()
         elif config.batch_size == "auto":
-            self._batch_size = self._network.largest_batch(
-                config.samples_per_epoch or len(self.train)
-            )
+            images = config.samples_per_epoch or len(self.train)
+            self._batch_size = self._network.largest_batch(images)
 
     def _loader(self, dataset: ChestXrayDataset) -> Loader:
         with self._accelerator.main_process_first():
@@ -189,10 +189,8 @@ class Trainer:
         positions = [[index for index, _ in b.images] for b in batches[at.batch :]]
         pixels = feed(self._load_train, positions, self.device, workers=config.workers)
         self._network.train()
-        images, done = (
-            sum(len(b.together) for b in some) for some in (batches, batches[: at.batch])
-        )
-        bar = self._bar(f"epoch {at.epoch + 1}/{config.epochs}", images, done)
+        sizes = [len(batch.together) for batch in batches]
+        bar = self._bar(f"epoch {at.epoch + 1}/{config.epochs}", sum(sizes), sum(sizes[: at.batch]))
         with closing(pixels), bar:
             while at.batch < len(batches):
                 group = batches[at.batch : at.batch + config.accumulate]
@@ -253,7 +251,7 @@ class Trainer:
 
         After an epoch's last step one always is, so that validation can be interrupted.
         """
-        signal_number = self._signal()
+        signal_number = self._network.greatest(self._signals.received)
         if due or signal_number:
             self._count(leave=0)
             self._save_state()
@@ -261,12 +259,8 @@ class Trainer:
             raise TrainingInterrupted(signal_number, self.output)
 
     def _stop_if_signalled(self) -> None:
-        if signal_number := self._signal():
+        if signal_number := self._network.greatest(self._signals.received):
             raise TrainingInterrupted(signal_number, self.output)
-
-    def _signal(self) -> int:
-        """Return the signal that arrived in any process, or 0."""
-        return self._network.greatest(self._signals.received)
 
     def _finish_epoch(self) -> bool:
         """Validate, record, keep the best weights, save; say whether a callback wants to stop."""
@@ -333,7 +327,8 @@ class Trainer:
         if not self._accelerator.is_main_process:
             return
         # Without paths: this travels with the weights.
-        options = self.config.to_dict() | {"batch_size": self._batch_size, "cache_dir": None}
+        found = {"batch_size": self._batch_size, "precision": self._precision}
+        options = self.config.to_dict() | found | {"cache_dir": None}
         data = {"train": self.train, "val": self.val}
         provenance = {
             "training": options,
@@ -368,13 +363,16 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         trains = [name for name, p in self.model.named_parameters() if p.requires_grad]
         together = self._batch_size * self._accelerator.num_processes
-        return run_identity(self.config, self.train, self.val, trains, together)
+        own = run_identity(self.config, self.train, self.val, trains, together)
+        return own | {"precision": self._precision}
 
     def _take_over(self, identity: Mapping[str, Any]) -> None:
-        """Check that a run is this one; its batch is found anew only where there is none."""
+        """Check that a run is this one, whose batch and precision stay where both are free."""
         if self.config.batch_size == "auto":
             together = identity.get("batch_size", 0)
             self._batch_size = max(1, together // self._accelerator.num_processes)
+        if self.config.precision == "auto":
+            self._precision = identity.get("precision", "auto")
         check_identity(self._identity(), identity, self.output)
 
     def _restore(self) -> None:
@@ -382,6 +380,8 @@ class Trainer:
         with self._states.understanding():
             self._take_over(values["identity"])
             self._at = Position(**values["at"])
+        if self._precision != "auto":
+            self._network.bfloat16 = self._precision == "bfloat16"
         self._network.load_state(tensors)
         if not self._accelerator.is_main_process:  # the sums are those of all processes
             self._at.loss_sum, self._at.seen = 0.0, 0
