@@ -4,8 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import brentq
+from scipy.special import expit, logit
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
+from sklearn.linear_model import LogisticRegression
 
 from chestxray_covid import curves
 from chestxray_covid import metrics as m
@@ -119,6 +122,45 @@ def test_intervals_of_reliability_are_resampled_by_patient() -> None:
     assert np.allclose([found.brier.low, found.brier.high], np.quantile(drawn, [0.05, 0.95]))
     errors = [float(m.calibration_error(truth[r], score[r])) for r in resampled(patients)]
     assert np.allclose([found.ece.low, found.ece.high], np.quantile(errors, [0.05, 0.95]))
+
+
+def regressed(truth: np.ndarray, score: np.ndarray) -> tuple[float, float]:
+    """Return intercept and slope of weak calibration, by scikit-learn and a search for the root."""
+    x = logit(score)
+    intercept = brentq(lambda a: (truth - expit(a + x)).sum(), -50, 50)
+    model = LogisticRegression(C=np.inf, tol=1e-10, solver="newton-cholesky")
+    return intercept, float(model.fit(x[:, None], truth).coef_[0, 0])
+
+
+@pytest.mark.parametrize("extreme", [0.3, 1, 4])
+def test_weak_calibration_agrees_with_scikit_learn(extreme: float) -> None:
+    truth, score, patients = case()
+    score = expit(extreme * logit(score) - 1)
+    found = curves.reliability(truth, score, patients, **HOW)
+    drawn = np.array([regressed(truth[rows], score[rows]) for rows in resampled(patients)])
+    for k, estimate in enumerate((found.intercept, found.slope)):
+        assert estimate.value == pytest.approx(regressed(truth, score)[k], abs=1e-6)
+        expected = np.quantile(drawn[:, k], [0.05, 0.95])
+        assert np.allclose([estimate.low, estimate.high], expected, atol=1e-6)
+
+
+def test_probabilities_that_are_right_have_intercept_0_and_slope_1() -> None:
+    score = np.repeat([0.2, 0.5, 0.8], 10)
+    truth = np.concatenate([np.arange(10) < 10 * p for p in (0.2, 0.5, 0.8)])
+    found = curves.reliability(truth, score, range(30), **HOW)
+    assert found.intercept.value == pytest.approx(0, abs=1e-9)
+    assert found.slope.value == pytest.approx(1)
+
+
+def test_what_is_separated_has_no_slope_and_what_never_happened_no_intercept() -> None:
+    apart = curves.reliability([0, 0, 1, 1], [0.0, 0.2, 0.9, 1.0], range(4), **HOW)
+    assert np.isnan(apart.slope.value)
+    assert np.isfinite(apart.intercept.value)
+    never = curves.reliability([0, 0, 0], [0.1, 0.2, 0.9], range(3), **HOW)
+    assert np.isnan([never.slope.value, never.intercept.value]).all()
+    same = curves.reliability([0, 1, 1], [0.7, 0.7, 0.7], range(3), **HOW)
+    assert np.isnan(same.slope.value)
+    assert same.intercept.value == pytest.approx(logit(2 / 3) - logit(0.7))
 
 
 def test_frames_hold_what_is_drawn() -> None:

@@ -318,6 +318,7 @@ def test_the_page_and_the_markdown_have_one_calibration_error(
     monkeypatch.setattr("chestxray_covid.plots.plot_reliability", keep)
     write_report(tmp_path, evaluation=report)
     assert f"Expected calibration error {drawn[0].ece}," in report.to_markdown()
+    assert f"at best 0; slope {drawn[0].slope}, at best 1" in report.to_markdown()
 
 
 def test_wide_figures_take_the_whole_row(report: EvaluationReport, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from chestxray_covid.intervals import (
     Groups,
     band_by_group,
     bootstrap_by_group,
+    bootstrap_together,
     group_codes,
     proportion,
 )
@@ -28,6 +29,13 @@ from chestxray_covid.metrics import Floats, Labels, Weights
 if TYPE_CHECKING:
     import pandas as pd
 
+#: Newton's steps; some eight are enough, unless there is no answer.
+_STEPS = 30
+#: They have ended where one moves less: each has twice the digits of the one before.
+_ENDED = 1e-6
+#: Least distance of a probability to 0 and 1, whose logits are infinite; as in the R package
+#: CalibrationCurves of Van Calster's group.
+_LEAST = 1e-8
 #: Points of a band, evenly over [0, 1].
 _GRID = np.linspace(0, 1, 101)
 
@@ -111,6 +119,12 @@ class Reliability:
         observed: B shares that came true, with intervals by patient.
         ece: Mean gap between the two, biased upwards where bins hold few images.
         brier: Mean squared distance of the probability to what happened, 0 the best.
+        intercept: Logit by which the probabilities are too low on the whole, 0 the best; below 0
+            they are too high.
+        slope: Of a logistic regression on their logits, 1 the best; below 1 they are too extreme,
+            above too timid. Both: Van Calster et al., Calibration: the Achilles heel of predictive
+            analytics, BMC Medicine 17 (2019) 230, weak calibration; ``nan`` if only one thing
+            happened, and the slope also if the probabilities separate what did from what did not.
     """
 
     title: str = ""
@@ -120,6 +134,8 @@ class Reliability:
     observed: tuple[Estimate, ...]
     ece: Estimate
     brier: Estimate
+    intercept: Estimate
+    slope: Estimate
 
     @property
     def counts(self) -> Labels:
@@ -259,9 +275,53 @@ def reliability(
         high_edges=edges[used + 1],
         predicted=np.array([p[bins == b].mean() for b in used]),
         observed=tuple(proportion(truth[bins == b], owners[bins == b], **how) for b in used),
-        ece=bootstrap_by_group(gap, patients, truth, p, **how),
-        brier=bootstrap_by_group(squared, patients, truth, p, **how),
+        **bootstrap_together(
+            {
+                "ece": (gap, truth, p),
+                "brier": (squared, truth, p),
+                "intercept": (_intercept, truth, p),
+                "slope": (_slope, truth, p),
+            },
+            patients,
+            **how,
+        ),
     )
+
+
+def _intercept(truth: Labels, p: Floats, *, sample_weight: Floats) -> Floats:
+    """Return the ``(R,)`` intercepts of logistic regressions with the logit of ``p`` as offset."""
+    return _regress(truth, p, sample_weight, with_slope=False)[0]
+
+
+def _slope(truth: Labels, p: Floats, *, sample_weight: Floats) -> Floats:
+    """Return the ``(R,)`` slopes of logistic regressions on the logit of ``p``."""
+    return _regress(truth, p, sample_weight, with_slope=True)[1]
+
+
+def _regress(
+    truth: Labels, p: Floats, weights: Floats, *, with_slope: bool
+) -> tuple[Floats, Floats]:
+    """Return ``(R,)`` intercepts and slopes, ``nan`` where Newton's steps do not end."""
+    from scipy.special import expit, logit
+
+    x = logit(np.clip(p, _LEAST, 1 - _LEAST))
+    a, b = np.zeros(len(weights)), np.full(len(weights), 0.0 if with_slope else 1.0)
+    moved = np.full(len(weights), np.inf)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for _ in range(_STEPS):
+            said = expit(a[:, None] + b[:, None] * x)
+            rest, spread = weights * (truth - said), weights * said * (1 - said)  # (R, N)
+            score, curvature = rest.sum(1), spread.sum(1)
+            in_a, in_b = score / curvature, np.zeros(len(weights))
+            if with_slope:
+                along, across, square = rest @ x, spread @ x, spread @ (x * x)
+                both = curvature * square - across**2
+                in_a = (square * score - across * along) / both
+                in_b = (curvature * along - across * score) / both
+            a, b, moved = a + in_a, b + in_b, np.abs(in_a) + np.abs(in_b)
+            if not (moved > _ENDED).any():
+                break
+    return np.where(moved <= _ENDED, a, np.nan), np.where(moved <= _ENDED, b, np.nan)
 
 
 def _check_both(positive: Floats, negative: Floats) -> None:

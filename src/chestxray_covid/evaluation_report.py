@@ -218,7 +218,7 @@ class EvaluationReport:
         )
 
     def reliability(self, label: str | None = None, *, n_bins: int = 15) -> curves.Reliability:
-        """Return the reliability diagram of p(label), with ECE and Brier score.
+        """Return the reliability diagram of p(label), with the numbers of its calibration.
 
         Args:
             label: A class, for how often an image is one by its probability; if not given, how

@@ -129,6 +129,7 @@ def _markdown_probabilities(report: EvaluationReport) -> Iterator[str]:
         [(f"{a:.2f}–{b:.2f}", f"{p:.3f}", _short(e), counted(e.n)) for (a, b), p, e in bins],
     )
     yield f"\nExpected calibration error {diagram.ece}, Brier score {diagram.brier}."
+    yield f"Calibration intercept {diagram.intercept}, at best 0; slope {diagram.slope}, at best 1."
     yield "\n## Wrong decisions if the least sure are left to others\n"
     places = [int((risk.x < share - 1e-12).sum()) for share in _COVERAGES]
     yield from markdown_table(
