@@ -139,10 +139,14 @@ def test_the_citation_tells_the_licence_of_the_code_from_that_of_the_weights() -
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "audit.json"])
-def test_what_was_not_judged_is_not_published(copied: Path, name: str) -> None:
+def test_what_was_not_judged_is_not_published(
+    copied: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (copied / name).unlink()
-    with pytest.raises(ReportError, match=rf"^{name} is missing beside .*allow_unjudged=True"):
-        push(copied, "user/model")
+    monkeypatch.setenv("HOME", str(copied.parent))
+    for folder in (copied, f"~/{copied.name}"):
+        with pytest.raises(ReportError, match=rf"^{name} is missing beside .*allow_unjudged=True"):
+            push(folder, "user/model")
     # A model in memory is written to a folder of the moment, where nobody could add anything.
     with pytest.raises(ReportError, match=rf"--output FOLDER/{name}") as refused:
         Classifier.from_pretrained(copied).push_to_hub("user/model")

@@ -242,6 +242,14 @@ def test_a_history_that_does_not_say_so_is_not_finished(tmp_path) -> None:
     assert History.from_dict(data) == History(records=(record(1),))
 
 
+def test_the_home_folder_is_found_by_its_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    History(records=(record(1),)).save("~")
+    assert (tmp_path / "history.json").is_file()
+
+
 WHOLE = History(records=(record(1),)).to_dict()["epochs"][0]
 
 

@@ -109,7 +109,7 @@ def push(
         ValueError: If no header can hold ``token``.
     """
     token = clean_token(token) if isinstance(token, str) else token
-    source = Path(folder)
+    source = Path(folder).expanduser()
     config, contents = read_checkpoint(source)
     results = read_results(source, config)
     if not allow_unjudged:

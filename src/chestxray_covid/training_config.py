@@ -345,7 +345,7 @@ class History:
         writer.writerows(asdict(r) for r in self.records)
         data = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         contents = {HISTORY_NAME: data.encode(), "history.csv": table.getvalue().encode()}
-        write_files(Path(folder), contents)
+        write_files(Path(folder).expanduser(), contents)
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
