@@ -506,6 +506,26 @@ def test_twelve_bits_in_several_channels_of_sixteen_do_not_come_out_black(data: 
     assert read_image(data)[1].colour == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "channels"), [("PNG", 2), ("PNG", 3), ("PNG", 4), ("TIFF", 3), ("TIFF", 4)]
+)
+def test_deep_channels_that_pillow_has_opened_are_those_of_the_file(
+    kind: str, channels: int, tmp_path: Path
+) -> None:
+    planes = twelve_in_sixteen(channels)
+    data = deep_png(planes, {2: 4, 3: 2, 4: 6}[channels]) if kind == "PNG" else deep_tiff(planes)
+    (tmp_path / "deep").write_bytes(data)
+    opened = Image.open(tmp_path / "deep")  # whose file is closed, or it would warn
+    assert np.array_equal(loaded(opened), ramp())
+    assert opened.tobytes() == Image.open(io.BytesIO(data)).tobytes(), "left as it was"
+
+
+def test_a_signed_tiff_that_pillow_has_opened_does_not_wrap_around() -> None:
+    values = np.arange(-100, 100, dtype=np.int8).reshape(10, 20)
+    opened = Image.open(io.BytesIO(grey_tiff(values, "<", deflate=False)))
+    assert np.array_equal(loaded(opened), loaded(values))
+
+
 def test_colour_and_opacity_of_sixteen_bits_are_those_of_the_array() -> None:
     rng = np.random.default_rng(0)
     planes = rng.integers(0, 65536, (20, 30, 4)).astype(np.uint16)

@@ -138,6 +138,28 @@ def decode_image(
     return grey, facts, _has_more_frames(image)
 
 
+def with_whole_depth(image: Image.Image, name: str) -> Image.Image:
+    """Return what Pillow has opened but not loaded as its file has it, any other image as it is.
+
+    Pillow keeps 8 bits of several channels of 16, and takes some numbers of a TIFF for others.
+
+    Raises:
+        ImageError: If bits would be lost.
+    """
+    if not isinstance(image, PngImageFile | TiffImageFile) or not image.tile or image.tell():
+        return image
+    if (file := cast(io.BufferedIOBase | None, image.fp)) is None:
+        return image
+    file.seek(0)
+    own = type(image)(cast(IO[bytes], file))
+    found = _whole_depth(own, file, name)
+    if own.tile == image.tile:  # nothing to mend
+        return image
+    found.load()
+    image.load()  # as for any other, which closes its file
+    return found
+
+
 def _whole_depth(image: ImageFile, file: io.BufferedIOBase, name: str) -> Image.Image:
     """Return an image of several channels of 16 bits scaled to 8, any other as it is."""
     args = image.tile[0].args if image.tile else None

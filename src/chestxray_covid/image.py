@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chestxray_covid.dicom import decode_dicom
-from chestxray_covid.encoded import Stream, decode_image, read_stream
+from chestxray_covid.encoded import Stream, decode_image, read_stream, with_whole_depth
 from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError
 from chestxray_covid.pixels import (
     DECODE_ERRORS,
@@ -97,6 +97,7 @@ def load_image(
             image, array, torch tensor, or :class:`Sample` of a data set. Arrays are ``(H, W)``,
             ``(1, H, W)``, ``(H, W, 1)``, or have 3 (RGB) or 4 (RGBA) channels first or last.
             Encoded: PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM. Of several frames the first is used.
+            Pass colour of 16 bits a channel before Pillow loads it, which keeps 8 of them.
         min_size: ``(width, height)`` in pixels that the caller needs. A larger JPEG may be decoded
             at 1/2, 1/4 or 1/8 as long as neither side falls below; others come in full.
         max_pixels: Larger images are refused from their header.
@@ -158,7 +159,7 @@ def _from_pil(source: Image.Image, max_pixels: int) -> tuple[Image.Image, ImageF
     name = "<PIL image>"
     try:
         check_size(source.size, name, max_pixels)
-        return to_grey(source, name)
+        return to_grey(with_whole_depth(source, name), name)
     except ImageError:
         raise
     except DECODE_ERRORS as error:
