@@ -424,6 +424,22 @@ def test_an_output_that_is_an_input_is_refused_and_stays(
     assert table.read_text() == f"path\n{images}/00.png\n"
 
 
+def test_files_tables_and_folders_lie_in_the_home_folder(
+    images: Path, tmp_path: Path, clf: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "two").mkdir()
+    for number in range(2):
+        shutil.copy(images / f"{number:02d}.png", tmp_path / "two")
+    (tmp_path / "list.csv").write_text("path\ntwo/00.png\n")
+    given = ["~/two", "~/two/01.png", "~/list.csv"]
+    predict_files(given, "~/out.csv", classifier=clf)
+    names = [row["path"] for row in rows_of(tmp_path / "out.csv")]
+    assert names == [f"{tmp_path}/two/0{number}.png" for number in (0, 1, 1, 0)]
+    with pytest.raises(ValueError, match="is one of the inputs"):
+        predict_files(given, "~/list.csv", classifier=clf)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,22 @@ def test_the_home_folder_is_found_by_its_sign(
     assert again.config.weights_sha256 == clf.config.weights_sha256
     with pytest.raises(CheckpointNotFoundError, match="~nobody/mine is no checkpoint folder"):
         Classifier.from_pretrained("~nobody/mine")
+
+
+def test_images_and_folders_of_them_are_found_in_the_home_folder(
+    clf: Classifier, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(folder)
+    expected = clf.predict(folder / "a.png")
+    assert clf.predict("~/a.png") == replace(expected, source="~/a.png")
+    assert [p.source for p in clf.predict(Path("~/ward"))] == [
+        str(folder / "ward" / name) for name in ("e.png", "f.tif")
+    ]
+    phantom(0).save(folder / "ward" / "~a.png")  # of no user
+    monkeypatch.chdir(folder / "ward")
+    assert clf.predict("~a.png").probabilities == expected.probabilities
+    (folder / "ward" / "~a.png").unlink()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,6 +31,7 @@ from chestxray_covid import (
 )
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.cli import NOT_A_DEVICE, main
+from chestxray_covid.command import place_of_split
 from conftest import random_checkpoint
 from shallow import CODE
 
@@ -98,6 +99,17 @@ def test_a_run_holds_everything_that_judging_it_needs(run: Path) -> None:
     report = EvaluationReport.load(run / "evaluation.json")
     split = json.loads((run / "split.json").read_text())["samples"]
     assert report.n_images == sum(entry["side"] == "test" for entry in split)
+
+
+def test_the_sign_of_the_home_folder_is_understood_where_no_shell_has_replaced_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    done = call("train", "--data=~/run", "--output=~/run")
+    assert f"{tmp_path / 'run'} already holds a run" in done.output
+    assert place_of_split("~/run") == tmp_path / "run" / "split.json"
 
 
 def test_no_patient_is_on_two_sides_of_a_runs_split(run: Path) -> None:

@@ -657,6 +657,12 @@ def test_the_real_hannover_patients_are_71(real_data: Path) -> None:
     assert {s.view for s in dataset.samples} == {"AP", "PA"}
 
 
+def test_the_home_folder_of_no_user_is_an_error_of_ours() -> None:
+    for missing in (FolderDataset, open_dataset):
+        with pytest.raises(DatasetNotFoundError, match="~no-such-user/data"):
+            missing("~no-such-user/data")
+
+
 def test_a_folder_that_labels_names_must_exist(tmp_path: Path) -> None:
     write_folder(tmp_path, {"well": 2, "sick": 2})
     with pytest.raises(DatasetNotFoundError, match=r"no folder \['sik'\], which labels= names"):

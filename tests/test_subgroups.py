@@ -11,6 +11,7 @@ from sklearn import metrics as sk
 
 from chestxray_covid import intervals
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample, concatenate
+from chestxray_covid.errors import ReportError
 from chestxray_covid.evaluation import evaluate, evaluate_probabilities
 from chestxray_covid.subgroups import age_band, sex_of
 
@@ -68,6 +69,8 @@ def test_a_report_is_kept_where_the_home_folder_says(
     report = judged()
     assert report.save("~/run/evaluation.json") == tmp_path / "run" / "evaluation.json"
     assert type(report).load("~/run/evaluation.json").overall == report.overall
+    with pytest.raises(ReportError, match=r"~no-such-user/report\.json cannot be read"):
+        type(report).load("~no-such-user/report.json")
 
 
 def test_sexes_and_age_bands_have_their_own_numbers() -> None:

@@ -16,6 +16,7 @@ from chestxray_covid.command import (
     MODEL,
     PRECISION,
     REPORT,
+    HomePath,
     open_data,
     place_of_split,
     translated,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     "--train",
     "train",
     multiple=True,
-    type=click.Path(exists=True, path_type=Path),
+    type=HomePath(exists=True, path_type=Path),
     help="Folder or CSV of the data that the model was trained on; may be given several times.",
 )
 @click.option(
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 @click.option("--negative", help="What it is told from; normal if there is any, else rest.")
 @click.option(
     "--masks",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=HomePath(exists=True, file_okay=False, path_type=Path),
     help="Folder of lung masks, NAME.png or NAME_mask.png for an image NAME.*; where there is "
     "none, the lungs are found by the bundled network.",
 )
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     help="Audit a random sample of so many images, of each source and label its share.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
+@click.option("--output", type=HomePath(dir_okay=False, path_type=Path), help="JSON report.")
 @REPORT
 @click.option("--strict", is_flag=True, help="Exit with status 1 unless the verdict is pass.")
 @BATCH

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.errors import ReportError
-from chestxray_covid.files import plain_json, write_files
+from chestxray_covid.files import expanded, plain_json, write_files
 from chestxray_covid.intervals import Estimate
 
 FAIL, WARN, NOT_ASSESSABLE, PASS = "fail", "warn", "not_assessable", "pass"
@@ -183,7 +183,7 @@ class AuditReport:
         Raises:
             OSError: If it cannot be written; an older file is intact.
         """
-        target, text = Path(path).expanduser(), self.to_json()
+        target, text = expanded(path), self.to_json()
         target.parent.mkdir(parents=True, exist_ok=True)
         write_files(target.parent, {target.name: text.encode()})
         return target
@@ -196,7 +196,7 @@ class AuditReport:
             ReportError: If the file cannot be read or is no report.
         """
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
+            text = expanded(path).read_text(encoding="utf-8")
             return cls.from_dict(json.loads(text))
         except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"{path} cannot be read as an audit report: {error}") from error

@@ -20,6 +20,7 @@ from chestxray_covid.checkpoint import (
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.files import expanded
 from chestxray_covid.hub import resolve
 from chestxray_covid.int8 import INT8_NAME
 from chestxray_covid.metrics import (
@@ -110,7 +111,7 @@ def calibrate(
             of the model, or no temperature or threshold can be told from them.
         OSError: If the folder cannot be written.
     """
-    folder, target = resolve(checkpoint), Path(output).expanduser()
+    folder, target = resolve(checkpoint), expanded(output)
     config, tensors = load_checkpoint(folder)
     _check(config, validation, folder, target, sensitivity)
     kept = {*config.attachments} - {*_OF_INT8}

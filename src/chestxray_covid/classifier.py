@@ -18,6 +18,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import pipeline
 from chestxray_covid.engines import known, open_engine, restrict_classes, softmax
 from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError
+from chestxray_covid.files import expanded
 from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
 from chestxray_covid.hub import resolve
 from chestxray_covid.inputs import (
@@ -176,7 +177,7 @@ class Classifier:
 
         if options and not push_to_hub:
             raise TypeError(f"{', '.join(options)}: options of publishing; add push_to_hub=True")
-        target, own = Path(folder).expanduser(), self._attachments()
+        target, own = expanded(folder), self._attachments()
         export(target, self.config, self._tensors, self._origin, own=own)
         name = repo_id or target.absolute().name
         return self.push_to_hub(name, **options) if push_to_hub else None

@@ -16,6 +16,7 @@ from chestxray_covid.command import (
     DATA,
     NOT_A_DEVICE,
     SPLIT_NAME,
+    HomePath,
     is_first_process,
     open_data,
     translated,
@@ -51,12 +52,12 @@ for subcommand in (audit, calibrate, evaluate, predict, models, push, export, qu
 
 @main.command()
 @click.argument("source", type=click.Choice(["cohen", "kermany", "phantoms"]))
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=HomePath(path_type=Path))
 @click.option("--ref", help="Cohen: branch, tag or commit; master if not given.")
 @click.option("--all-views", is_flag=True, help="Cohen: also lateral views and CT slices.")
 @click.option(
     "--archive",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=HomePath(exists=True, dir_okay=False, path_type=Path),
     help="Kermany: a zip that you have already, unpacked into FOLDER. Else kagglehub fetches the "
     "collection into its own cache; use the folder that the command names.",
 )
@@ -103,7 +104,7 @@ def download(
 @main.command()
 @DATA
 @click.option(
-    "--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Run folder."
+    "--output", required=True, type=HomePath(file_okay=False, path_type=Path), help="Run folder."
 )
 @click.option(
     "--recipe",
@@ -139,7 +140,7 @@ def download(
 @click.option("--limit", type=click.IntRange(1), help="Images per class, for a trial run.")
 @click.option(
     "--cache",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=HomePath(file_okay=False, path_type=Path),
     help="Folder for decoded pixels, so that later epochs and runs need not decode.",
 )
 @click.option(

@@ -16,6 +16,7 @@ import click
 
 from chestxray_covid._version import NOT_A_DEVICE as NOT_A_DEVICE
 from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
+from chestxray_covid.files import expanded
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
@@ -25,12 +26,21 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 #: The split beside the checkpoint of a training run.
 SPLIT_NAME = "split.json"
 
+
+class HomePath(click.Path):
+    """A path in which ``~`` is the home folder; of ``--output=~/run`` no shell makes that."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        return super().convert(expanded(value), param, ctx)
+
+
 DATA = click.option(
     "--data",
     "data",
     multiple=True,
     required=True,
-    type=click.Path(exists=True, path_type=Path),
+    type=HomePath(exists=True, path_type=Path),
     help="Folder or CSV of a data set; may be given several times.",
 )
 MODEL = click.option(
@@ -42,7 +52,7 @@ MODEL = click.option(
 REPORT = click.option(
     "--report",
     "page",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=HomePath(file_okay=False, path_type=Path),
     help="Folder for a page with figures, index.html, and the JSON beside it; evaluate and audit "
     "of the same model share a page there.",
 )
@@ -64,7 +74,7 @@ PRECISION = click.option(
 NEW_CHECKPOINT = click.option(
     "--output",
     required=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=HomePath(file_okay=False, path_type=Path),
     help="Folder of the new checkpoint.",
 )
 BATCH = click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
@@ -106,7 +116,8 @@ def translated(command: Command) -> Command:
 
 def place_of_split(model: str | None) -> Path | None:
     """Return where the split of a run lies, if it has one; ``None`` for what is no folder."""
-    return Path(model) / SPLIT_NAME if model and Path(model).is_dir() else None
+    folder = expanded(model or "")
+    return folder / SPLIT_NAME if model and folder.is_dir() else None
 
 
 def open_data(data: tuple[Path, ...], classes: tuple[str, ...]) -> ChestXrayDataset:

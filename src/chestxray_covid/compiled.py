@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from chestxray_covid.files import write_files
+from chestxray_covid.files import expanded, write_files
 
 #: Names the folder of compiled models, instead of the user's cache folder.
 CACHE_VARIABLE = "CHESTXRAY_COVID_CACHE"
@@ -28,7 +28,7 @@ def cache_folder() -> Path:
     """
     named = os.environ.get(CACHE_VARIABLE)
     if named:
-        return Path(named)
+        return expanded(named)
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":

@@ -19,6 +19,7 @@ from chestxray_covid.confounders import Confounding
 from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.evaluation_report import EvaluationReport
+from chestxray_covid.files import expanded
 from chestxray_covid.intervals import check_resampling, group_codes
 from chestxray_covid.judged_images import (
     IDENTITY,
@@ -341,7 +342,7 @@ def cross_validate(
         check_sides(dataset.subset(train), dataset.subset(chooses))
     probabilities = np.zeros((len(dataset), len(dataset.classes)))
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary if output is None else output).expanduser()
+        place = expanded(temporary if output is None else output)
         for number, part in enumerate(parts):
             probabilities[part[-1]] = _predict_fold(
                 [dataset.subset(positions) for positions in part],

@@ -17,7 +17,7 @@ from chestxray_covid.checklists import report_markdown
 from chestxray_covid.comparison import Comparison, compare_scores
 from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.errors import ReportError
-from chestxray_covid.files import plain_json, write_files
+from chestxray_covid.files import expanded, plain_json, write_files
 from chestxray_covid.intervals import check_resampling
 from chestxray_covid.judged_images import (
     Question,
@@ -158,7 +158,7 @@ class EvaluationReport:
         Raises:
             OSError: If it cannot be written; an older file is intact.
         """
-        target, text = Path(path).expanduser(), self.to_json()
+        target, text = expanded(path), self.to_json()
         target.parent.mkdir(parents=True, exist_ok=True)
         write_files(target.parent, {target.name: text.encode()})
         return target
@@ -171,7 +171,7 @@ class EvaluationReport:
             ReportError: If the file cannot be read or is no report.
         """
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
+            text = expanded(path).read_text(encoding="utf-8")
             return cls.from_dict(json.loads(text))
         except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"{path} cannot be read as an evaluation report: {error}") from error

@@ -24,7 +24,7 @@ from chestxray_covid.engine_openvino import import_openvino, openvino_core, open
 from chestxray_covid.engines import softmax
 from chestxray_covid.errors import ExportError, require_extra
 from chestxray_covid.export_card import card_text
-from chestxray_covid.files import write_files
+from chestxray_covid.files import expanded, write_files
 from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, fold
 from chestxray_covid.hub import resolve
 from chestxray_covid.inputs import expand, read
@@ -106,7 +106,7 @@ def export_model(
     """
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {tuple(_FORMATS)}, got {format!r}")
-    target = Path(output).expanduser()
+    target = expanded(output)
     if (target / CONFIG_NAME).exists():
         raise ValueError(
             f"output must not be the folder of a checkpoint, as {target} is: its {TEXT_NAME} would "

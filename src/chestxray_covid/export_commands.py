@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from chestxray_covid.command import DATA, MODEL, NEW_CHECKPOINT, translated
+from chestxray_covid.command import DATA, MODEL, NEW_CHECKPOINT, HomePath, translated
 
 
 @click.command()
-@click.argument("images", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.argument("images", nargs=-1, type=HomePath(exists=True, path_type=Path))
 @MODEL
 @click.option(
     "--format",
@@ -23,7 +23,7 @@ from chestxray_covid.command import DATA, MODEL, NEW_CHECKPOINT, translated
 @click.option(
     "--output",
     required=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=HomePath(file_okay=False, path_type=Path),
     help="Folder for the file, its card and README.",
 )
 @translated
@@ -46,7 +46,7 @@ def export(images: tuple[Path, ...], model: str | None, kind: str, output: Path)
     "--calibration",
     multiple=True,
     required=True,
-    type=click.Path(exists=True, path_type=Path),
+    type=HomePath(exists=True, path_type=Path),
     help="Radiographs, files or folders, some 200; may be given several times.",
 )
 @NEW_CHECKPOINT

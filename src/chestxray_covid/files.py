@@ -85,6 +85,11 @@ def _depth(content: Any) -> int:
     return depth
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` at its start as the home folder; ``~name`` of no user as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - where it is no user's, pathlib's raises
+
+
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether there is a folder; ``Path.is_dir`` raises if the name is too long."""
     return os.path.isdir(path)  # noqa: PTH112

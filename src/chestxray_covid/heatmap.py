@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid.files import write_files
+from chestxray_covid.files import expanded, write_files
 
 #: Runs from black to yellow by brightness alone, so that colour-blind readers see the same order.
 _COLORMAP = "inferno"
@@ -78,7 +78,7 @@ class Heatmap:
             ValueError: If the name does not end in ``.png`` or ``opacity`` is out of range.
             OSError: If it cannot be written.
         """
-        target, buffer = Path(path).expanduser(), io.BytesIO()
+        target, buffer = expanded(path), io.BytesIO()
         if target.suffix.lower() != ".png":
             raise ValueError(f"A heatmap is saved as .png, got {target.name!r}")
         self.overlay(opacity=opacity).save(buffer, "PNG")

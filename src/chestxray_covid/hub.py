@@ -11,7 +11,7 @@ from chestxray_covid.checkpoint import CONFIG_NAME, ModelConfig, load_config
 from chestxray_covid.datasets.storage import path_problem
 from chestxray_covid.datasets.web import clean_token
 from chestxray_covid.errors import CheckpointNotFoundError
-from chestxray_covid.files import is_folder
+from chestxray_covid.files import expanded, is_folder
 from chestxray_covid.hub_cache import Repository, hub_errors
 
 #: The checkpoint that is meant where none is named.
@@ -102,7 +102,7 @@ def resolve(
         repo_id=name_or_path,
         revision=revision or "main",
         subfolder=(subfolder or "").strip("/") or None,
-        cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
+        cache_dir=None if cache_dir is None else expanded(cache_dir),
         token=clean_token(token) if isinstance(token, str) else token,
         force_download=force_download,
         offline=local_files_only,

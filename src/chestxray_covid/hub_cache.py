@@ -30,6 +30,7 @@ from chestxray_covid.errors import (
     DownloadError,
     IntegrityError,
 )
+from chestxray_covid.files import expanded
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -313,7 +314,7 @@ class Repository:
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
-        cache = Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser()
+        cache = expanded(self.cache_dir or constants.HF_HUB_CACHE)
         return cache / repo_folder_name(repo_id=self.repo_id, repo_type="model") / "blobs"
 
     def _is_right(self, path: Path, digest: str, oid: str = "") -> bool:

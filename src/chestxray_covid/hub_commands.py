@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from chestxray_covid.command import translated
+from chestxray_covid.command import HomePath, translated
 
 
 @click.command()
@@ -31,7 +31,7 @@ def models() -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run", type=HomePath(exists=True, file_okay=False, path_type=Path))
 @click.argument("repository")
 @click.option("--message", default=None, help="Of the commit.")
 @click.option("--private", is_flag=True, help="Make a new repository private.")

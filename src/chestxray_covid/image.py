@@ -24,6 +24,7 @@ from PIL import Image
 from chestxray_covid.dicom import decode_dicom
 from chestxray_covid.encoded import Stream, decode_image, read_stream, with_whole_depth
 from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError
+from chestxray_covid.files import expanded
 from chestxray_covid.pixels import (
     DECODE_ERRORS,
     ImageFacts,
@@ -93,9 +94,10 @@ def load_image(
     The result is a copy without metadata.
 
     Args:
-        source: Path, encoded bytes, binary stream (a seekable one is read from its start), PIL
-            image, array, torch tensor, or :class:`Sample` of a data set. Arrays are ``(H, W)``,
-            ``(1, H, W)``, ``(H, W, 1)``, or have 3 (RGB) or 4 (RGBA) channels first or last.
+        source: Path (``~`` is the home folder), encoded bytes, binary stream (a seekable one is
+            read from its start), PIL image, array, torch tensor, or :class:`Sample` of a data set.
+            Arrays are ``(H, W)``, ``(1, H, W)``, ``(H, W, 1)``, or have 3 (RGB) or 4 (RGBA)
+            channels first or last.
             Encoded: PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM. Of several frames the first is used.
             Pass colour of 16 bits a channel before Pillow loads it, which keeps 8 of them.
         min_size: ``(width, height)`` in pixels that the caller needs. A larger JPEG may be decoded
@@ -139,7 +141,7 @@ def read_image(
     if isinstance(source, Image.Image):
         return _from_pil(source, max_pixels)
     if isinstance(source, str | os.PathLike):
-        return _from_path(Path(os.fsdecode(source)), min_size, max_pixels)
+        return _from_path(expanded(os.fsdecode(source)), min_size, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(bytes(source)), "<bytes>", min_size, max_pixels)
     if hasattr(source, "patient_id") and hasattr(source, "is_file"):  # a table has the first, too

@@ -7,7 +7,6 @@ import operator
 import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,7 +18,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.loading import image_files
 from chestxray_covid.encoded import read_stream
 from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError
-from chestxray_covid.files import is_folder
+from chestxray_covid.files import expanded, is_folder
 from chestxray_covid.image import Preprocess
 from chestxray_covid.pixels import ImageFacts
 
@@ -46,7 +45,7 @@ class Held(NamedTuple):
 def is_single(images: Any) -> bool:
     """Return whether something is one image, as opposed to what holds images."""
     if isinstance(images, (str, os.PathLike)):
-        return not is_folder(images)
+        return not is_folder(expanded(images))
     if hasattr(images, "read"):  # a sample, or an open file, also an iterator of its lines
         return True
     dimensions = getattr(images, "ndim", None)
@@ -78,7 +77,7 @@ def expand(images: Any, depth: int = 0, *, lasting: bool = True) -> Iterable[Any
     if isinstance(images, ChestXrayDataset):
         return (Item(images, position) for position in range(len(images)))
     if isinstance(images, (str, os.PathLike)):
-        return image_files(Path(images))
+        return image_files(expanded(images))
     if depth == _MAX_DEPTH:
         raise ValueError(
             f"images are nested more than {_MAX_DEPTH} lists deep; does a list contain itself?"

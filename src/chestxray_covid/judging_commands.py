@@ -18,6 +18,7 @@ from chestxray_covid.command import (
     NEW_CHECKPOINT,
     PRECISION,
     REPORT,
+    HomePath,
     open_data,
     place_of_split,
     translated,
@@ -67,7 +68,7 @@ _SHARE = click.FloatRange(0, 1, min_open=True)
 )
 @click.option(
     "--choose-on",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=HomePath(exists=True, dir_okay=False, path_type=Path),
     help="JSON report of the model on validation data, for the targets; else the same images, "
     "and the report says so.",
 )
@@ -80,11 +81,11 @@ _SHARE = click.FloatRange(0, 1, min_open=True)
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Share of positives where the model would be used, for the predictive values.",
 )
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON report.")
+@click.option("--output", type=HomePath(dir_okay=False, path_type=Path), help="JSON report.")
 @REPORT
 @click.option(
     "--markdown",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=HomePath(dir_okay=False, path_type=Path),
     help="The report as Markdown, with the items of CLAIM and TRIPOD+AI.",
 )
 @BATCH

@@ -17,7 +17,7 @@ from PIL import Image
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError
-from chestxray_covid.files import write_files
+from chestxray_covid.files import expanded, write_files
 from chestxray_covid.image import Preprocess, load_image
 from chestxray_covid.inputs import Item, expand_any, is_single
 from chestxray_covid.tensors import read_tensors
@@ -185,7 +185,7 @@ def save_network(
         name: tensor.astype(np.float16) if tensor.dtype == np.float32 else tensor
         for name, tensor in to_tensors(network).items()
     }
-    data, target = save(half), Path(path)
+    data, target = save(half), expanded(path)
     about = {"sha256": hashlib.sha256(data).hexdigest(), "size_px": SIZE_PX, **provenance}
     text = json.dumps(about, indent=1, sort_keys=True, allow_nan=False)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def load_network(path: str | os.PathLike[str]) -> LungNetwork:
     from chestxray_covid.lung_network import LungNetwork
     from chestxray_covid.models import load_tensors
 
-    target = Path(path)
+    target = expanded(path)
     try:
         data = target.read_bytes()
         about = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))

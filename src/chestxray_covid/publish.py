@@ -22,7 +22,7 @@ from chestxray_covid.checkpoint import (
 )
 from chestxray_covid.datasets.web import clean_token
 from chestxray_covid.errors import ReportError
-from chestxray_covid.files import write_files
+from chestxray_covid.files import expanded, write_files
 from chestxray_covid.hub_cache import hub_errors, request_headers
 from chestxray_covid.results import JUDGED, RESULTS, Results, read_file, read_results
 
@@ -109,7 +109,7 @@ def push(
         ValueError: If no header can hold ``token``.
     """
     token = clean_token(token) if isinstance(token, str) else token
-    source = Path(folder).expanduser()
+    source = expanded(folder)
     config, contents = read_checkpoint(source)
     results = read_results(source, config)
     if not allow_unjudged:

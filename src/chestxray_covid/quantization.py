@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.engine_openvino import import_openvino, largest_values
 from chestxray_covid.engines import open_engine, softmax
 from chestxray_covid.errors import ExportError
+from chestxray_covid.files import expanded
 from chestxray_covid.graph import fold
 from chestxray_covid.hub import resolve
 from chestxray_covid.inputs import expand, read
@@ -173,7 +173,7 @@ def quantize(
         )
     attachments[INT8_NAME] = int8.to_bytes()
     attachments[REPORT_NAME] = json.dumps(report.to_dict(), indent=1, allow_nan=False).encode()
-    save_checkpoint(Path(output).expanduser(), config, tensors, attachments)
+    save_checkpoint(expanded(output), config, tensors, attachments)
     return report
 
 

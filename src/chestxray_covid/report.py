@@ -12,7 +12,7 @@ from chestxray_covid import plots
 from chestxray_covid._version import NOT_A_DEVICE, __version__
 from chestxray_covid.audit_figure import plot_audit
 from chestxray_covid.errors import ReportError
-from chestxray_covid.files import write_files
+from chestxray_covid.files import expanded, write_files
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.page import details, document, element, escaped, figures, listed, table
 from chestxray_covid.reporting import CAUTION
@@ -82,7 +82,7 @@ def write_report(
         parts += [element("h2", "Figures"), _figures(figures)]
     parts += [element("h2", "Data"), _links(contents)]
     contents[PAGE_NAME] = document(heading, parts).encode()
-    target = Path(folder).expanduser()
+    target = expanded(folder)
     target.mkdir(parents=True, exist_ok=True)
     write_files(target, contents)
     return target / PAGE_NAME

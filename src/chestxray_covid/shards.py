@@ -59,7 +59,7 @@ class ShardedTable:
         self, output: Place, *, classes: Sequence[str], model: str, shard_size: int
     ) -> None:
         check_positive("shard_size", shard_size)
-        given = os.path.expanduser(os.fspath(output))  # noqa: PTH111 - it may be an address
+        given = _home(output)
         bare = given.rstrip(f"/{os.sep}")  # with which a shell ends the name of a folder
         self.output = bare if format_of(bare) is PARQUET else given
         self.places = Places()
@@ -190,9 +190,14 @@ def check_apart(images: Place | Iterable[Place], output: str) -> None:
     given = [images] if isinstance(images, (str, os.PathLike)) else images
     own, suffix = _identity(output), os.path.splitext(output)[1]  # noqa: PTH122 - as below
     for one in () if isinstance(given, Iterator) else given:
-        place = os.fspath(one)
+        place = _home(one)
         if place == output or (own and place.endswith(suffix) and _identity(place) == own):
             raise ValueError(f"output {output} is one of the inputs. Give it another name.")
+
+
+def _home(place: Place) -> str:
+    """Return a path, or an address as it is, with ``~`` at its start as the home folder."""
+    return os.path.expanduser(os.fspath(place))  # noqa: PTH111 - which would change an address
 
 
 def _identity(place: str) -> tuple[int, int] | None:
@@ -212,7 +217,7 @@ def listed(images: Place | Iterable[Place], places: Places) -> Iterator[str]:
         OSError: If a folder in object storage cannot be listed.
     """
     for one in [images] if isinstance(images, (str, os.PathLike)) else images:
-        place = os.fspath(one)
+        place = _home(one)
         if not place.lower().endswith(".csv"):
             yield from places.images(place)
             continue

@@ -20,6 +20,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups, patient_on_two_sides
 from chestxray_covid.datasets.storage import write_file, writing_to
 from chestxray_covid.errors import DatasetError, SplitError
+from chestxray_covid.files import expanded
 from chestxray_covid.intervals import check_seed
 
 SIDES = ("train", "val", "test")
@@ -96,8 +97,7 @@ class Split:
             for i in indices
         ]
         data = {"format_version": _FORMAT, "seed": int(self.seed), "samples": entries}
-        target = Path(path).expanduser()
-        with writing_to(target, DatasetError):
+        with writing_to(target := expanded(path), DatasetError):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_file(target, json.dumps(data, indent=1).encode())
         return target
@@ -174,7 +174,7 @@ def _facts(sample: Sample) -> dict[str, str]:
 
 def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
     try:
-        data = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        data = json.loads(expanded(path).read_text(encoding="utf-8"))
         if data["format_version"] != _FORMAT:
             raise SplitError(f"{path} has format {data['format_version']}, expected {_FORMAT}.")
         seed, entries = int(data["seed"]), list(data["samples"])

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkp
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import Loader, in_batches
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
+from chestxray_covid.files import expanded
 from chestxray_covid.models import check_model, load_tensors, to_tensors
 from chestxray_covid.progress import Bar
 from chestxray_covid.training_config import Callback, EpochRecord, History, TrainingConfig
@@ -95,7 +95,7 @@ class Trainer:
         self.train = train
         self.val = val
         self.config = TrainingConfig() if config is None else config
-        self.output = Path(output).expanduser()
+        self.output = expanded(output)
         check_options(self.config, callbacks)
         self.callbacks = tuple(callbacks)
         self.history = History()

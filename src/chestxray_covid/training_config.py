@@ -9,12 +9,11 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_type_hints
 
 from chestxray_covid.augment import Augmentation, as_count, as_number
 from chestxray_covid.errors import TrainingError
-from chestxray_covid.files import write_files
+from chestxray_covid.files import expanded, write_files
 from chestxray_covid.image import Preprocess
 
 if TYPE_CHECKING:
@@ -345,7 +344,7 @@ class History:
         writer.writerows(asdict(r) for r in self.records)
         data = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         contents = {HISTORY_NAME: data.encode(), "history.csv": table.getvalue().encode()}
-        write_files(Path(folder).expanduser(), contents)
+        write_files(expanded(folder), contents)
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:

@@ -27,7 +27,7 @@ from chestxray_covid.datasets.storage import (
     writing_to,
 )
 from chestxray_covid.errors import ArchiveError, DatasetNotFoundError, DownloadError
-from chestxray_covid.files import sync_folder
+from chestxray_covid.files import expanded, sync_folder
 from chestxray_covid.progress import Bar
 
 #: Written last into an unpacked folder; holds a hash of what was unpacked.
@@ -91,7 +91,7 @@ def unpack_zip(
             f"Limits must be positive, got max_bytes={max_bytes}, max_files={max_files}, "
             f"max_ratio={max_ratio}"
         )
-    source, folder = Path(archive).expanduser(), Path(root).expanduser().resolve()
+    source, folder = expanded(archive), expanded(root).resolve()
     with _opened(source, max_files) as zipped:
         members = _checked(zipped, source, max_bytes=max_bytes, max_ratio=max_ratio, keep=keep)
         with writing_to(folder):
@@ -116,7 +116,7 @@ def member_names(archive: str | os.PathLike[str], *, max_files: int = 100_000) -
         ArchiveError: If it cannot be read, is no zip archive or has more members than that.
         DatasetNotFoundError: If there is no such file.
     """
-    with _opened(Path(archive).expanduser(), max_files) as zipped:
+    with _opened(expanded(archive), max_files) as zipped:
         return zipped.namelist()
 
 

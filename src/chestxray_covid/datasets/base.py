@@ -23,6 +23,7 @@ from PIL import Image
 from chestxray_covid.datasets.report import DatasetReport, printable, summarise_taken
 from chestxray_covid.datasets.storage import resolver, write_csv, writing_to
 from chestxray_covid.errors import DatasetError, ImageError
+from chestxray_covid.files import expanded
 from chestxray_covid.image import load_image
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         if isinstance(self.path, str):
-            object.__setattr__(self, "path", Path(self.path))
+            object.__setattr__(self, "path", expanded(self.path))
         for name, value in (("patient_id", self.patient_id), ("source", self.source)):
             if not isinstance(value, str | int | np.integer):  # gaps of tables are not even equal
                 raise TypeError(f"{name} of {self.path} must be text, got {value!r}")
@@ -270,13 +271,12 @@ class ChestXrayDataset:
         Raises:
             DatasetError: If a sample is a phantom that lies in no file, or it cannot be written.
         """
-        target = Path(path).expanduser()
         if phantoms := [s for s in self.samples if not s.is_file]:
             raise DatasetError(
                 f"{phantoms[0].path} is a phantom without a file. "
                 "Write the phantoms first: SyntheticChestXray.save(folder)."
             )
-        with writing_to(target, DatasetError):
+        with writing_to(target := expanded(path), DatasetError):
             self._write_manifest(target)
         return target
 

@@ -26,7 +26,7 @@ from chestxray_covid.datasets.loading import entries
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.datasets.storage import existing_folder, numbered_rows, refuse_repeated
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
-from chestxray_covid.files import is_folder
+from chestxray_covid.files import expanded, is_folder
 
 #: Views as the metadata spells them (lower case) → canonical view.
 _VIEWS = {
@@ -108,7 +108,7 @@ class CohenCovidDataset(ChestXrayDataset):
         if views is not None and (strange := sorted(set(views) - _CANONICAL)):
             raise ValueError(f"Unknown views {strange}. Valid are {sorted(_CANONICAL)}")
         if download:
-            _download(Path(root).expanduser(), views, modalities)
+            _download(expanded(root), views, modalities)
         classes = check_classes(classes)
         folder = existing_folder(root, "the folder of covid-chestxray-dataset")
         rows = read_metadata(folder / "metadata.csv")

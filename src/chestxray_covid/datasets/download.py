@@ -25,6 +25,7 @@ from chestxray_covid.datasets.storage import (
 from chestxray_covid.datasets.transfer import RemoteFile, fetch_all, remove_stale_parts
 from chestxray_covid.datasets.web import Client, origin, refuse_offline
 from chestxray_covid.errors import ArchiveError, DownloadError, require_extra
+from chestxray_covid.files import expanded
 
 #: Written last by :func:`download_cohen`: which commit the files are from.
 RECORD_NAME = "download.json"
@@ -149,7 +150,7 @@ def download_cohen(
     names = None if images is None else list(images)
     if not all(isinstance(name, str) for name in names or ()):
         raise TypeError(f"images must be file names, got {names!r}")
-    folder = Path(root).expanduser()
+    folder = expanded(root)
     with (
         Client(
             timeout_s=timeout_s,
@@ -212,7 +213,7 @@ def download_kermany(
         DownloadError: If ``kagglehub`` fails or ``root`` cannot be written.
         MissingExtraError: If ``kagglehub`` is not installed.
     """
-    folder = Path(root).expanduser()
+    folder = expanded(root)
     if archive is not None:
         images = _kermany_images(member_names(archive))
         if not images:
@@ -303,7 +304,7 @@ class _Record:
 
 def recorded_commit(root: str | os.PathLike[str]) -> str | None:
     """Return the commit that a folder's files are from, ``None`` if no download was finished."""
-    record = _read_record(Path(root), COHEN)
+    record = _read_record(expanded(root), COHEN)
     return None if record is None else record.commit.sha
 
 

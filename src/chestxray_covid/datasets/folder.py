@@ -27,7 +27,7 @@ from chestxray_covid.datasets.loading import entries, images_of, may_hold_images
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.datasets.storage import existing_folder, nothing_collected, read_csv, resolver
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
-from chestxray_covid.files import is_folder
+from chestxray_covid.files import expanded, is_folder
 
 #: Names in public collections (lower case, letters and digits only) → canonical label.
 _KNOWN_LABELS = {
@@ -158,7 +158,7 @@ class ManifestDataset(ChestXrayDataset):
         target_transform: Callable[[int], Any] | None = None,
     ) -> None:
         classes = check_classes(classes)
-        table = Path(path).expanduser()
+        table = expanded(path)
         if is_folder(table):
             table = table / "manifest.csv"
         lies_in_its_folder = table.name == "manifest.csv"
@@ -288,7 +288,7 @@ def open_dataset(
         DatasetNotFoundError: If nothing known is there.
         DatasetError: If the data set is damaged or lacks a class that it promises.
     """
-    place = Path(path).expanduser()
+    place = expanded(path)
     holds = {entry.name for entry in entries(place)} if is_folder(place) else set()
     if place.suffix.lower() == ".csv" or "manifest.csv" in holds:
         return ManifestDataset(place, classes=classes)

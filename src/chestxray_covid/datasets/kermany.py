@@ -22,7 +22,7 @@ from chestxray_covid.datasets.loading import entries, why_no_image
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.datasets.storage import existing_folder
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
-from chestxray_covid.files import is_folder
+from chestxray_covid.files import expanded, is_folder
 
 SPLITS = ("train", "val", "test")
 _FOLDERS = {"NORMAL": "normal", "PNEUMONIA": "pneumonia"}
@@ -88,7 +88,7 @@ class KermanyPneumoniaDataset(ChestXrayDataset):
                 f"The Kermany collection holds normal and pneumonia, none of {list(classes)}. "
                 "Add one of them to classes=."
             )
-        folder = Path(root).expanduser()
+        folder = expanded(root)
         if download and find_layout(folder) is None:
             folder = download_kermany(folder)
         folder = existing_folder(folder, "the folder of the Kermany download")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.storage import remove_stale, resolver
 from chestxray_covid.errors import DatasetError
-from chestxray_covid.files import is_folder
+from chestxray_covid.files import expanded, is_folder
 from chestxray_covid.image import IMAGE_SUFFIXES, Preprocess
 from chestxray_covid.progress import Bar
 
@@ -172,7 +172,7 @@ def cached_decoder(
                 'others. Leave out the cache, or say in metadata["read"] what is read, and how.'
             )
     size = preprocess.size_px
-    place = Path(folder).expanduser() / f"v{_CACHE_VERSION}-{preprocess.resize}-{size}px"
+    place = expanded(folder) / f"v{_CACHE_VERSION}-{preprocess.resize}-{size}px"
     place.mkdir(parents=True, exist_ok=True)
     keys = list(
         map_ahead(lambda s: s.content_hash(), dataset.samples, workers=workers, ahead=4 * workers)

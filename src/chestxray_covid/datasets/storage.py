@@ -342,7 +342,7 @@ def existing_folder(root: str | os.PathLike[str], what: str) -> Path:
     Raises:
         DatasetNotFoundError: If it is no folder.
     """
-    folder = Path(root).expanduser()
+    folder = Path(os.path.expanduser(root))  # noqa: PTH111 - as files.expanded
     if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises if the name is too long
         raise DatasetNotFoundError(
             f"{folder} is no folder, expected {what}. Check the path, or use download=True "

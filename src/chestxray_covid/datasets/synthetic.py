@@ -29,6 +29,7 @@ from chestxray_covid.datasets.base import (
 from chestxray_covid.datasets.phantom import VISITS, Recipe, render_phantom
 from chestxray_covid.datasets.storage import is_current
 from chestxray_covid.errors import DatasetError
+from chestxray_covid.files import expanded
 from chestxray_covid.progress import Bar
 
 SIGNALS = ("lungs", "none")
@@ -162,7 +163,7 @@ class SyntheticChestXray(ChestXrayDataset):
             DatasetError: If ``root`` is a file, a folder with content or the current one, or
                 cannot be written.
         """
-        target = Path(root).expanduser().resolve()
+        target = expanded(root).resolve()
         try:
             if target.exists() and not (target.is_dir() and not any(target.iterdir())):
                 raise DatasetError(
@@ -188,7 +189,7 @@ class SyntheticChestXray(ChestXrayDataset):
             raise DatasetError(
                 f"Phantoms cannot be written to {target}: {error}. Pass another folder."
             ) from error
-        return Path(root).expanduser()
+        return expanded(root)
 
     def _write(self, folder: Path, *, progress: bool) -> None:
         for label in self.classes:
