@@ -699,6 +699,19 @@ def test_strange_things_in_a_folder_are_failures_and_do_not_hang(
     assert json.loads(found[3].to_json())["source"] == found[3].source
 
 
+def test_linked_folders_are_read_once_and_after_the_others(tmp_path: Path) -> None:
+    for name in ("elsewhere/deep", "data/b"):
+        (tmp_path / name).mkdir(parents=True)
+        phantom(1).save(tmp_path / name / "x.png")
+    data = tmp_path / "data"
+    for link, target in (("a", "b"), ("c", "../elsewhere"), ("d", "."), (".e", "../elsewhere")):
+        (data / link).symlink_to(target, target_is_directory=True)
+    (tmp_path / "elsewhere" / "back").symlink_to(data, target_is_directory=True)
+    assert [*image_files(data)] == [data / "b" / "x.png", data / "c" / "deep" / "x.png"]
+    (tmp_path / "whole").symlink_to("data", target_is_directory=True)
+    assert len([*image_files(tmp_path / "whole")]) == 2
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs directory descriptors")
 def test_a_folder_that_cannot_be_listed_is_a_failure(clf: Classifier, tmp_path: Path) -> None:
     phantom(1).save(tmp_path / "a.png")

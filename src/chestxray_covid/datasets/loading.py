@@ -274,14 +274,23 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[Sequence[Item]]:
 def image_files(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder whose names are those of images, sorted within each folder.
 
-    A folder that cannot be listed is yielded itself, last: decoding it is an error that names it.
+    Folders that are linked to come after all others, each folder once. One that cannot be listed is
+    yielded itself, last: decoding it is an error that names it.
     """
     unlisted: list[OSError] = []
-    for here, folders, files in os.walk(folder, onerror=unlisted.append):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in sorted(files):
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield Path(here, name)
+    starts, seen = deque([folder]), set[str]()
+    while starts:
+        for here, folders, files in os.walk(starts.popleft(), onerror=unlisted.append):
+            if (real := os.path.realpath(here)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            inside = (Path(here, name) for name in folders)
+            starts.extend(f for f in inside if os.path.islink(f))  # noqa: PTH114 - as is_folder
+            for name in sorted(files):
+                if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                    yield Path(here, name)
     yield from (Path(error.filename) for error in unlisted)
 
 
