@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from chestxray_covid import (
     ChestXrayDataset,
     Classifier,
     ModelConfig,
     Preprocess,
+    Sample,
     SyntheticChestXray,
     build_densenet121,
     calibrate,
@@ -182,6 +184,26 @@ def test_a_checkpoint_gets_the_temperature_and_the_threshold_of_the_validation_i
     assert f"Temperature {report.temperature:.4g}" in str(report)
 
 
+def test_images_are_decoded_once(model: Path, validation: ChestXrayDataset, tmp_path: Path) -> None:
+    decoded: list[Path] = []
+
+    def read(sample: Sample, size: tuple[int, int] | None) -> Image.Image:
+        decoded.append(sample.path)
+        return known[sample.path].read(sample, size)
+
+    known = {s.path: s for s in validation.samples}
+    samples = [replace(s, read=read) for s in validation.samples]
+    calibrate(model, ChestXrayDataset(samples, classes=LABELS), output=tmp_path)
+    assert sorted(decoded) == sorted(known)
+
+
+def test_the_device_is_the_one_that_was_asked_for(
+    model: Path, validation: ChestXrayDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="cuda:99"):
+        calibrate(model, validation, output=tmp_path, device="cuda:99")
+
+
 def test_calibrating_takes_back_what_made_a_model_surer(
     model: Path, validation: ChestXrayDataset, tmp_path: Path
 ) -> None:
@@ -276,7 +298,7 @@ def test_the_command_line_takes_the_validation_side_of_a_run(
         given = ["calibrate", "--model", str(place), *arguments, str(tmp_path / output), *more]
         return CliRunner().invoke(main, given)
 
-    done = call(model, "all")
+    done = call(model, "all", "--device", "cpu")
     assert done.exit_code == 0, done.output
     assert "chosen on 60 images of 60 patients" in done.output
     assert "80% sensitivity for covid19 against normal" in done.output

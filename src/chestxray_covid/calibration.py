@@ -20,6 +20,8 @@ from chestxray_covid.checkpoint import (
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.datasets.loading import decoder, pipeline
+from chestxray_covid.engines import softmax
 from chestxray_covid.files import expanded
 from chestxray_covid.hub import resolve
 from chestxray_covid.int8 import INT8_NAME
@@ -29,6 +31,7 @@ from chestxray_covid.metrics import (
     expected_calibration_error,
     threshold_at_sensitivity,
 )
+from chestxray_covid.progress import Bar
 from chestxray_covid.subgroups import SMALL
 
 #: Temperatures outside say that the logits are no logits; several that were folded in one after
@@ -80,6 +83,7 @@ def calibrate(
     *,
     output: str | os.PathLike[str],
     sensitivity: float | None = 0.9,
+    device: str | None = None,
     progress: bool = False,
 ) -> CalibrationReport:
     """Write a checkpoint whose probabilities and threshold were chosen on validation images.
@@ -100,6 +104,7 @@ def calibrate(
         output: Folder of the new checkpoint, made if missing; another one than ``checkpoint``.
         sensitivity: In (0, 1]; ``None`` moves the threshold as the scores move, so that the same
             images stay positive and its origin stays true.
+        device: Torch device such as ``"cpu"`` (if not given) or ``"cuda"``.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -108,7 +113,8 @@ def calibrate(
         TypeError: If ``validation`` is no data set.
         ValueError: If ``output`` is the checkpoint itself or a file, ``sensitivity`` is outside
             (0, 1], the model lacks one of ``"covid19"`` and ``"normal"``, the images lack a class
-            of the model, or no temperature or threshold can be told from them.
+            of the model, no temperature or threshold can be told from them, or the device is not
+            there.
         OSError: If the folder cannot be written.
     """
     folder, target = resolve(checkpoint), expanded(output)
@@ -117,16 +123,13 @@ def calibrate(
     kept = {*config.attachments} - {*_OF_INT8}
     attachments = {name: load_attachment(folder, config, name) or b"" for name in kept}
     truth = np.array([config.classes.index(s.label) for s in validation.samples])
-
-    def judged() -> NDArray[np.float64]:
-        own = Classifier(config, tensors, precision="float32")
-        return own.predict_proba(validation, progress=progress)
-
-    before = judged()
+    model = Classifier(config, tensors, device=device, precision="float32")
+    features = _features(model, validation, progress)
+    before = _probabilities(tensors, features)
     temperature = fit_temperature(truth, np.log(np.maximum(before, np.finfo(np.float32).tiny)))
     _check_temperature(temperature, int((before.argmax(1) != truth).sum()), len(truth))
     tensors = fold_temperature(tensors, temperature)
-    after, caution = judged(), ""  # with the last layer as it is rounded
+    after, caution = _probabilities(tensors, features), ""  # with the last layer as it is rounded
     if sensitivity is None:
         config = replace(config, threshold=_tempered(config.threshold, temperature))
     else:
@@ -175,6 +178,26 @@ def _check(
             f"validation must have images of every class of the model, {list(config.classes)}, "
             f"and of no other, got {sorted(found)}"
         )
+
+
+def _features(model: Classifier, images: ChestXrayDataset, progress: bool) -> NDArray[np.float64]:
+    """Return the ``(N, 1024)`` features, which a temperature leaves as they are."""
+    rows = pipeline(
+        range(len(images)),
+        decoder(images, model.config.preprocess),
+        lambda batch: model.engine(np.stack(batch))[1],
+        batch_size=16,
+        calls=model.engine.calls,
+    )
+    found = Bar(rows, "calibrate", len(images), unit="img", disable=not progress)
+    return np.stack([*found]).astype(np.float64)
+
+
+def _probabilities(
+    tensors: Mapping[str, NDArray[Any]], features: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    weight, bias = tensors["classifier.weight"], tensors["classifier.bias"]
+    return softmax(features @ weight.T.astype(np.float64) + bias)
 
 
 def _check_temperature(temperature: float, mistakes: int, count: int) -> None:

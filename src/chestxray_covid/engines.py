@@ -201,7 +201,7 @@ def restrict_classes(
     return replace(config, classes=chosen), {**tensors, **head}
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Return ``(N, K)`` probabilities of ``(N, K)`` logits, rows summing to 1.
 
     Raises:

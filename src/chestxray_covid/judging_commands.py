@@ -187,6 +187,7 @@ def evaluate(
     "where the model tells these apart.",
 )
 @NEW_CHECKPOINT
+@DEVICE
 @translated
 def calibrate(
     model: str | None,
@@ -194,6 +195,7 @@ def calibrate(
     side: str | None,
     sensitivity: float | None,
     output: Path,
+    device: str | None,
 ) -> None:
     """Choose a model's temperature and threshold on validation data; write a new checkpoint."""
     from chestxray_covid.calibration import calibrate as choose
@@ -214,7 +216,9 @@ def calibrate(
         _warn_of_seen(saved, dataset, "leave out --split for those of validation")
     if sensitivity is None and {"covid19", "normal"} <= set(classes):
         sensitivity = 0.9
-    report = choose(model, dataset, output=output, sensitivity=sensitivity, progress=True)
+    report = choose(
+        model, dataset, output=output, sensitivity=sensitivity, device=device, progress=True
+    )
     if saved is not None and saved.is_file():  # by which evaluate and audit know who was trained on
         write_files(output, {saved.name: saved.read_bytes()})
     click.echo(f"{report}\nThe checkpoint is in {output}. Judge it on other data.")
