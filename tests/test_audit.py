@@ -722,6 +722,8 @@ def _named(*labels: str) -> ChestXrayDataset:
         ({"negative": "flu"}, "positive must be one of"),
         ({"positive": "normal", "negative": "normal"}, "positive must be one of"),
         ({"limit": 0}, "limit must be positive"),
+        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"workers": 0}, "workers must be positive"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"seed": 2**32}, "seed must be from 0 to 4294967294, got 4294967296"),
         ({"n_resamples": 0}, "n_resamples must be a whole number from 1 to 1,000,000"),

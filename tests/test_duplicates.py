@@ -294,6 +294,12 @@ def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
     assert len(results[0]) == 3 + 3 + 1 + 1 + 1
 
 
+def test_some_worker_must_decode() -> None:
+    for find in (find_duplicates, patient_groups):
+        with pytest.raises(ValueError, match="workers must be positive, got 0"):
+            find(dataset_of([]), workers=0)
+
+
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_real_duplicates_are_few_and_their_chains_short(real_data: Path) -> None:

@@ -28,6 +28,7 @@ from chestxray_covid.audit_occlusion import occlusion_item
 from chestxray_covid.audit_report import AuditItem, AuditReport
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.errors import check_positive
 from chestxray_covid.generalisation import LeftOutSource
 from chestxray_covid.heat_shares import lung_heat
 from chestxray_covid.hiding import Region
@@ -87,6 +88,8 @@ def audit_shortcuts(
             impossible.
         ImageError: If a file cannot be decoded.
     """
+    check_positive("batch_size", batch_size)
+    check_positive("workers", workers)
     how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     check_seed(seed)
     question = Question.of(classifier.classes, dataset, positive, negative)

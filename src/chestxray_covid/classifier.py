@@ -17,13 +17,12 @@ from chestxray_covid.checkpoint import ModelConfig, load_attachment, load_checkp
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import pipeline
 from chestxray_covid.engines import known, open_engine, restrict_classes, softmax
-from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError
+from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError, check_positive
 from chestxray_covid.files import expanded
 from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
 from chestxray_covid.hub import resolve
 from chestxray_covid.inputs import (
     ReadImage,
-    check_positive,
     expand,
     expand_any,
     hold,

@@ -29,6 +29,7 @@ A wrong argument is a plain ``ValueError`` or ``TypeError``.
 from __future__ import annotations
 
 import importlib
+import operator
 from pathlib import Path
 from types import ModuleType
 
@@ -126,6 +127,23 @@ class ForkedError(ChestXrayError, RuntimeError):
 
 class MissingExtraError(ChestXrayError, ImportError):
     """An optional package is not installed; the message holds the pip command."""
+
+
+def check_positive(name: str, value: int | None) -> None:
+    """Refuse an argument that counts nothing; ``None`` is one that was not given.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is not positive.
+    """
+    if value is None:
+        return
+    try:
+        operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from error
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def first_of(names: list[str]) -> str:

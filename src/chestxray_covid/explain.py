@@ -12,13 +12,12 @@ from PIL import Image, ImageFile
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.loading import in_batches, map_ahead
 from chestxray_covid.engines import softmax
-from chestxray_covid.errors import ForkedError
+from chestxray_covid.errors import ForkedError, check_positive
 from chestxray_covid.heatmap import Heatmap
 from chestxray_covid.image import load_image
 from chestxray_covid.inputs import (
     Held,
     Item,
-    check_positive,
     expand,
     hold,
     is_single,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import operator
 import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -157,20 +156,3 @@ def read(image: Any, preprocess: Preprocess) -> ReadImage:
     if image.dataset.transform is None:
         return preprocess.read(image.dataset.samples[image.position])
     return preprocess.read(image.dataset.image(image.position, preprocess.decode_size()))
-
-
-def check_positive(name: str, value: int | None) -> None:
-    """Refuse an argument that counts nothing; ``None`` is one that was not given.
-
-    Raises:
-        TypeError: If it is no whole number.
-        ValueError: If it is not positive.
-    """
-    if value is None:
-        return
-    try:
-        operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be a whole number, got {value!r}") from error
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")

@@ -19,10 +19,9 @@ from typing import NamedTuple, TypeAlias
 
 from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.datasets.storage import numbered_rows
-from chestxray_covid.errors import DatasetError
+from chestxray_covid.errors import DatasetError, check_positive
 from chestxray_covid.files import sync_folder
 from chestxray_covid.image import IMAGE_SUFFIXES
-from chestxray_covid.inputs import check_positive
 from chestxray_covid.places import Places, is_address
 from chestxray_covid.prediction_table import PARQUET, Row, TableFormat, format_of
 

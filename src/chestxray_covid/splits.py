@@ -222,7 +222,7 @@ def split_by_patient(
 
     Raises:
         TypeError: If the seed is no whole number.
-        ValueError: If a fraction is outside [0, 0.5], their sum or the seed out of range.
+        ValueError: If a fraction, their sum, the seed or ``workers`` is out of range.
         SplitError: If a class has too few patients to be on every side.
         ImageError: If a file cannot be decoded.
     """

@@ -13,6 +13,7 @@ from PIL import Image
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.loading import map_ahead
 from chestxray_covid.datasets.storage import resolver
+from chestxray_covid.errors import check_positive
 from chestxray_covid.progress import Bar
 
 #: Correlation of thumbnails from which two radiographs count as copies; on 6,408 radiographs of
@@ -33,7 +34,12 @@ def patient_groups(
     A group is a patient of a source, joined with every other that shares a file, a duplicate
     image (:func:`find_duplicates`), an image of the same ``content_hash`` in the metadata, or one
     known under the same id in two collections (``origin`` and ``image_id`` in the metadata).
+
+    Raises:
+        ValueError: If ``workers``, the threads that decode, is not positive.
+        ImageError: If a file cannot be decoded.
     """
+    check_positive("workers", workers)
     joined = _UnionFind(len(dataset))
     first: dict[tuple[str, ...], int] = {}
     resolved = resolver()
@@ -107,11 +113,12 @@ def find_duplicates(
     their number (6,000 images: some seconds).
 
     Raises:
-        ValueError: If ``correlation`` is outside (0, 1).
+        ValueError: If ``correlation`` is outside (0, 1), or ``workers`` not positive.
         ImageError: If a file cannot be decoded.
     """
     if not 0 < correlation < 1:
         raise ValueError(f"correlation must be in (0, 1), got {correlation}")
+    check_positive("workers", workers)
     return list(_similar(_thumbnails(dataset, workers, progress), correlation))
 
 
