@@ -119,10 +119,12 @@ def test_what_is_exported_depends_on_no_setting_of_torch(phantoms: Path, tmp_pat
         checkpoint, plain, other = random_checkpoint(tmp_path), tmp_path / "a", tmp_path / "b"
         export_model(checkpoint, plain, format="torch", images=phantoms)
         torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
         try:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 export_model(checkpoint, other, format="torch", images=phantoms)
         finally:
+            torch.set_default_device(None)
             torch.set_default_dtype(torch.float32)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 1, 64, 64), dtype=np.uint8)
     found = logits_of("torch", other, pixels)

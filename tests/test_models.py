@@ -450,6 +450,16 @@ def test_bfloat16_is_native_where_the_processor_says_so() -> None:
     assert native_bfloat16(torch.device("meta")) is False
 
 
+def test_a_model_lies_on_the_default_device_with_weights_that_the_cpu_has_drawn() -> None:
+    before = torch.random.get_rng_state()
+    with torch.random.fork_rng(), torch.device("meta"):  # stands for a GPU
+        model = build_densenet121(pretrained=False)
+        assert not torch.equal(torch.random.get_rng_state(), before)
+    assert all(t.is_meta for t in model.state_dict().values())
+    with pytest.raises(ValueError, match="model is on the device meta, where weights have no"):
+        check_model(model, ("normal", "covid19"))
+
+
 def test_a_seed_makes_random_weights_a_function_of_it() -> None:
     seeds = (1, np.int64(1))
     first, again = (build_densenet121(pretrained=False, seed=n).state_dict() for n in seeds)

@@ -94,6 +94,15 @@ def finished(shallow: None, split: Split, tmp_path_factory: pytest.TempPathFacto
     return Finished(*trained(split, run), run)
 
 
+def test_training_asks_nothing_of_the_default_device(split: Split, tmp_path: Path) -> None:
+    config = replace(QUICK, epochs=1, samples_per_epoch=6, balance="none", class_weights=True)
+    model, other = network(), network()
+    Trainer(model, split.train, split.val, config, output=tmp_path / "a").fit()
+    with torch.device("meta"):
+        Trainer(other, split.train, split.val, config, output=tmp_path / "b").fit()
+    assert equal(to_tensors(other), to_tensors(model))
+
+
 class StopAfter(Callback):
     """Sends this process a signal after a number of optimizer steps."""
 

@@ -248,15 +248,15 @@ def _to_torch(network: Network, folder: Path) -> tuple[str, _Run]:
 
     # In the file weights lie in their plain order; the graph itself says channels-last.
     module = FoldedNetwork(network).eval().to(memory_format=torch.contiguous_format)
-    example = torch.zeros(2, 1, network.size_px, network.size_px, dtype=torch.uint8)
     shapes = {PIXELS: {0: torch.export.Dim("N")}}
     plain = partial(torch.autocast, "cpu", enabled=False)  # the caller's would be in the graph
-    with plain():
-        program = torch.export.export(module, (example,), dynamic_shapes=shapes)
-    program.example_inputs = None  # the one thing that would be pickled
     path = folder / "model.pt2"
-    torch.export.save(program, path)
-    loaded = torch.export.load(path).module()
+    with plain(), torch.device("cpu"):  # not the caller's default, where the weights are not
+        example = torch.zeros(2, 1, network.size_px, network.size_px, dtype=torch.uint8)
+        program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+        program.example_inputs = None  # the one thing that would be pickled
+        torch.export.save(program, path)
+        loaded = torch.export.load(path).module()
 
     def run(pixels: NDArray[np.uint8]) -> _Outputs:
         with torch.inference_mode(), plain():

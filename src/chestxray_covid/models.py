@@ -33,6 +33,8 @@ def build_densenet121(
 ) -> torchvision.models.DenseNet:
     """Return torchvision's own DenseNet-121: ``(N, 3, S, S)`` normalised → ``(N, K)`` logits.
 
+    It lies on torch's default device; its weights are the same on all of them.
+
     Args:
         pretrained: ``True`` for ImageNet weights, which torchvision downloads once and caches;
             ``False`` for random ones; or a checkpoint: a folder, the name of a bundled one or a
@@ -64,6 +66,15 @@ def build_densenet121(
             "pretrained must be True (ImageNet), False (random weights) or a checkpoint (a folder, "
             f"a bundled name or a repository of the Hub), got {pretrained!r}"
         )
+    with torch.device("cpu"):  # where a seed gives the same weights on every machine
+        model = _built(pretrained, num_classes, seed)
+    set_trainable(model, trainable)
+    return model.to(torch.get_default_device())
+
+
+def _built(
+    pretrained: bool | str | os.PathLike[str], num_classes: int, seed: int | None
+) -> torchvision.models.DenseNet:
     if pretrained is True:
         model = _imagenet()
         model.classifier = nn.Linear(model.classifier.in_features, num_classes)
@@ -77,7 +88,6 @@ def build_densenet121(
             own = model.state_dict()
             tensors |= {k: own[k].numpy() for k in ("classifier.weight", "classifier.bias")}
         load_tensors(model, tensors)
-    set_trainable(model, trainable)
     return model
 
 
@@ -268,6 +278,11 @@ def check_model(model: nn.Module, classes: Sequence[str]) -> None:
         raise ValueError(
             "model drops features at random (drop_rate), which no seed of a run determines: it "
             "could not be resumed exactly. Build it with drop_rate=0, as build_densenet121 does."
+        )
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ValueError(
+            "model is on the device meta, where weights have no values: build it elsewhere, see "
+            "torch.set_default_device."
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("All parameters are frozen: nothing would train.")

@@ -306,7 +306,7 @@ class Trainer:
         pixels = feed(self._load_val, batches, self.device, workers=self.config.workers)
         with closing(pixels), self._bar("validate", len(own)) as bar:
             logits = self._network.predict(pixels, total=len(self.val), bar=bar, check=may_stop)
-        loss = float(F.cross_entropy(logits, torch.tensor(self.val.targets)))
+        loss = float(F.cross_entropy(logits, torch.tensor(self.val.targets, device=logits.device)))
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The validation loss is {loss} after epoch {self._at.epoch + 1}: the weights have "

@@ -134,7 +134,7 @@ class TrainingNetwork:
         """Return N / (K · n_k) for each class, as scikit-learn's ``class_weight="balanced"``."""
         counts = np.bincount(targets, minlength=self._model.classifier.out_features)
         weights = counts.sum() / (len(counts) * counts)
-        return torch.tensor(weights, dtype=torch.float32)
+        return torch.tensor(weights, dtype=torch.float32, device="cpu")
 
     @property
     def best(self) -> torchvision.models.DenseNet:
