@@ -35,6 +35,17 @@ pytest_collect_file = Sybil(
 ).pytest()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the coverage watch neither examples nor what is slow or depends on the real radiographs.
+
+    Python runs at half its speed while it watches, and quick tests on phantoms run what they run.
+    """
+    for item in items:
+        unwatched = any(map(item.get_closest_marker, ("slow", "real_data")))
+        if unwatched or item.path.suffix == ".md":
+            item.add_marker("no_cover")
+
+
 @pytest.fixture(scope="session")
 def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with ``data/`` and ``runs/first`` as a reader of the README has them."""

@@ -77,6 +77,7 @@ def passed(in_lungs: tuple[Linear, ChestXrayDataset]) -> AuditReport:
 # ---------------------------------------------------------------- the two controls
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_lungs_alone_passes(passed: AuditReport) -> None:
     assert {item.name: item.verdict for item in passed.items} == dict.fromkeys(
         ("confounding", "without_lungs", "occlusion", "features", "generalisation"), "pass"
@@ -90,6 +91,7 @@ def test_a_signal_in_the_lungs_alone_passes(passed: AuditReport) -> None:
     assert (passed.n_images, passed.n_patients, passed.sources) == (200, 200, ("a", "b"))
 
 
+@pytest.mark.slow
 def test_a_marker_in_the_corner_fails_with_the_network_itself() -> None:
     train, test = halves(44, image_size_px=96, signal="none", marker="corner")
     network = with_new_head(train)
@@ -164,6 +166,7 @@ def mostly_by_source(number: int, sample: Sample) -> bool:
     return (sample.label == "normal") == (sample.source == "a") or number % 3 == 0
 
 
+@pytest.mark.slow
 def test_sources_that_give_the_label_fail_the_design_the_features_and_elsewhere() -> None:
     both = halves(300, site_effect=True, signal="none")
     train, test = (weighted(part, mostly_by_source) for part in both)
@@ -239,6 +242,7 @@ def test_a_sex_or_an_age_that_goes_with_the_label_is_warned_of() -> None:
     assert "sex_v" not in {found.name for found in tied.findings}
 
 
+@pytest.mark.slow
 def test_a_view_that_goes_with_the_label_is_seen() -> None:
     train, test = halves(200)
     by_view = test.filter(lambda s: (s.label == "normal") == (s.view == "PA"))
@@ -536,6 +540,7 @@ def test_one_source_of_many_that_the_features_know_is_not_averaged_away(
     assert item.verdict == "warn"
 
 
+@pytest.mark.slow
 def test_features_that_know_more_of_the_source_are_judged_no_better(
     in_lungs: tuple[Linear, ChestXrayDataset],
 ) -> None:
@@ -592,6 +597,7 @@ def _noise(sample: Sample, size: tuple[int, int] | None) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (SIZE, SIZE)).astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_files_that_give_the_label_by_their_header_fail(tmp_path: Path) -> None:
     train, test = halves(60, signal="none")
     samples = []
@@ -608,6 +614,7 @@ def test_files_that_give_the_label_by_their_header_fail(tmp_path: Path) -> None:
     assert "file facts only" in item.reason
 
 
+@pytest.mark.slow
 def test_a_class_without_headers_among_files_with_them_fails(tmp_path: Path) -> None:
     """As where the sick come as DICOM and the healthy as PNG."""
     train, test = halves(60, signal="none")
@@ -802,6 +809,7 @@ def test_the_page_shows_every_verdict_and_every_number(passed: AuditReport) -> N
     figure.canvas.draw()
 
 
+@pytest.mark.slow
 def test_an_audit_of_many_sites_passes_their_design_without_an_interval_that_misses_it() -> None:
     train, test = halves(200, sources=tuple(f"site {i}" for i in range(60)), views=("PA",))
     design = audit_shortcuts(Linear(train), test, **HOW).item("confounding")

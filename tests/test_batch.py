@@ -327,6 +327,7 @@ def test_two_writers_of_one_shard_by_its_address_do_not_meet(tmp_path: Path, is_
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("part", kept)]
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_table_is_put_together_leaves_nothing_for_ever(
     checkpoint_folder: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -592,6 +593,7 @@ for number in range(20):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_after_twenty_kills_nothing_is_lost_and_nothing_twice(
@@ -624,6 +626,7 @@ def test_after_twenty_kills_nothing_is_lost_and_nothing_twice(
     assert {p.name for p in killed.parent.iterdir()} == {killed.name, whole.name}
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_keeps_what_was_finished(
     images: Path, tmp_path: Path, checkpoint_folder: Path
 ) -> None:

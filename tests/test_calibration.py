@@ -91,6 +91,7 @@ def test_what_cannot_be_calibrated_is_refused(
         fit_temperature(y_true, logits, sample_weight=weights)
 
 
+@pytest.mark.slow
 def test_a_folded_temperature_divides_the_logits_of_every_engine() -> None:
     config = ModelConfig(classes=("normal", "covid19"), preprocess=Preprocess(size_px=32))
     tensors = to_tensors(build_densenet121(pretrained=False, seed=0))

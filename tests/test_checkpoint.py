@@ -974,6 +974,7 @@ def bias_of(folder: Path) -> NDArray[Any] | str:
         return str(error)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_whole_checkpoint_or_one_that_is_refused(
     tmp_path: Path, saver: Callable[[], subprocess.Popen[str]]
 ) -> None:

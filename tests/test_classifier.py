@@ -141,6 +141,7 @@ def test_probabilities_are_those_of_torchvision(tmp_path: Path) -> None:
     np.testing.assert_allclose(clf.predict_proba(batch), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_three_ways_of_asking_agree_on_two_hundred_images(small: Classifier) -> None:
     batch = noise(200, 32)
     table = small.predict_proba(batch)

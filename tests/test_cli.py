@@ -180,6 +180,7 @@ def test_the_baseline_recipe_limit_and_cache_are_passed_on(phantoms: Path, tmp_p
     assert len(json.loads((tmp_path / "run" / "split.json").read_text())["samples"]) == 24
 
 
+@pytest.mark.slow
 def test_a_signal_ends_with_its_status_and_resume_finishes(phantoms: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     options = [*TRAIN, "--quiet"]

@@ -153,6 +153,7 @@ def test_signals_arrive_after_several_engines_have_gone() -> None:
     assert in_new_process(code) == 7
 
 
+@pytest.mark.slow
 def test_threads_that_are_the_first_to_ask_do_not_wait_for_each_other() -> None:
     # Where they do, it is in two of five processes.
     code = (
@@ -197,6 +198,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
     ("name", "one_thread", "expected"),
@@ -241,6 +243,7 @@ for then in children:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
     ("first", "children"),
@@ -283,6 +286,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_threads_of_a_forked_process_get_one_copy_of_the_model(checkpoint_folder: Path) -> None:
     # Of several, one could take back what another had just made: the next call then failed.
@@ -307,6 +311,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("computes", [False, True])
 def test_a_forked_process_ends_as_any_other_does(checkpoint_folder: Path, computes: bool) -> None:

@@ -71,6 +71,7 @@ def test_in_the_phantom_collections_the_source_gives_the_label_away(collections:
     assert confounding(cohen + KermanyPneumoniaDataset(collections / "kermany")).cramers_v > 0.6
 
 
+@pytest.mark.slow
 def test_the_training_example_leaves_a_judged_model_and_its_resuming_changes_nothing(
     collections: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

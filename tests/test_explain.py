@@ -118,6 +118,7 @@ def test_the_size_of_the_batch_and_the_other_images_change_nothing_to_speak_of(
         assert one.image.size == other.image.size
 
 
+@pytest.mark.slow
 def test_several_threads_find_the_same_as_one(model: Classifier, images: list[Image.Image]) -> None:
     expected = [grad_cam(model, image) for image in images]
     with ThreadPoolExecutor(4) as pool:
@@ -163,6 +164,7 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(spearmanr(one.ravel(), other.ravel()).statistic)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("real_depth")
 def test_weights_made_random_change_the_map() -> None:
     """The sanity check of Adebayo et al. 2018, from the head to the whole network."""
@@ -261,6 +263,7 @@ def test_a_path_of_another_library_that_can_be_read_is_a_path(
         assert same(explain(model, place), explain(model, str(place)))
 
 
+@pytest.mark.slow
 def test_streams_data_sets_and_folders_are_explained(
     model: Classifier, images: list[Image.Image], tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def logits_of(format: str, folder: Path, pixels: np.ndarray) -> np.ndarray:
     return logits.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "openvino", "torch"])
 def test_an_exported_file_answers_pixels_as_the_classifier_does(
     format: str, exported: dict[str, Path], checkpoint: Path, phantoms: Path
@@ -114,6 +115,7 @@ def test_a_network_of_full_depth_is_exported(format: str, phantoms: Path, tmp_pa
     np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_exported_depends_on_no_setting_of_torch(phantoms: Path, tmp_path: Path) -> None:
     with shallow_networks():
         checkpoint, plain, other = random_checkpoint(tmp_path), tmp_path / "a", tmp_path / "b"
@@ -159,6 +161,7 @@ def test_the_card_says_what_the_file_expects_and_gives(
         assert card["format"] == format
 
 
+@pytest.mark.slow
 def test_the_snippet_of_the_card_runs(
     exported: dict[str, Path], phantoms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -423,6 +423,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> Pat
     return folder
 
 
+@pytest.mark.slow
 def test_a_classifier_flags_and_abstains_and_answers_all_the_same(gated: Path) -> None:
     clf = Classifier.from_pretrained(gated)
     bare = Classifier(clf.config, random_tensors(3))

@@ -48,6 +48,7 @@ def phantoms(count: int = 240) -> ChestXrayDataset:
     return ChestXrayDataset(samples, classes=dataset.classes)
 
 
+@pytest.mark.slow
 def test_each_source_is_judged_by_a_classifier_that_saw_neither_it_nor_the_held_out() -> None:
     dataset, trained = phantoms(), []
     # A few phantoms of different sources look so alike that they count as copies.

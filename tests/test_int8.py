@@ -59,6 +59,7 @@ def int8(network: Network) -> Int8:
     return found
 
 
+@pytest.mark.slow
 def test_largest_values_are_those_of_every_pixel_of_every_image(
     network: Network, int8: Int8
 ) -> None:
@@ -78,6 +79,7 @@ def test_what_is_saved_is_what_is_read(int8: Int8) -> None:
     assert other.digest != int8.digest
 
 
+@pytest.mark.slow
 def test_scaling_every_channel_changes_nothing_in_exact_numbers(
     network: Network, int8: Int8
 ) -> None:
@@ -126,6 +128,7 @@ def test_weights_are_rounded_to_127_levels_of_the_largest_in_a_channel(
         assert (error <= 0.5001 * step.scale).all()
 
 
+@pytest.mark.slow
 def test_a_network_in_eight_bits_answers_nearly_as_before(
     network: Network, tensors: dict[str, NDArray[Any]], int8: Int8
 ) -> None:
@@ -155,6 +158,7 @@ def test_a_network_in_eight_bits_answers_nearly_as_before(
     assert apart.max() < 0.05
 
 
+@pytest.mark.slow
 def test_a_channel_of_small_values_is_rounded_as_finely_as_one_of_large_values(
     tensors: dict[str, NDArray[Any]],
 ) -> None:
@@ -188,6 +192,7 @@ def test_a_channel_that_is_never_seen_is_not_blown_up(network: Network, int8: In
     np.testing.assert_allclose(after[quiet], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_engine_computes_in_int8_what_was_quantised(
     tensors: dict[str, NDArray[Any]], network: Network, int8: Int8
 ) -> None:

@@ -179,6 +179,7 @@ def test_copies_of_an_image_do_not_narrow_the_interval() -> None:
     assert by_image.high - by_image.low < 0.6 * (once.high - once.low)
 
 
+@pytest.mark.slow
 def test_the_bootstrap_agrees_with_a_plain_one_over_lists_of_images() -> None:
     truth, score = scores(150, ties=True)
     groups = np.random.default_rng(1).integers(0, 60, 150)

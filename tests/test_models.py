@@ -303,6 +303,7 @@ except WeightsUnavailableError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_a_route_the_alternatives_are_named(torch_home: Path) -> None:
     error = "socket.gaierror(-3, 'Temporary failure in name resolution')"
     done = subprocess.run(

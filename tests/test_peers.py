@@ -72,6 +72,7 @@ def probabilities(model: Any, batch: torch.Tensor) -> NDArray[np.float64]:
     return np.asarray(logits.double().softmax(1))
 
 
+@pytest.mark.slow
 def test_the_same_tensor_gives_the_same_probabilities_everywhere(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config, tensors = load_checkpoint(folder)
@@ -90,6 +91,7 @@ def test_the_same_tensor_gives_the_same_probabilities_everywhere(folder: Path) -
     assert list(other.pretrained_cfg["label_names"]) == list(config.classes)
 
 
+@pytest.mark.slow
 def test_twenty_files_give_nearly_the_same_probabilities_everywhere(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert submodules == ["chestxray_covid._version"]
 
 
+@pytest.mark.slow
 def test_star_import_gives_all_names_and_nothing_connects_or_logs() -> None:
     names = in_new_process(
         "import sys, json, logging, warnings\n"

@@ -548,6 +548,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_model_goes_to_the_hub_and_comes_back_in_another_process(
     run: Path, server: HubServer, tmp_path: Path
 ) -> None:
@@ -566,6 +567,7 @@ def test_a_model_goes_to_the_hub_and_comes_back_in_another_process(
     assert not np.allclose(found[0], 1 / 3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_results_of_what_was_published_before_do_not_stay(
     copied: Path, server: HubServer, tmp_path: Path
 ) -> None:
@@ -658,6 +660,7 @@ print(json.dumps([push(sys.argv[1], token="hf_x", **o) for o in json.loads(sys.a
 """
 
 
+@pytest.mark.slow
 def test_a_generated_card_is_made_again_with_the_licence_that_is_asked_for(
     server: HubServer, run: Path, tmp_path: Path
 ) -> None:
@@ -765,6 +768,7 @@ def test_a_branch_a_proposal_and_a_private_repository(
     assert "user/open" not in server.private
 
 
+@pytest.mark.slow
 def test_a_network_trained_on_phantoms_is_the_same_in_another_process(
     server: HubServer, tmp_path: Path
 ) -> None:

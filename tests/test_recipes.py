@@ -267,6 +267,7 @@ def published(
     return place
 
 
+@pytest.mark.slow
 def test_the_threshold_is_fitted_without_copies_of_other_collections(
     recipes: dict[str, Any], data: Path, published: Published
 ) -> None:

@@ -136,6 +136,7 @@ def test_a_split_follows_from_its_seed() -> None:
     assert first.seed == 5
 
 
+@pytest.mark.slow
 def test_a_split_is_the_same_in_every_process() -> None:
     program = """
 from pathlib import Path

@@ -217,10 +217,12 @@ def test_pneumonia_is_in_one_lung() -> None:
     assert len(set(sides)) == 2
 
 
+@pytest.mark.slow
 def test_labels_can_be_learned_from_the_lungs() -> None:
     assert 0.8 < auroc_from_lungs() < 0.999
 
 
+@pytest.mark.slow
 def test_labels_are_chance_without_the_signal() -> None:
     assert 0.35 < auroc_from_lungs(signal="none") < 0.65
 

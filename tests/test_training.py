@@ -430,6 +430,7 @@ assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_step_trains_the_same_weights_or_says_what_is_missing(tmp_path: Path) -> None:
     # In a process of its own: what the compiler leaves in one is no business of other tests.
     quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
