@@ -7,6 +7,7 @@ below ``data/``, and a small checkpoint in ``runs/first``.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import runpy
 import tempfile
@@ -44,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         unwatched = any(map(item.get_closest_marker, ("slow", "real_data")))
         if unwatched or item.path.suffix == ".md":
             item.add_marker("no_cover")
+
+
+def pytest_collection_finish() -> None:
+    """Let Python's collector pass over what was imported and collected, which stays to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -226,6 +226,7 @@ configs = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(configs)
 def test_any_config_survives_its_json(config: ModelConfig) -> None:

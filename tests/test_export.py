@@ -102,6 +102,7 @@ def test_an_exported_file_answers_pixels_as_the_classifier_does(
         np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("real_depth")
 @pytest.mark.parametrize("format", ["openvino", "torch"])  # the documentation's page exports ONNX
 def test_a_network_of_full_depth_is_exported(format: str, phantoms: Path, tmp_path: Path) -> None:

@@ -47,12 +47,16 @@ def free_port() -> int:
         return int(place.getsockname()[1])
 
 
-def test_a_run_outlives_a_killed_process_and_goes_on_in_four_as_in_one(
+def test_a_run_outlives_a_refusal_and_a_killed_process_and_goes_on_in_four_as_in_one(
     tmp_path: Path, checkpoint_folder: Path
 ) -> None:
     run = tmp_path / "run"
     done = launched(*TORCHRUN, 2, WORKER, checkpoint_folder, run, tmp_path, 8, 1, 2)
     assert "SIGKILL" in done.stderr, done.stderr
+    for rank in range(2):
+        refused = (tmp_path / f"{rank} refused.txt").read_text()
+        assert refused.startswith("The processes have different run directories, this one")
+        assert "Give all the same one, for example output= of cross_validate" in refused
     assert time.time() - (tmp_path / "killed").stat().st_mtime < 60
     step, tensors, values = StateStore(run).load()
     assert step == 1
@@ -103,17 +107,3 @@ def test_the_command_line_trains_in_two_processes_and_speaks_once(tmp_path: Path
     assert names == results | {"config.json", "model.safetensors", "history.json", "history.csv"}
     training = Classifier.from_pretrained(tmp_path / "run").config.provenance
     assert training["identity"]["batch_size"] == 32, "two times the recipe's sixteen"
-
-
-def test_processes_with_different_run_directories_are_refused(tmp_path: Path) -> None:
-    script = tmp_path / "folds.py"
-    script.write_text(
-        "from chestxray_covid import *\n"
-        "config = TrainingConfig(preprocess=Preprocess(size_px=32), device='cpu', progress=False)\n"
-        "make = lambda: build_densenet121(False, num_classes=2)\n"
-        "cross_validate(SyntheticChestXray(60, image_size_px=32), config, folds=2, model=make)\n"
-    )
-    done = launched(*TORCHRUN, 2, script)
-    assert done.returncode != 0
-    assert "TrainingError: The processes have different run directories, this one" in done.stderr
-    assert "Give all the same one, for example output= of cross_validate" in done.stderr

@@ -3,7 +3,8 @@
     training_worker.py CHECKPOINT RUN NOTES BATCH_SIZE [KILLED_RANK STEP]
 
 Batch norms are frozen, so that processes compute what one process does. What is read, and what a
-process writes into the run, is noted in the folder NOTES.
+process writes into the run, is noted in the folder NOTES. Processes of which one will be killed
+try first what is refused: a run directory for each.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from chestxray_covid import (
     SyntheticChestXray,
     Trainer,
     TrainingConfig,
+    TrainingError,
     build_densenet121,
+    cross_validate,
 )
 from chestxray_covid.datasets.base import Sample
 
@@ -86,6 +89,17 @@ def threads() -> list[str]:
     return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
 
 
+def different_directories() -> str:
+    """Return the error of processes whose run directories are temporary, each another one."""
+    config = TrainingConfig(preprocess=Preprocess(size_px=32), device="cpu", progress=False)
+    phantoms = SyntheticChestXray(60, image_size_px=32)
+    try:
+        cross_validate(phantoms, config, folds=2, model=lambda: build_densenet121(False, seed=0))
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
 def main() -> Trainer:
     checkpoint, run, notes = map(Path, sys.argv[1:4])
     rank = os.environ["RANK"]
@@ -98,7 +112,10 @@ def main() -> Trainer:
         if (changes or writes) and str(arguments[0]).startswith(str(run)):
             written.append(f"{event} {arguments[0]}")
 
-    kill = [KillAfter(sys.argv[5], int(sys.argv[6]), notes)] if len(sys.argv) > 5 else []
+    kill = []
+    if len(sys.argv) > 5:
+        kill = [KillAfter(sys.argv[5], int(sys.argv[6]), notes)]
+        (notes / f"{rank} refused.txt").write_text(different_directories())
     started = (run / "state").exists()
     sys.addaudithook(watch)
     # Called after what the library leaves to be done in the end.
