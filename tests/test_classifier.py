@@ -528,6 +528,12 @@ def test_an_image_that_is_not_there_is_named(clf: Classifier, tmp_path: Path, na
         assert tmp_path.name in str(caught.value)
 
 
+def test_an_empty_path_is_not_the_current_folder(clf: Classifier) -> None:
+    for ask in (clf.predict, clf.predict_proba, clf, lambda p: list(clf.predict_stream([p]))):
+        with pytest.raises(ImageNotFoundError, match="The path of an image is empty"):
+            ask("")
+
+
 @pytest.mark.parametrize("bad", [0, -1, -16])
 def test_sizes_that_are_not_positive_are_refused(clf: Classifier, bad: int) -> None:
     for ask in (clf.predict, clf.predict_proba, clf, clf.predict_stream):

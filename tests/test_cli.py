@@ -110,6 +110,8 @@ def test_the_sign_of_the_home_folder_is_understood_where_no_shell_has_replaced_i
     done = call("train", "--data=~/run", "--output=~/run")
     assert f"{tmp_path / 'run'} already holds a run" in done.output
     assert place_of_split("~/run") == tmp_path / "run" / "split.json"
+    done = call("train", "--data=", "--output=~/other")
+    assert "Path '' does not exist" in done.output, "an empty variable is not the current folder"
 
 
 def test_no_patient_is_on_two_sides_of_a_runs_split(run: Path) -> None:

@@ -1026,9 +1026,11 @@ def test_pipes_sockets_devices_and_folders_are_refused_unopened(tmp_path: Path) 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.path.relpath(tmp_path / "c.png"))  # a path of at most 108 bytes
         names = [tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"]
-        for path in [*names, Path("/dev/zero"), Path("/dev/null"), ""]:
+        for path in [*names, Path("/dev/zero"), Path("/dev/null"), "."]:
             with pytest.raises(ImageNotFoundError, match=r"is a (folder|pipe, socket or device)"):
                 load_image(path)
+        with pytest.raises(ImageNotFoundError, match="is empty"):
+            load_image("")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")

@@ -32,7 +32,7 @@ class HomePath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path."""
-        return super().convert(expanded(value), param, ctx)
+        return super().convert(expanded(value) if value else value, param, ctx)  # "" is no path
 
 
 DATA = click.option(

@@ -105,7 +105,7 @@ def load_image(
         max_pixels: Larger images are refused from their header.
 
     Raises:
-        ImageNotFoundError: If the path does not exist or is no regular file.
+        ImageNotFoundError: If the path is empty, does not exist or is no regular file.
         ImageError: If the source cannot be decoded, is too large, has an impossible shape, or
             holds NaN or infinite values; the message names the source and the reason.
         MissingExtraError: If the source is DICOM and pydicom is not installed.
@@ -140,6 +140,8 @@ def read_image(
         )
     if isinstance(source, Image.Image):
         return _from_pil(source, max_pixels)
+    if isinstance(source, str) and not source:  # pathlib takes it for the current folder
+        raise ImageNotFoundError("The path of an image is empty. Is a variable unset?")
     if isinstance(source, str | os.PathLike):
         return _from_path(expanded(os.fsdecode(source)), min_size, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):

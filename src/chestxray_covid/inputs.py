@@ -44,7 +44,7 @@ class Held(NamedTuple):
 def is_single(images: Any) -> bool:
     """Return whether something is one image, as opposed to what holds images."""
     if isinstance(images, (str, os.PathLike)):
-        return not is_folder(expanded(images))
+        return images == "" or not is_folder(expanded(images))
     if hasattr(images, "read"):  # a sample, or an open file, also an iterator of its lines
         return True
     dimensions = getattr(images, "ndim", None)
