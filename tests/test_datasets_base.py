@@ -31,7 +31,6 @@ from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.folder import FolderDataset, HannoverCovidDataset, ManifestDataset
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset
 from chestxray_covid.datasets.report import DatasetReport, summarise
-from chestxray_covid.datasets.storage import existing_folder
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.errors import (
     DatasetError,
@@ -39,6 +38,7 @@ from chestxray_covid.errors import (
     ImageError,
     ImageNotFoundError,
 )
+from chestxray_covid.files import existing_folder
 from conftest import NUMPY_BOOL
 from sources import (
     draw,

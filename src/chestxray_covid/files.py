@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and strict JSON from files that are not trusted."""
+"""Paths; files that appear complete or not at all; strict JSON from files that are not trusted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chestxray_covid.errors import ConfigError
+from chestxray_covid.errors import ConfigError, DatasetNotFoundError
 
 #: A config of this library has about 1 kB; more is no config.
 MAX_JSON_BYTES = 1_000_000
@@ -93,6 +93,21 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether there is a folder; ``Path.is_dir`` raises if the name is too long."""
     return os.path.isdir(path)  # noqa: PTH112
+
+
+def existing_folder(root: str | os.PathLike[str], what: str) -> Path:
+    """Return ``root`` with ``~`` expanded.
+
+    Raises:
+        DatasetNotFoundError: If it is no folder.
+    """
+    folder = expanded(root)
+    if not is_folder(folder):
+        raise DatasetNotFoundError(
+            f"{folder} is no folder, expected {what}. Check the path, or use download=True "
+            "where the data set offers it."
+        )
+    return folder
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:

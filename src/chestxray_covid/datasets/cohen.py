@@ -24,9 +24,9 @@ from chestxray_covid.datasets.base import (
 from chestxray_covid.datasets.download import download_cohen, recorded_commit
 from chestxray_covid.datasets.loading import entries
 from chestxray_covid.datasets.report import summarise
-from chestxray_covid.datasets.storage import existing_folder, numbered_rows, refuse_repeated
+from chestxray_covid.datasets.storage import numbered_rows, refuse_repeated
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
-from chestxray_covid.files import expanded, is_folder
+from chestxray_covid.files import existing_folder, expanded, is_folder
 
 #: Views as the metadata spells them (lower case) → canonical view.
 _VIEWS = {

@@ -25,9 +25,9 @@ from chestxray_covid.datasets.cohen import CohenCovidDataset, canonical_view
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layout
 from chestxray_covid.datasets.loading import entries, images_of, may_hold_images
 from chestxray_covid.datasets.report import summarise
-from chestxray_covid.datasets.storage import existing_folder, nothing_collected, read_csv, resolver
+from chestxray_covid.datasets.storage import nothing_collected, read_csv, resolver
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
-from chestxray_covid.files import expanded, is_folder
+from chestxray_covid.files import existing_folder, expanded, is_folder
 
 #: Names in public collections (lower case, letters and digits only) → canonical label.
 _KNOWN_LABELS = {

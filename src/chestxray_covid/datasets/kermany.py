@@ -20,9 +20,8 @@ from chestxray_covid.datasets.base import (
 from chestxray_covid.datasets.download import download_kermany
 from chestxray_covid.datasets.loading import entries, why_no_image
 from chestxray_covid.datasets.report import summarise
-from chestxray_covid.datasets.storage import existing_folder
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
-from chestxray_covid.files import expanded, is_folder
+from chestxray_covid.files import existing_folder, expanded, is_folder
 
 SPLITS = ("train", "val", "test")
 _FOLDERS = {"NORMAL": "normal", "PNEUMONIA": "pneumonia"}

@@ -334,18 +334,3 @@ def sync_file(path: Path) -> None:
     """Make a file's bytes last through a power cut."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def existing_folder(root: str | os.PathLike[str], what: str) -> Path:
-    """Return ``root`` with ``~`` expanded.
-
-    Raises:
-        DatasetNotFoundError: If it is no folder.
-    """
-    folder = Path(os.path.expanduser(root))  # noqa: PTH111 - as files.expanded
-    if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises if the name is too long
-        raise DatasetNotFoundError(
-            f"{folder} is no folder, expected {what}. Check the path, or use download=True "
-            "where the data set offers it."
-        )
-    return folder
