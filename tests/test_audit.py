@@ -195,6 +195,7 @@ def test_sources_that_give_the_label_fail_the_design_the_features_and_elsewhere(
     assert math.isnan(pure_report.item("features").finding("source_in_normal").estimate.value)
 
 
+@pytest.mark.slow
 def test_features_that_know_a_source_that_says_nothing_only_warn() -> None:
     train, test = halves(120, site_effect=True)
     report = audit_shortcuts(Linear(train), test, train, **HOW)
@@ -288,6 +289,7 @@ def marked(count: int, where: tuple[slice, slice]) -> ChestXrayDataset:
     return ChestXrayDataset(samples, classes=phantoms.classes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seen", "where", "name", "said"),
     [
@@ -307,6 +309,7 @@ def test_a_model_that_reads_elsewhere_fails_what_it_needs(
     assert said in needs.reason
 
 
+@pytest.mark.slow
 def test_an_order_that_turns_round_without_lungs_is_no_pass() -> None:
     """Lungs darker, frame brighter: hidden lungs leave a model that counts the frame against."""
 
@@ -507,6 +510,7 @@ def test_what_cannot_be_told_is_not_called_hardly_any_change() -> None:
     assert "still tells the classes apart" in hidden.meaning
 
 
+@pytest.mark.slow
 def test_one_source_of_both_classes_is_not_said_to_be_too_small(
     in_lungs: tuple[Linear, ChestXrayDataset],
 ) -> None:
@@ -577,6 +581,7 @@ def test_training_data_of_one_label_say_nothing_of_the_design() -> None:
     assert item.finding("source_v").meaning == ""
 
 
+@pytest.mark.slow
 def test_a_sex_that_nobody_knows_is_no_sex(in_lungs: tuple[Linear, ChestXrayDataset]) -> None:
     model, test = in_lungs
 
@@ -645,6 +650,7 @@ def test_too_few_images_are_not_assessable_and_never_a_pass(
     assert audit_shortcuts(model, one, **HOW).item("confounding").verdict == "not_assessable"
 
 
+@pytest.mark.slow
 def test_without_lungs_found_and_without_skill_there_is_nothing_to_lose(
     in_lungs: tuple[Linear, ChestXrayDataset],
 ) -> None:

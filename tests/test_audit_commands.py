@@ -83,6 +83,7 @@ def test_a_run_knows_what_it_was_trained_on(data: Path, run_folder: Path, tmp_pa
     assert "were trained on" in everything.item("generalisation").reason
 
 
+@pytest.mark.slow
 def test_a_folder_of_masks_is_used(data: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
     masks, output = tmp_path / "masks", tmp_path / "audit.json"
     masks.mkdir()

@@ -256,6 +256,7 @@ def test_a_table_that_is_being_changed_does_not_say_that_it_is_whole(
     assert len(rows_of(output)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [True, False])
 def test_other_weights_with_the_same_config_are_computed_again(
     checkpoint_folder: Path, images: Path, tmp_path: Path, saved: bool

@@ -67,6 +67,7 @@ def test_what_is_no_radiograph_is_not_judged(classifier: Classifier) -> None:
     assert classifier.predict(noise).abstained
 
 
+@pytest.mark.slow
 def test_a_gate_that_was_passed_is_saved_with_the_weights(
     classifier: Classifier, tmp_path: Path
 ) -> None:

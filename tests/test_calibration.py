@@ -148,6 +148,7 @@ def validation(model: Path, phantoms: ChestXrayDataset) -> ChestXrayDataset:
     return ChestXrayDataset(samples, classes=LABELS)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_gets_the_temperature_and_the_threshold_of_the_validation_images(
     model: Path, validation: ChestXrayDataset, tmp_path: Path
 ) -> None:

@@ -445,6 +445,7 @@ NO_JSON = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NO_JSON)
 def test_a_config_that_is_no_strict_small_json_is_refused(tmp_path: Path, kind: str) -> None:
     content, reason = NO_JSON[kind]

@@ -132,6 +132,7 @@ def rows(predictions: list[Prediction]) -> NDArray[np.float64]:
 # ---------------------------------------------------------------- probabilities
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("real_depth")
 def test_probabilities_are_those_of_torchvision(tmp_path: Path) -> None:
     batch = noise(20)

@@ -163,6 +163,7 @@ def test_other_lengths_and_an_impossible_confidence_are_refused() -> None:
         c.delong_test([0, 1, 1], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3], ["a"])
 
 
+@pytest.mark.slow
 def test_differences_are_of_both_models_on_the_same_resample_of_patients() -> None:
     truth, one, two = case()
     patients = np.random.default_rng(2).integers(0, 25, N)

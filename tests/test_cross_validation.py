@@ -78,6 +78,7 @@ def test_wrong_arguments_are_refused_before_a_fold_is_trained(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_every_image_is_judged_once_by_a_model_that_did_not_see_its_patient(
     validated: tuple[EvaluationReport, Path],
 ) -> None:

@@ -252,6 +252,7 @@ identities = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(identities, max_size=12))
 def test_groups_are_the_connected_components_of_shared_identities(samples: list[Sample]) -> None:

@@ -72,6 +72,7 @@ def plain_torchvision(batch: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[A
 # ---------------------------------------------------------------- answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 5])
 def test_logits_and_features_are_those_of_torchvision(engine: Engine, count: int) -> None:
     logits, features = engine(pixels(count))
@@ -93,6 +94,7 @@ def test_an_engine_says_what_it_is(opened: dict[str, Engine]) -> None:
         assert engine.calls >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openvino", "torch"])
 def test_bfloat16_is_close_to_single_precision(name: str, opened: dict[str, Engine]) -> None:
     batch = pixels(8)
@@ -371,6 +373,7 @@ def test_a_call_that_was_interrupted_leaves_an_engine_that_answers() -> None:
         np.testing.assert_array_equal(own(pixels(1))[0], expected)
 
 
+@pytest.mark.slow
 def test_several_streams_answer_as_one_does(
     opened: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,6 +414,7 @@ def test_a_device_other_than_the_cpu_means_torch() -> None:
     assert open_engine(CONFIG, random_tensors(3), device="cpu:0").name == "torch"
 
 
+@pytest.mark.slow
 def test_lower_precision_is_taken_only_for_weights_that_keep_their_probabilities(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,6 +438,7 @@ def test_lower_precision_is_taken_only_for_weights_that_keep_their_probabilities
     assert chosen({"openvino-bfloat16": KEPT}) == "float32", "not native"
 
 
+@pytest.mark.slow
 def test_what_is_known_of_the_bundled_weights_is_not_taken_for_known_of_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

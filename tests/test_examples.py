@@ -101,6 +101,7 @@ def test_the_training_example_leaves_a_judged_model_and_its_resuming_changes_not
         assert (run / "split.json").read_bytes() == own
 
 
+@pytest.mark.slow
 def test_the_prediction_example_gives_a_line_for_every_file_and_says_when_one_failed(
     checkpoint_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

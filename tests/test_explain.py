@@ -81,6 +81,7 @@ def network_without_inplace(model: Classifier) -> nn.Sequential:
     return nn.Sequential(OrderedDict(**parts, flat=nn.Flatten(), head=net.classifier)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("real_depth")
 @pytest.mark.parametrize("target", CLASSES)
 def test_grad_cam_agrees_with_captum(images: list[Image.Image], target: str) -> None:

@@ -115,6 +115,7 @@ def test_a_plain_radiograph_has_no_flag_without_a_gate() -> None:
     assert check_image(radiograph(), FACTS) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_an_even_image_is_blank_and_nothing_else(level: int, gate: Gate) -> None:
     pixels = np.full((1, SIZE, SIZE), level, np.uint8)

@@ -37,6 +37,7 @@ def phantoms() -> SyntheticChestXray:
     return SyntheticChestXray(8, image_size_px=96, patients=4)
 
 
+@pytest.mark.slow
 def test_the_shares_are_those_of_each_heatmap(
     model: Classifier, phantoms: SyntheticChestXray
 ) -> None:
@@ -67,6 +68,7 @@ def test_heat_that_is_the_same_everywhere_has_no_excess(phantoms: SyntheticChest
     assert found.share.value == pytest.approx(found.area.value)
 
 
+@pytest.mark.slow
 def test_images_without_heat_or_lungs_are_counted_and_left_out(
     model: Classifier, phantoms: SyntheticChestXray
 ) -> None:

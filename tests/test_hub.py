@@ -413,6 +413,7 @@ def test_a_server_that_is_no_hub_cannot_choose_where_its_bytes_go(
 # ---------------------------------------------------------------- row 1: cut downloads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [65_536, 1_000_000, 9_000_000])
 def test_a_download_that_is_cut_again_and_again_finishes(
     worker: Worker, server: HubServer, tmp_path: Path, cut: int

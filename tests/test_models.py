@@ -156,6 +156,7 @@ def test_a_training_step_moves_what_trains_and_no_statistic_of_what_does_not(
     assert len(still) < 5  # a gradient may be zero by chance
 
 
+@pytest.mark.slow
 def test_plain_training_mode_would_move_the_statistics_of_frozen_parts() -> None:
     before, after, _ = stepped("head", mode="plain")
     assert not torch.equal(

@@ -125,6 +125,7 @@ ALL: dict[str, Callable[[EvaluationReport], Figure]] = {
 # ---------------------------------------------------------------- what holds for every figure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_a_figure_is_returned_twice_the_same_and_as_wide_as_a_column_or_a_page(
     name: str, report: EvaluationReport

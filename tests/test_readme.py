@@ -61,6 +61,7 @@ def test_the_commands_install_from_the_clone_and_name_no_registry() -> None:
     assert {extra for group in named for extra in group.split(",")} <= set(known)
 
 
+@pytest.mark.slow
 def test_what_follows_the_installation_judges_every_phantom_with_the_bundled_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

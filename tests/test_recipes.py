@@ -413,6 +413,7 @@ def test_a_card_is_not_written_with_numbers_of_other_weights(
         write_card()
 
 
+@pytest.mark.slow
 def test_lungs_are_trained_measured_on_others_and_drawn(
     recipes: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,6 +472,7 @@ def test_patients_are_left_out_by_group(relatives: Any) -> None:
     assert shared not in relatives.without(np.array([own]))
 
 
+@pytest.mark.slow
 def test_no_relative_trains_on_whom_it_is_judged_by(
     recipes: dict[str, Any],
     relatives: Any,
@@ -811,6 +813,7 @@ def test_random_weights_are_settled_on_what_they_are_shown(
     assert np.allclose(mirrored[0], found["norm5"][1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
     recipes: dict[str, Any],
     data: Path,

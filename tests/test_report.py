@@ -146,6 +146,7 @@ def written(report: EvaluationReport, tmp_path_factory: pytest.TempPathFactory) 
     return write_report(folder, evaluation=report, audit=audited(), figures=figures)
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_but_itself(written: Path) -> None:
     page = Page(written.read_text(encoding="utf-8"))
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "base"})
@@ -245,6 +246,7 @@ def test_names_from_data_stay_text(tmp_path: Path) -> None:
         assert b"<script" not in content
 
 
+@pytest.mark.slow
 def test_the_same_arguments_give_the_same_bytes(
     written: Path, report: EvaluationReport, tmp_path: Path
 ) -> None:
@@ -253,6 +255,7 @@ def test_the_same_arguments_give_the_same_bytes(
     assert again.read_bytes() == written.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_audit_alone_and_an_evaluation_alone_are_pages_too(
     report: EvaluationReport, tmp_path: Path
 ) -> None:
@@ -306,6 +309,7 @@ def test_a_confounded_design_and_missing_figures_are_said(
     assert "Decisions at a threshold" not in page.text
 
 
+@pytest.mark.slow
 def test_the_page_and_the_markdown_have_one_calibration_error(
     report: EvaluationReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -321,6 +325,7 @@ def test_the_page_and_the_markdown_have_one_calibration_error(
     assert f"at best 0; slope {drawn[0].slope}, at best 1" in report.to_markdown()
 
 
+@pytest.mark.slow
 def test_wide_figures_take_the_whole_row(report: EvaluationReport, tmp_path: Path) -> None:
     figures = {"small": gallery(), "wide": plot_samples(SyntheticChestXray(2, image_size_px=32))}
     path = write_report(tmp_path, evaluation=report, figures=figures)

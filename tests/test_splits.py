@@ -317,6 +317,7 @@ def test_what_patients_of_a_rare_class_leave_of_a_common_one_stays_together() ->
     assert len(held) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [1, 2, 3])
 @pytest.mark.parametrize("fraction", [0.1, 0.15])
 def test_what_patients_of_a_rare_class_leave_of_another_changes_no_other_class(

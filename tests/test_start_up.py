@@ -70,6 +70,7 @@ def test_with_torch_prediction_does_not_import_torchvision(
     assert imported & SLOW == {"torch"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openvino", "onnx"])
 def test_a_second_start_builds_nothing_and_answers_the_same(
     name: str, checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

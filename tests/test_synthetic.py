@@ -197,6 +197,7 @@ def test_the_label_changes_no_pixel_outside_the_lungs(label: str) -> None:
         assert added[mask].any() == (label != "normal")
 
 
+@pytest.mark.slow
 def test_covid19_is_bilateral_peripheral_and_low() -> None:
     for added, _ in twins("covid19", 12):
         assert added[:, :64].sum() > 0

@@ -275,6 +275,7 @@ def epochs(count: int, *, best: int) -> tuple[EpochRecord, ...]:
     )
 
 
+@pytest.mark.slow
 def test_the_longest_runs_can_be_read_again(tmp_path: Path) -> None:
     history = History(records=epochs(5000, best=1), finished=True)
     history.save(tmp_path)
