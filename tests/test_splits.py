@@ -249,6 +249,12 @@ def test_a_seed_is_a_whole_number_that_scikit_learn_takes() -> None:
     assert_sound(split_by_patient(listed(*balanced(9)), seed=2**32 - 2, find_copies=False))
 
 
+@pytest.mark.parametrize("find_copies", [True, False])
+def test_no_threads_are_refused(find_copies: bool) -> None:
+    with pytest.raises(ValueError, match="workers must be positive, got 0"):
+        split_by_patient(listed(*balanced(9)), find_copies=find_copies, workers=0)
+
+
 def test_sides_are_made_once() -> None:
     split = split_by_patient(listed(*balanced(9)), find_copies=False)
     assert all(getattr(split, side) is getattr(split, side) for side in SIDES)

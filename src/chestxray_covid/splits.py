@@ -232,7 +232,7 @@ def split_by_patient(
     if not 0 < val + test < 1:
         raise ValueError(f"val and test must add up to more than 0 and less than 1: {val}, {test}")
     wanted: dict[str, int] = {"sides": 1 + (val > 0) + (test > 0), "seed": seed}
-    groups = np.array(patient_groups(dataset, find_copies=False))
+    groups = np.array(patient_groups(dataset, find_copies=False, workers=workers))
     check_divisible(dataset, groups, **wanted)
     if find_copies:  # which only makes groups fewer
         groups = np.array(patient_groups(dataset, workers=workers, progress=progress))
