@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import DenseNet
 from torchvision.transforms import v2
 
+from chestxray_covid import TrainingConfig, models
 from chestxray_covid.checkpoint import ModelConfig, save_checkpoint
 from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.errors import (
@@ -28,6 +29,7 @@ from chestxray_covid.models import (
     forward_features,
     from_tensors,
     load_tensors,
+    make_network,
     normalise,
     set_trainable,
     set_training_mode,
@@ -261,6 +263,16 @@ def test_imagenet_weights_come_from_the_cache_and_get_a_new_head(
             assert np.array_equal(found[name], expected[name]), name
     assert found["classifier.weight"].shape == (3, 1024)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_every_seed_of_a_training_gives_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_imagenet", lambda: torchvision.models.DenseNet(8, (1,), 16))
+    heads = [
+        make_network(None, 2, TrainingConfig(seed=seed).seed).classifier.weight
+        for seed in (2**63 - 1, 2**63, 2**70 + 1)
+    ]
+    assert not torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[1], heads[2])
 
 
 def damaged() -> dict[str, bytes]:

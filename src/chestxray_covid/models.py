@@ -108,7 +108,9 @@ def make_network(
     model: Callable[[], torchvision.models.DenseNet] | None, num_classes: int, seed: int
 ) -> torchvision.models.DenseNet:
     """Return the network that a function makes, or by default one from ImageNet weights."""
-    return model() if model else build_densenet121(num_classes=num_classes, seed=seed)
+    if model is not None:
+        return model()
+    return build_densenet121(num_classes=num_classes, seed=seed % 2**63)  # of options: any number
 
 
 def _initialise(model: torchvision.models.DenseNet, seed: int, *, features: bool) -> None:
