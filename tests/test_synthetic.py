@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from chestxray_covid.datasets.base import LABELS, Sample, concatenate
+from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.folder import FolderDataset, ManifestDataset
 from chestxray_covid.datasets.phantom import phantom_mask, render_phantom
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
@@ -126,6 +127,14 @@ def test_another_seed_or_index_gives_another_image() -> None:
     samples = [s for seed in (0, 1) for s in SyntheticChestXray(8, seed=seed).samples]
     assert len({render_phantom(s).tobytes() for s in samples}) == 16
     assert len({s.content_hash() for s in samples}) == 16
+
+
+def test_another_seed_gives_other_patients(tmp_path: Path) -> None:
+    first, second = (SyntheticChestXray(8, image_size_px=32, seed=seed) for seed in (0, 1))
+    groups = patient_groups(first + second, find_copies=False)
+    assert set(groups[:8]).isdisjoint(groups[8:])
+    saved = FolderDataset(second.save(tmp_path / "saved"))
+    assert {s.patient_id for s in saved.samples} == {s.patient_id for s in second.samples}
 
 
 def test_images_of_a_patient_are_more_alike_than_those_of_others() -> None:

@@ -54,7 +54,7 @@ class SyntheticChestXray(ChestXrayDataset):
         size: Number of images, at least one per class.
         classes: Labels in order, from ``normal``, ``pneumonia`` and ``covid19``.
         image_size_px: Side of the images in pixels, 32 to 1024.
-        seed: Not negative; another seed gives other patients.
+        seed: Not negative; another seed gives other patients, whose numbers begin with it.
         sources: Names of collections. A sequence is dealt to the patients of each class in turn,
             so that the source says nothing about the label; a mapping label → source gives the
             label away.
@@ -134,7 +134,7 @@ class SyntheticChestXray(ChestXrayDataset):
                 path=Path(f"phantom-{seed}-{index:06d}-{label}.png"),
                 label=label,
                 finding=recipe.opacity,
-                patient_id=f"{recipe.patient:05d}",
+                patient_id=f"{seed or ''}{recipe.patient:05d}",
                 source=source,
                 view=views[view % len(views)],
                 metadata={key: str(value) for key, value in asdict(recipe).items()},
