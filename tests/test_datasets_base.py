@@ -763,6 +763,17 @@ def test_a_gap_of_a_table_is_neither_a_patient_nor_a_source(name: str) -> None:
         Sample(path=Path("a.png"), **{**known, name: float("nan")})
 
 
+def test_a_number_and_its_text_are_one_patient_and_one_source() -> None:
+    samples = [
+        Sample(path=Path(f"{i}.png"), label="normal", finding="", patient_id=number, source=source)
+        for i, (number, source) in enumerate([("12", "5"), (12, 5), (np.int64(12), "5")])
+    ]
+    dataset = ChestXrayDataset(samples, classes=("normal", "covid19"))
+    assert patient_groups(dataset, find_copies=False) == [0, 0, 0]
+    assert dataset.sources == ("5",)
+    assert "from 5" in repr(dataset)
+
+
 def test_labels_that_are_gaps_are_refused_beside_others() -> None:
     labels = (float("nan"), "flu")
     samples = [

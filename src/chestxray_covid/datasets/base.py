@@ -67,7 +67,7 @@ class Sample:
         read: How the pixels come about; ``read_file`` unless the sample is a phantom.
 
     Raises:
-        TypeError: If ``patient_id`` or ``source`` is a gap of a table, or something else not text.
+        TypeError: If ``patient_id`` or ``source`` is no text (a whole number becomes it), as a gap.
     """
 
     path: Path
@@ -87,6 +87,7 @@ class Sample:
         for name, value in (("patient_id", self.patient_id), ("source", self.source)):
             if not isinstance(value, str | int | np.integer):  # gaps of tables are not even equal
                 raise TypeError(f"{name} of {self.path} must be text, got {value!r}")
+            object.__setattr__(self, name, str(value))  # 12 and "12" of two tables are one patient
 
     @property
     def is_file(self) -> bool:
@@ -251,8 +252,7 @@ class ChestXrayDataset:
         """Return at most ``per_class`` random samples of each class, in their original order.
 
         Raises:
-            ValueError: If ``per_class`` is not positive.
-            TypeError: If it is no whole number, as a fraction.
+            TypeError, ValueError: If ``per_class`` is no positive whole number.
         """
         if not operator.index(per_class) > 0:
             raise ValueError(f"per_class must be positive, got {per_class}")
