@@ -229,6 +229,7 @@ def test_patients_are_the_numbers_that_start_the_names(tmp_path: Path) -> None:
         (r"patient(\d+)", ["7", "7", "COVID/scan.png"]),
         (r"patient\d+", ["patient7", "patient7", "COVID/scan.png"]),
         (r"(?:patient(\d+))|scan", ["7", "7", "COVID/scan.png"]),
+        (r"^(?:patient)?(\d*)", ["7", "7", "COVID/scan.png"]),
         (None, ["COVID/patient7-a.png", "COVID/patient7-b.png", "COVID/scan.png"]),
     ],
 )

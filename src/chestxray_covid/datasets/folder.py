@@ -100,7 +100,7 @@ class FolderDataset(ChestXrayDataset):
                 dropped[f"folder outside the classes ({label})"] += 1
                 continue
             patient = _patient(path, folder, pattern)
-            notes["names without a patient number"] += patient is None
+            notes["names without a patient number"] += not patient
             sample = Sample(
                 path=path,
                 label=label,
