@@ -744,7 +744,7 @@ def test_a_report_reads_as_text(tmp_path: Path) -> None:
         ["dropped", "1", "not an image file name"],
         ["note", "3", "names without a patient number"],
     ]
-    assert str(SyntheticChestXray(2).report()).startswith("synthetic: 2 of 2 kept (no files)")
+    assert str(SyntheticChestXray(2).report()).startswith("synthetic: 2 of 2 kept (no folder)")
 
 
 def test_two_images_under_an_empty_identity_are_not_joined(tmp_path: Path) -> None:

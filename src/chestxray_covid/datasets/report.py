@@ -24,7 +24,7 @@ class DatasetReport:
 
     Attributes:
         source: Name of the data set.
-        root: Where it was read from; empty for phantoms, and for a part of a data set.
+        root: Where it was read from; empty for phantoms, samples from elsewhere, and a part.
         found: Entries considered (metadata rows, or image files), those of a part's whole too.
         kept: Samples in the data set.
         dropped: Reason → number of entries; ``found == kept + sum(dropped.values())``. Beyond the
@@ -51,7 +51,7 @@ class DatasetReport:
 
     def __str__(self) -> str:
         """Return lines of text; what cannot be printed, as of a strange file name, is escaped."""
-        where = self.root or ("a part" if LEFT_OUT in self.dropped else "no files")
+        where = self.root or ("a part" if LEFT_OUT in self.dropped else "no folder")
         lines = [f"{self.source}: {self.kept} of {self.found} kept ({where})"]
         lines += [
             f"  class    {name:<12} {count:>6} images, {self.patients[name]} patients"
