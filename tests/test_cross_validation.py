@@ -73,6 +73,9 @@ def test_wrong_arguments_are_refused_before_a_fold_is_trained(
         cross_validate(DATA, CONFIG, **{**options, "folds": 2.5})
     with pytest.raises(TypeError, match=r"model must be a function .* got DenseNet"):
         cross_validate(DATA, CONFIG, **{**options, "model": network()})
+    alone = network()
+    with pytest.raises(ValueError, match="model must return a fresh network at each call"):
+        cross_validate(DATA, CONFIG, **{**options, "model": lambda: alone})
     with pytest.raises(TypeError, match="config must be a TrainingConfig, got dict"):
         cross_validate(DATA, {"epochs": 1}, folds=3, model=network, output=tmp_path)
     assert not list(tmp_path.iterdir())

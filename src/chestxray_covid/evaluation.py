@@ -314,7 +314,8 @@ def cross_validate(
     Raises:
         TypeError: If ``config`` is none, ``model`` a network instead of a function that returns
             one, or ``folds`` no whole number.
-        ValueError: If ``folds``, ``val``, ``positive`` or ``seed`` is impossible.
+        ValueError: If ``folds``, ``val``, ``positive`` or ``seed`` is impossible, or ``model``
+            returns the same network twice.
         SplitError: If a class has too few patients.
         TrainingError: If a fold cannot be trained.
         WeightsUnavailableError: If ImageNet weights are wanted and not to be had.

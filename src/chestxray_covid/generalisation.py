@@ -106,7 +106,8 @@ def leave_one_source_out(
         progress: Show progress bars.
 
     Raises:
-        ValueError: If there is one source only, or an option is impossible.
+        ValueError: If there is one source only, an option is impossible, or ``model`` returns the
+            same network twice.
         TypeError: If ``fit`` is none of these, or returns no classifier, or ``model`` is a network
             instead of a function that returns one.
         TrainingError: If a network cannot be trained.

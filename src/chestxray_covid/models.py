@@ -96,11 +96,17 @@ def check_maker(model: Callable[[], torchvision.models.DenseNet] | None) -> None
 
     Raises:
         TypeError: If it is anything else, for example a network, which would train on and on.
+        ValueError: If it returns the same network twice, which would train on and on, too.
     """
     if model is not None and (isinstance(model, nn.Module) or not callable(model)):
         raise TypeError(
             "model must be a function that returns a fresh network, for example "
             f"lambda: build_densenet121(pretrained=False), got {type(model).__name__}"
+        )
+    if model is not None and model() is model():
+        raise ValueError(
+            "model must return a fresh network at each call, it returned the same twice. Build it "
+            "inside the function, for example lambda: build_densenet121(pretrained=False)"
         )
 
 
