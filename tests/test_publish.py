@@ -253,6 +253,17 @@ def test_a_card_in_the_current_folder_has_its_name(
     assert "\n# mine\n" in (tmp_path / "mine" / "README.md").read_text()
 
 
+def test_a_classifier_of_a_relative_folder_is_saved_from_another_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    classifier = Classifier.from_pretrained(run.name)
+    monkeypatch.chdir(tmp_path)
+    classifier.save_pretrained("saved")
+    assert (tmp_path / "saved" / "gate.json").read_bytes() == (run / "gate.json").read_bytes()
+    assert (tmp_path / "saved" / "audit.json").exists()
+
+
 def test_a_part_of_the_classes_is_saved_without_results_of_the_whole(
     run: Path, tmp_path: Path
 ) -> None:

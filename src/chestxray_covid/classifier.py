@@ -144,7 +144,7 @@ class Classifier:
             engine=engine,
             precision=precision,
         )
-        made._origin = folder
+        made._origin = folder.absolute()  # for whoever saves it from another current folder
         made._file_sha256 = config.weights_sha256 if classes is None else ""
         return made
 
