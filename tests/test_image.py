@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import AppendingTiffWriter
 from urllib3 import HTTPResponse
 
 import chestxray_covid
@@ -518,6 +519,21 @@ def test_deep_channels_that_pillow_has_opened_are_those_of_the_file(
     opened = Image.open(tmp_path / "deep")  # whose file is closed, or it would warn
     assert np.array_equal(loaded(opened), ramp())
     assert opened.tobytes() == Image.open(io.BytesIO(data)).tobytes(), "left as it was"
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+def test_a_page_of_a_deep_tiff_that_pillow_was_turned_to_keeps_its_depth(
+    deflate: bool, tmp_path: Path
+) -> None:
+    pages = [np.roll(twelve_in_sixteen(3), k, 0) for k in range(3)]
+    with AppendingTiffWriter(tmp_path / "pages.tif") as file:
+        for page in pages:
+            file.write(deep_tiff(page, deflate=deflate))
+            file.newFrame()
+    with Image.open(tmp_path / "pages.tif") as opened:
+        for k in (1, 2, 0):
+            opened.seek(k)
+            assert np.array_equal(loaded(opened), np.roll(ramp(), k, 0))
 
 
 def test_a_signed_tiff_that_pillow_has_opened_does_not_wrap_around() -> None:

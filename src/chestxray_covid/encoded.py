@@ -146,18 +146,27 @@ def with_whole_depth(image: Image.Image, name: str) -> Image.Image:
     Raises:
         ImageError: If bits would be lost.
     """
-    if not isinstance(image, PngImageFile | TiffImageFile) or not image.tile or image.tell():
+    if not isinstance(image, PngImageFile | TiffImageFile) or not image.tile:
+        return image
+    if isinstance(image, PngImageFile) and image.tell():  # drawn over the frames before it
         return image
     if (file := cast(io.BufferedIOBase | None, image.fp)) is None:
         return image
-    file.seek(0)
-    own = type(image)(cast(IO[bytes], file))
+    own = _opened_again(image, file)
     found = _whole_depth(own, file, name)
     if own.tile == image.tile:  # nothing to mend
         return image
     found.load()
     image.load()  # as for any other, which closes its file
     return found
+
+
+def _opened_again(image: ImageFile, file: io.BufferedIOBase) -> ImageFile:
+    """Return an image that is still to be decoded, at the same page of its file."""
+    file.seek(0)
+    own = type(image)(cast(IO[bytes], file))
+    own.seek(image.tell())
+    return own
 
 
 def _whole_depth(image: ImageFile, file: io.BufferedIOBase, name: str) -> Image.Image:
@@ -182,8 +191,7 @@ def _whole_depth(image: ImageFile, file: io.BufferedIOBase, name: str) -> Image.
         # Four bytes a pixel, as RGBA has them: both of the grey level, both of the opacity.
         planes: NDArray[Any] = _decoded(image, "RGBA").view(">u2")
     else:
-        file.seek(0)
-        low = _decoded(type(image)(cast(IO[bytes], file)), f"{deep[1]};16{_OTHER_ORDER[deep[2]]}")
+        low = _decoded(_opened_again(image, file), f"{deep[1]};16{_OTHER_ORDER[deep[2]]}")
         file.seek(0)
         planes = _decoded(image, rawmode).astype(np.uint16) << 8 | low
     scaled = picture(planes, name)

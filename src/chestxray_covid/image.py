@@ -98,8 +98,8 @@ def load_image(
             read from its start), PIL image, array, torch tensor, or :class:`Sample` of a data set.
             Arrays are ``(H, W)``, ``(1, H, W)``, ``(H, W, 1)``, or have 3 (RGB) or 4 (RGBA)
             channels first or last. Encoded: PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM. Of several
-            frames the first is used. Pass colour of 16 bits a channel before Pillow loads it, which
-            keeps 8 of them.
+            frames the first is used, of a PIL image the one that it was turned to. Pass colour of
+            16 bits a channel before Pillow loads it, which keeps 8 of them.
         min_size: ``(width, height)`` in pixels that the caller needs. A larger JPEG may be decoded
             at 1/2, 1/4 or 1/8 as long as neither side falls below; others come in full.
         max_pixels: Larger images are refused from their header.
