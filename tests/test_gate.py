@@ -338,6 +338,25 @@ def test_a_kind_that_one_fold_holds_alone_is_named(data: dict[str, Any]) -> None
         fit({**data, "patients": alone})
 
 
+def test_where_large_patients_push_a_kind_into_one_fold_the_message_says_so(
+    data: dict[str, Any],
+) -> None:
+    small = [kind in ("ct", "frontal") and i % COUNT < 10 for i, kind in enumerate(data["kinds"])]
+    kept = [s or kind != "ct" for s, kind in zip(small, data["kinds"], strict=True)]
+    patients = [
+        f"{'small' if s else 'large'} {i % COUNT % (10 if s else 4)}" for i, s in enumerate(small)
+    ]
+    crowded = {**data, "patients": patients}
+    crowded = {
+        name: [v for v, k in zip(values, kept, strict=True) if k]
+        for name, values in crowded.items()
+    }
+    crowded |= {name: np.stack(crowded[name]) for name in ("pixels", "features")}
+    match = r"without patients small 0.* no example of \['ct'\].* leave out images of patients who"
+    with pytest.raises(ValueError, match=match):
+        fit(crowded)
+
+
 def test_a_kind_that_one_source_holds_alone_is_named(data: dict[str, Any]) -> None:
     pairs = zip(data["sources"], data["kinds"], strict=True)
     sources = ["a" if kind == "inverted" else source for source, kind in pairs]

@@ -156,7 +156,8 @@ def _check_rest(rest: _Examples, without: str, components: int) -> None:
         raise ValueError(
             f"without {without} there is no example of {missing}; examples of every kind must come "
             f"from {_FOLDS} patients or more, and those made of frontal radiographs from every "
-            "source"
+            "source. Where they do, leave out images of patients who have very many: each of these "
+            "fills a fold, and all others may share one"
         )
     count = int(rest.is_frontal.sum())
     if components > count - 2:
