@@ -473,6 +473,19 @@ def test_nothing_to_judge_is_said_in_words(
         predict_files(given, tmp_path / "out.csv", classifier=clf)
 
 
+def test_a_relative_name_of_another_current_folder_is_another_file(
+    images: Path, tmp_path: Path, clf: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = []
+    for day, number in (("monday", "00"), ("tuesday", "01")):
+        (tmp_path / day).mkdir()
+        shutil.copy(images / f"{number}.png", tmp_path / day / "one.png")
+        monkeypatch.chdir(tmp_path / day)
+        predict_files("one.png", tmp_path / "out.parquet", classifier=clf)
+        scores += [row["score"] for row in rows_of(tmp_path / "out.parquet")]
+    assert scores == [clf.predict(images / f"{number}.png").score for number in ("00", "01")]
+
+
 def test_the_command_line_reads_addresses_and_shows_no_control_characters(
     images: Path, tmp_path: Path, checkpoint_folder: Path
 ) -> None:

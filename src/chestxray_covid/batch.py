@@ -63,8 +63,9 @@ def predict_files(
 
     Whatever ended the call before, even ``kill -9``, at most the shard that was being computed is
     done again, and every file has one row in the end. If the list of files has changed since, it
-    is computed again from the first shard that changed. A file is known by its name: where a
-    file's content has changed, delete the output. Memory does not grow with the number of files.
+    is computed again from the first shard that changed. A file is known by its name, and by the
+    current folder where that is relative: where a file's content has changed, delete the output.
+    Memory does not grow with the number of files.
 
     Args:
         images: A file, a folder for the image files below it, or a CSV with a column ``path``,

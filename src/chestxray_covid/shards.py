@@ -1,7 +1,7 @@
 """A table in shards, each complete or not there, so that what is finished need not be done again.
 
-A shard is named by what is in it: its number, and a hash of the model and of the files' names. One
-that is there is finished, whoever wrote it.
+A shard is named by what is in it: its number, and a hash of the model and of the files' names, with
+the current folder where they are relative. One that is there is finished, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class ShardedTable:
         for number, some in enumerate(in_batches(files, self._shard_size)):
             digest = hashlib.blake2b(self._model.encode(), digest_size=_DIGEST_BYTES)
             for file in some:
-                digest.update(b"\0" + os.fsencode(file))
+                digest.update(b"\0" + os.fsencode(_anywhere(file)))
             yield Shard(f"part-{number:06d}-{digest.hexdigest()}{self._format.suffix}", some)
 
     def finished(self) -> set[str]:
@@ -197,6 +197,12 @@ def check_apart(images: Place | Iterable[Place], output: str) -> None:
 def _home(place: Place) -> str:
     """Return a path, or an address as it is, with ``~`` at its start as the home folder."""
     return os.path.expanduser(os.fspath(place))  # noqa: PTH111 - which would change an address
+
+
+def _anywhere(file: str) -> str:
+    """Return a name that means the same file from whatever folder is the current one."""
+    known = is_address(file) or os.path.isabs(file)  # noqa: PTH117 - many, as below
+    return file if known else os.path.join(os.getcwd(), file)  # noqa: PTH109, PTH118
 
 
 def _identity(place: str) -> tuple[int, int] | None:
