@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -471,6 +472,13 @@ def test_nothing_to_judge_is_said_in_words(
     (tmp_path / "e").mkdir()
     with pytest.raises(DatasetNotFoundError, match=f"No image file in {message}"):
         predict_files(given, tmp_path / "out.csv", classifier=clf)
+
+
+@pytest.mark.parametrize("gap", [math.nan, None, b"00.png", np.zeros((4, 4))])
+def test_what_is_no_path_is_refused_in_words(gap: Any, tmp_path: Path, clf: Classifier) -> None:
+    with pytest.raises(TypeError, match=r"expected the path or address .* Leave out the gaps"):
+        predict_files(["00.png", gap], tmp_path / "out.csv", classifier=clf)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_relative_name_of_another_current_folder_is_another_file(

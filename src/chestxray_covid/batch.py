@@ -85,6 +85,7 @@ def predict_files(
     Raises:
         DatasetNotFoundError: If there is no image file.
         DatasetError: If a CSV of paths cannot be read, or another run writes the output.
+        TypeError: If something is neither a path nor an address.
         ValueError: If a size is not positive, the output is a file where a folder is expected or
             the contrary, or it is one of the inputs or named like an image.
         OSError: If the output cannot be written; what was finished is kept.
@@ -150,6 +151,7 @@ def ray_predict(
     Raises:
         DatasetNotFoundError: If there is no image file.
         DatasetError: If a CSV of paths cannot be read, or another run writes the output.
+        TypeError: As :func:`predict_files`.
         ValueError: If the output is no Parquet, or a file, or one of the inputs, a size is not
             positive, or the data set has no column ``path``.
         OSError: If the output cannot be listed.

@@ -195,7 +195,16 @@ def check_apart(images: Place | Iterable[Place], output: str) -> None:
 
 
 def _home(place: Place) -> str:
-    """Return a path, or an address as it is, with ``~`` at its start as the home folder."""
+    """Return a path, or an address as it is, with ``~`` at its start as the home folder.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if not isinstance(place, (str, os.PathLike)):
+        raise TypeError(
+            f"expected the path or address of a file or folder, got {type(place).__name__}. "
+            "Leave out the gaps of a table; for images themselves there is Classifier.predict."
+        )
     return os.path.expanduser(os.fspath(place))  # noqa: PTH111 - which would change an address
 
 
