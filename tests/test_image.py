@@ -929,6 +929,17 @@ def test_an_image_that_claims_too_many_pixels_is_refused_without_a_warning(name:
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
+def test_the_advice_for_an_image_of_too_many_pixels_leads_to_a_models_pixels() -> None:
+    source = np.zeros((8001, 8000), np.uint8)
+    whole = load_image(source, max_pixels=source.size)
+    preprocess = Preprocess(size_px=32)
+    with pytest.raises(
+        ImageError, match=r"pass load_image a larger max_pixels; .* reduce what that"
+    ):
+        preprocess(whole)
+    assert preprocess(whole.reduce(8)).shape == (1, 32, 32)
+
+
 def test_a_tile_larger_than_its_tiff_is_decoded_within_the_limit() -> None:
     assert np.array_equal(loaded(tiff_claiming(100, 128)), np.zeros((100, 100)))
 

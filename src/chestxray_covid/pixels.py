@@ -240,7 +240,8 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(
             f"{name} has or claims {width}x{height} pixels, more than the limit of {max_pixels}. "
-            "If you trust it, pass a larger max_pixels."
+            "If you trust it, pass load_image a larger max_pixels; to predict it, reduce what that "
+            "returns."
         )
     if max(size) > MAX_SIDE:
         raise ImageError(
