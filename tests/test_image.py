@@ -148,6 +148,18 @@ def test_an_answer_of_requests_may_break() -> None:
         load_image(cut)
 
 
+def test_an_upload_of_an_asynchronous_service_says_that_it_is_to_be_awaited() -> None:
+    class Later:
+        def __await__(self) -> None: ...
+
+    class Upload:
+        def read(self, size: int = -1) -> Later:
+            return Later()
+
+    with pytest.raises(TypeError, match=r"got one of Later; .* or await what it reads and pass"):
+        load_image(Upload())  # type: ignore[arg-type]
+
+
 def test_streams_of_text_closed_ones_and_endless_ones_are_refused() -> None:
     with pytest.raises(TypeError, match="expected a binary stream, got one of str"):
         load_image(io.StringIO("text"))  # type: ignore[arg-type]

@@ -252,7 +252,8 @@ def read_stream(stream: Stream) -> bytes:
         while part := stream.read(1 << 20):
             if not isinstance(part, bytes | bytearray | memoryview):
                 raise TypeError(
-                    f"expected a binary stream, got one of {type(part).__name__}; open it with 'rb'"
+                    f"expected a binary stream, got one of {type(part).__name__}; open it with "
+                    "'rb', or await what it reads and pass that"
                 )
             parts.append(bytes(part))
             total += len(part)
