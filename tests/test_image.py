@@ -278,6 +278,12 @@ def test_the_result_does_not_share_memory_with_the_array() -> None:
     assert np.asarray(image).max() == 255
 
 
+def test_a_masked_array_that_hides_nan_is_told_to_replace_it() -> None:
+    masked = np.ma.masked_invalid([[np.nan, 1.0, 2.0]])
+    with pytest.raises(ImageError, match=r"Replace them first; a mask of NumPy is not looked at"):
+        load_image(masked)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinite_pixels_are_refused(bad: float) -> None:
     pixels = (ramp() / 255).astype(np.float32)

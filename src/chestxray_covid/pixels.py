@@ -211,7 +211,7 @@ def value_range(values: NDArray[Any], name: str) -> tuple[float, float]:
     if not math.isfinite(high - low):
         raise ImageError(
             f"{name} holds NaN, infinite or huge values (from {low} to {high}). "
-            "Mask or replace them first."
+            "Replace them first; a mask of NumPy is not looked at."
         )
     return low, high
 
