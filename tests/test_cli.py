@@ -31,7 +31,7 @@ from chestxray_covid import (
 )
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.cli import NOT_A_DEVICE, main
-from chestxray_covid.command import place_of_split
+from chestxray_covid.command import HomePath, place_of_split
 from conftest import random_checkpoint
 from shallow import CODE
 
@@ -112,6 +112,27 @@ def test_the_sign_of_the_home_folder_is_understood_where_no_shell_has_replaced_i
     assert place_of_split("~/run") == tmp_path / "run" / "split.json"
     done = call("train", "--data=", "--output=~/other")
     assert "Path '' does not exist" in done.output, "an empty variable is not the current folder"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "audit", "export"])
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    given = () if command == "export" else ("--data", tmp_path)
+    done = call(command, *given, "--output", Path("file", "new", "report"))
+    assert done.exit_code == 2
+    assert f"cannot be written: {tmp_path / 'file'} is no folder" in done.output
+    done = call(command, *given, "--output", "")
+    assert done.exit_code == 2
+    assert "An empty path names no place to write" in done.output
+    monkeypatch.setattr(os, "access", lambda *asked: asked != (tmp_path, os.W_OK))
+    done = call(command, *given, "--output", Path("new", "report"))
+    assert done.exit_code == 2
+    assert f"{tmp_path} is not writable" in done.output
+    (tmp_path / "own").mkdir()
+    assert HomePath(path_type=Path).convert("own", None, None) == Path("own")
 
 
 def test_no_patient_is_on_two_sides_of_a_runs_split(run: Path) -> None:

@@ -16,7 +16,7 @@ import click
 
 from chestxray_covid._version import NOT_A_DEVICE as NOT_A_DEVICE
 from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
-from chestxray_covid.files import expanded
+from chestxray_covid.files import expanded, is_folder
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
@@ -28,11 +28,29 @@ SPLIT_NAME = "split.json"
 
 
 class HomePath(click.Path):
-    """A path in which ``~`` is the home folder; of ``--output=~/run`` no shell makes that."""
+    """A path in which ``~`` is the home folder; of ``--output=~/run`` no shell makes that.
+
+    One that will be written is refused at once, not after hours, where no folder can take it.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path."""
-        return super().convert(expanded(value) if value else value, param, ctx)  # "" is no path
+        path = super().convert(expanded(value) if value else value, param, ctx)  # "" is no path
+        if not self.exists:
+            if not value:
+                self.fail("An empty path names no place to write.", param, ctx)
+            self._check_writable(Path(os.fsdecode(path)).absolute(), param, ctx)
+        return path
+
+    def _check_writable(
+        self, path: Path, param: click.Parameter | None, ctx: click.Context | None
+    ) -> None:
+        above = (p for p in path.parents if os.path.lexists(p))
+        place = path if is_folder(path) else next(above)
+        if not is_folder(place):
+            self.fail(f"{path} cannot be written: {place} is no folder.", param, ctx)
+        if not os.access(place, os.W_OK):
+            self.fail(f"{path} cannot be written: {place} is not writable.", param, ctx)
 
 
 DATA = click.option(
