@@ -82,8 +82,8 @@ def honest_rows() -> list[tuple[str, str, str]]:
 
 def untrained() -> Mapping[str, Any]:
     """Return what the last layer before the classifier gives where its weights are random."""
-    rows = {(row["weights"], row["layer"]): row for row in read("probes")["rows"]}
-    found: Mapping[str, Any] = rows["random", "norm5"]["all"]
+    rows = {(row["weights"], row["networks"], row["layer"]): row for row in read("probes")["rows"]}
+    found: Mapping[str, Any] = rows["random", 1, "norm5"]["all"]
     return found
 
 

@@ -60,7 +60,9 @@ def probes_note() -> str:
         And what needs no training of a network: a logistic regression on the mean, the maximum and
         the standard deviation of each channel of a layer, in the same {found["folds"]} folds, at
         {found["size_px"]} px, as the average over {found["views"]} views of each image
-        (`probe_inside.py`){how}. Random weights are one draw; their batch norm has the average
+        (`probe_inside.py`){how}. Where nothing else is said, random weights are one draw, and the
+        start is one run; averages are of readouts, each divided by its standard deviation, of as
+        many draws or runs of other seeds. The batch norm of random weights has the average
         statistics of batches of these images, held-out ones among them, of which no label is looked
         at. The strength of the penalty was chosen among five with such results in sight. The last
         column is of the average of a readout and of the folds' own networks, which alone reach
@@ -74,7 +76,9 @@ def probes_table() -> str:
     for row in read("probes")["rows"]:
         one, rest = row["all"], row["without Hannover's"]
         values = (one["auroc"], rest["auroc"], one["same_website"], row["with_folds"]["all"])
-        rows.append((WEIGHTS[row["weights"]], f"`{row['layer']}`", *map(estimate, values)))
+        several = f", average of {row['networks']}" if row["networks"] > 1 else ""
+        title = WEIGHTS[row["weights"]] + several
+        rows.append((title, f"`{row['layer']}`", *map(estimate, values)))
     columns = ("Weights", "Layer", "All", "Without Hannover's", "Pairs of one website")
     columns += ("All, with the folds' networks",)
     return table(columns, rows)

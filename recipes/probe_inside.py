@@ -6,16 +6,19 @@ COVID-19 against other findings, in the folds of ``judge_default.py --what folds
 that which the relatives start from, which saw no COVID-19, or one with random weights, which saw no
 label at all. It stays as it is: a logistic regression reads the mean, the maximum and the standard
 deviation of every channel of a layer. What that reaches needs no training of the network, so no
-network shows by reaching it that it reads lungs. ``--base`` takes another network to start from.
-Where the output folder has what the folds' own networks answered, each readout is also judged
-together with them.
+network shows by reaching it that it reads lungs. ``--base`` takes other networks to start from; of
+several, and of as many with random weights, the average of their readouts is judged as well. Where
+the output folder has what the folds' own networks answered, each readout is also judged together
+with them.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,13 +125,27 @@ def answers_of_folds(place: Path, dataset: ChestXrayDataset) -> np.ndarray | Non
     return logits
 
 
+def judged(
+    dataset: ChestXrayDataset,
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+    found: np.ndarray,
+    trained: np.ndarray | None,
+) -> dict[str, Any]:
+    """Return AUROCs of a readout, and of its average with the answers of the folds' networks."""
+    row = judge_parts(dataset, pairs, found)
+    if trained is not None:
+        both = judge_parts(dataset, pairs, zscore(found) + zscore(trained))
+        row["with_folds"] = {name: part["auroc"] for name, part in both.items()}
+    return row
+
+
 def images_of(dataset: ChestXrayDataset) -> Tensor:
     """Return all images, ``(N, 1, S, S)`` uint8."""
     return torch.from_numpy(np.stack([PREPROCESS(s) for s in dataset.samples]))
 
 
-def random_network(pixels: Tensor) -> nn.Module:
-    network = build_densenet121(pretrained=False, seed=0)
+def random_network(pixels: Tensor, seed: int = 0) -> nn.Module:
+    network = build_densenet121(pretrained=False, seed=seed)
     with torch.inference_mode():
         settle(network, pixels)
     return network
@@ -140,7 +157,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/default"))
     parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
     parser.add_argument(
-        "--base", type=Path, help="a run that saw no image of Cohen's or Hannover's"
+        "--base", type=Path, nargs="+", help="runs that saw no image of Cohen's or Hannover's"
     )
     parser.add_argument(
         "--made", metavar="TEXT", help="machine, software, files and base, in words"
@@ -152,20 +169,23 @@ def main() -> None:
     truth = np.array([s.label == "covid19" for s in inside.samples])
     pixels = images_of(inside)
     trained = answers_of_folds(options.output, inside)
-    networks: dict[str, Callable[[], nn.Module]] = {
-        "random": lambda: random_network(pixels),
-        "base": lambda: build_densenet121(options.base or relatives.train_base(), num_classes=3),
+    bases = options.base or [relatives.train_base()]
+    networks: dict[str, list[Callable[[], nn.Module]]] = {
+        "random": [partial(random_network, pixels, seed) for seed in range(len(bases))],
+        "base": [partial(build_densenet121, base, num_classes=3) for base in bases],
     }
     rows = []
-    for weights, build in networks.items():
-        for layer, features in features_of(build(), pixels).items():
-            print(weights, layer)
-            found = read_out(features, truth, pairs)
-            row = {"weights": weights, "layer": layer, **judge_parts(inside, pairs, found)}
-            if trained is not None:
-                both = judge_parts(inside, pairs, zscore(found) + zscore(trained))
-                row["with_folds"] = {name: part["auroc"] for name, part in both.items()}
-            rows.append(row)
+    for weights, draws in networks.items():
+        answers: dict[str, list[np.ndarray]] = {layer: [] for layer in LAYERS}
+        for build in draws:
+            for layer, features in features_of(build(), pixels).items():
+                print(weights, layer)
+                answers[layer].append(zscore(read_out(features, truth, pairs)))
+        for several in sorted({1, len(draws)}):
+            for layer, found in answers.items():
+                together = np.mean(found[:several], axis=0)
+                row = judged(inside, pairs, together, trained)
+                rows.append({"weights": weights, "networks": several, "layer": layer, **row})
     about = {
         "folds": len(pairs),
         **said(options.made),

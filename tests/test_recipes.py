@@ -104,7 +104,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_main(module: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]) -> None:
     """Run a recipe as from the command line."""
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    lists = ((n, v if isinstance(v, list) else [v]) for n, v in options.items())
+    words = [word for name, values in lists for word in (f"--{name}", *map(str, values))]
     monkeypatch.setattr(sys, "argv", [module.__name__, *words])
     module.main()
 
@@ -842,7 +843,8 @@ def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
         return read_out(features, truth, pairs)
 
     monkeypatch.setattr(probe, "read_out", noted)
-    run_main(probe, monkeypatch, {**options, "base": published.weights, "made": "a machine"})
+    bases = [published.weights, published.weights]
+    run_main(probe, monkeypatch, {**options, "base": bases, "made": "a machine"})
     found = json.loads((tmp_path / "probes.json").read_text())
     groups = np.array(patient_groups(inside, find_copies=False))
     for asked_truth, pairs in asked:
@@ -850,14 +852,13 @@ def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
         for (rest, held_out), expected in zip(pairs, folds, strict=True):
             assert np.array_equal(held_out, expected[1])
             assert set(groups[rest]).isdisjoint(groups[held_out])
-    random, base = (
-        [r["all"] for r in found["rows"] if r["weights"] == w] for w in ("random", "base")
-    )
-    assert random != base
+    by = {(r["weights"], r["networks"], r["layer"]): r["all"] for r in found["rows"]}
+    for layer in probe.LAYERS:
+        assert by["base", 2, layer] == by["base", 1, layer], "one network twice"
+        assert by["random", 2, layer] != by["random", 1, layer] != by["base", 1, layer]
     assert (found["made"], found["folds"]) == ("a machine", 5)
     assert (found["size_px"], found["views"]) == (64, 2)
-    rows = [(row["weights"], row["layer"]) for row in found["rows"]]
-    assert rows == [(w, layer) for w in ("random", "base") for layer in probe.LAYERS]
+    assert [*by] == [(w, n, la) for w in ("random", "base") for n in (1, 2) for la in probe.LAYERS]
     for row in found["rows"]:
         assert sum(row["all"]["n"]) == 45
         assert row["all"]["auroc"]["value"] < row["with_folds"]["all"]["value"] <= 1
