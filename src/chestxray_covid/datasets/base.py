@@ -84,10 +84,11 @@ class Sample:
     def __post_init__(self) -> None:
         if isinstance(self.path, str):
             object.__setattr__(self, "path", expanded(self.path))
-        for name, value in (("patient_id", self.patient_id), ("source", self.source)):
-            if not isinstance(value, str | int | np.integer):  # gaps of tables are not even equal
-                raise TypeError(f"{name} of {self.path} must be text, got {value!r}")
-            object.__setattr__(self, name, str(value))  # 12 and "12" of two tables are one patient
+        if type(self.patient_id) is not str or type(self.source) is not str:
+            for name, value in (("patient_id", self.patient_id), ("source", self.source)):
+                if not isinstance(value, str | int | np.integer):  # gaps are not even equal
+                    raise TypeError(f"{name} of {self.path} must be text, got {value!r}")
+                object.__setattr__(self, name, str(value))  # 12 and "12" are one patient
 
     @property
     def is_file(self) -> bool:
@@ -181,11 +182,9 @@ class ChestXrayDataset:
         return len(self.samples)
 
     def __getitem__(self, index: SupportsIndex) -> tuple[Any, Any]:
-        position = operator.index(index)
-        target: Any = self.targets[position]
-        if self.target_transform is not None:
-            target = self.target_transform(target)
-        return self.image(position), target
+        position, change = operator.index(index), self.target_transform
+        target = self.targets[position]
+        return self.image(position), target if change is None else change(target)
 
     def __add__(self, other: ChestXrayDataset) -> ChestXrayDataset:
         return concatenate([self, other])

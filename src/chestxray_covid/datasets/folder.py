@@ -25,7 +25,7 @@ from chestxray_covid.datasets.cohen import CohenCovidDataset, canonical_view
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layout
 from chestxray_covid.datasets.loading import entries, images_of, may_hold_images
 from chestxray_covid.datasets.report import summarise
-from chestxray_covid.datasets.storage import nothing_collected, read_csv, resolver
+from chestxray_covid.datasets.storage import nothing_collected, path_maker, read_csv, resolver
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
 from chestxray_covid.files import existing_folder, expanded, is_folder
 
@@ -166,7 +166,7 @@ class ManifestDataset(ChestXrayDataset):
         name = source or (place.name if lies_in_its_folder else place.stem)
         listed: dict[str, Sample] = {}
         unused: list[tuple[str, tuple[str, str, str]]] = []  # what other rows say of a file
-        resolved = resolver()
+        resolved, path_of = resolver(), path_maker()
         dropped: Counter[str] = Counter()
         meant: dict[str, str] = {}
         unnamed = False
@@ -188,12 +188,12 @@ class ManifestDataset(ChestXrayDataset):
                 else:
                     more = more or [k for k in row if k not in MANIFEST_COLUMNS]
                     unnamed = unnamed or not row.get("source")
-                    sample = _listed(file, row, label, name, more)
-                    _add(sample, listed, resolved(sample.path), dropped, table)
+                    sample = _listed(path_of(file), row, label, name, more)
+                    _add(sample, listed, resolved(file), dropped, table)
                     continue
                 if label and "\0" not in given:
                     other = label, row["patient_id"], row.get("source") or name
-                    unused.append((resolved(Path(file)), other))
+                    unused.append((resolved(file), other))
         for where, other in unused:
             if where in listed and listed[where].label != other[0]:
                 _refuse_contradiction(table, listed[where], other)
@@ -385,11 +385,11 @@ def _refuse_contradiction(table: Path, first: Sample, other: tuple[str, str, str
         )
 
 
-def _listed(file: str, row: dict[str, str], label: str, name: str, more: Iterable[str]) -> Sample:
+def _listed(path: Path, row: dict[str, str], label: str, name: str, more: Iterable[str]) -> Sample:
     """Return a row's sample; text that many rows share is kept once."""
     view = row.get("view") or UNKNOWN_VIEW
     return Sample(
-        path=Path(file),
+        path=path,
         label=label,
         finding=sys.intern(row.get("finding") or row["label"]),
         patient_id=row["patient_id"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -84,9 +84,10 @@ def summarise(
 ) -> DatasetReport:
     """Return the report of a data set that kept ``samples`` and dropped what ``dropped`` counts."""
     images = Counter(s.label for s in samples)
-    patients: dict[str, set[tuple[str, str]]] = {label: set() for label in (*images, *classes)}
+    # Label → collection → its patients' numbers.
+    patients = {label: defaultdict[str, set[str]](set) for label in (*images, *classes)}
     for s in samples:
-        patients[s.label].add((s.metadata.get("numbered_by") or s.source, s.patient_id))
+        patients[s.label][s.metadata.get("numbered_by") or s.source].add(s.patient_id)
     gone = dict(sorted((dropped or {}).items(), key=lambda item: (item[0] != LEFT_OUT, -item[1])))
     for reason in list(gone)[_MOST_REASONS:]:
         gone[_OTHER] = gone.pop(reason) + gone.get(_OTHER, 0)
@@ -97,7 +98,7 @@ def summarise(
         kept=len(samples),
         dropped=gone,
         images={c: images[c] for c in classes},
-        patients={c: len(patients[c]) for c in classes},
+        patients={c: sum(map(len, patients[c].values())) for c in classes},
         notes=dict(notes or {}),
     )
 

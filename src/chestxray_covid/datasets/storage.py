@@ -156,7 +156,18 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def resolver() -> Callable[[Path], str]:
+def path_maker() -> Callable[[str], Path]:
+    """Return a function that makes paths as ``Path`` does, but reads each folder's name once."""
+    folder = cache(Path)
+
+    def make(file: str) -> Path:
+        parent, separator, name = file.rpartition(os.sep)
+        return folder(parent + separator) / name
+
+    return make
+
+
+def resolver() -> Callable[[str | Path], str]:
     """Return a function from a file's path to its one full spelling, however it was spelled.
 
     Links to folders are followed, each folder once; a link to a file keeps its own name, which may
@@ -167,8 +178,8 @@ def resolver() -> Callable[[Path], str]:
     def real(folder: str) -> str:
         return os.path.join(os.path.realpath(folder), "")  # noqa: PTH118 - ends in "/"
 
-    def resolve(path: Path) -> str:
-        folder, separator, name = str(path).rpartition(os.sep)
+    def resolve(path: str | Path) -> str:
+        folder, separator, name = os.fspath(path).rpartition(os.sep)
         return real(folder + separator or ".") + name
 
     return resolve
@@ -249,6 +260,7 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
                 )
             refuse_repeated(table, names)
             width, path = len(names), names.index("path") if "path" in names else None
+            has_unnamed = "" in names
             for line, row in filter(itemgetter(1), rows):  # without empty lines
                 if len(row) > width and any(map(str.strip, row[width:])):
                     raise DatasetError(
@@ -258,7 +270,8 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
                 if len(row) < width:
                     row += [""] * (width - len(row))
                 known = dict(zip(names, map(str.strip, row), strict=False))
-                known.pop("", None)
+                if has_unnamed:
+                    del known[""]
                 if path is not None:
                     known["path"] = row[path]
                 yield known
