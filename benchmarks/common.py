@@ -20,15 +20,20 @@ PACKAGES = (
     *("torch", "torchvision", "numpy", "openvino", "onnxruntime", "nncf"),
     *("timm", "transformers", "monai", "torchxrayvision"),
 )
+#: What decides how fast a network is computed: not every processor of a name has each of them.
+UNITS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 
 
 def machine() -> dict[str, Any]:
     """Return processor, threads and versions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    known = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": known.get("model name", platform.processor()),
+        "units": [name for name in UNITS if name in known.get("flags", "").split()],
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "native_bfloat16": native_bfloat16(torch.device("cpu")),

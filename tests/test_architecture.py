@@ -21,7 +21,7 @@ MAX_LINES = 400
 #: Row by row from the bottom; a module imports only from rows above its own in this list. The
 #: package's ``__init__`` loads names lazily, so it imports the version alone.
 ROWS = (
-    ("_version", "errors", "progress"),
+    ("_version", "errors", "progress", "processor"),
     (
         "files",
         "pixels",

@@ -31,6 +31,7 @@ from chestxray_covid.graph import (
 )
 from chestxray_covid.image import Preprocess
 from chestxray_covid.int8 import Int8
+from chestxray_covid.processor import slow_bfloat16
 from chestxray_covid.tensors import FEATURE_COUNT
 
 #: Our names of precisions → OpenVINO's.
@@ -264,7 +265,8 @@ def native_precision() -> str:
         MissingExtraError: If OpenVINO is not installed.
     """
     hint = openvino_core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
-    return {hint: name for name, hint in _HINTS.items()}.get(hint, "float32")
+    own = {hint: name for name, hint in _HINTS.items()}.get(hint, "float32")
+    return "float32" if own == "bfloat16" and slow_bfloat16() else own
 
 
 def openvino_core() -> Any:

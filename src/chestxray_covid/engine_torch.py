@@ -17,6 +17,7 @@ from torch.nn import functional
 from chestxray_covid.errors import ForkedError
 from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, Step, fold
 from chestxray_covid.image import Preprocess
+from chestxray_covid.processor import slow_bfloat16
 
 #: Most images at once on a CPU: more do not fit its caches.
 _CPU_BATCH = 8
@@ -209,9 +210,10 @@ def _device_errors(device: str) -> Iterator[None]:
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Return whether a device computes in bfloat16 natively, so that autocast pays."""
+    """Return whether a device computes in bfloat16 natively and faster, so that autocast pays."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(has) and not slow_bfloat16()
     return False

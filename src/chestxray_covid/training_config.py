@@ -82,7 +82,7 @@ class TrainingConfig:
         patience: Epochs without improvement after which training stops; ``None`` never stops, nor
             does ``monitor="last"``, for which every epoch is an improvement.
         precision: ``"bfloat16"`` (autocast), ``"float32"``, or ``"auto"``: bfloat16 where the
-            processor or GPU computes it natively; a run stays with its own, wherever it goes on.
+            processor or GPU is faster in it; a run stays with its own, wherever it goes on.
         device: ``"auto"`` takes a GPU where there is one, or ``"cpu"``.
         compile_backend: Backend of ``torch.compile``, such as ``"inductor"``, for the step of
             training; ``None``: nothing. Measure whether it pays: launching may take longer.
