@@ -53,7 +53,12 @@ class BareLoop:
     """The same arithmetic as a trainer's step over pixels that are in memory, and nothing else."""
 
     def __init__(
-        self, data: ChestXrayDataset, config: TrainingConfig, *, fused: bool = True
+        self,
+        data: ChestXrayDataset,
+        config: TrainingConfig,
+        *,
+        fused: bool = True,
+        compiled: bool = False,
     ) -> None:
         self.config = config
         self.pixels = np.stack([config.preprocess(data.image(i)) for i in range(len(data))])
@@ -63,6 +68,7 @@ class BareLoop:
             memory_format=torch.channels_last if config.channels_last else torch.contiguous_format
         )
         set_training_mode(self.model)
+        self.network = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-6, weight_decay=0.05, fused=fused
         )
@@ -81,7 +87,7 @@ class BareLoop:
             if self.config.channels_last:
                 batch = batch.contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-                logits = self.model(batch)
+                logits = self.network(batch)
             loss = torch.nn.functional.cross_entropy(
                 logits.float(), self.targets[chosen], label_smoothing=self.config.label_smoothing
             )
@@ -92,48 +98,56 @@ class BareLoop:
         return statistics.median(times)
 
 
-def full_size_loop(plain: bool) -> BareLoop:
+def full_size_loop(plain: bool, compiled: bool) -> BareLoop:
     """Return the loop at full size: float32 in torch's own order, or as the trainer does it."""
     config = replace(
         CONFIG, augmentation=Augmentation.none(), preprocess=Preprocess(size_px=FULL_SIZE_PX)
     )
     if plain:
         config = replace(config, precision="float32", channels_last=False)
-    return BareLoop(SyntheticChestXray(16 * STEPS), config, fused=not plain)
+    data = SyntheticChestXray(16 * STEPS)
+    return BareLoop(data, config, fused=not plain, compiled=compiled)
 
 
 _loop: BareLoop | None = None
 
 
-def step_in_own_process(plain: bool) -> float:
+def step_in_own_process(plain: bool, compiled: bool) -> float:
     """Return the median duration of a step; the loop is built at the first call."""
     global _loop
     if _loop is None:
-        _loop = full_size_loop(plain)
+        _loop = full_size_loop(plain, compiled)
         _loop.step_seconds()
     return _loop.step_seconds()
 
 
-def compare_settings(pairs: int) -> dict[str, list[float]]:
-    """Return the seconds per step of three settings, a round of all of them at a time."""
-    settings = {
-        "plain": (True, "0"),
-        "recommended, without huge pages": (False, "0"),
-        "recommended": (False, "1"),
+def compare_settings(pairs: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the seconds per step of four settings, a round of all of them at a time.
+
+    And the seconds that the first steps took, with what is compiled.
+    """
+    settings = {  # plain, compiled, huge pages
+        "plain": (True, False, "0"),
+        "recommended, without huge pages": (False, False, "0"),
+        "recommended": (False, False, "1"),
+        "recommended, compiled": (False, True, "1"),
     }
+    begun = {}
     context = multiprocessing.get_context("spawn")
     pools = {}
     seconds: dict[str, list[float]] = {name: [] for name in settings}
-    for name, (plain, huge) in settings.items():
+    for name, (*how, huge) in settings.items():
         os.environ["THP_MEM_ALLOC_ENABLE"] = huge  # a process takes over what holds as it starts
         pools[name] = ProcessPoolExecutor(1, mp_context=context)
-        pools[name].submit(step_in_own_process, plain).result()
+        start = time.perf_counter()
+        pools[name].submit(step_in_own_process, *how).result()
+        begun[name] = time.perf_counter() - start
     for _ in range(pairs):
-        for name, (plain, _) in settings.items():
-            seconds[name].append(pools[name].submit(step_in_own_process, plain).result())
+        for name, (*how, _) in settings.items():
+            seconds[name].append(pools[name].submit(step_in_own_process, *how).result())
     for pool in pools.values():
         pool.shutdown()
-    return seconds
+    return seconds, begun
 
 
 def over(seconds: list[float], own: list[float]) -> list[float]:
@@ -176,11 +190,13 @@ def main() -> None:
         trainer.fit()
     pairs = alternate.pairs[1:]  # the first warms up
     ratios = [bare / own for own, bare in pairs]
-    found = compare_settings(options.pairs)
+    found, begun = compare_settings(options.pairs)
     gains = over(found["plain"], found["recommended"])
     small_gains = over(found["plain"], found["recommended, without huge pages"])
+    compiled_gains = over(found["plain"], found["recommended, compiled"])
+    native = native_bfloat16(torch.device("cpu"))
     write(
-        "training_step",
+        "training_step" if native else "training_step_float32",
         {
             "what": "images/s: trainer / bare loop; recommended settings / float32 NCHW",
             "size_px": {"trainer": CONFIG.preprocess.size_px, "recommended": FULL_SIZE_PX},
@@ -193,6 +209,9 @@ def main() -> None:
             "recommended_over_plain_pairs": gains,
             "without_huge_pages_over_plain": statistics.median(small_gains),
             "without_huge_pages_over_plain_pairs": small_gains,
+            "compiled_over_plain": statistics.median(compiled_gains),
+            "compiled_over_plain_pairs": compiled_gains,
+            "seconds_to_begin": begun,
             "full_size_images_per_s": {
                 name: 16 / statistics.median(own) for name, own in found.items()
             },

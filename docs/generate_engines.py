@@ -2,7 +2,7 @@
 
 Called by ``generate.py``; reads what ``recipes/judge_engines.py`` leaves beside the bundled
 weights, and what ``benchmarks/predict.py`` leaves in ``benchmarks/results``: ``predict.json`` of a
-processor that computes in bfloat16, ``predict_float32.json`` of one that does not.
+processor that is faster in bfloat16, ``predict_float32.json`` of one that is not.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def cost_block(result: Mapping[str, Any]) -> str:
         f"({machine['processor']}): {rate:.1f} files per second, {each:.1f} core-hours per "
         f"million. They were links to {result['predict_files']:,} files, most of them reduced in "
         f"size; untouched originals take {_originals():.1f} times as long as reduced files where "
-        "the processor computes in bfloat16, see [engines](engines.md#measured). "
+        "the processor is fast in bfloat16, see [engines](engines.md#measured). "
         "Files need nothing of each other, so the time below supposes that more cores do "
         "proportionally more, and that the storage keeps up."
     )

@@ -33,6 +33,7 @@ def blocks() -> dict[str, str]:
     names = ("training_step", "time_to_auroc", "training_memory")
     return {
         "training": training_block(*(load(name) for name in names)),
+        "plain-training": "\n" + step_paragraph(load("training_step_float32")) + "\n",
         "gpu": gpu_block(load(GPU.stem) if GPU.is_file() else None),
     }
 
@@ -47,16 +48,6 @@ def training_block(
     step: Mapping[str, Any], auroc: Mapping[str, Any], memory: Mapping[str, Any]
 ) -> str:
     """Return speed against plain loops, time to an AUROC, and the cost of checkpointing."""
-    speed = wrapped(
-        f"On {step['machine']['cores']} cores ({step['machine']['processor']}), batches of "
-        f"{step['batch_size']}, medians and ranges of pairs that alternate "
-        "(`python benchmarks/training_step.py`): the recommended settings are "
-        f"{_ratio(step['recommended_over_plain_pairs'])} times as fast as float32 in torch's own "
-        f"order at {step['size_px']['recommended']} px, "
-        f"{_ratio(step['without_huge_pages_over_plain_pairs'])} times without huge pages; the "
-        f"trainer reaches {_ratio(step['trainer_over_bare_pairs'])} of a bare loop of the same "
-        f"steps at {step['size_px']['trainer']} px."
-    )
     cells = (
         [
             row["precision"],
@@ -77,7 +68,33 @@ def training_block(
         "(`python benchmarks/training_memory.py`); `--batch-size auto` reckons with what a forward "
         "pass keeps:"
     )
-    return "\n" + "\n\n".join([speed, wrapped(_time_to(auroc)), intro, table(head, cells)]) + "\n"
+    return (
+        "\n"
+        + "\n\n".join([step_paragraph(step), wrapped(_time_to(auroc)), intro, table(head, cells)])
+        + "\n"
+    )
+
+
+def step_paragraph(step: Mapping[str, Any]) -> str:
+    """Return how fast a step is, against plain loops."""
+    compiled = ""
+    if "compiled_over_plain_pairs" in step:  # asked since 2026-11-28
+        begun = step["seconds_to_begin"]
+        more = begun["recommended, compiled"] - begun["recommended"]
+        compiled = (
+            f", {_ratio(step['compiled_over_plain_pairs'])} times compiled "
+            f'(`compile_backend="inductor"`), which took {more:.0f} s before the first steps'
+        )
+    return wrapped(
+        f"On {step['machine']['cores']} cores ({step['machine']['processor']}), batches of "
+        f"{step['batch_size']}, medians and ranges of pairs that alternate "
+        "(`python benchmarks/training_step.py`): the recommended settings are "
+        f"{_ratio(step['recommended_over_plain_pairs'])} times as fast as float32 in torch's own "
+        f"order at {step['size_px']['recommended']} px, "
+        f"{_ratio(step['without_huge_pages_over_plain_pairs'])} times without huge pages"
+        f"{compiled}; the trainer reaches {_ratio(step['trainer_over_bare_pairs'])} of a bare loop "
+        f"of the same steps at {step['size_px']['trainer']} px."
+    )
 
 
 def gpu_block(result: Mapping[str, Any] | None) -> str:
