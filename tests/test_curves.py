@@ -152,6 +152,23 @@ def test_probabilities_that_are_right_have_intercept_0_and_slope_1() -> None:
     assert found.slope.value == pytest.approx(1)
 
 
+@pytest.mark.parametrize("certain", [False, True])
+def test_probabilities_near_0_and_1_have_an_intercept_in_every_resample(certain: bool) -> None:
+    truth, score, patients = case()
+    score = np.round(score) if certain else expit(12 * logit(score))
+    found = curves.reliability(truth, score, patients, **HOW).intercept
+    kept = np.clip(score, 1e-8, 1 - 1e-8)  # as the R package CalibrationCurves does
+
+    def root(rows: np.ndarray) -> float:
+        x = logit(kept[rows])
+        return float(brentq(lambda a: (truth[rows] - expit(a + x)).sum(), -50, 50))
+
+    drawn = [root(rows) for rows in resampled(patients)]
+    assert found.skipped == 0
+    assert found.value == pytest.approx(root(np.arange(N)), abs=1e-6)
+    assert np.allclose([found.low, found.high], np.quantile(drawn, [0.05, 0.95]), atol=1e-6)
+
+
 def test_what_is_separated_has_no_slope_and_what_never_happened_no_intercept() -> None:
     apart = curves.reliability([0, 0, 1, 1], [0.0, 0.2, 0.9, 1.0], range(4), **HOW)
     assert np.isnan(apart.slope.value)

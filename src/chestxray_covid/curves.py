@@ -29,8 +29,8 @@ from chestxray_covid.metrics import Floats, Labels, Weights
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Newton's steps; some eight are enough, unless there is no answer.
-_STEPS = 30
+#: Newton's steps; some eight are enough, unless there is no answer, or the way is nearly flat.
+_STEPS = 60
 #: They have ended where one moves less: each has twice the digits of the one before.
 _ENDED = 1e-6
 #: Least distance of a probability to 0 and 1, whose logits are infinite; as in the R package
@@ -124,7 +124,8 @@ class Reliability:
         slope: Of a logistic regression on their logits, 1 the best; below 1 they are too extreme,
             above too timid. Both: Van Calster et al., Calibration: the Achilles heel of predictive
             analytics, BMC Medicine 17 (2019) 230, weak calibration; ``nan`` if only one thing
-            happened, and the slope also if the probabilities separate what did from what did not.
+            happened, and the slope also if the probabilities separate what did from what did not,
+            or are all the same.
     """
 
     title: str = ""
@@ -289,39 +290,53 @@ def reliability(
 
 
 def _intercept(truth: Labels, p: Floats, *, sample_weight: Floats) -> Floats:
-    """Return the ``(R,)`` intercepts of logistic regressions with the logit of ``p`` as offset."""
-    return _regress(truth, p, sample_weight, with_slope=False)[0]
+    """Return the ``(R,)`` intercepts of logistic regressions with the logit of ``p`` as offset.
 
-
-def _slope(truth: Labels, p: Floats, *, sample_weight: Floats) -> Floats:
-    """Return the ``(R,)`` slopes of logistic regressions on the logit of ``p``."""
-    return _regress(truth, p, sample_weight, with_slope=True)[1]
-
-
-def _regress(
-    truth: Labels, p: Floats, weights: Floats, *, with_slope: bool
-) -> tuple[Floats, Floats]:
-    """Return ``(R,)`` intercepts and slopes, ``nan`` where Newton's steps do not end."""
+    Each try bounds the answer, for the score only falls. Where probabilities are near 0 and 1 it
+    is so flat in between that Newton's steps leave the bounds; then their middle is tried.
+    """
     from scipy.special import expit, logit
 
     x = logit(np.clip(p, _LEAST, 1 - _LEAST))
-    a, b = np.zeros(len(weights)), np.full(len(weights), 0.0 if with_slope else 1.0)
-    moved = np.full(len(weights), np.inf)
+    happened = logit(sample_weight @ truth / sample_weight.sum(1))  # infinite: always, or never
+    low, high = happened - x.max(), happened - x.min()
+    a = np.clip(0.0, low, high)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for _ in range(_STEPS):
+            said = expit(a[:, None] + x)
+            score = (sample_weight * (truth - said)).sum(1)
+            low, high = np.where(score > 0, a, low), np.where(score < 0, a, high)
+            step = a + score / (sample_weight * said * (1 - said)).sum(1)
+            tried = np.where((low <= step) & (step <= high), step, (low + high) / 2)
+            a, moved = tried, np.abs(tried - a)
+            if not (moved > _ENDED).any():
+                break
+    return np.where(np.isfinite(happened) & (moved <= _ENDED), a, np.nan)
+
+
+def _slope(truth: Labels, p: Floats, *, sample_weight: Floats) -> Floats:
+    """Return the ``(R,)`` slopes of logistic regressions on the logit of ``p``.
+
+    They are ``nan`` where Newton's steps do not end.
+    """
+    from scipy.special import expit, logit
+
+    x = logit(np.clip(p, _LEAST, 1 - _LEAST))
+    a, b, moved = (np.full(len(sample_weight), start) for start in (0.0, 0.0, np.inf))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         for _ in range(_STEPS):
             said = expit(a[:, None] + b[:, None] * x)
-            rest, spread = weights * (truth - said), weights * said * (1 - said)  # (R, N)
+            rest = sample_weight * (truth - said)
+            spread = sample_weight * said * (1 - said)  # (R, N)
             score, curvature = rest.sum(1), spread.sum(1)
-            in_a, in_b = score / curvature, np.zeros(len(weights))
-            if with_slope:
-                along, across, square = rest @ x, spread @ x, spread @ (x * x)
-                both = curvature * square - across**2
-                in_a = (square * score - across * along) / both
-                in_b = (curvature * along - across * score) / both
+            along, across, square = rest @ x, spread @ x, spread @ (x * x)
+            both = curvature * square - across**2
+            in_a = (square * score - across * along) / both
+            in_b = (curvature * along - across * score) / both
             a, b, moved = a + in_a, b + in_b, np.abs(in_a) + np.abs(in_b)
             if not (moved > _ENDED).any():
                 break
-    return np.where(moved <= _ENDED, a, np.nan), np.where(moved <= _ENDED, b, np.nan)
+    return np.where(moved <= _ENDED, b, np.nan)
 
 
 def _check_both(positive: Floats, negative: Floats) -> None:
