@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -761,6 +762,35 @@ def test_a_gap_of_a_table_is_neither_a_patient_nor_a_source(name: str) -> None:
     known = {"label": "normal", "finding": "", "patient_id": "1", "source": "site"}
     with pytest.raises(TypeError, match=f"{name} of a.png must be text, got nan"):
         Sample(path=Path("a.png"), **{**known, name: float("nan")})
+
+
+@pytest.mark.parametrize("gap", [None, np.nan, pd.NA, pd.NaT, ""])
+def test_a_gap_of_a_table_says_nothing_of_an_image(tmp_path: Path, gap: Any) -> None:
+    about = {"sex": gap, "age": gap, "image_id": gap, "content_hash": gap}
+    samples = [
+        sample(
+            str(write_image(tmp_path / f"{i}.png")),
+            patient_id=str(i),
+            finding=gap,
+            view=gap,
+            metadata=about,
+        )
+        for i in range(2)
+    ]
+    dataset = ChestXrayDataset(samples, classes=["normal"])
+    assert patient_groups(dataset, find_copies=False) == [0, 1]
+    assert {s.view for s in samples} == {"unknown"}
+    assert {s.finding for s in samples} == {""}
+    assert {text for s in samples for text in s.metadata.values()} == {""}
+    back = ManifestDataset(dataset.to_manifest(tmp_path / "list.csv"), classes=["normal"])
+    assert {s.view for s in back.samples} == {"unknown"}
+    assert not back.samples[0].metadata
+
+
+def test_what_a_table_says_in_numbers_is_text() -> None:
+    one = sample(finding=7, metadata={"age": np.float64(45.0), "sex": "F"})
+    assert (one.finding, one.view) == ("7", "unknown")
+    assert one.metadata == {"age": "45.0", "sex": "F"}
 
 
 def test_a_number_and_its_text_are_one_patient_and_one_source() -> None:

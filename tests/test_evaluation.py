@@ -110,6 +110,10 @@ BINARY = ["normal", "covid19", "normal", "covid19"]
 P = np.array([[0.9, 0.1], [0.3, 0.7], [0.4, 0.6], [0.6, 0.4]])
 
 
+def test_a_view_that_nobody_wrote_down_is_unknown_however_a_table_says_so() -> None:
+    assert list(judge(BINARY, P, views=["PA", None, np.nan, ""]).by_view) == ["PA", "unknown"]
+
+
 # ---- the numbers
 
 

@@ -18,6 +18,7 @@ from chestxray_covid.checkpoint import ModelConfig
 from chestxray_covid.confounders import Confounding
 from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
 from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.datasets.storage import cell_text
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.files import expanded
 from chestxray_covid.intervals import check_resampling, group_codes
@@ -203,7 +204,7 @@ def evaluate_probabilities(
         "label": y_true,
         "patient_id": patients,
         "source": sources,
-        "view": [UNKNOWN if pd.isna(view) else view for view in views],
+        "view": [cell_text(view) or UNKNOWN for view in views],
         "patient_group": list(zip(sources, patients, strict=False)) if groups is None else groups,
         "sex": unknown if sexes is None else [sex_of(str(sex)) for sex in sexes],
         "age_band": unknown if ages is None else [age_band(str(age)) for age in ages],

@@ -1,7 +1,6 @@
 """Samples with provenance, and the data set that all sources share.
 
-No torch here: a :class:`ChestXrayDataset` has ``__len__`` and ``__getitem__``, which is all that
-``torch.utils.data.DataLoader`` asks of a map-style data set.
+No torch here: ``__len__`` and ``__getitem__`` are all that its ``DataLoader`` asks of a data set.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chestxray_covid.datasets.report import DatasetReport, printable, summarise_taken
-from chestxray_covid.datasets.storage import resolver, write_csv, writing_to
+from chestxray_covid.datasets.storage import cell_text, resolver, write_csv, writing_to
 from chestxray_covid.errors import DatasetError, ImageError
 from chestxray_covid.files import expanded
 from chestxray_covid.image import load_image
@@ -59,9 +58,9 @@ class Sample:
         patient_id: Patient as the source numbers them, unique only within ``source``.
         source: Collection that the radiograph comes from, for example ``"cohen"``.
         view: Projection, ``"PA"``, ``"AP"``, ``"AP Supine"``, ``"L"``, …, or ``"unknown"``.
-        metadata: Everything else the source says, as text. ``origin`` and ``image_id``, where
-            present, identify the image in the collection that it was taken over from;
-            ``content_hash`` its content, so that copies are known without reading them;
+        metadata: Everything else the source says, as text; a gap of a table says nothing.
+            ``origin`` and ``image_id`` identify the image in the collection that it was taken over
+            from; ``content_hash`` its content, so that copies are known without reading them;
             ``numbered_by`` is the collection that ``patient_id`` is a number of, if not ``source``;
             ``sex`` and ``age`` (years) are the patient's.
         read: How the pixels come about; ``read_file`` unless the sample is a phantom.
@@ -89,6 +88,13 @@ class Sample:
                 if not isinstance(value, str | int | np.integer):  # gaps are not even equal
                     raise TypeError(f"{name} of {self.path} must be text, got {value!r}")
                 object.__setattr__(self, name, str(value))  # 12 and "12" are one patient
+        if {type(self.view), type(self.finding), *map(type, self.metadata.values())} != {str}:
+            for name in ("view", "finding"):
+                object.__setattr__(self, name, cell_text(getattr(self, name)))
+            about = {name: cell_text(value) for name, value in self.metadata.items()}
+            object.__setattr__(self, "metadata", about)
+        if not self.view:
+            object.__setattr__(self, "view", UNKNOWN_VIEW)
 
     @property
     def is_file(self) -> bool:
@@ -126,8 +132,7 @@ def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
         ImageError: If the mask or the image cannot be decoded, or the mask is neither black nor
             has any white, as one of labels 0 and 1.
     """
-    path = sample.metadata.get("lung_mask")
-    if not path:
+    if not (path := sample.metadata.get("lung_mask")):
         return None
     mask = load_image(path)
     if 0 < (highest := np.asarray(mask).max()) < 128:
@@ -138,8 +143,7 @@ def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
 class ChestXrayDataset:
     """Radiographs with labels and provenance; ``dataset[i]`` is ``(PIL image mode L, int)``.
 
-    Subsets, filters and concatenations share the samples and copy no pixels. Instances hold no
-    open files and can be sent to other processes.
+    Parts and sums share the samples and copy no pixels; all of them can be sent to other processes.
 
     Args:
         samples: The samples, in order; ``dataset.samples[i]`` is the same item as ``dataset[i]``.
@@ -300,8 +304,7 @@ class ChestXrayDataset:
             transform=self.transform,
             target_transform=self.target_transform,
         )
-        other._named_after = self._named_after
-        other._wholes = self._wholes or (self.report(),)
+        other._named_after, other._wholes = self._named_after, self._wholes or (self.report(),)
         return other
 
     def _promise(self, promised: Iterable[str]) -> Self:
@@ -320,8 +323,7 @@ def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
     """Return one data set with the samples of all, at least one; no pixels are copied.
 
     Classes are in canonical order where not all have the same. A sample whose source took it over
-    from a collection that is present too (``origin`` in its metadata) is counted to that
-    collection, so that the two copies are seen to be one source.
+    from a collection that is present too (``origin`` in its metadata) is counted to that one.
 
     Raises:
         ValueError: If there is nothing to concatenate or the transforms differ.
@@ -393,7 +395,6 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(classes, str):
         raise TypeError(f"classes must be a sequence of names, got the string {classes!r}")
-    names = tuple(classes)
-    if not names or len(set(names)) != len(names) or not all(names):
+    if not (names := tuple(classes)) or len(set(names)) != len(names) or not all(names):
         raise ValueError(f"classes must be one or more different names, got {list(names)}")
     return names

@@ -281,6 +281,16 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
         raise DatasetError(f"{table} has a header and no rows.")
 
 
+def cell_text(value: object) -> str:
+    """Return what a cell of a table says; a gap (``None``, NaN, NA, NaT) says nothing.
+
+    >>> cell_text(45), cell_text(float("nan"))
+    ('45', '')
+    """
+    # A gap equals nothing, not even itself, and NA does not even say so.
+    return str(value) if value is not None and str(value == value) == "True" else ""
+
+
 def read_loose_csv(table: Path) -> list[dict[str, str]]:
     """Return the rows of a ``metadata.csv`` by normalised column name: names changed over time.
 
