@@ -514,6 +514,11 @@ def test_a_split_of_another_data_set_is_refused(tmp_path: Path, site: FolderData
         Split.load(path, FolderDataset(write_nih(tmp_path / "nih"), classes=("normal",)))
     with pytest.raises(SplitError, match="holds 16 samples, the data set 15"):
         Split.load(path, site.subset(range(15)))
+    few = site.limit(3)
+    part = split_by_patient(few).save(tmp_path / "part.json")
+    with pytest.raises(SplitError, match=r"\(with limit\(…\), where train had --limit\)"):
+        Split.load(part, site)
+    assert len(Split.load(part, few).dataset) == len(few)
     again = ChestXrayDataset([*site.samples, site.samples[0]], classes=site.classes)
     with pytest.raises(SplitError, match="is not in the split"):
         Split.load(path, again)

@@ -27,6 +27,7 @@ SIDES = ("train", "val", "test")
 _FORMAT = 1
 #: Samples from which scikit-learn's search, of some 70 s per million, gives way to a plain draw.
 _MANY = 50_000
+_MEND = "Open the data as they were split (with limit(…), where train had --limit), or split again."
 _FACTS = ("name", "source", "patient_id")
 #: Which facts of a sample and of a saved entry are equal, the best first.
 _LIKENESS = tuple(("hash", *more) for n in (3, 2, 1, 0) for more in combinations(_FACTS, n))
@@ -115,13 +116,11 @@ class Split:
         found = _entries_of(dataset, entries)
         if strange := [s for i, s in enumerate(dataset.samples) if i not in found]:
             raise SplitError(
-                f"{strange[0].path} is not in the split {path} (or its content changed). "
-                "Open the data set as it was when it was split, or split again."
+                f"{strange[0].path} is not in the split {path} (or its content changed). {_MEND}"
             )
         if len(found) != len(entries):
             raise SplitError(
-                f"{path} holds {len(entries)} samples, the data set {len(found)}. "
-                "Open the data set as it was when it was split, or split again."
+                f"{path} holds {len(entries)} samples, the data set {len(found)}. {_MEND}"
             )
         sides = {s: tuple(i for i in sorted(found) if found[i]["side"] == s) for s in SIDES}
         if (shared := patient_on_two_sides(dataset, sides)) is not None:
