@@ -58,6 +58,27 @@ def report() -> EvaluationReport:
     return judged()
 
 
+def test_a_figure_of_one_result_refuses_another(report: EvaluationReport) -> None:
+    roc, precision, risk = (
+        report.roc_curve(),
+        report.precision_recall_curve(),
+        report.risk_coverage_curve(),
+    )
+    for plot, kind, wrong in (
+        (plot_roc, "RocCurve", precision),
+        (plot_precision_recall, "PrecisionRecallCurve", roc),
+        (plot_risk_coverage, "RiskCoverageCurve", roc),
+        (plot_reliability, "Reliability", report),
+        (plot_confusion, "EvaluationReport", risk),
+        (plot_history, "History", "runs/first"),
+    ):
+        came = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"is of {kind}, as .* gives it, got {came}$"):
+            plot(wrong)  # type: ignore[operator]
+    with pytest.raises(TypeError, match=r"as report\.roc_curve\(\) gives it, got Evaluation"):
+        plot_roc(roc, report)  # type: ignore[arg-type]
+
+
 def history(epochs: int = 5) -> History:
     return History(
         records=tuple(
@@ -201,9 +222,10 @@ def test_curves_are_told_apart_without_colour(report: EvaluationReport) -> None:
 def test_a_figure_takes_one_to_four_curves(
     report: EvaluationReport, plot: Callable[..., Figure]
 ) -> None:
+    curve = getattr(report, plot.__name__.removeprefix("plot_") + "_curve")()
     for count in (0, 5):
         with pytest.raises(ValueError, match=f"a figure takes 1 to 4 curves, got {count}"):
-            plot(*[report.precision_recall_curve()] * count)
+            plot(*[curve] * count)
 
 
 def test_a_curve_without_interval_is_drawn_and_says_so() -> None:

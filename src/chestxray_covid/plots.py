@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from chestxray_covid.curves import (
+    Curve,
+    PrecisionRecallCurve,
+    Reliability,
+    RiskCoverageCurve,
+    RocCurve,
+)
+from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.reporting import short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from chestxray_covid.curves import (
-        Curve,
-        PrecisionRecallCurve,
-        Reliability,
-        RiskCoverageCurve,
-        RocCurve,
-    )
     from chestxray_covid.datasets.base import ChestXrayDataset
-    from chestxray_covid.evaluation_report import EvaluationReport
     from chestxray_covid.heatmap import Heatmap
     from chestxray_covid.intervals import Estimate
     from chestxray_covid.training_config import History
@@ -51,8 +51,10 @@ def plot_roc(*curves: RocCurve) -> Figure:
         *curves: One to four, for example :meth:`EvaluationReport.roc_curve`; ``title`` names each.
 
     Raises:
+        TypeError: If one is something else.
         ValueError: If there are none or too many.
     """
+    _expect(curves, RocCurve, "report.roc_curve()")
     axes = _curves(curves, "AUROC", step=None)
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
     axes.set_xlabel("1 − specificity", fontsize=_TEXT)
@@ -67,8 +69,10 @@ def plot_precision_recall(*curves: PrecisionRecallCurve) -> Figure:
         *curves: One to four, for example :meth:`EvaluationReport.precision_recall_curve`.
 
     Raises:
+        TypeError: If one is something else.
         ValueError: If there are none or too many.
     """
+    _expect(curves, PrecisionRecallCurve, "report.precision_recall_curve()")
     axes = _curves(curves, "average precision", step="pre")
     for prevalence in sorted({curve.prevalence for curve in curves}):
         axes.axhline(prevalence, color=GREY, linewidth=0.8, linestyle=":")
@@ -84,8 +88,10 @@ def plot_risk_coverage(*curves: RiskCoverageCurve) -> Figure:
         *curves: One to four, for example :meth:`EvaluationReport.risk_coverage_curve`.
 
     Raises:
+        TypeError: If one is something else.
         ValueError: If there are none or too many.
     """
+    _expect(curves, RiskCoverageCurve, "report.risk_coverage_curve()")
     axes = _curves(curves, "mean risk", step="pre")
     highest = max(float(np.nanmax([*curve.y, *curve.high])) for curve in curves)
     axes.set_ylim(0, min(1.0, max(0.1, 1.4 * highest)))
@@ -100,7 +106,11 @@ def plot_reliability(diagram: Reliability) -> Figure:
 
     Args:
         diagram: For example :meth:`EvaluationReport.reliability`.
+
+    Raises:
+        TypeError: If it is something else.
     """
+    _expect([diagram], Reliability, "report.reliability()")
     figure = _figure(COLUMN, 1.25 * COLUMN)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     value, low, high = (
@@ -125,7 +135,12 @@ def plot_reliability(diagram: Reliability) -> Figure:
 
 
 def plot_confusion(report: EvaluationReport) -> Figure:
-    """Return the confusion matrix: counts, shaded by their share of the true class."""
+    """Return the confusion matrix: counts, shaded by their share of the true class.
+
+    Raises:
+        TypeError: If ``report`` is something else.
+    """
+    _expect([report], EvaluationReport, "evaluate()")
     counts = np.asarray(report.overall.confusion)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = COLUMN if len(counts) < 4 else PAGE
@@ -160,10 +175,14 @@ def plot_history(history: History) -> Figure:
     """Return loss and validation metrics by epoch, with the epoch whose weights were kept.
 
     Raises:
+        TypeError: If it is something else.
         ValueError: If no epoch is finished.
     """
     from matplotlib.ticker import MaxNLocator
 
+    from chestxray_covid.training_config import History
+
+    _expect([history], History, "Trainer.fit()")
     best = history.best.epoch
     epochs = [record.epoch for record in history]
     figure = _figure(PAGE, 2.7)
@@ -290,6 +309,14 @@ _STYLES: tuple[dict[str, Any], ...] = (
     {"color": GREEN, "linestyle": "-.", "linewidth": 1.5},
     {"color": PURPLE, "linestyle": (0, (1, 1)), "linewidth": 1.5},
 )
+
+
+def _expect(found: Sequence[object], kind: type, origin: str) -> None:
+    """Raise if a figure would draw one result as another, as curves of all kinds look alike."""
+    for one in found:
+        if not isinstance(one, kind):
+            came = type(one).__name__
+            raise TypeError(f"this figure is of {kind.__name__}, as {origin} gives it, got {came}")
 
 
 def _curves(curves: Sequence[Curve], area: str, *, step: Any) -> Axes:
