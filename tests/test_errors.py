@@ -5,13 +5,29 @@ import multiprocessing
 import pickle
 import re
 import signal
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chestxray_covid import errors
+from chestxray_covid import (
+    Classifier,
+    SyntheticChestXray,
+    audit_shortcuts,
+    confounding,
+    cross_validate,
+    errors,
+    evaluate,
+    find_duplicates,
+    leave_one_source_out,
+    lung_heat,
+    patient_groups,
+    plot_samples,
+    quantize,
+    split_by_patient,
+)
 from chestxray_covid.errors import ChestXrayError, MissingExtraError, TrainingInterrupted
 
 FAMILY = [
@@ -121,3 +137,37 @@ def test_a_mistake_inside_an_extra_is_not_hidden(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ZeroDivisionError):
         errors.require_extra("faulty_extra", "kaggle")
+
+
+def test_what_is_no_data_set_is_refused_in_words() -> None:
+    classifier, phantoms = Classifier.from_pretrained(), SyntheticChestXray(12, image_size_px=32)
+    split = split_by_patient(phantoms, val=0, test=0.5)
+    asked: list[Callable[[Any], Any]] = [
+        confounding,
+        cross_validate,
+        find_duplicates,
+        patient_groups,
+        plot_samples,
+        split_by_patient,
+        lambda given: audit_shortcuts(classifier, given),
+        lambda given: evaluate(classifier, given),
+        lambda given: leave_one_source_out(given, classifier),
+        lambda given: lung_heat(classifier, given),
+        lambda given: quantize("runs/first", [], evaluation=given, output="int8"),
+    ]
+    for ask in asked:
+        for wrong, name in (("data/phantoms", "str"), (split, "Split"), ([], "list")):
+            said = rf"must be a ChestXrayDataset, got {name}\. Open a folder .*pass a side"
+            with pytest.raises(TypeError, match=said):
+                ask(wrong)
+    with pytest.raises(TypeError, match="train must be a ChestXrayDataset, got str"):
+        audit_shortcuts(classifier, phantoms, "data/phantoms")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ask", [evaluate, audit_shortcuts])
+def test_what_is_no_classifier_is_refused_in_words(ask: Any) -> None:
+    phantoms = SyntheticChestXray(6, image_size_px=32)
+    for wrong, name in (("runs/first", "str"), (phantoms, "SyntheticChestXray")):
+        said = rf"and predict_proba, got {name}\. Load a checkpoint with Classifier"
+        with pytest.raises(TypeError, match=said):
+            ask(wrong, phantoms)

@@ -28,7 +28,7 @@ from chestxray_covid.audit_occlusion import occlusion_item
 from chestxray_covid.audit_report import AuditItem, AuditReport
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.errors import check_positive
+from chestxray_covid.errors import check_classifier, check_dataset, check_positive
 from chestxray_covid.generalisation import LeftOutSource
 from chestxray_covid.heat_shares import lung_heat
 from chestxray_covid.hiding import Region
@@ -84,10 +84,14 @@ def audit_shortcuts(
         progress: Show progress bars.
 
     Raises:
+        TypeError: If ``classifier`` is none, or ``dataset`` or ``train`` no data set.
         ValueError: If a side of the question has no image, a mask is no mask, or an option is
             impossible.
         ImageError: If a file cannot be decoded.
     """
+    check_classifier(classifier)
+    check_dataset(dataset)
+    check_dataset(dataset if train is None else train, "train")
     check_positive("batch_size", batch_size)
     check_positive("workers", workers)
     how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from chestxray_covid.datasets.base import LABELS, ChestXrayDataset
+from chestxray_covid.errors import check_dataset
 from chestxray_covid.metrics import Value
 
 if TYPE_CHECKING:
@@ -176,8 +177,10 @@ def confounding(dataset: ChestXrayDataset) -> Confounding:
     Cramér's V: H. Cramér, Mathematical Methods of Statistics, 1946, section 21.9.
 
     Raises:
+        TypeError: If it is no data set.
         ValueError: If the data set is empty.
     """
+    check_dataset(dataset)
     if not len(dataset):
         raise ValueError("The data set is empty: nothing can be confounded.")
     return Confounding.of([s.source for s in dataset.samples], [s.label for s in dataset.samples])

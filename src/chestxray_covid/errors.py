@@ -146,6 +146,32 @@ def check_positive(name: str, value: int | None) -> None:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
+def check_dataset(given: object, name: str = "dataset") -> None:
+    """Do nothing if this is a data set, as far as its samples and classes tell.
+
+    Raises:
+        TypeError: If it is something else, for example a path or a whole split.
+    """
+    if not (hasattr(given, "samples") and hasattr(given, "classes")):
+        raise TypeError(
+            f"{name} must be a ChestXrayDataset, got {type(given).__name__}. Open a folder or CSV "
+            "with open_dataset(…); of a Split, pass a side, for example split.test."
+        )
+
+
+def check_classifier(given: object) -> None:
+    """Do nothing if this can be judged, as far as its classes and ``predict_proba`` tell.
+
+    Raises:
+        TypeError: If it is something else, for example the folder of a checkpoint.
+    """
+    if not (hasattr(given, "classes") and hasattr(given, "predict_proba")):
+        raise TypeError(
+            f"classifier must be one, with classes and predict_proba, got {type(given).__name__}. "
+            "Load a checkpoint with Classifier.from_pretrained(…)."
+        )
+
+
 def first_of(names: list[str]) -> str:
     """Return the first three names for a message, and how many more there are.
 

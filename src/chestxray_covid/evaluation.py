@@ -19,6 +19,7 @@ from chestxray_covid.confounders import Confounding
 from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.storage import cell_text
+from chestxray_covid.errors import check_classifier, check_dataset
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.files import expanded
 from chestxray_covid.intervals import check_resampling, group_codes
@@ -89,10 +90,13 @@ def evaluate(
         progress: Show a progress bar.
 
     Raises:
+        TypeError: If one is no classifier, or the other no data set.
         ValueError: If the data set is empty or has a label that the classifier does not know, or
             an option is impossible.
         ImageError: If a file cannot be decoded.
     """
+    check_classifier(classifier)
+    check_dataset(dataset)
     labels = [sample.label for sample in dataset.samples]
     # Before the slow part, so that a wrong argument is not found out an hour later.
     chosen = _positive(labels, classifier.classes, positive)
@@ -313,8 +317,8 @@ def cross_validate(
         seed: Seed of folds and splits.
 
     Raises:
-        TypeError: If ``config`` is none, ``model`` a network instead of a function that returns
-            one, or ``folds`` no whole number.
+        TypeError: If ``dataset`` or ``config`` is none, ``model`` a network instead of a function
+            that returns one, or ``folds`` no whole number.
         ValueError: If ``folds``, ``val``, ``positive`` or ``seed`` is impossible, or ``model``
             returns the same network twice.
         SplitError: If a class has too few patients.
@@ -325,6 +329,7 @@ def cross_validate(
     from chestxray_covid.training_config import TrainingConfig
     from chestxray_covid.training_order import check_options, check_sides
 
+    check_dataset(dataset)
     config = config or TrainingConfig()
     check_options(config, ())
     check_maker(model)

@@ -22,6 +22,7 @@ from chestxray_covid.curves import (
     RiskCoverageCurve,
     RocCurve,
 )
+from chestxray_covid.errors import check_dataset
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.reporting import short_name
 
@@ -226,9 +227,11 @@ def plot_samples(dataset: ChestXrayDataset, *, per_class: int = 3, seed: int = 0
         seed: Chooses them.
 
     Raises:
+        TypeError: If it is no data set.
         ValueError: If the data set is empty or ``per_class`` is out of range.
         ImageError: If a file cannot be decoded.
     """
+    check_dataset(dataset)
     if not 1 <= per_class <= 6 or not len(dataset):
         raise ValueError(
             "a sample grid needs radiographs and per_class in 1 to 6, "

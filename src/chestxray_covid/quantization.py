@@ -18,7 +18,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.engine_openvino import import_openvino, largest_values
 from chestxray_covid.engines import open_engine, softmax
-from chestxray_covid.errors import ExportError
+from chestxray_covid.errors import ExportError, check_dataset
 from chestxray_covid.files import expanded
 from chestxray_covid.graph import fold
 from chestxray_covid.hub import resolve
@@ -137,10 +137,12 @@ def quantize(
             below 1e-6 or above 1e6.
         ImageError: If an image cannot be decoded.
         MissingExtraError: If OpenVINO is not installed.
+        TypeError: If ``evaluation`` is no data set.
         ValueError: If there are no calibration images, a label is unknown to the model, or the
             labelled images have one class only.
         OSError: If the folder cannot be written.
     """
+    check_dataset(evaluation, "evaluation")
     import_openvino()
     folder = resolve(checkpoint)
     config, tensors = load_checkpoint(folder)

@@ -220,7 +220,7 @@ def split_by_patient(
         progress: Show a progress bar.
 
     Raises:
-        TypeError: If the seed is no whole number.
+        TypeError: If the seed is no whole number, or ``dataset`` no data set.
         ValueError: If a fraction, their sum, the seed or ``workers`` is out of range.
         SplitError: If a class has too few patients to be on every side.
         ImageError: If a file cannot be decoded.

@@ -13,7 +13,7 @@ from PIL import Image
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.loading import map_ahead
 from chestxray_covid.datasets.storage import resolver
-from chestxray_covid.errors import check_positive
+from chestxray_covid.errors import check_dataset, check_positive
 from chestxray_covid.progress import Bar
 
 #: Correlation of thumbnails from which two radiographs count as copies; on 6,408 radiographs of
@@ -36,9 +36,11 @@ def patient_groups(
     known under the same id in two collections (``origin`` and ``image_id`` in the metadata).
 
     Raises:
+        TypeError: If ``dataset`` is no data set.
         ValueError: If ``workers``, the threads that decode, is not positive.
         ImageError: If a file cannot be decoded.
     """
+    check_dataset(dataset)
     check_positive("workers", workers)
     joined = _UnionFind(len(dataset))
     first: dict[tuple[str, ...], int] = {}
@@ -113,11 +115,13 @@ def find_duplicates(
     their number (6,000 images: some seconds).
 
     Raises:
+        TypeError: If ``dataset`` is no data set.
         ValueError: If ``correlation`` is outside (0, 1), or ``workers`` not positive.
         ImageError: If a file cannot be decoded.
     """
     if not 0 < correlation < 1:
         raise ValueError(f"correlation must be in (0, 1), got {correlation}")
+    check_dataset(dataset)
     check_positive("workers", workers)
     return list(_similar(_thumbnails(dataset, workers, progress), correlation))
 
