@@ -815,6 +815,11 @@ def test_the_page_shows_every_verdict_and_every_number(passed: AuditReport) -> N
     figure.canvas.draw()
 
 
+def test_the_path_of_an_audit_is_no_audit() -> None:
+    with pytest.raises(TypeError, match=r"expected AuditReport, as .*load\(…\) gives it, got str"):
+        plot_audit("audit.json")  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_an_audit_of_many_sites_passes_their_design_without_an_interval_that_misses_it() -> None:
     train, test = halves(200, sources=tuple(f"site {i}" for i in range(60)), views=("PA",))

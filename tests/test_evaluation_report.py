@@ -170,6 +170,14 @@ def test_other_images_of_the_same_patients_are_flagged(report: EvaluationReport)
     assert (found.chosen_on, found.caution) == ("other images", op.SHARED)
 
 
+def test_the_path_of_a_report_is_no_report(report: EvaluationReport) -> None:
+    said = r"expected EvaluationReport, as evaluate\(\) or EvaluationReport.load\(…\) gives it, got"
+    with pytest.raises(TypeError, match=said):
+        report.compare("other.json")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=said):
+        report.operating_point(sensitivity=0.9, chosen_on="val.json")  # type: ignore[arg-type]
+
+
 def test_a_threshold_of_another_model_is_refused(report: EvaluationReport) -> None:
     one, other = (replace(judged(1, first=1000), model={"weights_sha256": w}) for w in "ab")
     own = replace(report, model={"weights_sha256": "a"})

@@ -73,7 +73,7 @@ def test_a_figure_of_one_result_refuses_another(report: EvaluationReport) -> Non
         (plot_history, "History", "runs/first"),
     ):
         came = type(wrong).__name__
-        with pytest.raises(TypeError, match=f"is of {kind}, as .* gives it, got {came}$"):
+        with pytest.raises(TypeError, match=f"expected {kind}, as .* gives it, got {came}$"):
             plot(wrong)  # type: ignore[operator]
     with pytest.raises(TypeError, match=r"as report\.roc_curve\(\) gives it, got Evaluation"):
         plot_roc(roc, report)  # type: ignore[arg-type]

@@ -292,6 +292,21 @@ def test_a_page_keeps_what_it_holds_of_the_same_weights(
     assert "How good is it?" not in page.text, "nobody knows whose numbers those are"
 
 
+def test_what_is_no_result_is_refused_before_anything_is_written(
+    report: EvaluationReport, tmp_path: Path
+) -> None:
+    for wrong, said in (
+        ({"evaluation": "evaluation.json"}, r"EvaluationReport, as evaluate\(\) or .*, got str"),
+        ({"evaluation": audited()}, r"EvaluationReport, as .*, got AuditReport"),
+        ({"audit": "audit.json"}, r"AuditReport, as audit_shortcuts\(\) or .*, got str"),
+        ({"evaluation": report, "figures": [gallery()]}, r"Mapping, as a dict of .*, got list"),
+        ({"evaluation": report, "figures": {"a": "a.png"}}, r"Figure, as .*, got str"),
+    ):
+        with pytest.raises(TypeError, match=f"expected {said}"):
+            write_report(tmp_path / "new", **wrong)  # type: ignore[arg-type]
+    assert not (tmp_path / "new").exists()
+
+
 def test_without_anything_there_is_no_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a report needs an evaluation or an audit"):
         write_report(tmp_path / "none")

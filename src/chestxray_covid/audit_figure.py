@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from chestxray_covid.audit_report import FAIL, NOT_ASSESSABLE, PASS, WARN, AuditFinding, AuditReport
 from chestxray_covid.audit_verdicts import NOTABLE, STRONG
+from chestxray_covid.errors import check_kind
 from chestxray_covid.reporting import short_name
 
 if TYPE_CHECKING:
@@ -28,9 +29,13 @@ def plot_audit(report: AuditReport) -> Figure:
     With very many sources it is longer than A4. Numbers without a value are left out, tables too.
     The figure is not shown, and pyplot knows nothing of it: ``figure.savefig("audit.pdf")`` writes
     it.
+
+    Raises:
+        TypeError: If it is something else, for example the path of a saved one.
     """
     from matplotlib.figure import Figure
 
+    check_kind(report, AuditReport, "audit_shortcuts() or AuditReport.load(…)")
     numbers = sum(len(_defined(item.findings)) for item in report.items)
     more = max(0, numbers - _FIT_A_PAGE) * _PAGE[1] * _BODY / _FIT_A_PAGE
     figure = Figure(figsize=(_PAGE[0], _PAGE[1] + more), layout="constrained")

@@ -146,6 +146,17 @@ def check_positive(name: str, value: int | None) -> None:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
+def check_kind(given: object, kind: type, origin: str) -> None:
+    """Do nothing if this is what a function of that name gives.
+
+    Raises:
+        TypeError: If it is something else, for example the path of a saved one.
+    """
+    if not isinstance(given, kind):
+        came = type(given).__name__
+        raise TypeError(f"expected {kind.__name__}, as {origin} gives it, got {came}")
+
+
 def check_dataset(given: object, name: str = "dataset") -> None:
     """Do nothing if this is a data set, as far as its samples and classes tell.
 

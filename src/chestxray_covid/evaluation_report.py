@@ -16,7 +16,7 @@ from chestxray_covid._version import __version__
 from chestxray_covid.checklists import report_markdown
 from chestxray_covid.comparison import Comparison, compare_scores
 from chestxray_covid.datasets.base import check_classes
-from chestxray_covid.errors import ReportError
+from chestxray_covid.errors import ReportError, check_kind
 from chestxray_covid.files import expanded, plain_json, write_files
 from chestxray_covid.intervals import check_resampling
 from chestxray_covid.judged_images import (
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FORMAT = 2
+_ORIGIN = "evaluate() or EvaluationReport.load(…)"
 _GROUPS = ("by_source", "by_view", "by_sex", "by_age")
 _COLUMNS = ("group", "subgroup", "class", "metric", "value", "low", "high", "n", "method")
 
@@ -273,10 +274,13 @@ class EvaluationReport:
                 target is chosen; these data if not given.
 
         Raises:
+            TypeError: If ``chosen_on`` is no report, for example the path of one.
             ReportError: If the predictions were left out.
             ValueError: If an argument is impossible, the target cannot be had, or ``chosen_on``
                 is of a model with other weights or classes.
         """
+        if chosen_on is not None:
+            check_kind(chosen_on, EvaluationReport, _ORIGIN)
         if chosen_on is not None and not _same_model(self, chosen_on):
             raise ValueError("chosen_on is the report of another model: evaluate this one there")
         q = self._ask(None, versus)
@@ -315,9 +319,11 @@ class EvaluationReport:
             versus: As for :meth:`roc_curve`.
 
         Raises:
+            TypeError: If ``other`` is no report, for example the path of one.
             ReportError: If predictions were left out.
             ValueError: If images or labels differ, or there are too few.
         """
+        check_kind(other, EvaluationReport, _ORIGIN)
         one, table = self._ask(None, versus), aligned(self._predictions(), other._predictions())
         two = ask(table, other.classes, self.positive, versus)
         sides = ((one.score, one.called), (two.score, two.called))

@@ -22,7 +22,7 @@ from chestxray_covid.curves import (
     RiskCoverageCurve,
     RocCurve,
 )
-from chestxray_covid.errors import check_dataset
+from chestxray_covid.errors import check_dataset, check_kind
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.reporting import short_name
 
@@ -317,9 +317,7 @@ _STYLES: tuple[dict[str, Any], ...] = (
 def _expect(found: Sequence[object], kind: type, origin: str) -> None:
     """Raise if a figure would draw one result as another, as curves of all kinds look alike."""
     for one in found:
-        if not isinstance(one, kind):
-            came = type(one).__name__
-            raise TypeError(f"this figure is of {kind.__name__}, as {origin} gives it, got {came}")
+        check_kind(one, kind, origin)
 
 
 def _curves(curves: Sequence[Curve], area: str, *, step: Any) -> Axes:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from chestxray_covid import plots
 from chestxray_covid._version import NOT_A_DEVICE, __version__
 from chestxray_covid.audit_figure import plot_audit
-from chestxray_covid.errors import ReportError
+from chestxray_covid.audit_report import AuditFinding, AuditItem, AuditReport
+from chestxray_covid.errors import ReportError, check_kind
+from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.files import expanded, write_files
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.page import details, document, element, escaped, figures, listed, table
@@ -20,9 +22,6 @@ from chestxray_covid.subgroups import SMALL, Subgroup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from chestxray_covid.audit_report import AuditFinding, AuditItem, AuditReport
-    from chestxray_covid.evaluation_report import EvaluationReport
 
 PAGE_NAME = "index.html"
 #: Metric → what it is called on the page; others as they are.
@@ -62,9 +61,20 @@ def write_report(
         title: Heading of the page; made from what there is if not given.
 
     Raises:
+        TypeError: If one is something else, for example the path of a saved report.
         ValueError: If there is neither an evaluation nor an audit.
         OSError: If a file cannot be written; older ones are intact.
     """
+    from matplotlib.figure import Figure
+
+    if evaluation is not None:
+        check_kind(evaluation, EvaluationReport, "evaluate() or EvaluationReport.load(…)")
+    if audit is not None:
+        check_kind(audit, AuditReport, "audit_shortcuts() or AuditReport.load(…)")
+    if figures is not None:
+        check_kind(figures, Mapping, "a dict of captions and figures")
+        for figure in figures.values():
+            check_kind(figure, Figure, "plot_heatmaps()")
     names = {"evaluation": evaluation, "shortcut audit": audit}
     present = [name for name, report in names.items() if report is not None]
     if not present:
@@ -111,9 +121,6 @@ def extend_report(
         ValueError: If neither is given.
         OSError: If a file cannot be written; older ones are intact.
     """
-    from chestxray_covid.audit_report import AuditReport
-    from chestxray_covid.evaluation_report import EvaluationReport
-
     known = {new.weights_sha256 for new in (evaluation, audit) if new is not None} - {""}
     if evaluation is None:
         with suppress(ReportError):
