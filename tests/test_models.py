@@ -25,6 +25,7 @@ from chestxray_covid.image import Preprocess
 from chestxray_covid.models import (
     TRAINABLE,
     build_densenet121,
+    check_answers,
     check_model,
     forward_features,
     from_tensors,
@@ -445,8 +446,34 @@ def test_a_network_of_other_classes_is_refused(model: DenseNet) -> None:
 
 def test_a_network_that_drops_at_random_is_refused() -> None:
     own = torchvision.models.densenet121(weights=None, num_classes=2, drop_rate=0.1)
-    with pytest.raises(ValueError, match=r"drops features at random \(drop_rate\).*drop_rate=0"):
-        check_model(own, ("normal", "covid19"))
+    other = torchvision.models.densenet121(weights=None, num_classes=2)
+    other.features.add_module("dropout", nn.Dropout2d(0.1))
+    for model in (own, other):
+        with pytest.raises(ValueError, match=r"drops features at random.*drop_rate=0"):
+            check_model(model, ("normal", "covid19"))
+
+
+class MaximumPooled(DenseNet):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = torch.relu(self.features(x))
+        return self.classifier(nn.functional.adaptive_max_pool2d(maps, 1).flatten(1))
+
+
+def test_a_network_that_answers_otherwise_than_its_weights_is_refused(model: DenseNet) -> None:
+    others = [
+        MaximumPooled(32, (6, 12, 24, 16), 64, num_classes=2),
+        from_tensors(to_tensors(model)),
+    ]
+    others[1].features.relu0 = nn.SiLU()
+    for other in others:
+        check_model(other, ("normal", "covid19"))  # by its weights it is one
+        other.train()
+        with pytest.raises(
+            ValueError, match=f"a {type(other).__name__}, has the weights of .* but"
+        ):
+            check_answers(other)
+        assert all(module.training for module in other.modules())
+    check_answers(model)
 
 
 def test_a_network_that_is_all_frozen_is_refused(model: DenseNet) -> None:

@@ -1023,6 +1023,16 @@ class TestWhatDoesNotFit:
         other = torch.nn.Linear(2, 2)
         self.refused("must be a DenseNet-121", other, split=split, tmp_path=tmp_path)
 
+    def test_a_model_whose_predictions_would_be_those_of_another(
+        self, split: Split, tmp_path: Path
+    ) -> None:
+        other = network()
+        other.features.relu0 = torch.nn.SiLU()
+        trainer = Trainer(other, split.train, split.val, QUICK, output=tmp_path / "run")
+        with pytest.raises(ValueError, match="answers otherwise than torchvision's"):
+            trainer.fit()
+        assert not (tmp_path / "run").exists()
+
     def test_a_model_with_another_number_of_logits(self, split: Split, tmp_path: Path) -> None:
         other = network(num_classes=3)
         self.refused("num_classes=2", other, split=split, tmp_path=tmp_path)

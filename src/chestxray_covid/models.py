@@ -282,7 +282,7 @@ def check_model(model: nn.Module, classes: Sequence[str]) -> None:
             f"model is of {other.pop()}, training needs weights of torch.float32: call "
             "model.float(). What is computed in is the precision of TrainingConfig."
         )
-    if any(getattr(module, "drop_rate", 0) for module in model.modules()):
+    if any(_drops(module) for module in model.modules()):
         raise ValueError(
             "model drops features at random (drop_rate), which no seed of a run determines: it "
             "could not be resumed exactly. Build it with drop_rate=0, as build_densenet121 does."
@@ -294,3 +294,36 @@ def check_model(model: nn.Module, classes: Sequence[str]) -> None:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("All parameters are frozen: nothing would train.")
+
+
+def _drops(module: nn.Module) -> bool:
+    """Return whether a module drops features at random while it trains."""
+    own = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else 0
+    return bool(own or getattr(module, "drop_rate", 0))
+
+
+def check_answers(model: nn.Module) -> None:
+    """Raise unless a network answers as torchvision's DenseNet-121 of the same weights does.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    device = next(model.parameters()).device
+    # Large enough for the last maps to have several pixels, over which a network pools.
+    image = torch.arange(3 * 64 * 64.0, device=device).mul(0.1).sin().view(1, 3, 64, 64)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            expected = from_tensors(to_tensors(model)).to(device)(image)
+            found = model.eval()(image)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    # Not the other way round: where weights are no numbers, the loss says so.
+    if (found - expected).abs().max() > 1e-3 * expected.abs().max():
+        raise ValueError(
+            f"model, a {type(model).__name__}, has the weights of a DenseNet-121, but answers "
+            "otherwise than torchvision's does with them: a layer or the forward pass is another. "
+            "A checkpoint holds weights alone, so predictions would not be those of the network "
+            "that was trained. Take one from build_densenet121."
+        )

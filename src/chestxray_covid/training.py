@@ -22,7 +22,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import Loader, in_batches
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
 from chestxray_covid.files import expanded
-from chestxray_covid.models import check_model, load_tensors, to_tensors
+from chestxray_covid.models import check_answers, check_model, load_tensors, to_tensors
 from chestxray_covid.progress import Bar
 from chestxray_covid.training_config import Callback, EpochRecord, History, TrainingConfig
 from chestxray_covid.training_feed import LateReader, feed
@@ -119,6 +119,7 @@ class Trainer:
         Raises:
             TrainingError: If there is a run that is not to be resumed, none to resume, one of other
                 options or data, or one per process; if a loss is no number, or saving fails.
+            ValueError: If the model answers otherwise than a DenseNet-121 of its weights.
             CheckpointError: If a finished run is damaged.
             TrainingInterrupted: If SIGINT or SIGTERM arrived; the state was saved, or the run was
                 finished, because a callback wanted to stop at the same time.
@@ -128,6 +129,7 @@ class Trainer:
         """
         self._accelerator = open_accelerator(self.config, self.output)
         self.device: torch.device = self._accelerator.device
+        check_answers(self.model)
         if resume and (finished := self._states.finished(self.config)) is not None:
             return self._take_finished(finished)
         self._prepare(resume)
@@ -346,11 +348,8 @@ class Trainer:
     def _save_state(self) -> None:
         loss_sum, seen = self._network.sums([self._at.loss_sum, self._at.seen])
         if self._accelerator.is_main_process:
-            values = {
-                "at": asdict(replace(self._at, loss_sum=loss_sum, seen=int(seen))),
-                "history": self.history.to_dict(),
-                "identity": self._identity(),
-            }
+            at = asdict(replace(self._at, loss_sum=loss_sum, seen=int(seen)))
+            values = {"at": at, "history": self.history.to_dict(), "identity": self._identity()}
             self._states.save(self._at.step, self._network.state(), values)
         self._save_history()
         self._accelerator.wait_for_everyone()
