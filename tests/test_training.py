@@ -617,6 +617,21 @@ def test_a_cache_that_cannot_be_written_is_named(split: Split, tmp_path: Path) -
         trained(split, tmp_path / "run", config)
 
 
+def test_a_run_stays_in_its_folder_whatever_a_callback_makes_the_current_one(
+    split: Split, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Move(Callback):
+        def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+            os.chdir(elsewhere)
+
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    _, tensors = trained(split, Path("run"), callbacks=[Move()])
+    assert equal(tensors, finished.tensors)
+    assert not any(elsewhere.iterdir())
+    assert equal(load_checkpoint(tmp_path / "run")[1], tensors)
+
+
 def test_a_name_that_is_too_long_is_refused(split: Split, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"cannot become a run directory: .*too long"):
         trained(split, tmp_path / ("x" * 300))

@@ -95,7 +95,7 @@ class Trainer:
         self.train = train
         self.val = val
         self.config = TrainingConfig() if config is None else config
-        self.output = expanded(output)
+        self.output = expanded(output).absolute()  # whatever a callback makes the current folder
         check_options(self.config, callbacks)
         self.callbacks = tuple(callbacks)
         self.history = History()
