@@ -601,6 +601,23 @@ def test_a_callback_that_looks_at_predictions_freezes_no_batch_norm(
     assert equal(tensors, finished.tensors)
 
 
+def test_a_callback_that_asks_for_gradients_changes_no_step(
+    split: Split, finished: Finished, tmp_path: Path
+) -> None:
+    class Slope(Callback):
+        def on_train_begin(self, trainer: Trainer) -> None:
+            trainer.model.eval()(torch.ones(1, 3, 32, 32)).sum().backward()
+
+        def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+            self.on_train_begin(trainer)
+
+        def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
+            self.on_train_begin(trainer)
+
+    _, tensors = trained(split, tmp_path / "run", callbacks=[Slope()])
+    assert equal(tensors, finished.tensors)
+
+
 def test_gradients_are_computed_also_where_they_were_switched_off(
     split: Split, finished: Finished, tmp_path: Path
 ) -> None:

@@ -96,7 +96,6 @@ class TrainingNetwork:
         self.device: torch.device = accelerator.device
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
-        model.zero_grad()  # what a failed step or another loop left would go into the first one
         trained = [p for p in model.parameters() if p.requires_grad]
         if accelerator.num_processes > 1 and self.device.type == "cuda":
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
@@ -210,8 +209,9 @@ class TrainingNetwork:
                 broadcast(statistics)
 
     def train(self) -> None:
-        """Put what trains in training mode."""
+        """Put what trains in training mode, without a gradient that others left."""
         check_moved(self._model, self._optimizer)
+        self._model.zero_grad()
         set_training_mode(self._model)
 
     def vary(self, images: Tensor, epoch: int, draws: Sequence[int]) -> tuple[Tensor, Tensor]:
