@@ -25,6 +25,7 @@ from chestxray_covid import (
     QuantizationReport,
     quantization,
     quantize,
+    split_by_patient,
 )
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.cli import main
@@ -110,6 +111,23 @@ def test_weights_and_other_attachments_are_those_of_the_original(
     assert config.weights_sha256 == original.weights_sha256
     assert tensors.keys() == expected.keys()
     assert set(config.attachments) == {"note.json", "int8.safetensors", "int8.json"}
+
+
+def test_the_split_of_a_run_comes_along_so_that_training_images_are_told(
+    checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    split = split_by_patient(FolderDataset(images, classes=CLASSES), val=0.2, test=0.4)
+    split.save(run / "split.json")
+    arguments = ["--model", run, "--data", images, "--calibration", images]
+    arguments += ["--output", tmp_path / "int8"]
+    done = CliRunner().invoke(main, ["quantize", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    judge = ["evaluate", "--model", str(tmp_path / "int8"), "--data", str(images)]
+    whole, held_out = (CliRunner().invoke(main, [*judge, *m]) for m in ([], ["--split", "test"]))
+    assert f"Caution: the model was trained on {len(split.train)} of these 12" in whole.output
+    assert f"{len(split.test)} images of" in held_out.output
+    assert "Caution" not in held_out.output
 
 
 def test_what_is_kept_is_a_number_per_channel_and_no_image(quantised: Any) -> None:

@@ -138,6 +138,15 @@ def place_of_split(model: str | None) -> Path | None:
     return folder / SPLIT_NAME if model and folder.is_dir() else None
 
 
+def carry_split(model: str | None, output: Path) -> None:
+    """Put a run's split beside a checkpoint made of it, which tells who was trained on."""
+    from chestxray_covid.files import write_files
+
+    saved = place_of_split(model)
+    if saved is not None and saved.is_file():
+        write_files(output, {saved.name: saved.read_bytes()})
+
+
 def open_data(data: tuple[Path, ...], classes: tuple[str, ...]) -> ChestXrayDataset:
     """Return the data sets as one, and tell what each of them holds."""
     from chestxray_covid.datasets.base import concatenate

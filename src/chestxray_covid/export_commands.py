@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from chestxray_covid.command import DATA, MODEL, NEW_CHECKPOINT, HomePath, translated
+from chestxray_covid.command import DATA, MODEL, NEW_CHECKPOINT, HomePath, carry_split, translated
 
 
 @click.command()
@@ -65,4 +65,5 @@ def quantize(
     parts = [open_dataset(path, classes=classes) for path in data]
     evaluation = parts[0] if len(parts) == 1 else concatenate(parts)
     report = quantise(model, list(calibration), evaluation=evaluation, output=output)
+    carry_split(model, output)
     click.echo(f"{report}\nThe checkpoint is in {output}.")

@@ -19,6 +19,7 @@ from chestxray_covid.command import (
     PRECISION,
     REPORT,
     HomePath,
+    carry_split,
     open_data,
     place_of_split,
     translated,
@@ -200,7 +201,6 @@ def calibrate(
     """Choose a model's temperature and threshold on validation data; write a new checkpoint."""
     from chestxray_covid.calibration import calibrate as choose
     from chestxray_covid.checkpoint import load_config
-    from chestxray_covid.files import write_files
     from chestxray_covid.hub import resolve
     from chestxray_covid.splits import Split
 
@@ -219,8 +219,7 @@ def calibrate(
     report = choose(
         model, dataset, output=output, sensitivity=sensitivity, device=device, progress=True
     )
-    if saved is not None and saved.is_file():  # by which evaluate and audit know who was trained on
-        write_files(output, {saved.name: saved.read_bytes()})
+    carry_split(model, output)
     click.echo(f"{report}\nThe checkpoint is in {output}. Judge it on other data.")
 
 
