@@ -368,6 +368,27 @@ def test_evaluate_judges_the_held_out_side_and_warns_about_the_rest(
     assert f"trained on {count} of these 40 images" in whole.output
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_on_says_which_images_of_the_test_side_the_checkpoint_has_seen(
+    run: Path, phantoms: Path, tmp_path: Path, seed: int
+) -> None:
+    arguments = [argument for argument in TRAIN if argument != "--no-pretrained"]
+    arguments += ["--pretrained", run, "--seed", seed, "--output", tmp_path / "on"]
+    done = call("train", "--data", phantoms, *arguments)
+    assert done.exit_code == 0, done.output
+    before, after = (
+        json.loads((folder / "split.json").read_text())["samples"]
+        for folder in (run, tmp_path / "on")
+    )
+    trained = {entry["hash"] for entry in before if entry["side"] == "train"}
+    judges = [entry["hash"] in trained for entry in after if entry["side"] == "test"]
+    text = (
+        f"--pretrained was trained on {sum(judges)} of the test side's {len(judges)} images; take"
+    )
+    assert (text in done.output) is (seed == 1)
+    assert any(judges) is (seed == 1)
+
+
 def test_evaluate_decides_at_the_checkpoints_threshold_unless_told_otherwise(
     run: Path, phantoms: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,9 @@ from chestxray_covid.command import (
     HomePath,
     is_first_process,
     open_data,
+    place_of_split,
     translated,
+    warn_of_seen,
 )
 from chestxray_covid.export_commands import export, quantize
 from chestxray_covid.hub_commands import models, push
@@ -234,6 +236,10 @@ def train(
     )
     split = _split(dataset, output, seed=seed, resume=resume, progress=config.progress, save=first)
     found = confounding(dataset)
+    if first and checkpoint is not None:
+        cure = "take the --data and --seed of its run, for the same sides, or judge on others"
+        began = {"who": "--pretrained", "whose": "the test side's"}
+        warn_of_seen(place_of_split(checkpoint), split.test, cure, **began)
     if first:
         _write_json(output / "confounding.json", found.to_dict())
     click.echo(f"\n{found}\n")

@@ -147,6 +147,27 @@ def carry_split(model: str | None, output: Path) -> None:
         write_files(output, {saved.name: saved.read_bytes()})
 
 
+def warn_of_seen(
+    saved: Path | None,
+    dataset: ChestXrayDataset,
+    cure: str,
+    *,
+    who: str = "the model",
+    whose: str = "these",
+) -> None:
+    """Say if images to judge a model on are those that a run with this split was trained on."""
+    from chestxray_covid.splits import saved_side
+
+    if saved is None or not saved.is_file():
+        return
+    trained = saved_side(saved, "train")
+    if seen := sum(s.content_hash() in trained for s in dataset.samples):
+        click.echo(
+            f"Caution: {who} was trained on {seen} of {whose} {len(dataset)} images; {cure}.",
+            err=True,
+        )
+
+
 def open_data(data: tuple[Path, ...], classes: tuple[str, ...]) -> ChestXrayDataset:
     """Return the data sets as one, and tell what each of them holds."""
     from chestxray_covid.datasets.base import concatenate

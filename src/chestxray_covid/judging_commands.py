@@ -23,6 +23,7 @@ from chestxray_covid.command import (
     open_data,
     place_of_split,
     translated,
+    warn_of_seen,
 )
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def evaluate(
         if side in _FLATTERED:
             click.echo(f"Caution: {_FLATTERED[side]}; use --split test for a judgement.", err=True)
     else:
-        _warn_of_seen(saved, dataset, "use --split test for those that it never saw")
+        warn_of_seen(saved, dataset, "use --split test for those that it never saw")
     if usual and not {s.label for s in dataset.samples} & {"covid19", "normal"}:
         rules = []
     _check_rules(rules, classifier.classes, dataset, chosen_on, versus)
@@ -213,7 +214,7 @@ def calibrate(
         dataset = Split.load(saved, dataset).val
         click.echo("Chosen on the validation side of the run's split.")
     else:
-        _warn_of_seen(saved, dataset, "leave out --split for those of validation")
+        warn_of_seen(saved, dataset, "leave out --split for those of validation")
     if sensitivity is None and {"covid19", "normal"} <= set(classes):
         sensitivity = 0.9
     report = choose(
@@ -251,16 +252,3 @@ def _check_rules(
             chosen_on.operating_point(**rule, versus=versus)
         else:
             choose_threshold(truth, [0.0] * len(truth), **rule)
-
-
-def _warn_of_seen(saved: Path | None, dataset: ChestXrayDataset, cure: str) -> None:
-    from chestxray_covid.splits import saved_side
-
-    if saved is None or not saved.is_file():
-        return
-    trained = saved_side(saved, "train")
-    if seen := sum(s.content_hash() in trained for s in dataset.samples):
-        click.echo(
-            f"Caution: the model was trained on {seen} of these {len(dataset)} images; {cure}.",
-            err=True,
-        )
