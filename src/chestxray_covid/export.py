@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -116,7 +117,14 @@ def export_model(
     pixels = _pixels(images, config)
     reference = _reference(config, tensors)
     with tempfile.TemporaryDirectory() as folder:
-        name, run = _FORMATS[format](fold(tensors, config.preprocess), Path(folder))
+        network = fold(tensors, config.preprocess)
+        try:
+            name, run = _FORMATS[format](network, Path(folder))
+        except (OSError, RuntimeError) as error:  # on a full disk OpenVINO raises the latter
+            raise ExportError(
+                f"The file cannot be made in {folder}: {error}. Look whether there is room for "
+                "it; TMPDIR names another folder for temporary files."
+            ) from error
         expected = _in_batches(reference, pixels)
         parity = _compare(_in_batches(run, pixels), expected)
         if not parity.is_rounding:
@@ -255,7 +263,9 @@ def _to_torch(network: Network, folder: Path) -> tuple[str, _Run]:
         example = torch.zeros(2, 1, network.size_px, network.size_px, dtype=torch.uint8)
         program = torch.export.export(module, (example,), dynamic_shapes=shapes)
         program.example_inputs = None  # the one thing that would be pickled
-        torch.export.save(program, path)
+        buffer = io.BytesIO()  # where the disk is full, torch would end the process
+        torch.export.save(program, buffer)
+        path.write_bytes(buffer.getbuffer())
         loaded = torch.export.load(path).module()
 
     def run(pixels: NDArray[np.uint8]) -> _Outputs:
