@@ -120,10 +120,14 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     partials = {name: folder / f".{name}.{own}.partial" for name in contents}
     try:
         for name, data in contents.items():
-            with partials[name].open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with partials[name].open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:  # of a full disk, the system does not say which file it was
+                error.filename = str(folder / name)
+                raise
         # Only now: a disk that is full at the last file leaves the first as it was, too.
         for name, partial in partials.items():
             partial.replace(folder / name)
