@@ -474,6 +474,11 @@ def test_a_network_that_answers_otherwise_than_its_weights_is_refused(model: Den
             check_answers(other)
         assert all(module.training for module in other.modules())
     check_answers(model)
+    torch.set_default_dtype(torch.float64)  # which is the caller's
+    try:
+        check_answers(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_network_that_is_all_frozen_is_refused(model: DenseNet) -> None:

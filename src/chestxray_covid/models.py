@@ -310,7 +310,8 @@ def check_answers(model: nn.Module) -> None:
     """
     device = next(model.parameters()).device
     # Large enough for the last maps to have several pixels, over which a network pools.
-    image = torch.arange(3 * 64 * 64.0, device=device).mul(0.1).sin().view(1, 3, 64, 64)
+    waves = torch.arange(3 * 64 * 64, dtype=torch.float32, device=device).mul(0.1).sin()
+    image = waves.view(1, 3, 64, 64)
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
