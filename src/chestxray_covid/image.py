@@ -200,12 +200,15 @@ def _as_array(source: object) -> NDArray[Any]:
             # NumPy has no bfloat16; every value of it is a float32.
             return np.asarray(tensor.float() if "bfloat16" in str(tensor.dtype) else tensor)
         if hasattr(source, "__array__"):
-            return np.asarray(source)
+            array = np.asarray(source)
+            if array.dtype != object or isinstance(source, np.ndarray):
+                return array
     except (RuntimeError, TypeError, ValueError) as error:
         raise ImageError(f"<array> cannot become a NumPy array: {reason(error)}") from error
     raise TypeError(
         "expected a path, bytes, a binary stream, a PIL image, an array or a tensor, "
-        f"got {type(source).__name__}"
+        f"got {type(source).__name__}. Of a table, pass the column of paths; of a pydicom data "
+        "set, the file."
     )
 
 
