@@ -508,7 +508,7 @@ def test_info_describes_versions_and_a_checkpoint(checkpoint_folder: Path) -> No
     shown = call("info", "--model", checkpoint_folder).output
     assert f"chestxray-covid {__version__}" in shown
     assert "torch 2." in shown
-    assert "fastest in bfloat16" in shown or "fastest in float32" in shown
+    assert "trains in bfloat16" in shown or "trains in float32" in shown
     assert '"architecture": "densenet121"' in shown
 
 

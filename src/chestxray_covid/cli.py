@@ -282,8 +282,8 @@ def info(model: str | None) -> None:
         except metadata.PackageNotFoundError:
             click.echo(f"  {name} not installed")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    fastest = "bfloat16" if native_bfloat16(torch.device(kind)) else "float32"
-    click.echo(f"  device {kind}, fastest in {fastest}, {torch.get_num_threads()} threads")
+    precision = "bfloat16" if native_bfloat16(torch.device(kind)) else "float32"
+    click.echo(f"  device {kind}, trains in {precision}, {torch.get_num_threads()} threads")
     if model is not None:
         from chestxray_covid.checkpoint import load_checkpoint
         from chestxray_covid.hub import resolve
