@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import (
     LABELS,
     MANIFEST_COLUMNS,
@@ -29,7 +30,12 @@ from chestxray_covid.datasets.base import (
 )
 from chestxray_covid.datasets.cohen import CohenCovidDataset
 from chestxray_covid.datasets.duplicates import patient_groups
-from chestxray_covid.datasets.folder import FolderDataset, HannoverCovidDataset, ManifestDataset
+from chestxray_covid.datasets.folder import (
+    FolderDataset,
+    HannoverCovidDataset,
+    ManifestDataset,
+    open_dataset,
+)
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset
 from chestxray_covid.datasets.report import DatasetReport, summarise
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
@@ -40,6 +46,9 @@ from chestxray_covid.errors import (
     ImageNotFoundError,
 )
 from chestxray_covid.files import existing_folder
+from chestxray_covid.models import build_densenet121
+from chestxray_covid.training import Trainer
+from chestxray_covid.training_config import TrainingConfig
 from conftest import NUMPY_BOOL
 from sources import (
     draw,
@@ -197,6 +206,25 @@ def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data").mkdir()
     assert existing_folder("~/data", "data") == tmp_path / "data"
+
+
+def test_an_empty_path_is_not_the_current_folder(
+    checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    phantoms, network = SyntheticChestXray(4, image_size_px=64), build_densenet121(False)
+    phantoms.save("all")
+    before = sorted(tmp_path.iterdir())
+    for use in (
+        lambda: phantoms.save(""),
+        lambda: open_dataset(""),
+        lambda: open_dataset("all").to_manifest(""),
+        lambda: Classifier.from_pretrained(checkpoint_folder, engine="torch").save_pretrained(""),
+        lambda: Trainer(network, phantoms, phantoms, TrainingConfig(), output=""),
+    ):
+        with pytest.raises(ValueError, match="A path is empty"):
+            use()
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", ["nothing", "file.txt", "nul\0"])

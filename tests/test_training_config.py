@@ -99,7 +99,7 @@ def test_what_would_move_batch_norms_otherwise_is_refused() -> None:
         TrainingConfig(compile_backend="aot_eager", gradient_checkpointing=True)
 
 
-@pytest.mark.parametrize("place", [b"/tmp/x", 5])
+@pytest.mark.parametrize("place", [b"/tmp/x", 5, ""])
 def test_a_cache_is_a_path_of_text(place: object) -> None:
     with pytest.raises(TypeError):
         TrainingConfig(cache_dir=place)

@@ -134,8 +134,8 @@ def translated(command: Command) -> Command:
 
 def place_of_split(model: str | None) -> Path | None:
     """Return where the split of a run lies, if it has one; ``None`` for what is no folder."""
-    folder = expanded(model or "")
-    return folder / SPLIT_NAME if model and folder.is_dir() else None
+    folder = expanded(model) if model else None
+    return folder / SPLIT_NAME if folder and folder.is_dir() else None
 
 
 def carry_split(model: str | None, output: Path) -> None:

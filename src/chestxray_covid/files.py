@@ -86,7 +86,13 @@ def _depth(content: Any) -> int:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Return a path with ``~`` at its start as the home folder; ``~name`` of no user as it is."""
+    """Return a path with ``~`` at its start as the home folder; ``~name`` of no user as it is.
+
+    Raises:
+        ValueError: If it is empty, as an unset variable is; Python takes that for ``"."``.
+    """
+    if path == "":
+        raise ValueError('A path is empty. Pass "." if the current folder is meant.')
     return Path(os.path.expanduser(path))  # noqa: PTH111 - where it is no user's, pathlib's raises
 
 

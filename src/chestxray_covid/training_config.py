@@ -140,8 +140,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.cache_dir is not None:
             place = os.fspath(self.cache_dir)
-            if not isinstance(place, str):
-                raise TypeError(f"cache_dir must be a path of text, got {place!r}")
+            if not (isinstance(place, str) and place):
+                raise TypeError(f"cache_dir must be a path of text or None, got {place!r}")
             object.__setattr__(self, "cache_dir", place)
         for name, kind in (("preprocess", Preprocess), ("augmentation", Augmentation)):
             if not isinstance(getattr(self, name), kind):
