@@ -215,6 +215,8 @@ def test_a_signal_ends_with_its_status_and_resume_finishes(phantoms: Path, tmp_p
         if (output / "state").is_dir() and list((output / "state").glob("step-*")):
             break
         time.sleep(0.1)
+    at_work = call(*base, "--resume")
+    assert f"Another run is at work in {output}" in at_work.output
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 130, shown

@@ -554,6 +554,32 @@ def test_a_run_is_never_overwritten(split: Split, finished: Finished, tmp_path: 
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 
+def test_a_folder_is_one_runs_at_a_time(split: Split, tmp_path: Path) -> None:
+    run, refused = tmp_path / "run", []
+
+    class Again(Callback):  # before there is a state, then before and after there is one
+        def look(self, *, resume: bool) -> None:
+            before = sorted(p.name for p in run.rglob("*"))
+            second = Trainer(network(), split.train, split.val, QUICK, output=run)
+            with pytest.raises(TrainingError) as error:
+                second.fit(resume=resume)
+            refused.append(f"Another run is at work in {run}" in str(error.value))
+            assert sorted(p.name for p in run.rglob("*")) == before
+
+        def on_train_begin(self, trainer: Trainer) -> None:
+            self.look(resume=False)
+
+        def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> bool:
+            self.look(resume=True)
+            return True
+
+    trained(split, run, callbacks=[Again()])
+    assert refused == [True, True]
+    assert not [p for p in run.iterdir() if p.name.startswith(".")]
+    with pytest.raises(TrainingError, match="already holds a run"):
+        trained(split, run)
+
+
 def test_there_must_be_something_to_resume(split: Split, tmp_path: Path) -> None:
     trainer = Trainer(network(), split.train, split.val, QUICK, output=tmp_path / "none")
     with pytest.raises(TrainingError, match="no state to resume"):

@@ -331,14 +331,15 @@ def _split(
 ) -> Split:
     """Return the run's split: that of a run that is resumed, else a new one, saved if asked."""
     from chestxray_covid.splits import Split, split_by_patient
+    from chestxray_covid.training_state import StateStore
 
     saved = output / SPLIT_NAME
     if resume and saved.is_file():  # one that is left of a run that never came to a state is not
         return Split.load(saved, dataset)
     split = split_by_patient(dataset, seed=seed, progress=progress)
     if save:
-        output.mkdir(parents=True, exist_ok=True)
-        split.save(saved)
+        with StateStore(output).claimed(resume=resume, make=True):
+            split.save(saved)
     return split
 
 

@@ -117,8 +117,8 @@ class Trainer:
                 Of a run that is finished, the history and the weights are read.
 
         Raises:
-            TrainingError: If there is a run that is not to be resumed, none to resume, one of other
-                options or data, or one per process; if a loss is no number, or saving fails.
+            TrainingError: If a run is there that is at work, not to be resumed, of other options or
+                data, or one per process, or none to resume; if a loss is no number or saving fails.
             ValueError: If the model answers otherwise than a DenseNet-121 of its weights.
             CheckpointError: If a finished run is damaged.
             TrainingInterrupted: If SIGINT or SIGTERM arrived; the state was saved, or the run was
@@ -132,17 +132,18 @@ class Trainer:
         check_answers(self.model)
         if resume and (finished := self._states.finished(self.config)) is not None:
             return self._take_finished(finished)
-        self._prepare(resume)
-        with SignalWatch() as self._signals, closing(self._network) as network, network.computing():
-            for callback in self.callbacks:
-                callback.on_train_begin(self)
-            while self._at.epoch < self.config.epochs and not self._has_stalled():
-                self._train_epoch()
-                if self._finish_epoch():  # before a signal, after which it would be forgotten
-                    break
-                self._stop_if_signalled()
-        self._finish()
-        self._stop_if_signalled()
+        with self._states.claimed(resume=resume, make=self._accelerator.is_main_process):
+            self._prepare(resume)
+            with SignalWatch() as self._signals, closing(self._network) as net, net.computing():
+                for callback in self.callbacks:
+                    callback.on_train_begin(self)
+                while self._at.epoch < self.config.epochs and not self._has_stalled():
+                    self._train_epoch()
+                    if self._finish_epoch():  # before a signal, after which it would be forgotten
+                        break
+                    self._stop_if_signalled()
+            self._finish()
+            self._stop_if_signalled()
         return self.history
 
     def _take_finished(self, history: History) -> History:
@@ -158,7 +159,6 @@ class Trainer:
 
     def _prepare(self, resume: bool) -> None:
         config = self.config
-        self._states.claim(resume=resume, make=self._accelerator.is_main_process)
         self.history, self._at = History(), Position()
         self._losses: LateReader[tuple[int, float, Batch]] = LateReader(self.device)
         self._load_train = self._loader(self.train)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.storage import alone
 from chestxray_covid.errors import CheckpointError, ConfigError, TrainingError
 from chestxray_covid.files import read_json, sync_folder, write_files
 from chestxray_covid.tensors import read_tensors
@@ -138,13 +139,25 @@ class StateStore:
     def __init__(self, run: Path) -> None:
         self._folder = run / STATE_FOLDER
 
-    def claim(self, *, resume: bool, make: bool) -> None:
-        """Make the run directory if a run begins and it is to be made here.
+    @contextlib.contextmanager
+    def claimed(self, *, resume: bool, make: bool) -> Iterator[None]:
+        """Keep the run directory for a run, if it is to be made here, until the body is left.
 
         Raises:
             TrainingError: If it cannot be made, holds a run that is not to be resumed, or none
-                that can be.
+                that can be; or if another run has it.
         """
+        self._begin(resume=resume, make=make)
+        run = self._folder.parent
+        with alone(run) if make else contextlib.nullcontext(True) as is_alone:
+            if not is_alone:
+                raise TrainingError(
+                    f"Another run is at work in {run}. Wait until it has ended, or choose another "
+                    "folder."
+                )
+            yield
+
+    def _begin(self, *, resume: bool, make: bool) -> None:
         run = self._folder.parent
         try:
             if resume and not self.steps():

@@ -130,6 +130,35 @@ def _take(handle: int, *, wait: bool) -> bool:
 
 
 @contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Yield whether nobody else runs such a body on a folder, which is locked meanwhile.
+
+    The folder itself is locked, which leaves no file; the system frees it when a process dies.
+    Where folders cannot be locked (Windows, some network file systems), all are alone.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield True
+        return
+    try:
+        yield _is_free_folder(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_free_folder(handle: int) -> bool:
+    try:
+        if sys.platform != "win32":
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside another; the file there takes its place if the body succeeds.
 
