@@ -456,6 +456,12 @@ def test_samples_that_were_taken_again_are_noted(dataset: FolderDataset) -> None
     assert report.notes["samples that occur again"] == 2
 
 
+@pytest.mark.parametrize("join", [lambda d: concatenate([d, "folder"]), lambda d: d + "folder"])
+def test_a_path_is_no_data_set_to_add(join: Callable[[Any], object]) -> None:
+    with pytest.raises(TypeError, match="must be a ChestXrayDataset, got str"):
+        join(SyntheticChestXray(4, image_size_px=64))
+
+
 def test_nothing_cannot_be_concatenated() -> None:
     with pytest.raises(ValueError, match="at least one"):
         concatenate([])

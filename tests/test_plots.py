@@ -355,6 +355,13 @@ def test_large_radiographs_are_reduced_so_that_a_gallery_stays_small() -> None:
     assert figure.axes[0].get_images()[0].get_array().shape == (160, 320)
 
 
+def test_a_gallery_of_one_needs_no_list_and_takes_nothing_else() -> None:
+    one = heatmap()
+    assert words(plot_heatmaps(one)) == words(plot_heatmaps([one]))
+    with pytest.raises(TypeError, match="expected Heatmap, as grad_cam"):
+        plot_heatmaps([one, one.image])
+
+
 @pytest.mark.parametrize(("count", "columns"), [(0, 4), (1, 0), (1, 9)])
 def test_an_impossible_gallery_is_refused(count: int, columns: int) -> None:
     with pytest.raises(ValueError, match="needs heatmaps and columns in 1 to 8"):

@@ -12,7 +12,7 @@ from PIL import Image, ImageFile
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.loading import in_batches, map_ahead
 from chestxray_covid.engines import softmax
-from chestxray_covid.errors import ForkedError, check_positive
+from chestxray_covid.errors import ForkedError, check_kind, check_positive
 from chestxray_covid.heatmap import Heatmap
 from chestxray_covid.image import load_image
 from chestxray_covid.inputs import (
@@ -64,7 +64,7 @@ def grad_cam(
 
     Raises:
         ImageError: If an image cannot be decoded.
-        TypeError: If something is no image.
+        TypeError: If something is no image, or no classifier.
         ValueError: If ``target``, ``batch_size`` or ``device`` is impossible.
         ForkedError: In a process that was forked after torch had computed here, unless torch
             computes on the CPU in one thread.
@@ -138,7 +138,7 @@ def occlusion_sensitivity(
 
     Raises:
         ImageError: If an image cannot be decoded.
-        TypeError: If something is no image.
+        TypeError: If something is no image, or no classifier.
         ValueError: If ``target`` or another option is impossible.
     """
     if not 2 <= steps <= 32 or not 0 < window < 1:
@@ -189,6 +189,7 @@ def explained(
     classifier: Classifier, images: Any, target: str | Sequence[str] | None
 ) -> tuple[list[Any], list[str | None]]:
     """Return the single images, and the class to explain for each, ``None`` for the predicted."""
+    check_kind(classifier, Classifier, "Classifier.from_pretrained()")
     # Read at once: of a file of several frames, the next one takes the place of the one before, and
     # the open files of an archive share one position.
     items = [

@@ -24,6 +24,7 @@ from chestxray_covid.curves import (
 )
 from chestxray_covid.errors import check_dataset, check_kind
 from chestxray_covid.evaluation_report import EvaluationReport
+from chestxray_covid.heatmap import Heatmap
 from chestxray_covid.reporting import short_name
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from chestxray_covid.datasets.base import ChestXrayDataset
-    from chestxray_covid.heatmap import Heatmap
     from chestxray_covid.intervals import Estimate
     from chestxray_covid.training_config import History
 
@@ -260,7 +260,7 @@ def plot_samples(dataset: ChestXrayDataset, *, per_class: int = 3, seed: int = 0
 
 
 def plot_heatmaps(
-    heatmaps: Sequence[Heatmap],
+    heatmaps: Heatmap | Sequence[Heatmap],
     *,
     masks: Sequence[NDArray[np.bool_]] | None = None,
     columns: int = 4,
@@ -268,13 +268,15 @@ def plot_heatmaps(
     """Return radiographs, and below each the same with its heat.
 
     Args:
-        heatmaps: At least one.
-        masks: Lungs to outline, ``(H, W)`` bool of the size of each image.
+        heatmaps: One, or a list of at least one.
+        masks: Lungs to outline, a list of ``(H, W)`` bool of the size of each image.
         columns: Most radiographs side by side, 1 to 8; up to four keep one size.
 
     Raises:
-        ValueError: If there is no heatmap, ``columns`` is out of range, or masks do not fit.
+        TypeError, ValueError: If one is no heatmap, there is none, or columns or masks do not fit.
     """
+    heatmaps = [heatmaps] if isinstance(heatmaps, Heatmap) else heatmaps
+    _expect(heatmaps, Heatmap, "grad_cam()")
     shapes = [heatmap.image.size[::-1] for heatmap in heatmaps]
     if not heatmaps or not 1 <= columns <= 8:
         raise ValueError(

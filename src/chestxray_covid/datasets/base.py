@@ -21,7 +21,7 @@ from PIL import Image
 
 from chestxray_covid.datasets.report import DatasetReport, printable, summarise_taken
 from chestxray_covid.datasets.storage import cell_text, resolver, write_csv, writing_to
-from chestxray_covid.errors import DatasetError, ImageError
+from chestxray_covid.errors import DatasetError, ImageError, check_dataset
 from chestxray_covid.files import expanded
 from chestxray_covid.image import load_image
 
@@ -129,8 +129,7 @@ def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
     The mask is ``(H, W)`` bool, true inside the lungs, of the size of the image on disk.
 
     Raises:
-        ImageError: If the mask or the image cannot be decoded, or the mask is neither black nor
-            has any white, as one of labels 0 and 1.
+        ImageError: If mask or image cannot be decoded, or the mask has labels, not black and white.
     """
     if not (path := sample.metadata.get("lung_mask")):
         return None
@@ -267,9 +266,8 @@ class ChestXrayDataset:
     def to_manifest(self, path: str | os.PathLike[str]) -> Path:
         """Write the data set as the interchange CSV and return its path.
 
-        Paths of images below the CSV's folder are written relative to it, others absolute. Of
-        the metadata, only what tells which patients and images are the same is written, and sex
-        and age. The file appears complete or not at all.
+        Paths of images below the CSV's folder are written relative to it, others absolute; of the
+        metadata, who or what is the same, sex and age. It appears complete or not at all.
 
         Raises:
             DatasetError: If a sample is a phantom that lies in no file, or it cannot be written.
@@ -326,12 +324,14 @@ def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
     from a collection that is present too (``origin`` in its metadata) is counted to that one.
 
     Raises:
+        TypeError: If one is something else, for example a path.
         ValueError: If there is nothing to concatenate or the transforms differ.
-        DatasetError: If a file is in two of them, or two are named after different folders or
-            CSVs of the same name.
+        DatasetError: If a file is in two of them, or two others are named alike by default.
     """
     if not datasets:
         raise ValueError("concatenate needs at least one data set")
+    for one in datasets:
+        check_dataset(one)
     pairs = [(d.transform, d.target_transform) for d in datasets]
     if any(pair != pairs[0] for pair in pairs):
         raise ValueError(
