@@ -41,6 +41,7 @@ from chestxray_covid.errors import (
     ImageNotFoundError,
 )
 from chestxray_covid.explain import grad_cam
+from chestxray_covid.export import export_model
 from chestxray_covid.image import Preprocess, load_image
 from chestxray_covid.prediction import FailedPrediction, Prediction
 from conftest import random_checkpoint, random_tensors
@@ -839,6 +840,16 @@ def test_a_real_prediction_is_plain_json(clf: Classifier) -> None:
 
 
 # ---------------------------------------------------------------- opening
+
+
+@pytest.mark.parametrize("use", [Classifier.from_pretrained, lambda c: export_model(c, "out")])
+def test_a_classifier_is_no_name_of_one(
+    clf: Classifier, use: Callable[[Any], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match=r"got Classifier. Write .* with save_pretrained\(folder\)"):
+        use(clf)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["no/such/model", "x" * 300, "a\0b"])

@@ -70,6 +70,7 @@ def resolve(
         IntegrityError: If a file has other bytes than its hash says, after one more download.
         ValueError: If ``subfolder`` leads elsewhere, a bundled model is wanted by ``revision`` or
             ``subfolder``, or no header can hold ``token``.
+        TypeError: If it is neither text nor a path, for example a classifier.
         huggingface_hub.errors.HfHubHTTPError: In person: ``RepositoryNotFoundError``,
             ``GatedRepoError``, ``RevisionNotFoundError``, ``RemoteEntryNotFoundError``. They are
             ``OSError``, too.
@@ -88,6 +89,11 @@ def resolve(
                 'or name a repository: "user/name".'
             )
         return _bundled(DEFAULT_MODEL if name_or_path is None else str(name_or_path))
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(
+            "expected the folder of a checkpoint or the name of a model, got "
+            f"{type(name_or_path).__name__}. Write a Classifier with save_pretrained(folder) first."
+        )
     # Unlike pathlib's, it leaves alone what names no user, and an empty name empty.
     folder = os.path.expanduser(name_or_path)  # noqa: PTH111
     if is_folder(folder):
