@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,3 +141,13 @@ def test_one_patient_of_two_collections_gives_no_interval(
     dataset = ChestXrayDataset(own, classes=phantoms.classes)
     found = lung_heat(model, dataset, "covid19", masks=phantom_mask, n_resamples=50)
     assert np.isnan(found.share.low)
+
+
+def test_names_that_are_not_utf_8_are_escaped(
+    model: Classifier, phantoms: SyntheticChestXray
+) -> None:
+    strange = os.fsdecode(b"M\xfcnchen")
+    samples = [replace(s, source=strange, patient_id=strange) for s in phantoms.samples[:2]]
+    named = ChestXrayDataset(samples, classes=phantoms.classes)
+    found = lung_heat(model, named, masks=phantom_mask, n_resamples=2)
+    assert set(found.table["source"]) == set(found.table["patient_id"]) == {"M\\udcfcnchen"}

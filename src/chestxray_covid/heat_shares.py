@@ -15,6 +15,7 @@ from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.errors import check_dataset
 from chestxray_covid.explain import explained, grad_cam_stream
 from chestxray_covid.intervals import Estimate, bootstrap_by_group, check_resampling
+from chestxray_covid.judged_images import whole_characters
 from chestxray_covid.lungs import segment
 from chestxray_covid.metrics import mean_among
 from chestxray_covid.progress import Bar
@@ -106,7 +107,7 @@ def lung_heat(
         without_heat += bool(area) and share != share
         if area and share == share:
             who = (sample.path.name, sample.label, sample.patient_id, sample.source, sample.view)
-            rows.append((*who, heatmap.target, share, area))
+            rows.append((*whole_characters(who), heatmap.target, share, area))
             patients.append(group)
     columns = ["id", "label", "patient_id", "source", "view", "target", "share", "area"]
     table = pd.DataFrame(rows, columns=columns)
