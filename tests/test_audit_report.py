@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,14 @@ def test_the_text_says_verdict_numbers_and_where_thresholds_come_from() -> None:
     assert "covid19" in text
     assert max(map(len, text.splitlines())) <= 110
     assert "its scores are no evidence of disease" in str(with_verdicts("fail"))
+
+
+def test_the_text_can_be_printed_where_a_source_is_not_utf_8() -> None:
+    strange = os.fsdecode(b"M\xfcnchen")
+    table = {"source and label": {strange: {"normal": 3, "covid19": 4}}}
+    item = replace(ITEM, reason=f"In {strange} it does.", tables=table)
+    text = str(replace(REPORT, sources=(strange,), items=(item,)))
+    assert text.encode().count(rb"M\udcfcnchen") == 3
 
 
 def test_the_json_is_what_the_dictionary_says() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import tracemalloc
 
 import numpy as np
@@ -91,3 +92,8 @@ def test_single_images_with_a_few_pairs_of_one_label_may_be_chance() -> None:
 def test_one_label_alone_is_not_confounded() -> None:
     assert not Confounding.of(["a", "a", "b"], ["covid19"] * 3).is_severe
     assert Confounding.of(["a", "a", "b", "b"], ["covid19"] * 2 + ["normal"] * 2).is_severe
+
+
+def test_the_text_can_be_printed_where_a_source_is_not_utf_8() -> None:
+    design = Confounding.of([os.fsdecode(b"M\xfcnchen"), "a"], ["normal", "covid19"])
+    assert rb"M\udcfcnchen" in str(design).encode()

@@ -208,7 +208,9 @@ def test_other_classes_may_be_left_out(tmp_path: Path, name: str) -> None:
 
 def test_names_that_are_not_utf8_are_printed_escaped(tmp_path: Path) -> None:
     write_folder(tmp_path / "site \udce8", {"Normal": 1, "fi\udce8vre\x1b[31m": 1})
-    text = str(FolderDataset(tmp_path / "site \udce8").report())
+    dataset = FolderDataset(tmp_path / "site \udce8")
+    assert repr(dataset).endswith("from site \\udce8>")
+    text = str(dataset.report())
     assert "folder outside the classes (fi\\udce8vre\\x1b[31m)" in text
     assert text.startswith("site \\udce8: 1 of 2 kept")
     assert text.encode()

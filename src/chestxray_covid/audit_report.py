@@ -14,6 +14,7 @@ from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.errors import ReportError
 from chestxray_covid.files import expanded, plain_json, write_files
 from chestxray_covid.intervals import Estimate
+from chestxray_covid.judged_images import whole_characters
 
 FAIL, WARN, NOT_ASSESSABLE, PASS = "fail", "warn", "not_assessable", "pass"
 #: The worst first.
@@ -202,7 +203,7 @@ class AuditReport:
             raise ReportError(f"{path} cannot be read as an audit report: {error}") from error
 
     def __str__(self) -> str:
-        return "\n".join(_text(self))
+        return str(whole_characters("\n".join(_text(self))))
 
 
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
@@ -276,4 +277,4 @@ def _signed(change: Estimate) -> str:
 def _table(rows: Mapping[str, Mapping[str, int]]) -> str:
     import pandas as pd
 
-    return str(pd.DataFrame({row: dict(cells) for row, cells in rows.items()}).T.to_string())
+    return str(pd.DataFrame(whole_characters(rows)).T.to_string())

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from chestxray_covid.datasets.base import LABELS, ChestXrayDataset
 from chestxray_covid.errors import check_dataset
+from chestxray_covid.judged_images import whole_characters
 from chestxray_covid.metrics import Value
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Confounding:
     @classmethod
     def of(cls, sources: Sequence[str], labels: Sequence[str]) -> Self:
         """Return the confounding of ``(N,)`` sources and ``(N,)`` labels, N at least 1."""
+        sources, labels = whole_characters([*sources]), whole_characters([*labels])
         counts = Counter(zip(sources, labels, strict=True))
         names = sorted(
             set(labels), key=lambda n: (LABELS.index(n) if n in LABELS else len(LABELS), n)

@@ -195,7 +195,7 @@ class ChestXrayDataset:
     def __repr__(self) -> str:
         counts = Counter(s.label for s in self.samples)
         parts = ", ".join(f"{name}: {counts[name]}" for name in self.classes)
-        where = ", ".join(self.sources) or "empty"
+        where = printable(", ".join(self.sources)) or "empty"
         return f"<{type(self).__name__} of {len(self)} radiographs ({parts}) from {where}>"
 
     def image(self, index: int, min_size: tuple[int, int] | None = None) -> Any:
