@@ -202,6 +202,13 @@ def test_classes_must_not_be_one_string() -> None:
         check_classes("normal")
 
 
+def test_metadata_holds_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    strange = os.fsdecode(b"M\xfcnchen.png")
+    row = sample(str(tmp_path / strange), metadata={"scanner": strange})
+    table = ChestXrayDataset([row], classes=["normal"]).metadata
+    assert list(table.loc[0, ["path", "scanner"]]) == [str(tmp_path / strange), strange]
+
+
 def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data").mkdir()

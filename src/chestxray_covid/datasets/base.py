@@ -228,7 +228,8 @@ class ChestXrayDataset:
             {**s.metadata, **{n: getattr(s, n) for n in MANIFEST_COLUMNS}, "path": str(s.path)}
             for s in self.samples
         ]
-        frame = pd.DataFrame(rows, columns=None if rows else list(MANIFEST_COLUMNS))
+        # Objects: pandas' own text cannot hold a name that is not UTF-8.
+        frame = pd.DataFrame(rows, columns=None if rows else list(MANIFEST_COLUMNS), dtype=object)
         return frame[[*MANIFEST_COLUMNS, *(c for c in frame if c not in MANIFEST_COLUMNS)]]
 
     def report(self) -> DatasetReport:
@@ -296,11 +297,9 @@ class ChestXrayDataset:
         write_csv(target, [*MANIFEST_COLUMNS, *kept], map(row, self.samples))
 
     def _with(self, samples: Iterable[Sample], classes: Sequence[str] = ()) -> ChestXrayDataset:
+        names = classes or self.classes
         other = ChestXrayDataset(
-            samples,
-            classes=classes or self.classes,
-            transform=self.transform,
-            target_transform=self.target_transform,
+            samples, classes=names, transform=self.transform, target_transform=self.target_transform
         )
         other._named_after, other._wholes = self._named_after, self._wholes or (self.report(),)
         return other
