@@ -234,6 +234,15 @@ def test_an_empty_path_is_not_the_current_folder(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("use", [ManifestDataset, FolderDataset, open_dataset])
+@pytest.mark.parametrize("given", [pd.DataFrame({"path": ["a.png"]}), None, b"folder"])
+def test_a_table_in_place_of_its_path_is_refused_in_words(
+    use: Callable[[Any], Any], given: Any
+) -> None:
+    with pytest.raises(TypeError, match=f"expected a path, .*, got {type(given).__name__}"):
+        use(given)
+
+
 @pytest.mark.parametrize("name", ["nothing", "file.txt", "nul\0"])
 def test_what_is_no_folder_is_not_found(tmp_path: Path, name: str) -> None:
     (tmp_path / "file.txt").touch()

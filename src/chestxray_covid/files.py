@@ -89,8 +89,14 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     """Return a path with ``~`` at its start as the home folder; ``~name`` of no user as it is.
 
     Raises:
+        TypeError: If it is no path, for example a table or what was made of one.
         ValueError: If it is empty, as an unset variable is; Python takes that for ``"."``.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"expected a path, as text or a Path, got {type(path).__name__}. A table is written to "
+            "a CSV first."
+        )
     if path == "":
         raise ValueError('A path is empty. Pass "." if the current folder is meant.')
     return Path(os.path.expanduser(path))  # noqa: PTH111 - where it is no user's, pathlib's raises
