@@ -21,10 +21,13 @@ from chestxray_covid import (
     errors,
     evaluate,
     find_duplicates,
+    grad_cam,
     leave_one_source_out,
     lung_heat,
+    occlusion_sensitivity,
     patient_groups,
     plot_samples,
+    predict_files,
     quantize,
     split_by_patient,
 )
@@ -164,7 +167,14 @@ def test_what_is_no_data_set_is_refused_in_words() -> None:
         audit_shortcuts(classifier, phantoms, "data/phantoms")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("ask", [evaluate, audit_shortcuts])
+def predict_to_table(classifier: Any, _: Any) -> Any:
+    return predict_files("images", "predictions.csv", classifier=classifier)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [evaluate, audit_shortcuts, grad_cam, occlusion_sensitivity, lung_heat, predict_to_table],
+)
 def test_what_is_no_classifier_is_refused_in_words(ask: Any) -> None:
     phantoms = SyntheticChestXray(6, image_size_px=32)
     for wrong, name in (("runs/first", "str"), (phantoms, "SyntheticChestXray")):

@@ -19,6 +19,7 @@ from chestxray_covid.errors import (
     DatasetNotFoundError,
     ImageError,
     ImageNotFoundError,
+    check_classifier,
     first_of,
     require_extra,
 )
@@ -85,7 +86,7 @@ def predict_files(
     Raises:
         DatasetNotFoundError: If there is no image file.
         DatasetError: If a CSV of paths cannot be read, or another run writes the output.
-        TypeError: If something is neither a path nor an address.
+        TypeError: If something is neither a path nor an address, or the classifier is none.
         ValueError: If a size is not positive, the output is a file where a folder is expected or
             the contrary, or it is one of the inputs or named like an image.
         OSError: If the output cannot be written; what was finished is kept.
@@ -202,6 +203,7 @@ def ray_predict(
 
 
 def _table(classifier: Classifier, output: Place, shard_size: int) -> ShardedTable:
+    check_classifier(classifier)
     config, gate = classifier.config, classifier.gate
     flags = "" if gate is None else hashlib.sha256(gate.to_bytes()).hexdigest()
     precision = classifier.engine.precision

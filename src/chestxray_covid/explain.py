@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image, ImageFile
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.loading import in_batches, map_ahead
 from chestxray_covid.engines import softmax
-from chestxray_covid.errors import ForkedError, check_kind, check_positive
+from chestxray_covid.errors import ForkedError, check_classifier, check_positive
 from chestxray_covid.heatmap import Heatmap
 from chestxray_covid.image import load_image
 from chestxray_covid.inputs import (
@@ -64,7 +64,7 @@ def grad_cam(
 
     Raises:
         ImageError: If an image cannot be decoded.
-        TypeError: If something is no image, or no classifier.
+        TypeError: If something is no image, or ``classifier`` none.
         ValueError: If ``target``, ``batch_size`` or ``device`` is impossible.
         ForkedError: In a process that was forked after torch had computed here, unless torch
             computes on the CPU in one thread.
@@ -138,7 +138,7 @@ def occlusion_sensitivity(
 
     Raises:
         ImageError: If an image cannot be decoded.
-        TypeError: If something is no image, or no classifier.
+        TypeError: If something is no image, or ``classifier`` none.
         ValueError: If ``target`` or another option is impossible.
     """
     if not 2 <= steps <= 32 or not 0 < window < 1:
@@ -189,7 +189,7 @@ def explained(
     classifier: Classifier, images: Any, target: str | Sequence[str] | None
 ) -> tuple[list[Any], list[str | None]]:
     """Return the single images, and the class to explain for each, ``None`` for the predicted."""
-    check_kind(classifier, Classifier, "Classifier.from_pretrained()")
+    check_classifier(classifier)
     # Read at once: of a file of several frames, the next one takes the place of the one before, and
     # the open files of an archive share one position.
     items = [
@@ -198,10 +198,10 @@ def explained(
         else hold(one, classifier.config.preprocess)
         for one in expand(images)
     ]
-    if target is None or isinstance(target, str):
-        targets: list[str | None] = [target] * len(items)
+    if isinstance(target, Iterable) and not isinstance(target, str):
+        targets: list[Any] = [*target]
     else:
-        targets = [*target]
+        targets = [target] * len(items)
     strange = sorted({repr(name) for name in targets if name not in (None, *classifier.classes)})
     if strange or len(targets) != len(items):
         raise ValueError(

@@ -85,7 +85,7 @@ def lung_heat(
 
     Raises:
         ImageError: If an image cannot be decoded.
-        TypeError: If ``dataset`` is no data set.
+        TypeError: If ``dataset`` is no data set, or ``classifier`` none.
         ValueError: If an option is impossible or a mask is not of its image's size.
     """
     import pandas as pd
