@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.fs
 import pyarrow.parquet
 import pytest
@@ -478,6 +479,15 @@ def test_nothing_to_judge_is_said_in_words(
 def test_what_is_no_path_is_refused_in_words(gap: Any, tmp_path: Path, clf: Classifier) -> None:
     with pytest.raises(TypeError, match=r"expected the path or address .* Leave out the gaps"):
         predict_files(["00.png", gap], tmp_path / "out.csv", classifier=clf)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_table_in_place_of_its_column_is_refused_in_words(
+    tmp_path: Path, clf: Classifier
+) -> None:
+    table = pd.DataFrame({"path": ["00.png"], "label": ["normal"]})
+    with pytest.raises(TypeError, match=r"got a DataFrame\. Pass its column of paths"):
+        predict_files(table, tmp_path / "out.csv", classifier=clf)
     assert not [*tmp_path.iterdir()]
 
 

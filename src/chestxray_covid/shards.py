@@ -229,7 +229,10 @@ def listed(images: Place | Iterable[Place], places: Places) -> Iterator[str]:
         DatasetError: If a CSV cannot be read, has no such column or two, or a quote that does not
             belong there swallows rows.
         OSError: If a folder in object storage cannot be listed.
+        TypeError: If something is neither a path nor an address, or a table stands for its column.
     """
+    if hasattr(images, "columns"):  # by iterating, a table gives their names
+        raise TypeError(f"expected paths, got a {type(images).__name__}. Pass its column of paths.")
     for one in [images] if isinstance(images, (str, os.PathLike)) else images:
         place = _home(one)
         if not place.lower().endswith(".csv"):
