@@ -31,7 +31,17 @@ def test_a_sex_is_read_as_sources_write_it(written: str, sex: str) -> None:
     [
         *(("0", "0-17"), ("17.9", "0-17"), ("18", "18-39"), ("39", "18-39"), ("40", "40-59")),
         *(("79", "60-79"), ("80", "80+"), ("120", "80+")),
-        *((bad, "unknown") for bad in ("", "nan", "inf", "-1", "999", "70s")),
+        *(
+            (bad, "unknown")
+            for bad in ("", "nan", "inf", "-1", "999", "70s", "999Y", "18M", "067X")
+        ),
+        *(
+            ("067Y", "60-79"),
+            ("018M", "0-17"),
+            ("216M", "18-39"),
+            ("003W", "0-17"),
+            ("999D", "0-17"),
+        ),
     ],
 )
 def test_an_age_falls_into_its_band(written: str, band: str) -> None:

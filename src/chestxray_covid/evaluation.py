@@ -188,7 +188,8 @@ def evaluate_probabilities(
         groups: ``(N,)`` patients across sources, by which intervals are resampled; the pairs of
             source and patient if not given.
         sexes: ``(N,)``, ``"F"``, ``"M"`` or anything else for unknown.
-        ages: ``(N,)`` years as text, or anything else for unknown; only the band is kept.
+        ages: ``(N,)`` years as text, an age of DICOM (``"018M"``), or anything else for unknown;
+            only the band is kept.
         ids: ``(N,)`` names of the images; row numbers if not given.
         positive, n_resamples, seed, confidence: As in :func:`evaluate`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
@@ -23,6 +24,8 @@ SMALL = 20
 _BANDS = (0, 18, 40, 60, 80)
 #: No age of a person; some collections write 999 for what they do not know.
 _MAX_AGE = 120
+#: Units of an age in DICOM → how many make a year.
+_PER_YEAR = {"Y": 1.0, "M": 12.0, "W": 365.25 / 7, "D": 365.25}
 _SEXES = {"f": "female", "female": "female", "m": "male", "male": "male"}
 #: Numbers that every class has and that texts show.
 _SHOWN = {"sensitivity", "specificity", "auroc"}
@@ -96,11 +99,14 @@ def sex_of(text: str) -> str:
 def years_of(text: str) -> float | None:
     """Return an age in years, or ``None`` for what is no age of a person.
 
-    >>> years_of("45.5"), years_of("999"), years_of("")
-    (45.5, None, None)
+    An age of DICOM, such as ``"018M"``, names its unit (PS3.5, table 6.2-1, AS).
+
+    >>> years_of("45.5"), years_of("067Y"), years_of("018M"), years_of("999"), years_of("")
+    (45.5, 67.0, 1.5, None, None)
     """
+    of_dicom = re.fullmatch(r"([0-9]{3})([YMWD])", text.strip())
     try:
-        years = float(text)
+        years = float(of_dicom[1]) / _PER_YEAR[of_dicom[2]] if of_dicom else float(text)
     except ValueError:
         return None
     return years if 0 <= years <= _MAX_AGE else None

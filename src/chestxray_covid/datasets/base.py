@@ -62,7 +62,7 @@ class Sample:
             ``origin`` and ``image_id`` identify the image in the collection that it was taken over
             from; ``content_hash`` its content, so that copies are known without reading them;
             ``numbered_by`` is the collection that ``patient_id`` is a number of, if not ``source``;
-            ``sex`` and ``age`` (years) are the patient's.
+            ``sex`` and ``age`` (years, or as in DICOM) are the patient's.
         read: How the pixels come about; ``read_file`` unless the sample is a phantom.
 
     Raises:
