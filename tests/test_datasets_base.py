@@ -202,6 +202,13 @@ def test_classes_must_not_be_one_string() -> None:
         check_classes("normal")
 
 
+def test_rows_of_a_table_are_no_samples() -> None:
+    table = pd.DataFrame({"path": ["a.png"], "label": ["normal"]})
+    for given in (table, table.itertuples(), table.to_dict("records"), ["a.png"]):
+        with pytest.raises(TypeError, match=r"expected Sample, as Sample\(path=…, label=…"):
+            ChestXrayDataset(given, classes=["normal"])  # type: ignore[arg-type]
+
+
 def test_metadata_holds_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     strange = os.fsdecode(b"M\xfcnchen.png")
     row = sample(str(tmp_path / strange), metadata={"scanner": strange})

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import importlib
 import operator
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -155,6 +156,17 @@ def check_kind(given: object, kind: type, origin: str) -> None:
     if not isinstance(given, kind):
         came = type(given).__name__
         raise TypeError(f"expected {kind.__name__}, as {origin} gives it, got {came}")
+
+
+def check_kinds(given: Iterable[object], kind: type, origin: str) -> None:
+    """Do nothing if each of these is what a function of that name gives.
+
+    Raises:
+        TypeError: If one is something else, for example a row of a table.
+    """
+    for one in given:
+        if not isinstance(one, kind):
+            check_kind(one, kind, origin)
 
 
 def check_dataset(given: object, name: str = "dataset") -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from chestxray_covid.datasets.report import DatasetReport, printable, summarise_taken
 from chestxray_covid.datasets.storage import cell_text, resolver, write_csv, writing_to
-from chestxray_covid.errors import DatasetError, ImageError, check_dataset
+from chestxray_covid.errors import DatasetError, ImageError, check_dataset, check_kinds
 from chestxray_covid.files import expanded
 from chestxray_covid.image import load_image
 
@@ -152,7 +152,7 @@ class ChestXrayDataset:
         report: What was dropped on the way; made from the samples if not given.
 
     Raises:
-        DatasetError: If a sample's label is not in ``classes``.
+        DatasetError, TypeError: If a label is not in ``classes``, or something is no ``Sample``.
     """
 
     def __init__(
@@ -165,6 +165,7 @@ class ChestXrayDataset:
         report: DatasetReport | None = None,
     ) -> None:
         self.samples: tuple[Sample, ...] = tuple(samples)
+        check_kinds(self.samples, Sample, "Sample(path=…, label=…, …) for each row of a table")
         self.classes = check_classes(classes)
         self.class_to_idx: dict[str, int] = {name: i for i, name in enumerate(self.classes)}
         self.transform = transform
