@@ -22,7 +22,7 @@ from chestxray_covid.curves import (
     RiskCoverageCurve,
     RocCurve,
 )
-from chestxray_covid.errors import check_dataset, check_kind
+from chestxray_covid.errors import check_dataset, check_kinds
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.heatmap import Heatmap
 from chestxray_covid.reporting import short_name
@@ -55,7 +55,7 @@ def plot_roc(*curves: RocCurve) -> Figure:
         TypeError: If one is something else.
         ValueError: If there are none or too many.
     """
-    _expect(curves, RocCurve, "report.roc_curve()")
+    check_kinds(curves, RocCurve, "report.roc_curve()")
     axes = _curves(curves, "AUROC", step=None)
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
     axes.set_xlabel("1 − specificity", fontsize=_TEXT)
@@ -73,7 +73,7 @@ def plot_precision_recall(*curves: PrecisionRecallCurve) -> Figure:
         TypeError: If one is something else.
         ValueError: If there are none or too many.
     """
-    _expect(curves, PrecisionRecallCurve, "report.precision_recall_curve()")
+    check_kinds(curves, PrecisionRecallCurve, "report.precision_recall_curve()")
     axes = _curves(curves, "average precision", step="pre")
     for prevalence in sorted({curve.prevalence for curve in curves}):
         axes.axhline(prevalence, color=GREY, linewidth=0.8, linestyle=":")
@@ -92,7 +92,7 @@ def plot_risk_coverage(*curves: RiskCoverageCurve) -> Figure:
         TypeError: If one is something else.
         ValueError: If there are none or too many.
     """
-    _expect(curves, RiskCoverageCurve, "report.risk_coverage_curve()")
+    check_kinds(curves, RiskCoverageCurve, "report.risk_coverage_curve()")
     axes = _curves(curves, "mean risk", step="pre")
     highest = max(float(np.nanmax([*curve.y, *curve.high])) for curve in curves)
     axes.set_ylim(0, min(1.0, max(0.1, 1.4 * highest)))
@@ -111,7 +111,7 @@ def plot_reliability(diagram: Reliability) -> Figure:
     Raises:
         TypeError: If it is something else.
     """
-    _expect([diagram], Reliability, "report.reliability()")
+    check_kinds([diagram], Reliability, "report.reliability()")
     figure = _figure(COLUMN, 1.25 * COLUMN)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     value, low, high = (
@@ -141,7 +141,7 @@ def plot_confusion(report: EvaluationReport) -> Figure:
     Raises:
         TypeError: If ``report`` is something else.
     """
-    _expect([report], EvaluationReport, "evaluate()")
+    check_kinds([report], EvaluationReport, "evaluate()")
     counts = np.asarray(report.overall.confusion)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = COLUMN if len(counts) < 4 else PAGE
@@ -183,7 +183,7 @@ def plot_history(history: History) -> Figure:
 
     from chestxray_covid.training_config import History
 
-    _expect([history], History, "Trainer.fit()")
+    check_kinds([history], History, "Trainer.fit()")
     best = history.best.epoch
     epochs = [record.epoch for record in history]
     figure = _figure(PAGE, 2.7)
@@ -276,7 +276,7 @@ def plot_heatmaps(
         TypeError, ValueError: If one is no heatmap, there is none, or columns or masks do not fit.
     """
     heatmaps = [heatmaps] if isinstance(heatmaps, Heatmap) else heatmaps
-    _expect(heatmaps, Heatmap, "grad_cam()")
+    check_kinds(heatmaps, Heatmap, "grad_cam()")
     shapes = [heatmap.image.size[::-1] for heatmap in heatmaps]
     if not heatmaps or not 1 <= columns <= 8:
         raise ValueError(
@@ -314,12 +314,6 @@ _STYLES: tuple[dict[str, Any], ...] = (
     {"color": GREEN, "linestyle": "-.", "linewidth": 1.5},
     {"color": PURPLE, "linestyle": (0, (1, 1)), "linewidth": 1.5},
 )
-
-
-def _expect(found: Sequence[object], kind: type, origin: str) -> None:
-    """Raise if a figure would draw one result as another, as curves of all kinds look alike."""
-    for one in found:
-        check_kind(one, kind, origin)
 
 
 def _curves(curves: Sequence[Curve], area: str, *, step: Any) -> Axes:
