@@ -305,6 +305,29 @@ def test_a_file_named_twice_is_one_sample_and_its_two_patients_are_one(tmp_path:
     assert dataset.report().dropped["file listed twice"] == 1
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("classes", [("normal", "covid19"), ("normal", "pneumonia", "covid19")])
+def test_a_file_whose_findings_contradict_each_other_is_left_out_whichever_comes_first(
+    tmp_path: Path, order: int, classes: tuple[str, ...]
+) -> None:
+    rows = [
+        cohen_row("1", "COVID-19", "a.png"),
+        cohen_row("2", "No Finding", "b.png"),
+        cohen_row("3", "SARS", "c.png"),
+        cohen_row("4", "COVID-19", "both.png"),
+        cohen_row("4", "SARS", "both.png"),
+        cohen_row("5", "COVID-19", "known.png"),
+        cohen_row("5", "Unknown", "known.png"),
+    ]
+    dataset = CohenCovidDataset(write_cohen(tmp_path, rows=rows[::order]), classes=classes)
+    kept = by_name(dataset)
+    assert set(kept) == {"a.png", "b.png", "known.png"} | (
+        {"c.png"} if "pneumonia" in classes else set()
+    )
+    assert kept["known.png"].finding.endswith("COVID-19")  # not the row that knows nothing
+    assert dataset.report().dropped["findings of one file contradict each other"] == 2
+
+
 @pytest.mark.parametrize(
     "shared",
     [

@@ -62,7 +62,8 @@ class CohenCovidDataset(ChestXrayDataset):
 
     Rows come from ``metadata.csv``, never from the folder, which also holds CT slices, lateral
     views and files that belong to no row. Rows that name one file twice under two patient
-    numbers become one sample, and the two numbers one patient. ``sample.metadata`` holds the
+    numbers become one sample, and the two numbers one patient; a file whose rows have findings of
+    two labels is left out. ``sample.metadata`` holds the
     row (``license``, ``sex``, ``age``, ``offset``, ``location``, …), ``lung_mask`` where a mask is
     annotated (see :func:`lung_mask`), and, for radiographs that were taken over from the Hannover
     collection, ``origin`` and ``image_id``.
@@ -117,16 +118,22 @@ class CohenCovidDataset(ChestXrayDataset):
         masks = _mask_names(folder)
         patients = _patient_aliases(rows)
         own_labels = {key.strip().lower(): value for key, value in (findings or {}).items()}
+        labels = [_label(row, own_labels) for row in rows]
+        doubtful = _contradicted(rows, labels)
         samples: list[Sample] = []
         dropped: Counter[str] = Counter()
         seen: set[str] = set()
-        for row in rows:
-            reason, label = _why_drop(row, files, seen, classes, views, modalities, own_labels)
-            if reason:
-                dropped[reason] += 1
-                continue
-            seen.add(row["filename"])
-            samples.append(_sample(folder, row, label, patients, masks))
+        for row, label in zip(rows, labels, strict=True):
+            reason = _why_drop(row, files, seen, views, modalities)
+            if label is None or reason:
+                dropped[reason or "finding uncertain or not given"] += 1
+            elif row["filename"] in doubtful:
+                dropped["findings of one file contradict each other"] += 1
+            elif label not in classes:
+                dropped[f"finding outside the classes ({label})"] += 1
+            else:
+                seen.add(row["filename"])
+                samples.append(_sample(folder, row, label, patients, masks))
         super().__init__(
             samples,
             classes=classes,
@@ -290,36 +297,40 @@ def _patient_aliases(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {patient: resolve(patient) for patient in alias}
 
 
+def _label(row: Mapping[str, str], own_labels: Mapping[str, str]) -> str | None:
+    finding = row["finding"]
+    return own_labels.get(finding.strip().lower()) or label_of_finding(finding)
+
+
+def _contradicted(rows: Sequence[Mapping[str, str]], labels: Sequence[str | None]) -> set[str]:
+    """Return the files of which one row says one label, and another row another."""
+    said: dict[str, set[str]] = {}
+    for row, label in zip(rows, labels, strict=True):
+        if label is not None:
+            said.setdefault(row["filename"], set()).add(label)
+    return {name for name, different in said.items() if len(different) > 1}
+
+
 def _why_drop(
     row: Mapping[str, str],
     files: set[str],
     seen: set[str],
-    classes: Sequence[str],
     views: Sequence[str] | None,
     modalities: Sequence[str] | None,
-    own_labels: Mapping[str, str],
-) -> tuple[str, str]:
-    """Return ``(reason, "")`` for a row to be dropped, ``("", label)`` for one to be kept."""
+) -> str:
+    """Return why a row is dropped, whatever its finding is; an empty text if it is not."""
     name = row["filename"]
     if name not in files:
         in_volumes = row.get("folder", "images") == "volumes"
-        return ("CT volume, not in the repository" if in_volumes else "image file missing"), ""
+        return "CT volume, not in the repository" if in_volumes else "image file missing"
     if name in seen:
-        return "file listed twice", ""
+        return "file listed twice"
     if not row["patientid"]:
-        return "patient not given", ""
+        return "patient not given"
     if modalities is not None and row["modality"] not in modalities:
-        return f"modality {row['modality'] or 'not given'}", ""
+        return f"modality {row['modality'] or 'not given'}"
     view = canonical_view(row["view"])
-    if views is not None and view not in views:
-        return f"view {view}", ""
-    finding = row["finding"]
-    label = own_labels.get(finding.strip().lower()) or label_of_finding(finding)
-    if label is None:
-        return "finding uncertain or not given", ""
-    if label not in classes:
-        return f"finding outside the classes ({label})", ""
-    return "", label
+    return "" if views is None or view in views else f"view {view}"
 
 
 def _sample(
