@@ -315,7 +315,8 @@ def _read_config(folder: str | os.PathLike[str]) -> tuple[ModelConfig, bytes]:
         data = read_limited(path, MAX_JSON_BYTES)
         return ModelConfig.from_dict(parse_json(data)), data
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        advice = "" if str(error).endswith(".") else ". Fetch or save the checkpoint again."
+        raise ConfigError(f"{path}: {error}{advice}") from error
 
 
 def load_checkpoint(

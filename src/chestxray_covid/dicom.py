@@ -59,7 +59,9 @@ def decode_dicom(
         # pydicom's warnings and some errors quote the file: a patient's name must not get out.
         quotes_nothing = isinstance(error, AttributeError | RuntimeError | ValueError)
         said = reason(error) if quotes_nothing else type(error).__name__
-        raise ImageError(f"{name} is a DICOM file that cannot be read: {said}") from error
+        raise ImageError(
+            f"{name} is a DICOM file that cannot be read: {said}. Fetch or export it again."
+        ) from error
 
 
 def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[Any, NDArray[Any]]:

@@ -133,7 +133,8 @@ def decode_image(
         raise
     except DECODE_ERRORS as error:
         raise ImageError(
-            f"{name} is damaged, or not a {plugin.format} that can be read: {reason(error)}"
+            f"{name} is damaged, or not a {plugin.format} that can be read: {reason(error)}. "
+            "Fetch or save it again."
         ) from error
     return grey, facts, _has_more_frames(image)
 
@@ -296,7 +297,7 @@ def _holds_ycbcr(image: JpegImageFile) -> bool:
 
 def _looks_like(head: bytes, name: str) -> str:
     if not head:
-        return "is empty"
+        return "is empty; fetch it again"
     start = head.lstrip().lower()
     for magic, meaning in _LOOKALIKES:
         if start.startswith(magic):

@@ -175,12 +175,12 @@ def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
     try:
         data = json.loads(expanded(path).read_text(encoding="utf-8"))
         if data["format_version"] != _FORMAT:
-            raise SplitError(f"{path} has format {data['format_version']}, expected {_FORMAT}.")
+            raise ValueError(f"format_version is {data['format_version']!r}, expected {_FORMAT}")
         seed, entries = int(data["seed"]), list(data["samples"])
         sides: dict[int, str] = {}
         for entry in entries:
             if entry["side"] not in SIDES or not isinstance(entry["hash"], str):
-                raise SplitError(f"{path} has an entry without side or hash: {entry}.")
+                raise SplitError(f"{path} has an entry without side or hash: {entry}. Split again.")
             if sides.setdefault(int(entry["group"]), entry["side"]) != entry["side"]:
                 raise SplitError(
                     f"{path} puts patient {entry['patient_id']} of {entry['source']} on two "
@@ -189,7 +189,7 @@ def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, SplitError):
             raise
-        raise SplitError(f"{path} is no saved split: {error!r}.") from error
+        raise SplitError(f"{path} is no saved split: {error!r}. Split again.") from error
     return seed, entries
 
 

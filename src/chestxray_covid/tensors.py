@@ -19,6 +19,7 @@ BLOCKS = (6, 12, 24, 16)
 #: Length of the pooled features that the classifier sees.
 FEATURE_COUNT = 1024
 _DTYPES = frozenset({"float16", "float32", "int64"})
+_AGAIN = "Fetch or save it again, or train it anew."
 
 
 def densenet121_shapes(num_classes: int) -> dict[str, tuple[int, ...]]:
@@ -65,16 +66,20 @@ def read_tensors(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
 
     length = int.from_bytes(data[:8], "little")
     if length > _MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path} is no safetensors file: its header claims {length} bytes.")
+        raise CheckpointError(
+            f"{path} is no safetensors file: its header claims {length} bytes. {_AGAIN}"
+        )
     try:
         tensors = dict(load(data))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is no safetensors file of half, single and int64 tensors: {error}."
+            f"{path} is no safetensors file of half, single and int64 tensors: {error}. {_AGAIN}"
         ) from error
     strange = {t.dtype.name for t in tensors.values()} - _DTYPES
     if strange:
-        raise CheckpointError(f"{path} has tensors of type {sorted(strange)}.")
+        raise CheckpointError(
+            f"{path} has tensors of type {sorted(strange)}, expected {sorted(_DTYPES)}. {_AGAIN}"
+        )
     return tensors
 
 
@@ -91,21 +96,20 @@ def check_tensors(tensors: Mapping[str, NDArray[Any]], num_classes: int, where: 
     if missing or extra:
         raise CheckpointError(
             f"{where} is no DenseNet-121 with {num_classes} classes: "
-            f"missing {first_of(missing)}, unexpected {first_of(extra)}."
+            f"missing {first_of(missing)}, unexpected {first_of(extra)}. {_AGAIN}"
         )
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise CheckpointError(
-                f"{where}: {name} has shape {tensors[name].shape}, expected {shape}."
+                f"{where}: {name} has shape {tensors[name].shape}, expected {shape}. {_AGAIN}"
             )
         expected = ("int64",) if name.endswith("num_batches_tracked") else ("float16", "float32")
         if tensors[name].dtype not in expected:
             raise CheckpointError(
-                f"{where}: {name} has type {tensors[name].dtype}, expected {' or '.join(expected)}."
+                f"{where}: {name} has type {tensors[name].dtype}, expected "
+                f"{' or '.join(expected)}. {_AGAIN}"
             )
         if not np.isfinite(tensors[name]).all():
-            raise CheckpointError(f"{where}: {name} has values that are not finite.")
+            raise CheckpointError(f"{where}: {name} has values that are not finite. {_AGAIN}")
         if name.endswith("running_var") and (tensors[name] < 0).any():
-            raise CheckpointError(
-                f"{where}: {name} has a negative variance. It is damaged; fetch or train it again."
-            )
+            raise CheckpointError(f"{where}: {name} has a negative variance. {_AGAIN}")
