@@ -33,6 +33,7 @@ import operator
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import SupportsIndex
 
 
 class ChestXrayError(Exception):
@@ -130,6 +131,18 @@ class MissingExtraError(ChestXrayError, ImportError):
     """An optional package is not installed; the message holds the pip command."""
 
 
+def whole_number(name: str, value: SupportsIndex) -> int:
+    """Return an argument as a whole number.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from error
+
+
 def check_positive(name: str, value: int | None) -> None:
     """Refuse an argument that counts nothing; ``None`` is one that was not given.
 
@@ -139,11 +152,7 @@ def check_positive(name: str, value: int | None) -> None:
     """
     if value is None:
         return
-    try:
-        operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be a whole number, got {value!r}") from error
-    if not value > 0:
+    if not whole_number(name, value) > 0:
         raise ValueError(f"{name} must be positive, got {value}")
 
 

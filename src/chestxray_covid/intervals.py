@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import NormalDist
@@ -12,6 +11,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from chestxray_covid.errors import whole_number
 from chestxray_covid.metrics import (
     Floats,
     Labels,
@@ -340,7 +340,7 @@ def check_seed(seed: int) -> None:
         TypeError: If it is no whole number.
         ValueError: If it is out of range.
     """
-    if not 0 <= operator.index(seed) <= 2**32 - 2:
+    if not 0 <= whole_number("seed", seed) <= 2**32 - 2:
         raise ValueError(f"seed must be from 0 to {2**32 - 2}, got {seed}")
 
 

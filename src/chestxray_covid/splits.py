@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups, patient_on_two_sides
 from chestxray_covid.datasets.storage import write_file, writing_to
-from chestxray_covid.errors import DatasetError, SplitError
+from chestxray_covid.errors import DatasetError, SplitError, whole_number
 from chestxray_covid.files import expanded
 from chestxray_covid.intervals import check_seed
 
@@ -280,7 +280,7 @@ def check_divisible(
         TypeError, ValueError: If ``sides`` or ``seed`` is no whole number, or out of range.
     """
     check_seed(seed)
-    if operator.index(sides) < 2:
+    if whole_number("folds", sides) < 2:
         raise ValueError(f"folds must be at least 2, got {sides}")
     pairs = dict.fromkeys(zip(dataset.targets, map(int, groups), strict=True))
     owned = Counter(target for target, _ in pairs)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from chestxray_covid.datasets.report import DatasetReport, printable, summarise_taken
 from chestxray_covid.datasets.storage import cell_text, resolver, write_csv, writing_to
-from chestxray_covid.errors import DatasetError, ImageError, check_dataset, check_kinds
+from chestxray_covid.errors import DatasetError, ImageError, check_kinds, check_positive
 from chestxray_covid.files import expanded
 from chestxray_covid.image import load_image
 
@@ -258,8 +258,7 @@ class ChestXrayDataset:
         Raises:
             TypeError, ValueError: If ``per_class`` is no positive whole number.
         """
-        if not operator.index(per_class) > 0:
-            raise ValueError(f"per_class must be positive, got {per_class}")
+        check_positive("per_class", per_class)
         order = np.random.default_rng(seed).permutation(len(self))
         dealt = np.array(self.targets)[order]
         kept = [i for t in range(len(self.classes)) for i in order[dealt == t][:per_class]]
@@ -330,8 +329,7 @@ def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
     """
     if not datasets:
         raise ValueError("concatenate needs at least one data set")
-    for one in datasets:
-        check_dataset(one)
+    check_kinds(datasets, ChestXrayDataset, "open_dataset(…)")
     pairs = [(d.transform, d.target_transform) for d in datasets]
     if any(pair != pairs[0] for pair in pairs):
         raise ValueError(

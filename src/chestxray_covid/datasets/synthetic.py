@@ -7,7 +7,6 @@ How they are drawn is in :mod:`chestxray_covid.datasets.phantom`.
 from __future__ import annotations
 
 import math
-import operator
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from chestxray_covid.datasets.base import (
 )
 from chestxray_covid.datasets.phantom import VISITS, Recipe, render_phantom
 from chestxray_covid.datasets.storage import is_current
-from chestxray_covid.errors import DatasetError
+from chestxray_covid.errors import DatasetError, whole_number
 from chestxray_covid.files import expanded
 from chestxray_covid.progress import Bar
 
@@ -242,10 +241,7 @@ def _names(what: str, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _whole(what: str, value: SupportsIndex, low: int, high: float = math.inf) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{what} must be a whole number, got {value!r}") from error
+    number = whole_number(what, value)
     if not low <= number <= high:
         raise ValueError(f"{what} must be from {low} to {high}, got {number}")
     return number
