@@ -758,7 +758,10 @@ def test_fewer_classes_renormalise_in_the_order_asked_for(
 
 @pytest.mark.parametrize(
     "classes",
-    ["normal", [], ["normal"], ["normal", "normal"], ["normal", "tuberculosis"], ["normal", None]],
+    [
+        *("normal", [], ["normal"], ["normal", "normal"], ["normal", "tuberculosis"]),
+        *(["normal", None], {"normal", "covid19"}, frozenset({"normal", "covid19"}), 2),
+    ],
 )
 def test_classes_that_do_not_fit_are_refused(checkpoint_folder: Path, classes: Any) -> None:
     with pytest.raises(ValueError, match=r"classes must be at least two different ones of \('norm"):

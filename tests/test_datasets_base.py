@@ -216,6 +216,14 @@ def test_metadata_holds_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     assert list(table.loc[0, ["path", "scanner"]]) == [str(tmp_path / strange), strange]
 
 
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_classes_must_not_be_a_set_whose_order_changes_from_run_to_run(kind: type) -> None:
+    with pytest.raises(TypeError, match=r"sequence of names, got the set .*\{'normal'\}"):
+        SyntheticChestXray(4, classes=kind({"normal"}))
+    numbers = {"normal": 0, "covid19": 1}  # its keys have an order
+    assert check_classes(numbers.keys()) == ("normal", "covid19")  # type: ignore[arg-type]
+
+
 def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data").mkdir()

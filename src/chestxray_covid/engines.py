@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -188,13 +188,16 @@ def restrict_classes(
     precision that keeps their probabilities, holds for some of their classes, too.
 
     Raises:
-        ValueError: If they are not at least two different ones of the checkpoint's.
+        ValueError: If they are not at least two different ones of the checkpoint's, or a set, whose
+            order is another in every process.
     """
-    chosen = tuple(classes)
+    ordered = isinstance(classes, Iterable) and not isinstance(classes, str | set | frozenset)
+    chosen = tuple(classes) if ordered else ()
     strange = [c for c in chosen if c not in config.classes]
-    if isinstance(classes, str) or strange or len(set(chosen)) != len(chosen) or len(chosen) < 2:
+    if strange or len(set(chosen)) != len(chosen) or len(chosen) < 2:
         raise ValueError(
-            f"classes must be at least two different ones of {config.classes}, got {classes!r}"
+            f"classes must be at least two different ones of {config.classes}, as a list or tuple, "
+            f"got {classes!r}"
         )
     rows = [config.classes.index(c) for c in chosen]
     head = {k: tensors[k][rows] for k in ("classifier.weight", "classifier.bias")}

@@ -338,11 +338,10 @@ def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
         )
     names = dict.fromkeys(name for d in datasets for name in d.classes)
     classes = [*(name for name in LABELS if name in names), *(n for n in names if n not in LABELS)]
-    named = _told_apart(datasets)
     loaded = {s.source for d in datasets for s in d.samples}
     samples = [_counted_to_origin(s, loaded) for d in datasets for s in d.samples]
     whole = datasets[0]._with(samples, classes if len({d.classes for d in datasets}) > 1 else ())
-    whole._named_after = named
+    whole._named_after = _told_apart(datasets)
     reports = (r for d in datasets for r in d._wholes or (d.report(),))
     whole._wholes = tuple({id(r): r for r in reports}.values())  # parts of one data set share it
     return whole
@@ -388,11 +387,12 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     """Return ``classes`` as a tuple.
 
     Raises:
-        TypeError: If it is a single string.
+        TypeError: If it is a single string, or a set: its order is another in every process.
         ValueError: If it is empty or names a class twice.
     """
-    if isinstance(classes, str):
-        raise TypeError(f"classes must be a sequence of names, got the string {classes!r}")
+    if isinstance(classes, str | set | frozenset):
+        kind = "string" if isinstance(classes, str) else "set"
+        raise TypeError(f"classes must be a sequence of names, got the {kind} {classes!r}")
     if not (names := tuple(classes)) or len(set(names)) != len(names) or not all(names):
         raise ValueError(f"classes must be one or more different names, got {list(names)}")
     return names
