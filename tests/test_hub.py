@@ -205,6 +205,13 @@ def test_a_subfolder_leads_nowhere_else(subfolder: str) -> None:
         resolve(REPO, subfolder=subfolder)
 
 
+@pytest.mark.parametrize("option", [{"revision": 1.0}, {"subfolder": Path("sub")}])
+@pytest.mark.parametrize("name", [None, REPO])
+def test_a_revision_and_a_subfolder_are_text(name: str | None, option: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"^(revision|subfolder) must be a string, got "):
+        resolve(name, **option)
+
+
 # ---------------------------------------------------------------- from the Hub
 
 

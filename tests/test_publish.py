@@ -619,6 +619,11 @@ def test_a_hub_that_refuses_is_an_error_with_a_name(
     assert "cache" not in found
 
 
+def test_the_name_of_a_repository_is_text(run: Path) -> None:
+    with pytest.raises(TypeError, match='repo_id must be a string, "user/name", got None'):
+        push(run, None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("given", "stored", "family"),
     [("hf_se\x01cret", "", "ValueError"), (None, "hf_se\x01cret", "DownloadError")],

@@ -68,6 +68,7 @@ def resolve(
         ConfigError: If ``config.json`` on the Hub is not one of this library.
         DownloadError: If a file cannot be fetched or written.
         IntegrityError: If a file has other bytes than its hash says, after one more download.
+        TypeError: If ``revision`` or ``subfolder`` is no string.
         ValueError: If ``subfolder`` leads elsewhere, a bundled model is wanted by ``revision`` or
             ``subfolder``, or no header can hold ``token``.
         TypeError: If it is neither text nor a path, for example a classifier.
@@ -79,6 +80,9 @@ def resolve(
         huggingface_hub.errors.HFValidationError: If the name of the repository is impossible; a
             ``ValueError``.
     """
+    for argument, value in (("revision", revision), ("subfolder", subfolder)):
+        if not isinstance(value, str | None):  # a tag that YAML took for a number, a Path
+            raise TypeError(f"{argument} must be a string, got {value!r}")
     if subfolder and (problem := path_problem(subfolder)):
         raise ValueError(f"subfolder {problem}: {subfolder!r}")
     if name_or_path is None or _is_bundled(name_or_path):
