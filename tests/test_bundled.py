@@ -88,6 +88,16 @@ def test_the_card_is_that_of_its_results() -> None:
         assert f"## {table['title']}" in card
 
 
+def test_the_tables_of_the_card_are_those_that_its_recipe_makes_of_the_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    recipe = importlib.import_module("write_card")
+    measured = json.loads((FOLDER / "measurements.json").read_text(encoding="utf-8"))
+    assert measured["tables"] == json.loads(json.dumps(recipe.tables()))
+    assert bundled_models()[DEFAULT_MODEL].provenance["known_failures"] == recipe.failures()
+
+
 def test_the_numbers_beside_the_weights_are_those_in_the_documentation() -> None:
     ours = (FOLDER / "evaluation.json").read_bytes()
     assert ours == (ROOT / "docs" / "results" / "default" / "evaluation.json").read_bytes()
