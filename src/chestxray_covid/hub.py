@@ -68,10 +68,10 @@ def resolve(
         ConfigError: If ``config.json`` on the Hub is not one of this library.
         DownloadError: If a file cannot be fetched or written.
         IntegrityError: If a file has other bytes than its hash says, after one more download.
-        TypeError: If ``revision`` or ``subfolder`` is no string.
         ValueError: If ``subfolder`` leads elsewhere, a bundled model is wanted by ``revision`` or
             ``subfolder``, or no header can hold ``token``.
-        TypeError: If it is neither text nor a path, for example a classifier.
+        TypeError: If it is neither text nor a path, for example a classifier, or ``revision`` or
+            ``subfolder`` is no text.
         huggingface_hub.errors.HfHubHTTPError: In person: ``RepositoryNotFoundError``,
             ``GatedRepoError``, ``RevisionNotFoundError``, ``RemoteEntryNotFoundError``. They are
             ``OSError``, too.
