@@ -29,7 +29,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
 
 
 def launched(*command: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [*map(str, command)],
         capture_output=True,
@@ -96,7 +96,7 @@ def test_a_run_outlives_a_refusal_and_a_killed_process_and_goes_on_in_four_as_in
 
 def test_the_command_line_trains_in_two_processes_and_speaks_once(tmp_path: Path) -> None:
     phantoms = SyntheticChestXray(TRAIN + VAL, image_size_px=32).save(tmp_path / "phantoms")
-    options = ["--no-pretrained", "--epochs", 1, "--size", 32, "--limit", 20, "--device", "cpu"]
+    options = ["--no-pretrained", "--epochs", 1, "--size", 32, "--limit", 20]
     command = ["train", "--data", phantoms, "--output", tmp_path / "run", *options]
     done = launched(*TORCHRUN, 2, "-m", "chestxray_covid", *command)
     assert done.returncode == 0, done.stderr

@@ -25,8 +25,10 @@ def open_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
         ForkedError: If torch would wait for threads that a fork has left behind.
     """
     connected = _is_connected()
+    # Accelerate connects processes on CPUs only where it is told that they are on CPUs.
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     try:
-        accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     except ValueError as error:
         raise TrainingError(
             f"Accelerate is set up differently in this process already: {error} "
