@@ -479,6 +479,8 @@ def test_nothing_to_judge_is_said_in_words(
 def test_what_is_no_path_is_refused_in_words(gap: Any, tmp_path: Path, clf: Classifier) -> None:
     with pytest.raises(TypeError, match=r"expected the path or address .* Leave out the gaps"):
         predict_files(["00.png", gap], tmp_path / "out.csv", classifier=clf)
+    with pytest.raises(TypeError, match=r"expected the path or address"):
+        predict_files(gap, tmp_path / "out.csv", classifier=clf)
     assert not [*tmp_path.iterdir()]
 
 
@@ -721,8 +723,11 @@ class TestRefused:
             predict_files(tmp_path / "t.csv", tmp_path / "o.csv", classifier=clf)
 
     def test_an_address_of_an_unknown_kind(self, clf: Classifier, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="Unrecognized filesystem type"):
-            predict_files("gopher://host/x", tmp_path / "o.csv", classifier=clf)
+        for place in ("gopher://host/x", "https://host/list.csv"):
+            with pytest.raises(
+                ValueError, match=r"Unrecognized filesystem type.*begins with s3://"
+            ):
+                predict_files(place, tmp_path / "o.csv", classifier=clf)
 
     def test_ray_with_another_table_than_parquet(
         self, clf: Classifier, images: Path, tmp_path: Path

@@ -110,8 +110,15 @@ class Places:
         host, _, key = rest.partition("/")
         root = f"{scheme}://{host}" if host else f"{scheme}:///"
         if root not in self._systems:
-            # Of the bucket alone: the name of an object may hold what no URI may.
-            self._systems[root] = require_extra("pyarrow.fs", "parquet").FileSystem.from_uri(root)
+            pyarrow = require_extra("pyarrow.fs", "parquet")
+            try:
+                # Of the bucket alone: the name of an object may hold what no URI may.
+                self._systems[root] = pyarrow.FileSystem.from_uri(root)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. Expected an address that begins with s3://, gs://, abfs://, hdfs:// "
+                    "or file://; fetch what lies on a web server to this machine first."
+                ) from error
         fs, path = self._systems[root]
         return fs, f"{path.rstrip('/')}/{key}".rstrip("/") or "/"
 

@@ -186,12 +186,18 @@ def check_apart(images: Place | Iterable[Place], output: str) -> None:
     Raises:
         ValueError: If it is one.
     """
-    given = [images] if isinstance(images, (str, os.PathLike)) else images
+    given = _each(images)
     own, suffix = _identity(output), os.path.splitext(output)[1]  # noqa: PTH122 - as below
     for one in () if isinstance(given, Iterator) else given:
         place = _home(one)
         if place == output or (own and place.endswith(suffix) and _identity(place) == own):
             raise ValueError(f"output {output} is one of the inputs. Give it another name.")
+
+
+def _each(images: Place | Iterable[Place]) -> Iterable[Place]:
+    if isinstance(images, (str, os.PathLike)):
+        return [images]
+    return images if isinstance(images, Iterable) else [_home(images)]  # which refuses it
 
 
 def _home(place: Place) -> str:
@@ -233,7 +239,7 @@ def listed(images: Place | Iterable[Place], places: Places) -> Iterator[str]:
     """
     if hasattr(images, "columns"):  # by iterating, a table gives their names
         raise TypeError(f"expected paths, got a {type(images).__name__}. Pass its column of paths.")
-    for one in [images] if isinstance(images, (str, os.PathLike)) else images:
+    for one in _each(images):
         place = _home(one)
         if not place.lower().endswith(".csv"):
             yield from places.images(place)
