@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import numpy as np
+from PIL import Image
 
 from chestxray_covid import (
     ChestXrayDataset,
@@ -15,10 +16,13 @@ from chestxray_covid import (
     FolderDataset,
     HannoverCovidDataset,
     KermanyPneumoniaDataset,
+    Preprocess,
     Sample,
     concatenate,
 )
 from chestxray_covid.datasets.base import LABELS
+from chestxray_covid.datasets.storage import replacing
+from chestxray_covid.lungs import lung_box, segment_stream
 
 #: Licence of the collections that have one for all of their images.
 LICENCES = {
@@ -26,6 +30,9 @@ LICENCES = {
     "hannover": "CC BY 3.0",
     "nih": "NIH Clinical Center, no restriction on use",
 }
+
+#: Of a radiograph's lungs, for networks of up to 256 px.
+CROP = Preprocess(size_px=256)
 
 #: What :func:`aetiology` tells apart.
 AETIOLOGIES = ("normal", "bacterial", "viral")
@@ -81,6 +88,26 @@ def aetiology(dataset: ChestXrayDataset) -> ChestXrayDataset:
     named = (replace(s, label=kinds.get(s.finding, s.label)) for s in dataset.samples)
     known = (s for s in named if s.source in ("kermany", "nih") and s.label in AETIOLOGIES)
     return ChestXrayDataset(known, classes=AETIOLOGIES)
+
+
+def cropped_to_lungs(dataset: ChestXrayDataset, folder: Path) -> ChestXrayDataset:
+    """Return the data set with every radiograph cropped to its lungs, 256 by 256 pixels.
+
+    The lung segmenter finds them; where it finds none, the whole radiograph is taken.
+
+    Args:
+        dataset: Radiographs in files.
+        folder: The crops are written there, as PNG under the hash of the original, but only once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    places = [folder / f"{s.content_hash()}.png" for s in dataset.samples]
+    missing = [i for i, place in enumerate(places) if not place.exists()]
+    for i, mask in zip(missing, segment_stream(dataset.subset(missing)), strict=True):
+        pixels = CROP(dataset.samples[i], box=lung_box(mask, margin=0.03))
+        with replacing(places[i]) as partial:
+            Image.fromarray(pixels[0]).save(partial, format="PNG")
+    pairs = zip(dataset.samples, places, strict=True)
+    return ChestXrayDataset((replace(s, path=p) for s, p in pairs), classes=dataset.classes)
 
 
 def once(dataset: ChestXrayDataset) -> ChestXrayDataset:

@@ -9,7 +9,8 @@ deviation of every channel of a layer. What that reaches needs no training of th
 network shows by reaching it that it reads lungs. ``--base`` takes other networks to start from; of
 several, and of as many with random weights, the average of their readouts is judged as well. Where
 the output folder has what the folds' own networks answered, each readout is also judged together
-with them.
+with them. ``--lungs`` shows all networks crops to the lungs, also in the training that they
+start from.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from collection import cohens
+from collection import cohens, cropped_to_lungs
 from judge_default import folds_inside, judge_parts, said, write
 from relatives import Relatives
 from scipy.special import logit
@@ -162,14 +163,16 @@ def main() -> None:
     parser.add_argument(
         "--made", metavar="TEXT", help="machine, software, files and base, in words"
     )
+    parser.add_argument("--lungs", action="store_true", help="crops to the lungs alone")
     options = parser.parse_args()
     relatives = Relatives(options.data, options.run, options.made)
     cohen = cohens(relatives.dataset)
     inside, pairs = folds_inside(relatives, cohen)
     truth = np.array([s.label == "covid19" for s in inside.samples])
-    pixels = images_of(inside)
+    shown = cropped_to_lungs(inside, relatives.folder / "crops") if options.lungs else inside
+    pixels = images_of(shown)
     trained = answers_of_folds(options.output, inside)
-    bases = options.base or [relatives.train_base()]
+    bases = options.base or [relatives.train_base(lungs=options.lungs)]
     networks: dict[str, list[Callable[[], nn.Module]]] = {
         "random": [partial(random_network, pixels, seed) for seed in range(len(bases))],
         "base": [partial(build_densenet121, base, num_classes=3) for base in bases],
@@ -192,7 +195,8 @@ def main() -> None:
         "size_px": PREPROCESS.size_px,
         "views": VIEWS,
     }
-    write(options.output, "probes", {**about, "rows": rows})
+    name = "probes_lungs" if options.lungs else "probes"
+    write(options.output, name, {**about, "rows": rows})
 
 
 if __name__ == "__main__":

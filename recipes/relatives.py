@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collection import aetiology
+from collection import aetiology, cropped_to_lungs
 from train_default import COMMON, MILD, STRONG, open_split
 
 from chestxray_covid import (
@@ -118,8 +118,12 @@ class Relatives:
         )
         return classifier.predict_proba(self.dataset.subset(held_out), progress=True)
 
-    def train_base(self) -> Path:
-        """Train on Kermany's and NIH's training patients: normal, bacterial or viral."""
+    def train_base(self, *, lungs: bool = False) -> Path:
+        """Train on Kermany's and NIH's training patients: normal, bacterial or viral.
+
+        Args:
+            lungs: On crops to the lungs, and in a folder of its own.
+        """
         sources = np.array([s.source for s in self.dataset.samples])
         judged = np.flatnonzero(np.isin(sources, ["cohen", "hannover"]))
         allowed = set(self.without(judged).tolist())
@@ -128,6 +132,9 @@ class Relatives:
             for side in ("train", "val")
         )
         folder = self.folder / "base"
+        if lungs:
+            train, val = (cropped_to_lungs(d, self.folder / "crops") for d in (train, val))
+            folder = self.folder / "base-lungs"
         train_network(train, val, None, folder, replace(BASE, cache_dir=self.cache))
         return folder
 

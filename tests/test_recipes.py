@@ -25,13 +25,16 @@ import sources
 from chestxray_covid import (
     Augmentation,
     Classifier,
+    FolderDataset,
     History,
     ModelConfig,
     Preprocess,
     Sample,
     SyntheticChestXray,
     fit_gate,
+    lung_box,
     patient_groups,
+    segment,
 )
 from chestxray_covid.card import model_card
 from chestxray_covid.checkpoint import load_config, save_checkpoint
@@ -121,6 +124,25 @@ def test_what_may_not_be_trained_on_stays_out(recipes: dict[str, Any], data: Pat
     assert sum(counts.values()) == len(dataset)
     assert counts["CC BY-NC-SA"] == 45, "own1.png and its like among them"
     assert not any("ND" in name.split("-") for name in counts)
+
+
+def test_radiographs_are_cropped_to_their_lungs_once(
+    recipes: dict[str, Any], tmp_path: Path
+) -> None:
+    collection = recipes["collection"]
+    phantoms = SyntheticChestXray(4, image_size_px=200).save(tmp_path / "phantoms")
+    dataset = FolderDataset(phantoms, patient_id=None)
+    found = collection.cropped_to_lungs(dataset, tmp_path / "crops")
+    assert [(s.label, s.patient_id, s.source) for s in found.samples] == [
+        (s.label, s.patient_id, s.source) for s in dataset.samples
+    ]
+    for i, mask in enumerate(segment(dataset)):
+        expected = Preprocess(size_px=256)(dataset.image(i), box=lung_box(mask, margin=0.03))[0]
+        assert np.array_equal(np.asarray(found.image(i)), expected)
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "crops").iterdir()}
+    collection.cropped_to_lungs(dataset, tmp_path / "crops")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "crops").iterdir()} == written
+    assert len(written) == 4
 
 
 def test_a_hidden_centre_shows_the_mean(recipes: dict[str, Any]) -> None:
@@ -668,6 +690,11 @@ def test_a_relative_is_trained_and_read_again(
     base = load_config(relatives.folder / "base").provenance
     assert base["training"]["balance"] == own.BASE.balance
     assert set(base["train"]["images"]) == {"normal", "bacterial", "viral"}
+    cropped = relatives.train_base(lungs=True)
+    assert cropped == relatives.folder / "base-lungs"
+    assert load_config(cropped).provenance["train"]["images"] == base["train"]["images"]
+    assert {p.suffix for p in (relatives.folder / "crops").iterdir()} == {".png"}
+    assert load_config(cropped).provenance["identity"]["data"] != base["identity"]["data"]
 
 
 def test_a_website_alone_gives_the_share_of_the_others_images_from_there(
@@ -852,6 +879,10 @@ def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
         for (rest, held_out), expected in zip(pairs, folds, strict=True):
             assert np.array_equal(held_out, expected[1])
             assert set(groups[rest]).isdisjoint(groups[held_out])
+    run_main(probe, monkeypatch, {**options, "base": bases[:1], "lungs": []})
+    cropped = json.loads((tmp_path / "probes_lungs.json").read_text())
+    assert [r["layer"] for r in cropped["rows"]] == [*probe.LAYERS] * 2
+    assert cropped["rows"][0]["all"] != found["rows"][0]["all"]
     by = {(r["weights"], r["networks"], r["layer"]): r["all"] for r in found["rows"]}
     for layer in probe.LAYERS:
         assert by["base", 2, layer] == by["base", 1, layer], "one network twice"
