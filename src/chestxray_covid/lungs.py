@@ -38,7 +38,8 @@ def segment(images: Any, *, batch_size: int = 16) -> Any:
 
     The network learned from masks of Cohen's collection, which another model (lungVAE) drew
     and nobody corrected: they leave out the heart and most of what a dense opacity hides. It is
-    for cropping, hiding and auditing, not for measuring.
+    for cropping, hiding and auditing, not for measuring. It draws lungs on whatever it is shown:
+    whether that is a radiograph, :attr:`Prediction.flags` say.
 
     Args:
         images: One image (whatever :func:`load_image` takes); or a list, an iterator, a folder, a
