@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -670,3 +671,19 @@ def test_a_folder_that_labels_names_must_exist(tmp_path: Path) -> None:
     write_folder(tmp_path, {"well": 2, "sick": 2})
     with pytest.raises(DatasetNotFoundError, match=r"no folder \['sik'\], which labels= names"):
         FolderDataset(tmp_path, {"well": "normal", "sik": "covid19"})
+
+
+@pytest.mark.parametrize(
+    "labels", [{0: "normal"}, {"0": 1}, ["normal", "covid19"], "normal", [("0", "normal")]]
+)
+def test_labels_that_do_not_map_text_to_text_are_refused(tmp_path: Path, labels: Any) -> None:
+    write_folder(tmp_path, {"0": 1})
+    table = write_csv(tmp_path / "table.csv", HEADER, [["0/x.png", "0", "1"]])
+    cohen = write_cohen(tmp_path / "cohen")
+    for open_, argument in (
+        (lambda: FolderDataset(tmp_path, labels), "labels"),
+        (lambda: ManifestDataset(table, labels), "labels"),
+        (lambda: CohenCovidDataset(cohen, findings=labels), "findings"),
+    ):
+        with pytest.raises(TypeError, match=f"{argument} must map text to text, such as"):
+            open_()

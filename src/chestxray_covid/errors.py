@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import SupportsIndex
@@ -176,6 +176,22 @@ def check_kinds(given: Iterable[object], kind: type, origin: str) -> None:
     for one in given:
         if not isinstance(one, kind):
             check_kind(one, kind, origin)
+
+
+def text_mapping(name: str, given: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return an argument that maps text to text; nothing, if it was not given.
+
+    Raises:
+        TypeError: If it is something else, for example a list, or has numbers for keys.
+    """
+    if given is None:
+        return {}
+    texts = isinstance(given, Mapping) and all(
+        isinstance(v, str) for kv in given.items() for v in kv
+    )
+    if not texts:
+        raise TypeError(f"{name} must map text to text, such as {{'0': 'normal'}}, got {given!r}")
+    return given
 
 
 def check_dataset(given: object, name: str = "dataset") -> None:

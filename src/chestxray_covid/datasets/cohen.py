@@ -25,7 +25,7 @@ from chestxray_covid.datasets.download import download_cohen, recorded_commit
 from chestxray_covid.datasets.loading import entries
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.datasets.storage import numbered_rows, refuse_repeated
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError, text_mapping
 from chestxray_covid.files import existing_folder, expanded, is_folder
 
 #: Views as the metadata spells them (lower case) → canonical view.
@@ -117,7 +117,8 @@ class CohenCovidDataset(ChestXrayDataset):
         files = {e.name for e in images if os.path.isfile(e.path)}  # noqa: PTH113 - links may loop
         masks = _mask_names(folder)
         patients = _patient_aliases(rows)
-        own_labels = {key.strip().lower(): value for key, value in (findings or {}).items()}
+        own = text_mapping("findings", findings)
+        own_labels = {key.strip().lower(): value for key, value in own.items()}
         labels = [_label(row, own_labels) for row in rows]
         doubtful = _contradicted(rows, labels)
         samples: list[Sample] = []

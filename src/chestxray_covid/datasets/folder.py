@@ -26,7 +26,7 @@ from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layou
 from chestxray_covid.datasets.loading import entries, images_of, may_hold_images
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.datasets.storage import nothing_collected, path_maker, read_csv, resolver
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError, text_mapping
 from chestxray_covid.files import existing_folder, expanded, is_folder
 
 #: Names in public collections (lower case, letters and digits only) → canonical label.
@@ -157,7 +157,7 @@ class ManifestDataset(ChestXrayDataset):
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
     ) -> None:
-        classes = check_classes(classes)
+        classes, known = check_classes(classes), text_mapping("labels", labels)
         table = expanded(path)
         if is_folder(table):
             table = table / "manifest.csv"
@@ -175,7 +175,7 @@ class ManifestDataset(ChestXrayDataset):
         with nothing_collected():
             for row in read_csv(table, required=("path", "label", "patient_id")):
                 if (label := meant.get(row["label"])) is None:
-                    label = meant[row["label"]] = _label(row["label"], labels or {}, classes)
+                    label = meant[row["label"]] = _label(row["label"], known, classes)
                 given = row["path"]
                 file = given if os.path.isabs(given) else folder + given  # noqa: PTH117 - fast
                 if label not in classes:
@@ -315,12 +315,13 @@ def class_folders(
 ) -> dict[Path, str]:
     """Return class folder → label, in the order of their names; see :class:`FolderDataset`."""
     passed_over = Counter[str]() if notes is None else notes
-    inside = _folders(root, labels or {}, passed_over)
-    if inside and all(f.name.lower() in _SPLITS and f.name not in (labels or {}) for f in inside):
-        inside = [f for part in inside for f in _folders(part, labels or {}, passed_over)]
+    meant = text_mapping("labels", labels)
+    inside = _folders(root, meant, passed_over)
+    if inside and all(f.name.lower() in _SPLITS and f.name not in meant for f in inside):
+        inside = [f for part in inside for f in _folders(part, meant, passed_over)]
     named = [f for f in inside if labels is None or f.name in labels]
-    found = {f: _label(f.name, labels or {}, classes) for f in named}
-    missing = sorted(set(labels or ()) - {f.name for f in found})
+    found = {f: _label(f.name, meant, classes) for f in named}
+    missing = sorted(set(meant) - {f.name for f in found})
     if found and missing:
         raise DatasetNotFoundError(
             f"{root} has no folder {missing}, which labels= names; it has "
