@@ -77,8 +77,7 @@ def calibration_rows() -> list[list[str]]:
 def gate_rows() -> list[tuple[Any, ...]]:
     """Return how often the gate flags and refuses held-out images of each kind."""
     found = read("gate")
-    names = {"phantom": "phantom with a site effect"}  # as recipes/gate_examples.py draws them
-    rows = {names.get(what, what): part for what, part in found["held_out"].items()}
+    rows = dict(found["held_out"])
     for source, part in found["source_left_out"].items():
         rows[f"frontal, {source}, by a gate that never saw the source (the network did)"] = part
     return [

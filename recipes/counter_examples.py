@@ -76,6 +76,17 @@ def noise(rng: np.random.Generator, size_px: int) -> Image.Image:
     return grain.resize((size_px, size_px), Image.Resampling.BICUBIC)
 
 
+def clouds(rng: np.random.Generator, size_px: int) -> Image.Image:
+    """Return smooth noise, whose amplitudes fall with a random power of the frequency."""
+    down, across = np.fft.fftfreq(size_px), np.fft.rfftfreq(size_px)
+    frequency = np.hypot(down[:, None], across)
+    frequency[0, 0] = 1
+    waves = rng.normal(size=(2, *frequency.shape)) / frequency ** rng.uniform(1, 3.5)
+    field = np.fft.irfft2(waves[0] + 1j * waves[1], s=(size_px, size_px))
+    values = rng.uniform(70, 180) + rng.uniform(20, 70) * (field - field.mean()) / field.std()
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+
+
 def shapes(rng: np.random.Generator, size_px: int) -> Image.Image:
     """Return random ellipses, boxes and lines, sometimes blurred."""
     image = Image.new("L", (size_px, size_px), int(rng.integers(256)))
@@ -117,6 +128,7 @@ def waves(rng: np.random.Generator, size_px: int) -> Image.Image:
 #: What is drawn for fitting and, from other seeds, for measuring.
 DRAWN: dict[str, Callable[[np.random.Generator, int], Image.Image]] = {
     "noise": noise,
+    "clouds": clouds,
     "shapes": shapes,
     "text": text,
 }

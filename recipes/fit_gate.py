@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from collection import open_sources
-from gate_examples import Example, cohen_others, foreign, frontals, spoilt
+from gate_examples import Example, cohen_others, foreign, frontals, pieced, spoilt
 from numpy.typing import NDArray
 
 from chestxray_covid import Flag, Gate, Split, fit_gate
@@ -44,6 +44,7 @@ def collect(data: Path, split: Split, preprocess: Any, *, limit: int, count: int
         *radiographs,
         *cohen_others(data, split, preprocess),
         *spoilt(radiographs, every=4),
+        *pieced(radiographs, preprocess, every=4),
         *foreign(preprocess, count=count),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ from chestxray_covid.datasets.duplicates import patient_key
 from chestxray_covid.image import read_image
 from chestxray_covid.pixels import ImageFacts
 
+#: What → options of the phantoms of that kind.
+PHANTOMS: dict[str, dict[str, Any]] = {
+    "phantom": {},
+    "phantom with a site effect": {"sources": ("a", "b"), "site_effect": True},
+}
 #: What is drawn is at least as large as radiographs are.
 DRAWN_PX = 320
 
@@ -144,6 +149,53 @@ def spoilt(examples: Iterable[Example], *, every: int = 2) -> Iterator[Example]:
             yield replace(example, pixels=changed.copy(), kind=kind, what=what)
 
 
+def pieced(
+    examples: Sequence[Example], preprocess: Preprocess, *, every: int = 4, seed: int = 0
+) -> Iterator[Example]:
+    """Yield parts of frontal radiographs, and several in one picture, of every so many'th one.
+
+    What joins another radiograph is of the same source and side. Held out there is, besides, what
+    no gate is fitted on: four in one.
+
+    Args:
+        examples: Frontal ones.
+        preprocess: Of the checkpoint.
+        every: Step through those of a source and side.
+        seed: Of the places of quarters.
+    """
+    rng = np.random.default_rng(seed)
+    alike: dict[tuple[str, bool], list[Example]] = {}
+    for example in examples:
+        alike.setdefault((example.source, example.held_out), []).append(example)
+    for several in alike.values():
+        for place in range(0, len(several), every):
+            example = several[place]
+            near = [several[(place + k) % len(several)].pixels[0] for k in range(4)]
+            for what, pixels in _pieces(near, rng).items():
+                kind = "" if what == "four in one" else "part"
+                if kind or example.held_out:
+                    yield replace(example, pixels=preprocess(pixels), kind=kind, what=what)
+
+
+def _pieces(
+    radiographs: Sequence[NDArray[np.uint8]], rng: np.random.Generator
+) -> dict[str, NDArray[np.uint8]]:
+    """Return what → ``(H, W)``, parts of the first and that together with the others."""
+    one, other, *_ = radiographs
+    half = len(one) // 2
+    top, left = rng.integers(0, half, 2)
+    return {
+        "left half": one[:, :half],
+        "right half": one[:, half:],
+        "upper half": one[:half],
+        "lower half": one[half:],
+        "quarter": one[top : top + half, left : left + half],
+        "side by side": np.hstack([one, other]),
+        "one above the other": np.vstack([one, other]),
+        "four in one": np.block([list(radiographs[:2]), list(radiographs[2:])]),
+    }
+
+
 def foreign(preprocess: Preprocess, *, count: int, seed: int = 0) -> Iterator[Example]:
     """Yield photographs and drawn pictures, and held out also kinds that no gate is fitted on.
 
@@ -168,13 +220,12 @@ def foreign(preprocess: Preprocess, *, count: int, seed: int = 0) -> Iterator[Ex
             yield _unseen(preprocess, part, "picture of another kind", name)
     for number in range(count):
         yield _unseen(preprocess, waves(rng, DRAWN_PX), "waves", f"waves {number}")
-    for held_out in (False, True):
-        phantoms = SyntheticChestXray(
-            count, classes=LABELS, seed=seed + held_out, sources=("a", "b"), site_effect=True
-        )
-        for number, (phantom, _) in enumerate(phantoms):
-            group = f"phantom {held_out} {number}"
-            yield _foreign(preprocess, phantom, "phantom", group, held_out=held_out)
+    for what, looks in PHANTOMS.items():
+        for held_out in (False, True):
+            phantoms = SyntheticChestXray(count, classes=LABELS, seed=seed + held_out, **looks)
+            for number, (phantom, _) in enumerate(phantoms):
+                group = f"{what} {held_out} {number}"
+                yield _foreign(preprocess, phantom, what, group, held_out=held_out)
 
 
 def _foreign(

@@ -7,7 +7,7 @@ cp runs/lungs/lungs.safetensors runs/lungs/lungs.json "$weights"
 python recipes/train_default.py --data "$data" --output "$run"
 python recipes/publish_default.py --data "$data" --run "$run"
 python recipes/fit_gate.py --checkpoint "$weights/densenet121-v1" --split "$run/split.json" \
-  --data "$data" --results docs/results/default/gate.json --limit 300 --count 80
+  --data "$data" --results docs/results/default/gate.json --limit 300 --count 160
 python recipes/quantise_default.py --data "$data" --output "$weights/densenet121-v1"
 python recipes/judge_default.py --data "$data" --run "$run" \
   --checkpoint "$weights/densenet121-v1"

@@ -308,13 +308,29 @@ def test_a_gate_is_fitted_measured_and_put_beside_the_weights(published: Publish
     assert classifier.gate is not None
     found = published.read("gate")
     assert found["weights_sha256"] == classifier.weights_sha256
-    assert {"frontal", "lateral", "ct", "noise", "inverted"} <= set(found["held_out"])
+    whole = {"frontal", "lateral", "ct", "noise", "clouds", "inverted"}
+    assert whole | {"left half", "side by side", "four in one"} <= set(found["held_out"])
     for part in found["held_out"].values():
         flagged = part["flagged"]
         assert flagged["rate"] == flagged["count"] / part["images"]
         exact = binomtest(flagged["count"], part["images"]).proportion_ci(method="wilson")
         assert (flagged["low"], flagged["high"]) == pytest.approx(tuple(exact), abs=1e-9)
     assert set(found["source_left_out"]) == {"cohen", "hannover", "kermany", "nih"}
+
+
+def test_pieces_are_parts_of_the_first_radiograph_and_all_of_the_others(
+    recipes: dict[str, Any],
+) -> None:
+    four = [np.full((6, 6), grey, np.uint8) for grey in (10, 20, 30, 40)]
+    four[0][:3] = 11  # its upper half
+    pieces = recipes["gate_examples"]._pieces(four, np.random.default_rng(0))
+    assert pieces["upper half"].tolist() == [[11] * 6] * 3
+    assert pieces["lower half"].tolist() == [[10] * 6] * 3
+    assert pieces["quarter"].shape == (3, 3)
+    assert np.hstack([pieces["left half"], pieces["right half"]]).tolist() == four[0].tolist()
+    assert np.hsplit(pieces["side by side"], 2)[1].tolist() == four[1].tolist()
+    assert np.vsplit(pieces["one above the other"], 2)[0].tolist() == four[0].tolist()
+    assert [pieces["four in one"][y, x] for y in (5, 11) for x in (5, 11)] == [10, 20, 30, 40]
 
 
 def test_a_covered_centre_has_the_same_place_whatever_covers_it(recipes: dict[str, Any]) -> None:

@@ -25,7 +25,8 @@ from chestxray_covid.tensors import FEATURE_COUNT, read_tensors
 #: Name of the attachment of a checkpoint that holds its gate.
 GATE_NAME = "gate.safetensors"
 #: Kinds of image that a gate is taught, in the order of its rows; the first is what it lets pass.
-KINDS = ("frontal", "lateral", "ct", "inverted", "turned", "foreign")
+#: A gate that was fitted before the last kinds were added has no rows for them.
+KINDS = ("frontal", "lateral", "ct", "inverted", "turned", "foreign", "part")
 #: Kind → flag and reason.
 _KIND_FLAGS = {
     "lateral": ("lateral_view", "looks like a lateral radiograph, the model knows frontal ones"),
@@ -33,6 +34,10 @@ _KIND_FLAGS = {
     "inverted": ("inverted", "bone looks dark and air bright, expected the contrary"),
     "turned": ("out_of_distribution", "looks turned or upside down, expected an upright patient"),
     "foreign": ("not_a_chest_radiograph", "looks like a photograph, a drawing, a text or noise"),
+    "part": (
+        "out_of_distribution",
+        "looks like a part of a radiograph or several in one, expected one whole chest",
+    ),
 }
 #: Flags that make an answer worthless: the model was never meant to judge such an image.
 ABSTAINING = frozenset(
@@ -176,10 +181,10 @@ class Gate:
         mean: ``(1024 + D,)`` mean of features and description (:func:`describe`) over the images
             that the gate was fitted on.
         scale: Their deviation; none is 0.
-        probe: ``(6, 1024 + D)`` weights of a multinomial logistic regression on the standardised
-            input, a row for each of :data:`KINDS`.
-        bias: ``(6,)``.
-        min_log_odds: ``(5,)``; the logarithm of how many times more probable than a frontal
+        probe: ``(K, 1024 + D)`` weights of a multinomial logistic regression on the standardised
+            input, a row for each of the first K of :data:`KINDS`; K is at least 2.
+        bias: ``(K,)``.
+        min_log_odds: ``(K - 1,)``; the logarithm of how many times more probable than a frontal
             radiograph each other kind must be to be flagged.
         centre: ``(1024,)`` mean of the standardised features of frontal radiographs.
         basis: ``(1024, C)`` orthonormal directions in which those vary most.
@@ -208,7 +213,11 @@ class Gate:
             raise ValueError(
                 f"basis must be (1024, C) with C in 1 to {_MAX_COMPONENTS}, got {self.basis.shape}"
             )
-        for name, shape in _shapes(components).items():
+        if not 2 <= self.bias.size <= len(KINDS):
+            raise ValueError(
+                f"bias must be (K,) with K in 2 to {len(KINDS)}, got {self.bias.shape}"
+            )
+        for name, shape in _shapes(components, self.bias.size).items():
             values = getattr(self, name)
             if values.shape != shape:
                 raise ValueError(f"{name} must be of shape {shape}, got {values.shape}")
@@ -251,7 +260,8 @@ class Gate:
         name, reason = _KIND_FLAGS[KINDS[best]]
         odds = np.exp(log_odds - log_odds.max())
         # Two kinds share a flag: its probability is theirs together.
-        alike = [k for k, kind in enumerate(KINDS) if _KIND_FLAGS.get(kind, ("",))[0] == name]
+        known = KINDS[: len(odds)]
+        alike = [k for k, kind in enumerate(known) if _KIND_FLAGS.get(kind, ("",))[0] == name]
         return Flag(name=name, reason=reason, score=float(odds[alike].sum() / odds.sum()))
 
     def _check_distance(self, standard: NDArray[np.float64]) -> list[Flag]:
@@ -264,7 +274,7 @@ class Gate:
         return [Flag(name="out_of_distribution", reason=reason, score=score)]
 
     def log_odds(self, inputs: NDArray[Any]) -> NDArray[np.float64]:
-        """Return ``(N, 6)`` logarithms of the odds of each of :data:`KINDS` against the first.
+        """Return ``(N, K)`` logarithms of the odds of each kind against the first of them.
 
         Args:
             inputs: ``(N, 1024 + D)`` features, and descriptions by :func:`describe`.
@@ -347,14 +357,14 @@ _HALF = frozenset({"probe", "basis"})
 _POSITIVE = frozenset({"scale", "variances", "noise", "max_distance"})
 
 
-def _shapes(components: int) -> Mapping[str, tuple[int, ...]]:
+def _shapes(components: int, kinds: int) -> Mapping[str, tuple[int, ...]]:
     inputs = FEATURE_COUNT + DESCRIPTORS
     return {
         "mean": (inputs,),
         "scale": (inputs,),
-        "probe": (len(KINDS), inputs),
-        "bias": (len(KINDS),),
-        "min_log_odds": (len(KINDS) - 1,),
+        "probe": (kinds, inputs),
+        "bias": (kinds,),
+        "min_log_odds": (kinds - 1,),
         "centre": (FEATURE_COUNT,),
         "basis": (FEATURE_COUNT, components),
         "variances": (components,),
