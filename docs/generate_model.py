@@ -44,6 +44,7 @@ def write_pages() -> None:
     (DOCS / "model.md").write_text(model_page(), encoding="utf-8")
     draw_reliability()
     draw_stages()
+    draw_gate()
 
 
 def frame_rows() -> list[tuple[Any, ...]]:
@@ -158,6 +159,10 @@ def model_page() -> str:
     threshold = calibration["threshold"]
     calibrated = table(("", "before", "after"), calibration_rows())
     gate = table(("Held-out images", "N", "flagged", "refused"), gate_rows())
+    fitted = f"""
+        [The input gate](gate.md) says what each flag means. It was fitted on other images of the
+        kinds that the table names, but for these, which it never met:
+        {", ".join(read("gate")["never_fitted"])}."""
     temperature = f"""
         The temperature {calibration["temperature"]:.3f} was fitted on validation patients and is
         folded into the last layer, so that every engine and every other library sees the same
@@ -249,7 +254,9 @@ Restricted to `normal` and `covid19`:
 
 ## The input gate
 
-[The input gate](gate.md) says what each flag means.
+{wrapped(fitted)}
+
+![Share of each kind of image that is refused](results/default/gate.png)
 
 {gate}
 
@@ -321,6 +328,45 @@ def draw_stages() -> Path:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     return _save(panel, "history", "history")
+
+
+def draw_gate() -> Path:
+    """Draw the share of held-out images of each kind that the gate refuses, with intervals."""
+    from matplotlib.figure import Figure
+
+    groups = gate_groups()
+    heights = [len(part) for _, part in groups]
+    panel = Figure(figsize=(7.5, 0.21 * sum(heights) + 1.6), layout="constrained")
+    every = panel.subplots(len(groups), 1, sharex=True, height_ratios=[h + 1 for h in heights])
+    for k, (axes, (title, part)) in enumerate(zip(every, groups, strict=True)):
+        names = sorted(part, key=lambda what: (part[what]["rate"], what), reverse=k > 0)
+        for y, what in enumerate(names):
+            found = part[what]
+            axes.plot([found["low"], found["high"]], [y, y], color=f"C{k}", linewidth=1.5)
+            axes.plot(found["rate"], y, "o", color=f"C{k}", markersize=4)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.4, -0.6))
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.grid(axis="x", color="0.92")
+        axes.spines[["top", "right"]].set_visible(False)
+    every[-1].set_xlabel("share that is refused, with 95 % intervals (Wilson)")
+    return _save(panel, "gate", "gate")
+
+
+def gate_groups() -> list[tuple[str, dict[str, Mapping[str, Any]]]]:
+    """Return title → what → share refused, of what must pass and of what must not."""
+    found = read("gate")
+    held_out = {what: part["abstained"] for what, part in found["held_out"].items()}
+    unseen = found["source_left_out"].items()
+    passing = {what: held_out.pop(what) for what in list(held_out) if what.startswith("frontal, ")}
+    passing |= {f"frontal, {s}, unknown to the gate": part["abstained"] for s, part in unseen}
+    del held_out["frontal"]
+    new = {what: held_out.pop(what) for what in found["never_fitted"]}
+    return [
+        ("Frontal radiographs, which are to pass", passing),
+        ("To be refused: kinds that the gate was fitted on", held_out),
+        ("To be refused: kinds that it never met", new),
+    ]
 
 
 def _save(panel: Any, name: str, source: str) -> Path:

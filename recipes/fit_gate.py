@@ -123,6 +123,12 @@ def unseen_sources(
     return results
 
 
+def never_fitted(examples: Sequence[Example]) -> list[str]:
+    """Return what is only measured with, since no gate is fitted on any of it."""
+    fitted = {e.what for e in examples if not e.held_out}
+    return sorted({e.what for e in examples} - fitted)
+
+
 def attach(folder: Path, gate: Gate) -> None:
     """Put the gate beside the weights of a checkpoint; its other attachments stay."""
     config, tensors = load_checkpoint(folder)
@@ -151,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     gate = Gate.from_bytes(fit(examples, features).to_bytes())  # as it will be read
     results = {
         "held_out": measure(gate, examples, features),
+        "never_fitted": never_fitted(examples),
         "source_left_out": unseen_sources(examples, features),
         "weights_sha256": config.weights_sha256,
     }

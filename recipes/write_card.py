@@ -91,7 +91,8 @@ def tables() -> list[dict[str, Any]]:
         },
         {
             "title": "Input gate",
-            "note": "Held-out images; refused means that the prediction abstains.",
+            "note": "Held-out images; refused means that the prediction abstains. No gate was "
+            f"fitted on any of these: {', '.join(results.read('gate')['never_fitted'])}.",
             "head": ["Images", "N", "flagged", "refused"],
             "rows": [list(map(str, row)) for row in pages.gate_rows()],
         },

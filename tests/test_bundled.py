@@ -130,9 +130,22 @@ def test_pages_hold_what_was_measured(pages: ModuleType) -> None:
     assert tried.tried_block() in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("name", "source"), [("reliability", "calibration"), ("history",) * 2])
+@pytest.mark.parametrize(
+    ("name", "source"), [("reliability", "calibration"), ("history",) * 2, ("gate",) * 2]
+)
 def test_figures_are_drawn_from_the_committed_results(
     pages: ModuleType, name: str, source: str
 ) -> None:
     with Image.open(pages.RESULTS / f"{name}.png") as figure:
         assert figure.info[pages.SOURCE_KEY] == pages.digest(pages.RESULTS / f"{source}.json")
+
+
+def test_the_figure_of_the_gate_shows_every_kind_once(pages: ModuleType) -> None:
+    found = pages.read("gate")
+    shown = [what for _, part in pages.gate_groups() for what in part]
+    sources = [f"frontal, {source}, unknown to the gate" for source in found["source_left_out"]]
+    assert sorted(shown) == sorted({*found["held_out"], *sources} - {"frontal"})
+    passing, known, new = (part for _, part in pages.gate_groups())
+    assert set(new) == set(found["never_fitted"])
+    assert "lateral" in known
+    assert all(what.startswith("frontal") for what in passing)

@@ -310,6 +310,7 @@ def test_a_gate_is_fitted_measured_and_put_beside_the_weights(published: Publish
     assert found["weights_sha256"] == classifier.weights_sha256
     whole = {"frontal", "lateral", "ct", "noise", "clouds", "inverted"}
     assert whole | {"left half", "side by side", "four in one"} <= set(found["held_out"])
+    assert set(found["never_fitted"]) >= {"waves", "four in one", "inverted and turned"}
     for part in found["held_out"].values():
         flagged = part["flagged"]
         assert flagged["rate"] == flagged["count"] / part["images"]
