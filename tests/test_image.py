@@ -1190,6 +1190,16 @@ def words(dtype: str, entries: int = 4096) -> Any:
     return sequence
 
 
+def functional_groups(window: tuple[str, str], rescale: tuple[str, str] | None = None) -> Any:
+    voi, transformation, groups = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+    voi.WindowCenter, voi.WindowWidth = window
+    groups.FrameVOILUTSequence = pydicom.Sequence([voi])
+    if rescale:
+        transformation.RescaleSlope, transformation.RescaleIntercept = rescale
+        groups.PixelValueTransformationSequence = pydicom.Sequence([transformation])
+    return groups
+
+
 def compressed(syntax: str, frame: bytes) -> bytes:
     encapsulated = pydicom.encaps.encapsulate([frame])
     return dicom(ramp(), syntax=syntax, PixelData=encapsulated)
@@ -1283,6 +1293,28 @@ def dicom_files() -> dict[str, tuple[bytes, np.ndarray]]:
             stretched(twelve),
         ),
         "multi-frame": (dicom(np.stack([grey, 255 - grey]), NumberOfFrames=2), grey),
+        "enhanced": (
+            dicom(
+                np.stack([twelve, 4095 - twelve]),
+                syntax="1.2.840.10008.1.2",
+                NumberOfFrames=2,
+                BitsStored=12,
+                PerFrameFunctionalGroupsSequence=pydicom.Sequence(
+                    [functional_groups(("2048", "1024")), functional_groups(("5", "9"))]
+                ),
+            ),
+            inside,
+        ),
+        "enhanced, shared by all frames": (
+            dicom(
+                twelve,
+                BitsStored=12,
+                SharedFunctionalGroupsSequence=pydicom.Sequence(
+                    [functional_groups(("-2047", "1024"), ("-1", "0"))]
+                ),
+            ),
+            255 - inside,
+        ),
         "rgb": (dicom(rgb), luma(rgb)),
         "ybr": (dicom(ybr, PhotometricInterpretation="YBR_FULL"), luma(rgb)),
         "palette": (dicom(grey, PhotometricInterpretation="PALETTE COLOR", **palette), grey),

@@ -110,10 +110,21 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
         )
     data.file_meta = require_extra("pydicom.dataset", "dicom").FileMetaDataset()
     data.file_meta.TransferSyntaxUID = syntax
+    _lift_groups(data)
     if syntax.is_encapsulated:
         _check_frame(data, name, max_pixels)
         return data, pixels.pixel_array(data, index=0)
     return data, _first_frame(data, pixels.pixel_array)
+
+
+def _lift_groups(data: Any) -> None:
+    """Put what is said of the first frame where other than enhanced DICOM says it."""
+    # PS3.3 C.7.6.16: either group may hold a macro, not both.
+    for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for groups in (data.get(keyword) or ())[:1]:
+            for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+                for item in (groups.get(macro) or ())[:1]:
+                    data.update(item)
 
 
 def _first_frame(data: Any, pixel_array: Any) -> NDArray[Any]:
