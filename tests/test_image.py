@@ -1422,6 +1422,16 @@ def test_padding_around_the_image_does_not_darken_it(
     assert set(found[:5].ravel()) == {0 if photometric == "MONOCHROME1" else 255}
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value")  # of pydicom
+@pytest.mark.parametrize("entries", [4096, 32_767, 32_768, 40_000, 65_536])
+def test_a_long_lookup_table_of_signed_pixels_is_read_whole(entries: int) -> None:
+    sequence = lut(entries, -2048, 16, np.minimum(np.arange(entries), 4095))
+    sequence[0]["LUTDescriptor"].VR = "SS"
+    values = twelve_bits().astype(np.int16) - 2048
+    data = dicom(values, syntax="1.2.840.10008.1.2", ModalityLUTSequence=sequence)
+    assert np.abs(loaded(data) - stretched(twelve_bits())).max() <= 1
+
+
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1", BIG_ENDIAN])
 @pytest.mark.parametrize("kind", [np.uint16, np.int16])
 @pytest.mark.parametrize("high_bit", [13, 15])

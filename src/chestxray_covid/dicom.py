@@ -249,7 +249,7 @@ def _lookup(values: NDArray[Any], item: Any, data: Any) -> tuple[NDArray[Any], i
     pydicom's own functions wrap around where a table of 8-bit outputs has more than 256 entries.
     """
     entries, first, bits = (int(number) for number in item.LUTDescriptor)
-    entries = entries or 1 << 16
+    entries = entries % (1 << 16) or 1 << 16  # with signed pixels some are read as negative
     table = item.LUTData
     if isinstance(table, bytes):
         wide = ("<" if data.file_meta.TransferSyntaxUID.is_little_endian else ">") + "u2"
