@@ -1397,6 +1397,12 @@ def test_an_impossible_window_is_passed_over(window: dict[str, Any]) -> None:
     assert np.abs(loaded(data) - stretched(twelve_bits())).max() <= 1
 
 
+def test_a_slope_of_zero_is_passed_over() -> None:
+    window = {"BitsStored": 12, "WindowCenter": "2048", "WindowWidth": "1024"}
+    flat = dicom(twelve_bits(), RescaleSlope="0", RescaleIntercept="0", **window)
+    assert np.array_equal(loaded(flat), loaded(dicom(twelve_bits(), **window)))
+
+
 def test_the_first_possible_window_is_taken() -> None:
     two = {"WindowCenter": ["9", "2048"], "WindowWidth": ["0", "1024"]}
     one = {"WindowCenter": "2048", "WindowWidth": "1024"}

@@ -167,7 +167,8 @@ def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:
         values, _ = _lookup(values, data.ModalityLUTSequence[0], data)
     else:
         slope, intercept = _first(data, "RescaleSlope"), _first(data, "RescaleIntercept")
-        if slope is not None and intercept is not None and (slope, intercept) != (1, 0):
+        # A slope of 0, of which nothing would be left to see, is as good as none.
+        if slope and intercept is not None and (slope, intercept) != (1, 0):
             values = values * slope + intercept
     low, high = value_range(values, name)
     if data.get("VOILUTSequence"):
