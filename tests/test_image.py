@@ -745,6 +745,31 @@ def test_the_wanted_size_counts_after_turning_upright() -> None:
     assert load_image(data, min_size=(100, 390)).size == (100, 400)
 
 
+def lossless_jpeg(pixels: np.ndarray) -> bytes:
+    """As ITU-T T.81, annex H, has it: differences from the pixel to the left, in Huffman's code."""
+    values = pixels.astype(int)
+    predicted = np.full_like(values, 128)
+    predicted[:, 1:], predicted[1:, 0] = values[:, :-1], values[:-1, 0]
+    bits = ""
+    for difference in map(int, (values - predicted).ravel()):
+        length = abs(difference).bit_length()
+        low = difference if difference > 0 else difference + (1 << length) - 1
+        bits += f"{length:04b}" + (f"{low:0{length}b}" if length else "")
+    bits += "1" * (-len(bits) % 8)
+    scan = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    frame = struct.pack(">BHHB3B", 8, *pixels.shape, 1, 1, 0x11, 0)
+    codes = bytes([0, 0, 0, 0, 9, *[0] * 12, *range(9)])  # nine of four bits
+    head = {0xC3: frame, 0xC4: codes, 0xDA: bytes([1, 1, 0, 1, 0, 0])}
+    parts = (b"\xff" + struct.pack(">BH", key, len(x) + 2) + x for key, x in head.items())
+    return b"\xff\xd8" + b"".join(parts) + scan + b"\xff\xd9"
+
+
+def test_a_lossless_jpeg_is_decoded_in_full_whatever_size_is_wanted() -> None:
+    data = lossless_jpeg(ramp(300, 400))
+    assert np.array_equal(loaded(data), ramp(300, 400))
+    assert np.array_equal(loaded(data, min_size=(64, 64)), ramp(300, 400))
+
+
 def test_colour_jpegs_at_a_reduced_scale_are_the_luma_of_the_whole() -> None:
     for mode in ("RGB", "CMYK"):
         image = Image.fromarray(colours(400, 640)).convert(mode)

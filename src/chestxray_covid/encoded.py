@@ -122,8 +122,7 @@ def decode_image(
             # TIFF 6.0, section 15: libtiff allocates whole tiles, which may exceed the image.
             tile = (int(image.tag_v2.get(322, 1)), int(image.tag_v2.get(323, 1)))
             check_size(tile, f"A tile of {name}", max_pixels)
-        if isinstance(image, JpegImageFile):
-            check_jpeg(data, name, max_pixels)
+        if isinstance(image, JpegImageFile) and check_jpeg(data, name, max_pixels):
             sideways = is_sideways(orientation(image))
             # As it is stored; "L" would lose what says whether it is coloured.
             mode = "YCbCr" if _holds_ycbcr(image) else image.mode

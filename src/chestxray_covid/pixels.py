@@ -45,6 +45,7 @@ _JPEG_SEGMENT = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 _JPEG_FRAMES = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
 # Baseline and extended sequential, Huffman and arithmetic.
 _JPEG_ONE_SCAN = frozenset({0xC0, 0xC1, 0xC9})
+_JPEG_LOSSLESS = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
 #: Difference of the channels, 0 to 255, from which a pixel is coloured. Of the public radiographs
 #: those that JPEG, a scanner or a camera only tinted stay below, drawn arrows are at 100 and more.
 COLOURED_CHANNELS = 40
@@ -249,9 +250,13 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
         )
 
 
-def check_jpeg(data: bytes, name: str, max_pixels: int) -> None:
-    """Refuse a JPEG of too many pixels or absurdly many scans (ITU-T T.81, B.1.1)."""
-    scans, position, needed = 0, 2, b""
+def check_jpeg(data: bytes, name: str, max_pixels: int) -> bool:
+    """Return whether a JPEG can be reduced while decoding: none that is lossless can be.
+
+    Raises:
+        ImageError: If it is of too many pixels or absurdly many scans (ITU-T T.81, B.1.1).
+    """
+    scans, position, needed, is_lossy = 0, 2, b"", True
     while match := _JPEG_SEGMENT.search(data, position):
         marker, position = data[match.end() - 1], match.end()
         if marker == 0xD9:  # end of image: what follows, such as a phone's video, is not decoded
@@ -259,6 +264,7 @@ def check_jpeg(data: bytes, name: str, max_pixels: int) -> None:
         if marker in _JPEG_FRAMES and len(data) >= position + 7:
             height, width = struct.unpack_from(">HH", data, position + 3)
             check_size((width, height), name, max_pixels)
+            is_lossy = is_lossy and marker not in _JPEG_LOSSLESS
             # All components in a scan that is not progressive: there is no other.
             needed = data[position + 7 : position + 8] if marker in _JPEG_ONE_SCAN else b""
         if marker == 0xDA:
@@ -271,6 +277,7 @@ def check_jpeg(data: bytes, name: str, max_pixels: int) -> None:
             f"{name} is a JPEG of {scans} scans, more than {MAX_JPEG_SCANS}; decoding it could "
             "take minutes. If you trust it, save it anew with another program."
         )
+    return is_lossy
 
 
 def orientation(image: Image.Image) -> int:
