@@ -1062,6 +1062,12 @@ def test_bombs_cost_less_than_fifty_megabytes(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- faults, row 22: hostile paths
 
 
+@pytest.mark.parametrize("address", ["https://host.org/x.png", "s3://bucket/x.dcm"])
+def test_an_address_is_said_to_be_none_that_is_fetched(address: str) -> None:
+    with pytest.raises(ImageNotFoundError, match=r"looks like an address\. Download it"):
+        load_image(address)
+
+
 def test_a_missing_file_a_broken_link_and_a_loop_are_named(tmp_path: Path) -> None:
     with pytest.raises(ImageNotFoundError, match=r"absent\.png does not exist"):
         load_image(tmp_path / "absent.png")

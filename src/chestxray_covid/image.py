@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Mapping
@@ -187,6 +188,9 @@ def _from_path(
     except ImageError:
         raise
     except FileNotFoundError as error:
+        if re.match(r"[a-z][a-z0-9]+:/", text):  # of the two slashes pathlib keeps one
+            way = "looks like an address. Download it first, or pass its bytes."
+            raise ImageNotFoundError(f"{name} does not exist; it {way}") from error
         what = "is a link to nothing" if path.is_symlink() else "does not exist"
         raise ImageNotFoundError(f"{name} {what}. Check the path.") from error
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
