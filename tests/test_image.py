@@ -1484,6 +1484,18 @@ def test_values_in_the_upper_bits_look_like_those_in_the_lower_ones(
     assert np.array_equal(loaded(dicom(values, HighBit=high_bit, **options)), plain)
 
 
+@pytest.mark.parametrize("options", [{}, {"WindowCenter": 500, "WindowWidth": 1200}])
+@pytest.mark.parametrize("kind", [np.uint16, np.int16])
+def test_an_overlay_in_unused_bits_does_not_show_where_it_is_compressed(
+    options: dict[str, int], kind: type
+) -> None:
+    values = (twelve_bits().astype(np.int64) - 2048 * (kind is np.int16)).astype(kind)
+    drawn = (values.view(np.uint16) & 0xFFF) | np.where(ramp() % 2, np.uint16(0x4000), np.uint16(0))
+    frame = pydicom.encaps.encapsulate([encode(drawn, "JPEG2000", no_jp2=True)])
+    found = loaded(dicom(values, syntax=J2K, BitsStored=12, PixelData=frame, **options))
+    assert np.array_equal(found, loaded(dicom(values, BitsStored=12, **options)))
+
+
 def test_a_high_bit_beyond_what_is_allocated_is_passed_over() -> None:
     options = {"BitsStored": 12, "WindowCenter": 500, "WindowWidth": 1200}
     found = loaded(dicom(twelve_bits(), HighBit=16, **options))

@@ -26,6 +26,9 @@ from chestxray_covid.pixels import (
 
 #: VOI functions whose window is as wide as it says; that of LINEAR is 1 narrower.
 _EXACT = ("LINEAR_EXACT", "SIGMOID")
+#: Transfer syntaxes of JPEG-LS, JPEG 2000 and HTJ2K that keep every bit, overlays beside the pixels
+#: too. What loses some may exceed the bits stored by a little, and would wrap around.
+_LOSSLESS = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (80, 90, 201, 202))
 
 
 def decode_dicom(
@@ -113,7 +116,8 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
     _lift_groups(data)
     if syntax.is_encapsulated:
         _check_frame(data, name, max_pixels)
-        return data, pixels.pixel_array(data, index=0)
+        frame = pixels.pixel_array(data, index=0)
+        return data, _without_overlay(frame, data) if syntax in _LOSSLESS else frame
     return data, _first_frame(data, pixels.pixel_array)
 
 
@@ -141,6 +145,14 @@ def _first_frame(data: Any, pixel_array: Any) -> NDArray[Any]:
         if whole.max() >= 1 << stored or whole.min() < -1 << (stored - 1):
             return np.asarray(whole >> (high + 1 - stored))
     return np.asarray(pixel_array(data, index=0, number_of_frames=1))
+
+
+def _without_overlay(frame: NDArray[Any], data: Any) -> NDArray[Any]:
+    """Return stored values without the bits above them, which pydicom clears in raw pixels only."""
+    unused = 8 * frame.itemsize - data.BitsStored
+    if unused <= 0 or data.get("HighBit") != data.BitsStored - 1:
+        return frame
+    return np.asarray((frame << unused) >> unused)
 
 
 def _check_frame(data: Any, name: str, max_pixels: int) -> None:
