@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
 import os
@@ -354,6 +355,26 @@ def test_onnx_runtime_opens_where_nothing_can_be_written(
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / "cache").glob("*"))
     np.testing.assert_allclose(own(pixels())[0], opened["onnx"](pixels())[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+@pytest.mark.parametrize("kept", [b"", b"no model", "half"])
+def test_a_compiled_model_that_the_runtime_refuses_is_made_again(
+    opened: dict[str, Engine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kept: bytes | str,
+) -> None:
+    monkeypatch.setenv("CHESTXRAY_COVID_CACHE", str(tmp_path))
+    open_engine(CONFIG, random_tensors(3), engine=name, precision="float32")
+    (file,) = tmp_path.glob("*.compiled")
+    whole = file.read_bytes()
+    data = whole[32 : len(whole) // 2] if isinstance(kept, str) else kept
+    file.write_bytes(hashlib.sha256(data).digest() + data)
+    own = open_engine(CONFIG, random_tensors(3), engine=name, precision="float32")
+    np.testing.assert_allclose(own(pixels())[0], opened[name](pixels())[0], atol=1e-5)
+    assert file.stat().st_size > 0.9 * len(whole)
 
 
 def test_a_call_that_was_interrupted_leaves_an_engine_that_answers() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from chestxray_covid.tensors import FEATURE_COUNT
 
 #: Opset 17 came with ONNX 1.12 in 2022; every runtime of today reads it.
 OPSET, _IR_VERSION = 17, 8
+_PROVIDERS = ["CPUExecutionProvider"]
 
 
 def onnx_model(network: Network, *, batch: int | None = None) -> Any:
@@ -142,7 +145,7 @@ class OnnxEngine:
     def __init__(self, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> None:
         self._runtime = require_extra("onnxruntime", "onnx")
         self._classes = len(tensors["classifier.bias"])
-        self._session = self._open(_optimised(self._runtime, tensors, preprocess))
+        self._session = self._open(tensors, preprocess)
 
     def __call__(
         self, pixels: NDArray[np.uint8]
@@ -155,23 +158,32 @@ class OnnxEngine:
             logits[row], features[row] = found[0][0], found[1][0]
         return logits, features
 
-    def _open(self, model: bytes) -> Any:
+    def _open(self, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> Any:
+        """Return a session of the optimised model, from the cache if it is there."""
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = cores()
-        return self._runtime.InferenceSession(model, options, ["CPUExecutionProvider"])
+        begin = partial(self._runtime.InferenceSession, sess_options=options, providers=_PROVIDERS)
+        made_with = [__version__, self._runtime.__version__]
+        key = ("onnx", digest(tensors, preprocess), preprocess.size_px, made_with)
+        kept = load_compiled(*key)
+        if kept is not None:
+            # Its errors have no base of their own.
+            with suppress(Exception):  # of a build that calls itself the same, but is another
+                return begin(kept)
+        return begin(_optimised(self._runtime, tensors, preprocess, key))
 
 
-def _optimised(runtime: Any, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> bytes:
-    """Return the model after what ONNX Runtime makes of it, from the cache if it is there.
+def _optimised(
+    runtime: Any,
+    tensors: Mapping[str, NDArray[Any]],
+    preprocess: Preprocess,
+    key: tuple[object, ...],
+) -> bytes:
+    """Return the model after what ONNX Runtime makes of it, and keep it under the key.
 
     Without the last level of its optimisation, which depends on the processor. As it was built,
     where nothing can be written: ONNX Runtime gives what it made as a file alone.
     """
-    made_with = [__version__, runtime.__version__]
-    key = ("onnx", digest(tensors, preprocess), preprocess.size_px, made_with)
-    kept = load_compiled(*key)
-    if kept is not None:
-        return kept
     errors = runtime.capi.onnxruntime_pybind11_state
     model: bytes = onnx_model(fold(tensors, preprocess), batch=1).SerializeToString()
     try:
@@ -179,7 +191,7 @@ def _optimised(runtime: Any, tensors: Mapping[str, NDArray[Any]], preprocess: Pr
             options = runtime.SessionOptions()
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             options.optimized_model_filepath = str(Path(folder, "model.onnx"))
-            runtime.InferenceSession(model, options, ["CPUExecutionProvider"])
+            runtime.InferenceSession(model, options, _PROVIDERS)
             made = Path(options.optimized_model_filepath).read_bytes()
     except (OSError, errors.Fail, errors.InvalidProtobuf):
         return model
