@@ -23,6 +23,9 @@ ROOT = Path(__file__).parent
 # every operation. Read when torch is imported, also by processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# The tests import onnxruntime themselves, too; it would report that to its makers.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 # Compiled models go where they vanish, also those of processes that tests start.
 _COMPILED = tempfile.TemporaryDirectory()
 atexit.register(_COMPILED.cleanup)

@@ -357,6 +357,29 @@ def test_onnx_runtime_opens_where_nothing_can_be_written(
     np.testing.assert_allclose(own(pixels())[0], opened["onnx"](pixels())[0], atol=1e-5)
 
 
+SILENT = """
+import os, sys
+from chestxray_covid import Classifier
+Classifier.from_pretrained(sys.argv[1], engine="onnx")
+assert "onnxruntime" in sys.modules
+print(os.environ.get("ORT_DISABLE_TELEMETRY"))
+"""
+
+
+@pytest.mark.parametrize("said", [None, "1"])
+def test_onnx_runtime_tells_its_makers_nothing(
+    checkpoint_folder: Path, tmp_path: Path, said: str | None
+) -> None:
+    # Nothing else of the environment: ONNX Runtime is silent by itself where it knows a CI.
+    home = {"HOME": str(tmp_path), "CHESTXRAY_COVID_CACHE": os.devnull}
+    own = {} if said is None else {"ORT_DISABLE_TELEMETRY": said}
+    paths = {n: os.environ[n] for n in ("PATH", "PYTHONPATH", "SYSTEMROOT") if n in os.environ}
+    command = [sys.executable, "-c", SILENT, str(checkpoint_folder)]
+    done = subprocess.run(command, env=home | own | paths, check=True, capture_output=True)
+    assert done.stdout.decode().strip() == str(said), "the caller's environment is as it was"
+    assert not list(tmp_path.rglob("*")), "where it keeps who and what it counts"
+
+
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 @pytest.mark.parametrize("kept", [b"", b"no model", "half"])
 def test_a_compiled_model_that_the_runtime_refuses_is_made_again(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,6 +33,29 @@ from chestxray_covid.tensors import FEATURE_COUNT
 #: Opset 17 came with ONNX 1.12 in 2022; every runtime of today reads it.
 OPSET, _IR_VERSION = 17, 8
 _PROVIDERS = ["CPUExecutionProvider"]
+
+
+#: Read once, when ONNX Runtime is imported.
+_SILENCE = "ORT_DISABLE_TELEMETRY"
+
+
+def import_onnxruntime() -> Any:
+    """Return the package ``onnxruntime``, imported so that it tells nobody.
+
+    From 1.29 on, ONNX Runtime reports its use to its makers unless this variable is set, and leaves
+    an identifier in the home folder; its thread makes the end of a forked process hang, too. Who
+    has set the variable has decided; where it was imported before, the importer has.
+
+    Raises:
+        MissingExtraError: If onnxruntime is not installed.
+    """
+    if "onnxruntime" in sys.modules or _SILENCE in os.environ:
+        return require_extra("onnxruntime", "onnx")
+    os.environ[_SILENCE] = "1"
+    try:
+        return require_extra("onnxruntime", "onnx")
+    finally:
+        os.environ.pop(_SILENCE, None)
 
 
 def onnx_model(network: Network, *, batch: int | None = None) -> Any:
@@ -143,7 +168,7 @@ class OnnxEngine:
     calls = 1
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> None:
-        self._runtime = require_extra("onnxruntime", "onnx")
+        self._runtime = import_onnxruntime()
         self._classes = len(tensors["classifier.bias"])
         self._session = self._open(tensors, preprocess)
 

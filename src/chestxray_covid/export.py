@@ -20,7 +20,7 @@ from chestxray_covid._version import __version__
 from chestxray_covid.calibration import temperature_of
 from chestxray_covid.checkpoint import CONFIG_NAME, ModelConfig, load_checkpoint
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
-from chestxray_covid.engine_onnx import onnx_model
+from chestxray_covid.engine_onnx import import_onnxruntime, onnx_model
 from chestxray_covid.engine_openvino import import_openvino, openvino_core, openvino_model
 from chestxray_covid.engines import softmax
 from chestxray_covid.errors import ExportError, require_extra
@@ -222,7 +222,7 @@ def _reference(config: ModelConfig, tensors: Any) -> _Run:
 
 def _to_onnx(network: Network, folder: Path) -> tuple[str, _Run]:
     checker = require_extra("onnx.checker", "onnx")
-    runtime = require_extra("onnxruntime", "onnx")
+    runtime = import_onnxruntime()
     model = onnx_model(network)
     checker.check_model(model, full_check=True)
     path = folder / "model.onnx"
