@@ -205,7 +205,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
     ("name", "one_thread", "expected"),
-    [("openvino", False, 3), ("torch", True, 3), ("torch", False, 5)],
+    [("openvino", False, 3), ("onnx", False, 3), ("torch", True, 3), ("torch", False, 5)],
 )
 def test_a_forked_process_gets_what_its_parent_gets_or_an_error(
     checkpoint_folder: Path, name: str, one_thread: bool, expected: int
@@ -300,12 +300,13 @@ END_OF_A_FORK = """
 import os, signal, sys
 import numpy as np
 from chestxray_covid import Classifier
-classifier = Classifier.from_pretrained(sys.argv[1], engine="openvino")
+classifier = Classifier.from_pretrained(sys.argv[1], engine=sys.argv[2])
 images = list(np.zeros((12, 64, 64), np.uint8))
-classifier.predict(images)
+if sys.argv[3] != "in the child":
+    classifier.predict(images)
 child = os.fork()
 if not child:
-    if sys.argv[2] == "True":
+    if sys.argv[3] != "in the parent":
         classifier.predict(images)
     raise SystemExit(3)
 signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
@@ -316,9 +317,12 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("computes", [False, True])
-def test_a_forked_process_ends_as_any_other_does(checkpoint_folder: Path, computes: bool) -> None:
-    assert in_new_process(END_OF_A_FORK, checkpoint_folder, computes) == 3
+@pytest.mark.parametrize("name", ["openvino", "onnx"])
+@pytest.mark.parametrize("computes", ["in the parent", "in both", "in the child"])
+def test_a_forked_process_ends_as_any_other_does(
+    checkpoint_folder: Path, name: str, computes: str
+) -> None:
+    assert in_new_process(END_OF_A_FORK, checkpoint_folder, name, computes) == 3
 
 
 def test_the_autocast_of_the_caller_changes_no_answer(opened: dict[str, Engine]) -> None:

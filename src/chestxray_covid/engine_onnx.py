@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -150,10 +151,25 @@ class _Builder:
         return name
 
 
+#: Those of this process, and of the ones that it was forked from.
+_SESSIONS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _keep_for_ever() -> None:
+    """Spare a forked process the end of sessions, which waits for threads that are not there."""
+    kept = np.empty(2, object)
+    kept[0], kept[1] = list(_SESSIONS), kept  # a cycle that Python does not see
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_for_ever)
+
+
 class OnnxEngine:
     """The network in ONNX Runtime on the CPU, in float32; an :class:`engines.Engine`.
 
-    Images are computed one by one, each by all cores, which is as fast as in batches.
+    Images are computed one by one, each by all cores, which is as fast as in batches. A process
+    that was forked opens a session of its own.
 
     Args:
         tensors: Weights of a checkpoint.
@@ -170,12 +186,15 @@ class OnnxEngine:
     def __init__(self, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> None:
         self._runtime = import_onnxruntime()
         self._classes = len(tensors["classifier.bias"])
-        self._session = self._open(tensors, preprocess)
+        self._made_of = tensors, preprocess
+        self._open()
 
     def __call__(
         self, pixels: NDArray[np.uint8]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return ``(N, K)`` logits and ``(N, 1024)`` features of ``(N, 1, S, S)`` pixels."""
+        if self._process != os.getpid():
+            self._open()
         logits = np.empty((len(pixels), self._classes), np.float32)
         features = np.empty((len(pixels), FEATURE_COUNT), np.float32)
         for row in range(len(pixels)):
@@ -183,7 +202,12 @@ class OnnxEngine:
             logits[row], features[row] = found[0][0], found[1][0]
         return logits, features
 
-    def _open(self, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> Any:
+    def _open(self) -> None:
+        self._session = self._begun(*self._made_of)
+        _SESSIONS.add(self._session)
+        self._process = os.getpid()  # last: whoever sees it takes the session of this process
+
+    def _begun(self, tensors: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> Any:
         """Return a session of the optimised model, from the cache if it is there."""
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = cores()
