@@ -36,6 +36,7 @@ from chestxray_covid.batch import judge_files
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.cli import main
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.files import write_files
 from chestxray_covid.graph import fold
 from chestxray_covid.int8 import Int8, rounded_results
 from chestxray_covid.places import Places
@@ -693,6 +694,23 @@ class TestRefused:
             predict_files(images, output, classifier=clf)
         with Image.open(images / "07.png") as image:
             assert image.size == (64, 64)
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+    @pytest.mark.parametrize("name", ["pipe", "stdout"])
+    def test_an_output_that_is_no_file(
+        self, clf: Classifier, images: Path, tmp_path: Path, name: str
+    ) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is one
+        for write in (
+            lambda: predict_files(images, tmp_path / name, classifier=clf),
+            lambda: write_files(tmp_path, {"a": b"a", name: b"b"}),
+        ):
+            with pytest.raises(ValueError, match=f"{name} is a device or a pipe, which a file"):
+                write()
+        assert {p.name for p in tmp_path.iterdir()} == {"pipe", "stdout"}
+        assert (tmp_path / "pipe").is_fifo()
+        assert (tmp_path / "stdout").is_symlink()
 
     def test_an_address_that_is_no_parquet(
         self, clf: Classifier, images: Path, tmp_path: Path

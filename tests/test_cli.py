@@ -131,6 +131,11 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     done = call(command, *given, "--output", Path("new", "report"))
     assert done.exit_code == 2
     assert f"{tmp_path} is not writable" in done.output
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    done = call(command, *given, "--output", "stdout")
+    assert done.exit_code == 2
+    folder = command in ("train", "export")
+    assert ("is a file" if folder else f"{tmp_path / 'stdout'} is a device") in done.output
     (tmp_path / "own").mkdir()
     assert HomePath(path_type=Path).convert("own", None, None) == Path("own")
 

@@ -16,7 +16,7 @@ import click
 
 from chestxray_covid._version import NOT_A_DEVICE as NOT_A_DEVICE
 from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
-from chestxray_covid.files import expanded, is_folder
+from chestxray_covid.files import check_replaceable, expanded, is_folder
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
@@ -45,6 +45,10 @@ class HomePath(click.Path):
     def _check_writable(
         self, path: Path, param: click.Parameter | None, ctx: click.Context | None
     ) -> None:
+        try:
+            check_replaceable(path)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
         above = (p for p in path.parents if os.path.lexists(p))
         place = path if is_folder(path) else next(above)
         if not is_folder(place):

@@ -122,12 +122,31 @@ def existing_folder(root: str | os.PathLike[str], what: str) -> Path:
     return folder
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise where a file that is written complete or not at all would replace what is no file.
+
+    Raises:
+        ValueError: If it is a device, a pipe or a socket, or leads to what a process has open, as
+            ``/dev/stdout`` does.
+    """
+    # Not with methods of Path, as in is_folder.
+    special = os.path.exists(path) and not (os.path.isfile(path) or is_folder(path))  # noqa: PTH110, PTH113
+    if special or (os.path.islink(path) and str(path.readlink()).startswith("/proc/")):  # noqa: PTH114
+        raise ValueError(
+            f"{path} is a device or a pipe, which a file would replace. Write to a file, and copy "
+            "it there."
+        )
+
+
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write files into a folder, in order, each complete or not at all and synced to the disk.
 
     Raises:
         OSError: If one cannot be written, for want of room for example; all are as they were.
+        ValueError: As :func:`check_replaceable`.
     """
+    for name in contents:
+        check_replaceable(folder / name)
     own = f"{os.getpid()}-{secrets.token_hex(4)}"  # of this call, not only of this process
     partials = {name: folder / f".{name}.{own}.partial" for name in contents}
     try:

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeAlias
 from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.datasets.storage import numbered_rows
 from chestxray_covid.errors import DatasetError, check_positive
-from chestxray_covid.files import sync_folder
+from chestxray_covid.files import check_replaceable, sync_folder
 from chestxray_covid.image import IMAGE_SUFFIXES
 from chestxray_covid.places import Places, is_address
 from chestxray_covid.prediction_table import PARQUET, Row, TableFormat, format_of
@@ -51,7 +51,8 @@ class ShardedTable:
 
     Raises:
         ValueError: If ``shard_size`` is not positive, an address does not end in ``.parquet``, the
-            name is an image's, or a file is where a folder of Parquet is to be, or the contrary.
+            name is an image's, a file is where a folder of Parquet is to be, or the contrary, or it
+            is no file at all, see :func:`files.check_replaceable`.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class ShardedTable:
         self._model = model
         self._shard_size = shard_size
         path = Path(self.output)
+        check_replaceable(path)
         if path.exists() and path.is_dir() != self.is_parquet:
             raise ValueError(
                 f"output must be a folder if it ends in .parquet, and a file if not, but {path} is "
