@@ -695,6 +695,14 @@ class TestRefused:
         with Image.open(images / "07.png") as image:
             assert image.size == (64, 64)
 
+    @pytest.mark.parametrize("name", ["a.xlsx", "a.JSON", "a.csv.gz"])
+    def test_an_output_named_like_another_table(
+        self, clf: Classifier, images: Path, tmp_path: Path, name: str
+    ) -> None:
+        with pytest.raises(ValueError, match=r"promises another kind .*Expected a name that ends"):
+            predict_files(images, tmp_path / name, classifier=clf)
+        assert not list(tmp_path.iterdir())
+
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
     @pytest.mark.parametrize("name", ["pipe", "stdout"])
     def test_an_output_that_is_no_file(

@@ -88,7 +88,8 @@ def predict_files(
         DatasetError: If a CSV of paths cannot be read, or another run writes the output.
         TypeError: If something is neither a path nor an address, or the classifier is none.
         ValueError: If a size is not positive, the output is a file where a folder is expected or
-            the contrary, or it is one of the inputs, a device or named like an image.
+            the contrary, or it is one of the inputs, a device, or named like an image or
+            another kind of table.
         OSError: If the output cannot be written; what was finished is kept.
         MissingExtraError: If Parquet or an address needs pyarrow, which is not installed.
     """

@@ -31,6 +31,11 @@ _DIGEST_BYTES = 8
 _SHARD_NAME = re.compile(rf"\.?part-\d{{6,}}-[0-9a-f]{{{2 * _DIGEST_BYTES}}}\..*")
 #: As Spark and Hadoop call the file that says that a folder of shards is whole.
 _DONE = "_SUCCESS"
+#: Ends of names of tables that whoever opens them does not expect to be CSV.
+_OTHER_TABLES = frozenset(
+    {".json", ".ndjson", ".tsv", ".xls", ".xlsx", ".ods", ".feather", ".arrow", ".orc", ".pq"}
+    | {".db", ".sqlite", ".h5", ".html", ".gz", ".bz2", ".xz", ".zst", ".zip"}
+)
 
 
 class Shard(NamedTuple):
@@ -51,8 +56,9 @@ class ShardedTable:
 
     Raises:
         ValueError: If ``shard_size`` is not positive, an address does not end in ``.parquet``, the
-            name is an image's, a file is where a folder of Parquet is to be, or the contrary, or it
-            is no file at all, see :func:`files.check_replaceable`.
+            name is that of an image or of another kind of table, a file is where a folder of
+            Parquet is to be, or the contrary, or it is no file at all, see
+            :func:`files.check_replaceable`.
     """
 
     def __init__(
@@ -69,6 +75,11 @@ class ShardedTable:
             raise ValueError(
                 f"output must not be named like an image, which it might replace, got {given!r}. "
                 "Expected a name that ends in .csv, .jsonl or .parquet."
+            )
+        if Path(self.output).suffix.lower() in _OTHER_TABLES:
+            raise ValueError(
+                f"output would be CSV under a name that promises another kind of file, {given!r}. "
+                "Expected a name that ends in .csv, .jsonl or .parquet; make others from these."
             )
         self._classes = tuple(classes)
         self._model = model
