@@ -675,7 +675,7 @@ def test_a_disk_that_is_full_keeps_what_was_finished(
     # Enough for each of three parts, not for the whole.
     command = [sys.executable, "-c", code, checkpoint_folder, images, output, "7200"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert "File too large" in done.stderr
+    assert f"File too large: '{output}'" in done.stderr
     left = sorted(p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*") if p.is_file())
     assert left == [".out.jsonl.parts"] * 3
 

@@ -185,6 +185,9 @@ class ShardedTable:
                 os.fsync(file.fileno())
             partial.replace(output)
             sync_folder(output.parent)
+        except OSError as error:  # of a full disk, the system does not say which file it was
+            error.filename = error.filename or str(output)
+            raise
         finally:
             partial.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
