@@ -743,6 +743,22 @@ def test_a_hub_that_does_not_say_what_it_has_is_an_error_of_the_download(
 # ---------------------------------------------------------------- row 9: the token
 
 
+def test_a_token_that_the_hub_does_not_know_is_what_the_error_speaks_of(
+    published: HubServer, worker: Worker, tmp_path: Path
+) -> None:
+    unknown = Reply(
+        status=401, headers={"X-Error-Message": "Invalid credentials in Authorization header"}
+    )
+    published.faults["HEAD", "config.json"] = lambda request, reply: (
+        unknown if "authorization" in {name.lower() for name in request.headers} else None
+    )
+    names, message = worker.refused(tmp_path, token="hf_revoked")
+    assert "DownloadError" in names
+    assert "Check the token: token=, HF_TOKEN" in message
+    assert "hf_revoked" not in message
+    assert_sound(worker.resolve(tmp_path, token=False))
+
+
 @pytest.mark.parametrize("token", ["hf_se\x01cret", "hf_se cret", "hf_secr\u00e9t", " \n"])
 def test_a_token_that_no_header_can_hold_is_refused_unseen(token: str) -> None:
     with pytest.raises(ValueError, match=r"^token must be printable ASCII") as caught:

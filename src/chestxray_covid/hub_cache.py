@@ -43,6 +43,8 @@ _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _ADVICE = {
     "fetched": "Check the network and HF_ENDPOINT; and that the cache can be written, or choose "
     "another one with cache_dir or in the environment, HF_HOME or HF_HUB_CACHE.",
+    "refused": "Check the token: token=, HF_TOKEN or what hf auth login has stored; token=False "
+    "goes without one, which a public repository takes.",
     "published": "Check the network and HF_ENDPOINT; that there is a token (token=, HF_TOKEN or "
     "hf auth login) with write access; and that the name is one of yours: user/name.",
 }
@@ -91,8 +93,10 @@ def _translated(repo_id: str, what: str) -> Iterator[None]:
     except (ChestXrayError, *named):
         raise
     except (OSError, ValueError, _transport_error()) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        advice = _ADVICE["refused" if what == "fetched" and status in (401, 403) else what]
         raise DownloadError(
-            f"{repo_id} cannot be {what}: {error or type(error).__name__}. {_ADVICE[what]}"
+            f"{repo_id} cannot be {what}: {error or type(error).__name__}. {advice}"
         ) from error
 
 
