@@ -433,6 +433,7 @@ NO_JSON = {
     "Infinity": (b'{"provenance": {"a": [1, Infinity]}}', "holds NaN or an infinite number"),
     "-Infinity": (b"[-Infinity]", "holds NaN or an infinite number"),
     "1e999": (b"[[1e999]]", "holds NaN or an infinite number"),
+    "twice": (b'{"a": {"threshold": 0.1, "threshold": 0.1}}', "names 'threshold' twice"),
     "21 deep": (b"[" * 21 + b"]" * 21, "nested deeper than 20"),
     "mixed, 40 deep": (b'{"a": [' * 20 + b"]}" * 20, "nested deeper than 20"),
     "400,000 deep": (b"[" * 400_000 + b"]" * 400_000, "nested deeper than 20"),

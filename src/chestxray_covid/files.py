@@ -40,7 +40,7 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def parse_json(data: bytes, *, limit: int = MAX_JSON_BYTES) -> Any:
-    """Return the content of small, strict JSON: UTF-8, finite numbers, not nested too deep.
+    """Return the content of small, strict JSON: UTF-8, finite numbers, names once, not too deep.
 
     Raises:
         ConfigError: If it is anything else.
@@ -48,7 +48,8 @@ def parse_json(data: bytes, *, limit: int = MAX_JSON_BYTES) -> Any:
     if len(data) > limit:
         raise ConfigError(f"more than {limit} bytes, too large for a config")
     try:
-        content = json.loads(data.decode(), parse_float=_finite, parse_constant=_finite)
+        strict: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite}
+        content = json.loads(data.decode(), object_pairs_hook=_distinct, **strict)
         if _depth(content) > _MAX_JSON_DEPTH:
             raise RecursionError
     except RecursionError as error:
@@ -74,6 +75,15 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ConfigError("holds NaN or an infinite number, which JSON has not")
     return number
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict[str, Any]()
+    for name, value in pairs:
+        if name in found:
+            raise ConfigError(f"names {name[:100]!r} twice, of which readers take one or the other")
+        found[name] = value
+    return found
 
 
 def _depth(content: Any) -> int:
