@@ -78,7 +78,7 @@ def export_model(
 ) -> Path:
     """Write a model as one file for another runtime, with a card, and return the folder.
 
-    The file takes ``pixels``, ``(N, 1, S, S)`` uint8 grey with any N, and gives ``logits``,
+    The file takes ``pixels``, ``(N, 1, S, S)`` uint8 grey with any N > 0, and gives ``logits``,
     ``(N, K)``, and ``features``, ``(N, 1024)``, float32. Normalisation and the calibration
     temperature are in it. It is read back, run, and compared with torchvision's network before
     anything is written: all of it or nothing.
