@@ -142,6 +142,17 @@ def test_a_mistake_inside_an_extra_is_not_hidden(
         errors.require_extra("faulty_extra", "kaggle")
 
 
+def test_a_folder_of_the_name_is_not_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "exported_onnx").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        MissingExtraError, match=r"exported_onnx.* is a folder without it.*\[onnx\]"
+    ):
+        errors.require_extra("exported_onnx", "onnx")
+
+
 def test_what_is_no_data_set_is_refused_in_words() -> None:
     classifier, phantoms = Classifier.from_pretrained(), SyntheticChestXray(12, image_size_px=32)
     split = split_by_patient(phantoms, val=0, test=0.5)

@@ -244,7 +244,11 @@ def require_extra(module: str, extra: str) -> ModuleType:
     'json'
     """
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        if hasattr(found, "__path__") and getattr(found, "__file__", None) is None:
+            # Python imports any folder of the name, say of an exported model, as a package.
+            raise ImportError(f"{[*found.__path__]} is a folder without it")
+        return found
     except ImportError as error:
         raise MissingExtraError(
             f"{module} cannot be imported ({error}). "
