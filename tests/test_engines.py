@@ -462,6 +462,13 @@ def test_a_device_other_than_the_cpu_means_torch() -> None:
     assert open_engine(CONFIG, random_tensors(3), device="cpu:0").name == "torch"
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="where 0 is a device")
+@pytest.mark.parametrize("device", [0, ""])
+def test_what_is_no_device_does_not_mean_the_cpu(device: Any) -> None:
+    with pytest.raises(ValueError, match=f"device {device!r} cannot be used: .* Use 'cpu'"):
+        open_engine(CONFIG, random_tensors(3), device=device)
+
+
 @pytest.mark.slow
 def test_lower_precision_is_taken_only_for_weights_that_keep_their_probabilities(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -93,19 +93,20 @@ def open_engine(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     check_tensors(tensors, len(config.classes), Path("tensors"))
+    place = "cpu" if device is None else device  # 0 is a GPU, and "" a mistake
     names = [name for name in _candidates(engine, device) if _computes_in(name, precision)]
     if not names:
         how = f"in {precision} " if precision != "auto" else ""
         raise ValueError(
-            f"engine {engine!r} does not compute {how}on device {device or 'cpu'!r}. "
+            f"engine {engine!r} does not compute {how}on device {place!r}. "
             "openvino and onnx use the CPU alone, onnx in float32; engine 'auto' finds what does."
         )
     if precision == "int8":
         return _open_int8(config, tensors, int8)
     for name in names[:-1]:
         with suppress(MissingExtraError):
-            return _open(name, config, tensors, device or "cpu", precision)
-    return _open(names[-1], config, tensors, device or "cpu", precision)
+            return _open(name, config, tensors, place, precision)
+    return _open(names[-1], config, tensors, place, precision)
 
 
 def _open_int8(
