@@ -452,6 +452,8 @@ def test_files_tables_and_folders_lie_in_the_home_folder(
         ({"workers": -3}, ValueError, "workers must be positive, got -3"),
         ({"batch_size": 2.5}, TypeError, r"batch_size must be a whole number, got 2\.5"),
         ({"shard_size": 1.5}, TypeError, r"shard_size must be a whole number, got 1\.5"),
+        ({"batch_size": None}, TypeError, "batch_size must be a whole number, got None"),
+        ({"shard_size": None}, TypeError, "shard_size must be a whole number, got None"),
         ({"shard_size": 0}, ValueError, "shard_size must be positive, got 0"),
     ],
 )

@@ -551,6 +551,8 @@ def test_sizes_that_are_not_positive_are_refused(clf: Classifier, bad: int) -> N
 def test_sizes_that_are_no_whole_numbers_are_refused(clf: Classifier) -> None:
     with pytest.raises(TypeError, match=r"batch_size must be a whole number, got 2\.5"):
         clf.predict(noise(2), batch_size=2.5)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="batch_size must be a whole number, got None"):
+        clf.predict([noise(2)], batch_size=None)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(("top_k", "count"), [(1, 1), (2, 2), (3, 3), (99, 3)])

@@ -261,7 +261,7 @@ class Classifier:
         from chestxray_covid.progress import Bar
 
         check_positive("batch_size", batch_size)
-        check_positive("workers", workers)
+        check_positive("workers", workers, optional=True)
         items = [hold(image, self.config.preprocess) for image in expand(images)]
         if len(items) == 1:  # without the machinery
             return self._compute(read(items[0], self.config.preprocess)[0][np.newaxis])[0]
@@ -288,7 +288,7 @@ class Classifier:
             For one image a list of ``{"label": str, "score": float}`` by falling score, for
             several a list of such lists. Errors are those of :meth:`predict`.
         """
-        check_positive("top_k", top_k)
+        check_positive("top_k", top_k, optional=True)
         found = self.predict_proba(images, batch_size=batch_size)
         shaped = [
             [{"label": self.classes[k], "score": float(row[k])} for k in order[:top_k]]
@@ -342,7 +342,7 @@ class Classifier:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error must be 'raise' or 'return', got {on_error!r}")
         check_positive("batch_size", batch_size)
-        check_positive("workers", workers)
+        check_positive("workers", workers, optional=True)
         found = pipeline(
             (hold(image, self.config.preprocess) for image in expand_any(images)),
             self._decode,

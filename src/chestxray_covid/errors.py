@@ -33,7 +33,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import SupportsIndex
+from typing import SupportsIndex, cast
 
 
 class ChestXrayError(Exception):
@@ -143,16 +143,16 @@ def whole_number(name: str, value: SupportsIndex) -> int:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from error
 
 
-def check_positive(name: str, value: int | None) -> None:
-    """Refuse an argument that counts nothing; ``None`` is one that was not given.
+def check_positive(name: str, value: int | None, *, optional: bool = False) -> None:
+    """Refuse an argument that counts nothing; if optional, ``None`` is one that was not given.
 
     Raises:
         TypeError: If it is no whole number.
         ValueError: If it is not positive.
     """
-    if value is None:
+    if value is None and optional:
         return
-    if not whole_number(name, value) > 0:
+    if not whole_number(name, cast(int, value)) > 0:  # which says so of None
         raise ValueError(f"{name} must be positive, got {value}")
 
 
