@@ -71,6 +71,8 @@ def test_wrong_arguments_are_refused_before_a_fold_is_trained(
         cross_validate(DATA, CONFIG, **{**options, **changes})
     with pytest.raises(TypeError, match=r"folds must be a whole number, got 2\.5"):
         cross_validate(DATA, CONFIG, **{**options, "folds": 2.5})
+    with pytest.raises(TypeError, match=r"val must be a number, got '0\.2'"):
+        cross_validate(DATA, CONFIG, **{**options, "val": "0.2"})
     with pytest.raises(TypeError, match=r"model must be a function .* got DenseNet"):
         cross_validate(DATA, CONFIG, **{**options, "model": network()})
     alone = network()

@@ -193,6 +193,8 @@ def test_impossible_options_are_refused(
     monkeypatch.setattr(duplicates, "_thumbnails", None)  # no image is decoded
     with pytest.raises(ValueError, match=reason):
         leave_one_source_out(phantoms(), Linear, **{**FEW, **options})
+    with pytest.raises(TypeError, match=r"test must be a number, got '0\.2'"):
+        leave_one_source_out(phantoms(), Linear, test="0.2")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model must be a function .* got Linear"):
         leave_one_source_out(phantoms(), TrainingConfig(), model=torch.nn.Linear(1, 1))
 

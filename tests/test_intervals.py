@@ -108,6 +108,8 @@ def test_an_impossible_confidence_is_refused(confidence: float) -> None:
     ):
         with pytest.raises(ValueError, match="confidence must be inside"):
             call()
+    with pytest.raises(TypeError, match=r"confidence must be a number, got '0\.95'"):
+        iv.wilson_interval(1, 2, "0.95")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n_resamples", [0, -1, math.nan])

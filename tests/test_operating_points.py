@@ -124,6 +124,19 @@ def test_exactly_one_rule_is_needed(rules: dict[str, float]) -> None:
         op.choose_threshold([0, 1], [0.1, 0.9], **rules)
 
 
+@pytest.mark.parametrize("name", ["threshold", "sensitivity", "specificity"])
+def test_a_rule_is_a_number(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a number, got '0.9'"):
+        op.choose_threshold([0, 1], [0.1, 0.9], **{name: "0.9"})  # type: ignore[arg-type]
+    rules: dict[str, Any] = {name: np.float32(0.5)}
+    assert op.choose_threshold([0, 1], [0.1, 0.9], **rules)[0] in (0.5, 0.9, np.nextafter(0.1, 1))
+
+
+def test_a_prevalence_is_a_number() -> None:
+    with pytest.raises(TypeError, match=r"prevalence must be a number, got '0\.02'"):
+        op.decide([0, 1], [0.1, 0.9], "ab", threshold=0.5, prevalence="0.02")  # type: ignore[arg-type]
+
+
 def test_a_threshold_must_be_finite() -> None:
     with pytest.raises(ValueError, match="threshold must be a finite number, got nan"):
         op.choose_threshold([0, 1], [0.1, 0.9], threshold=math.nan)

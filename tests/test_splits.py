@@ -239,6 +239,15 @@ def test_a_fraction_is_at_most_half(name: str, fraction: float) -> None:
         split_by_patient(listed(*balanced(9)), **{name: fraction})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("wrong", ["0.2", None, [0.2, 0.3]])
+def test_a_fraction_is_a_number(wrong: Any) -> None:
+    for name in ("val", "test"):
+        with pytest.raises(TypeError, match=rf"{name} must be a number, got \[?'?[0N]"):
+            split_by_patient(listed(*balanced(9)), **{name: wrong})
+    by_numpy = split_by_patient(listed(*balanced(9)), val=np.float32(0.25), find_copies=False)
+    assert_sound(by_numpy)
+
+
 def test_a_seed_is_a_whole_number_that_scikit_learn_takes() -> None:
     for seed in (-1, 2**32 - 1, 2**32):
         with pytest.raises(ValueError, match=f"seed must be from 0 to 4294967294, got {seed}"):

@@ -29,11 +29,12 @@ A wrong argument is a plain ``ValueError`` or ``TypeError``.
 from __future__ import annotations
 
 import importlib
+import math
 import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import SupportsIndex, cast
+from typing import SupportsFloat, SupportsIndex, cast
 
 
 class ChestXrayError(Exception):
@@ -141,6 +142,18 @@ def whole_number(name: str, value: SupportsIndex) -> int:
         return operator.index(value)
     except TypeError as error:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from error
+
+
+def real_number(name: str, value: SupportsFloat) -> float:
+    """Return an argument as a number, which text of one is not.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    try:
+        return math.ldexp(value, 0)  # as it is; float() would read text, too
+    except TypeError as error:
+        raise TypeError(f"{name} must be a number, got {value!r}") from error
 
 
 def check_positive(name: str, value: int | None, *, optional: bool = False) -> None:

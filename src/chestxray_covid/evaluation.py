@@ -19,7 +19,7 @@ from chestxray_covid.confounders import Confounding
 from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.storage import cell_text
-from chestxray_covid.errors import check_classifier, check_dataset
+from chestxray_covid.errors import check_classifier, check_dataset, real_number
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.files import expanded
 from chestxray_covid.intervals import check_resampling, group_codes
@@ -319,7 +319,7 @@ def cross_validate(
 
     Raises:
         TypeError: If ``dataset`` or ``config`` is none, ``model`` a network instead of a function
-            that returns one, or ``folds`` no whole number.
+            that returns one, ``folds`` no whole number, or ``val`` none at all.
         ValueError: If ``folds``, ``val``, ``positive`` or ``seed`` is impossible, or ``model``
             returns the same network twice.
         SplitError: If a class has too few patients.
@@ -334,7 +334,7 @@ def cross_validate(
     config = config or TrainingConfig()
     check_options(config, ())
     check_maker(model)
-    if not 0 < val <= 0.5:
+    if not 0 < real_number("val", val) <= 0.5:
         raise ValueError(f"val must be a share in (0, 0.5], got {val}")
     labels = [sample.label for sample in dataset.samples]
     chosen = _positive(labels, dataset.classes, positive)

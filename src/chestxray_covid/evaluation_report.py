@@ -274,7 +274,8 @@ class EvaluationReport:
                 target is chosen; these data if not given.
 
         Raises:
-            TypeError: If ``chosen_on`` is no report, for example the path of one.
+            TypeError: If ``chosen_on`` is no report, for example the path of one, or what has to be
+                a number is none.
             ReportError: If the predictions were left out.
             ValueError: If an argument is impossible, the target cannot be had, or ``chosen_on``
                 is of a model with other weights or classes.

@@ -17,7 +17,7 @@ from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.delong import DELONG_BY_PATIENT, auroc_by_group
-from chestxray_covid.errors import check_dataset
+from chestxray_covid.errors import check_dataset, real_number
 from chestxray_covid.evaluation import ProbabilisticClassifier
 from chestxray_covid.intervals import (
     Estimate,
@@ -110,12 +110,13 @@ def leave_one_source_out(
         ValueError: If there is one source only, an option is impossible, or ``model`` returns the
             same network twice.
         TypeError: If ``dataset`` is none, ``fit`` is none of these, or returns no classifier, or
-            ``model`` is a network instead of a function that returns one.
+            ``model`` is a network instead of a function that returns one; or if ``test`` or
+            ``confidence`` is no number.
         TrainingError: If a network cannot be trained.
         ImageError: If a file cannot be decoded.
     """
     check_dataset(dataset)
-    if not 0 < test <= 0.5:
+    if not 0 < real_number("test", test) <= 0.5:
         raise ValueError(f"test must be a share in (0, 0.5], got {test}")
     if len(dataset.sources) < 2:
         raise ValueError(f"Leaving a source out needs two or more, got {list(dataset.sources)}")

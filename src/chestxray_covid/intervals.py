@@ -11,7 +11,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from chestxray_covid.errors import whole_number
+from chestxray_covid.errors import real_number, whole_number
 from chestxray_covid.metrics import (
     Floats,
     Labels,
@@ -318,6 +318,7 @@ def check_resampling(*, n_resamples: int, confidence: float, seed: int = 0) -> d
     """Return options of an interval as plain numbers, which JSON knows.
 
     Raises:
+        TypeError: If ``confidence`` is no number.
         ValueError: If ``n_resamples`` is no whole number from 1 to a million, ``seed`` none from
             0, or ``confidence`` is outside (0, 1).
     """
@@ -328,7 +329,7 @@ def check_resampling(*, n_resamples: int, confidence: float, seed: int = 0) -> d
         if not isinstance(value, int | np.integer) or not least <= value <= most:
             limit = f"from {least} to {most:,}" if most < math.inf else f"of at least {least}"
             raise ValueError(f"{name} must be a whole number {limit}, got {value!r}")
-    if not 0 < confidence < 1:
+    if not 0 < real_number("confidence", confidence) < 1:
         raise ValueError(f"confidence must be inside (0, 1), for example 0.95, got {confidence}")
     return {"n_resamples": int(n_resamples), "seed": int(seed), "confidence": float(confidence)}
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from chestxray_covid import metrics as m
+from chestxray_covid.errors import real_number
 from chestxray_covid.intervals import (
     Estimate,
     Groups,
@@ -115,13 +116,18 @@ def choose_threshold(
         specificity: Take the lowest that reaches this, in (0, 1].
 
     Raises:
+        TypeError: If it is no number.
         ValueError: If not exactly one rule is given, or it is impossible on these data.
     """
-    if [threshold, sensitivity, specificity].count(None) != 2:
+    rules = {"threshold": threshold, "sensitivity": sensitivity, "specificity": specificity}
+    given = {name: value for name, value in rules.items() if value is not None}
+    if len(given) != 1:
         raise ValueError(
             "Exactly one of threshold, sensitivity and specificity must be given, "
             f"got {threshold}, {sensitivity} and {specificity}"
         )
+    for name, value in given.items():
+        real_number(name, value)
     if sensitivity is not None:
         chosen = m.threshold_at_sensitivity(y_true, y_score, sensitivity=sensitivity)
         return chosen, f"sensitivity of at least {sensitivity:g}"
@@ -153,9 +159,10 @@ def decide(
         **how: Options of the bootstrap.
 
     Raises:
+        TypeError: If ``prevalence`` is no number.
         ValueError: If an argument is not as said.
     """
-    if prevalence is not None and not 0 < prevalence < 1:
+    if prevalence is not None and not 0 < real_number("prevalence", prevalence) < 1:
         raise ValueError(f"prevalence must be inside (0, 1), for example 0.02, got {prevalence}")
     labels, scores = m.scored(y_true, y_score)
     owners = group_codes(patients)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups, patient_on_two_sides
 from chestxray_covid.datasets.storage import write_file, writing_to
-from chestxray_covid.errors import DatasetError, SplitError, whole_number
+from chestxray_covid.errors import DatasetError, SplitError, real_number, whole_number
 from chestxray_covid.files import expanded
 from chestxray_covid.intervals import check_seed
 
@@ -220,13 +220,13 @@ def split_by_patient(
         progress: Show a progress bar.
 
     Raises:
-        TypeError: If the seed is no whole number, or ``dataset`` no data set.
+        TypeError: If a fraction is no number, the seed no whole one, or ``dataset`` no data set.
         ValueError: If a fraction, their sum, the seed or ``workers`` is out of range.
         SplitError: If a class has too few patients to be on every side.
         ImageError: If a file cannot be decoded.
     """
     for name, fraction in (("val", val), ("test", test)):
-        if not 0 <= fraction <= 0.5:
+        if not 0 <= real_number(name, fraction) <= 0.5:
             raise ValueError(f"{name} must be a fraction in [0, 0.5], got {fraction}")
     if not 0 < val + test < 1:
         raise ValueError(f"val and test must add up to more than 0 and less than 1: {val}, {test}")
