@@ -151,6 +151,15 @@ def test_the_text_says_verdict_numbers_and_where_thresholds_come_from() -> None:
     assert "its scores are no evidence of disease" in str(with_verdicts("fail"))
 
 
+def test_a_model_that_only_knows_its_patients_is_not_said_to_use_a_shortcut() -> None:
+    lost = replace(ITEM, name="generalisation", verdict="fail")
+    known = replace(REPORT, items=(ITEM, lost))
+    assert "has a shortcut" not in known.summary
+    assert "trained on patients who are judged here, or loses where the source" in str(known)
+    both = replace(REPORT, items=(replace(ITEM, verdict="fail"), lost))
+    assert "the data set or the model has a shortcut" in both.summary
+
+
 def test_the_text_can_be_printed_where_a_source_is_not_utf_8() -> None:
     strange = os.fsdecode(b"M\xfcnchen")
     table = {"source and label": {strange: {"normal": 3, "covid19": 4}}}

@@ -25,6 +25,11 @@ _SPOKEN = {
     NOT_ASSESSABLE: "nothing was found where one could look, but not everything could be looked at",
     PASS: "no shortcut was found; one that these items do not look for may still be there",
 }
+#: Of a model that fails in nothing else: one that knows its patients need not use a shortcut.
+_LOST = (
+    "the model was trained on patients who are judged here, or loses where the source cannot help: "
+    "its scores are no evidence of disease"
+)
 _FORMAT = 1
 _WIDTH = 100
 _Part = TypeVar("_Part")
@@ -136,7 +141,8 @@ class AuditReport:
     @property
     def summary(self) -> str:
         """What the verdict means, as a sentence without its full stop."""
-        return _SPOKEN[self.verdict]
+        failed = {item.name for item in self.items if item.verdict == FAIL}
+        return _LOST if failed == {"generalisation"} else _SPOKEN[self.verdict]
 
     def item(self, name: str) -> AuditItem:
         """Return the item of a name.
