@@ -22,6 +22,7 @@ from chestxray_covid import (
     AuditReport,
     ChestXrayDataset,
     Classifier,
+    FolderDataset,
     Sample,
     SyntheticChestXray,
     audit_shortcuts,
@@ -41,6 +42,7 @@ from chestxray_covid.audit_occlusion import _judge, occlusion_item
 from chestxray_covid.audit_report import AuditFinding, AuditItem
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.datasets.phantom import phantom_mask, render_phantom
+from chestxray_covid.errors import DatasetError
 from chestxray_covid.evaluation import evaluate_probabilities
 from chestxray_covid.heat_shares import LungHeat
 from chestxray_covid.intervals import Estimate
@@ -339,7 +341,7 @@ def _brighter_top(read: Callable[..., Image.Image]) -> Callable[..., Image.Image
     return changed
 
 
-def test_patients_that_were_trained_on_and_sources_that_were_not_are_seen(
+def test_patients_that_were_trained_on_are_seen(
     in_lungs: tuple[Linear, ChestXrayDataset],
 ) -> None:
     model, test = in_lungs
@@ -363,6 +365,32 @@ def test_patients_that_were_trained_on_and_sources_that_were_not_are_seen(
     ).item("generalisation")
     assert elsewhere.verdict == "fail"
     assert elsewhere.reason.startswith("40 of these images are of patients that were trained on.")
+
+
+def test_a_file_that_was_trained_on_is_known_under_another_name_patient_and_source(
+    in_lungs: tuple[Linear, ChestXrayDataset], tmp_path: Path
+) -> None:
+    model, test = in_lungs
+    for side, count in (("train", 10), ("test", len(test))):
+        for i in range(count):
+            image, target = test[i]
+            place = tmp_path / side / test.classes[target] / f"{side}{i}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            image.save(place)
+    train, copies = (FolderDataset(tmp_path / s, source=s) for s in ("train", "test"))
+    how: dict[str, Any] = {**HOW, "masks": None}
+    found = audit_shortcuts(model, copies, train, **how).item("generalisation")
+    assert found.verdict == "fail"
+    assert found.reason.startswith("10 of these images are of patients that were trained on.")
+    train.samples[0].path.unlink()
+    with pytest.raises(DatasetError, match=r"train.* cannot be read"):  # before a pass of the model
+        audit_shortcuts(model, copies, train, **how)
+
+
+def test_sources_that_were_not_trained_on_are_external(
+    in_lungs: tuple[Linear, ChestXrayDataset],
+) -> None:
+    model, test = in_lungs
     only_a = model.trained_on.filter(lambda s: s.source == "a")
     noisy = ChestXrayDataset(
         [replace(s, read=_noise) if s.source == "b" else s for s in test.samples],

@@ -17,7 +17,7 @@ from chestxray_covid.audit_data import (
     run_classifier,
     stratified_sample,
 )
-from chestxray_covid.audit_generalisation import generalisation_item
+from chestxray_covid.audit_generalisation import generalisation_item, with_hashes
 from chestxray_covid.audit_items import (
     confounding_item,
     features_item,
@@ -65,7 +65,9 @@ def audit_shortcuts(
         classifier: What is audited.
         dataset: Images that it was not trained on, of both sides of the question.
         train: What it was trained on, if known: its design is judged instead of the audited
-            data's, and sources that are not in it are external.
+            data's, and sources that are not in it are external. A patient of it who is audited, by
+            number or by an equal file, is a failure; copies that were saved anew are not looked
+            for.
         positive: The class in question, by default ``"covid19"``, or the last one.
         negative: What it is told from, by default ``"normal"`` if there are such images, else
             ``"rest"``, which is everything but the positive class, labels that the classifier
@@ -88,6 +90,7 @@ def audit_shortcuts(
         ValueError: If a side of the question has no image, a mask is no mask, or an option is
             impossible.
         ImageError: If a file cannot be decoded.
+        DatasetError: If a file of ``train`` cannot be read.
     """
     check_classifier(classifier)
     check_dataset(dataset)
@@ -105,6 +108,8 @@ def audit_shortcuts(
     chosen = question.asked(dataset)
     if limit is not None:
         chosen = stratified_sample(chosen, limit, seed=seed)
+    if train is not None:  # read before the slow part
+        train = with_hashes(train)
     preprocess = classifier.config.preprocess
     data = read_data(chosen, question, preprocess, how=how, workers=workers, progress=progress)
     lungs = find_lungs(data, masks, batch_size=batch_size, progress=progress)

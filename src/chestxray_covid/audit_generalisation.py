@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from chestxray_covid.audit_data import AuditData
 from chestxray_covid.audit_report import FAIL, AuditFinding, AuditItem
 from chestxray_covid.audit_verdicts import CHANGE_BANDS, CHANGES, judge_change, worst
-from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.generalisation import (
     FEWEST_PATIENTS,
@@ -124,13 +125,27 @@ def _per_source(data: AuditData, scores: NDArray[np.float64]) -> list[AuditFindi
     return found
 
 
+def with_hashes(dataset: ChestXrayDataset) -> ChestXrayDataset:
+    """Return the samples with their content hash, by which equal files are known.
+
+    Raises:
+        DatasetError: If a file cannot be read.
+    """
+    return ChestXrayDataset([*map(_hashed, dataset.samples)], classes=dataset.classes)
+
+
+def _hashed(sample: Sample) -> Sample:
+    known = sample.metadata.get("content_hash") or sample.content_hash()
+    return replace(sample, metadata={**sample.metadata, "content_hash": known})
+
+
 def _seen(data: AuditData, train: ChestXrayDataset | None) -> NDArray[np.bool_]:
     """Return ``(N,)`` whether an image is of a patient in the training data, also of one whom
-    the training data know from another collection.
+    the training data know from another collection, or whose file they hold under another name.
     """
     if train is None:
         return np.zeros(len(data.samples), bool)
-    samples = (*train.samples, *data.samples)
+    samples = [*map(_hashed, (*train.samples, *data.samples))]
     both = ChestXrayDataset(samples, classes=sorted({s.label for s in samples}))
     trained, audited = np.split(patient_groups(both, find_copies=False), [len(train)])
     return np.isin(audited, trained)
