@@ -287,6 +287,19 @@ def test_what_cannot_calibrate_is_refused_and_nothing_is_written(
     assert not (tmp_path / "new").exists()
 
 
+def test_the_command_line_says_in_its_own_words_where_a_sensitivity_means_nothing(
+    model: Path, tmp_path: Path
+) -> None:
+    config, tensors = load_checkpoint(model)
+    other = replace(config, classes=("healthy", "pneumonia", "covid19"))
+    save_checkpoint(tmp_path / "other", other, tensors)
+    given = ["--model", str(tmp_path / "other"), "--data", str(tmp_path), "--sensitivity", "0.8"]
+    done = CliRunner().invoke(main, ["calibrate", *given, "--output", str(tmp_path / "new")])
+    assert done.exit_code == 2
+    assert "tells healthy, pneumonia, covid19 apart: leave it out." in done.output
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_command_line_takes_the_validation_side_of_a_run(
     model: Path, validation: ChestXrayDataset, tmp_path: Path
 ) -> None:

@@ -206,6 +206,12 @@ def calibrate(
     from chestxray_covid.splits import Split
 
     classes = load_config(resolve(model)).classes
+    is_told = {"covid19", "normal"} <= set(classes)
+    if sensitivity is not None and not is_told:
+        raise click.UsageError(
+            "--sensitivity is for covid19 against normal, and the model tells "
+            f"{', '.join(classes)} apart: leave it out."
+        )
     dataset = open_data(data, classes)
     saved = place_of_split(model)
     if side == "val" and saved is None:
@@ -215,7 +221,7 @@ def calibrate(
         click.echo("Chosen on the validation side of the run's split.")
     else:
         warn_of_seen(saved, dataset, "leave out --split for those of validation")
-    if sensitivity is None and {"covid19", "normal"} <= set(classes):
+    if sensitivity is None and is_told:
         sensitivity = 0.9
     report = choose(
         model, dataset, output=output, sensitivity=sensitivity, device=device, progress=True
