@@ -264,6 +264,12 @@ def test_no_threads_are_refused(find_copies: bool) -> None:
         split_by_patient(listed(*balanced(9)), find_copies=find_copies, workers=0)
 
 
+def test_a_split_is_shown_without_its_positions() -> None:
+    data = listed(*balanced(9))
+    split = split_by_patient(data, find_copies=False)
+    assert repr(split) == f"Split(dataset={data!r}, seed=0)"
+
+
 def test_sides_are_made_once() -> None:
     split = split_by_patient(listed(*balanced(9)), find_copies=False)
     assert all(getattr(split, side) is getattr(split, side) for side in SIDES)

@@ -7,7 +7,7 @@ import operator
 import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -48,8 +48,8 @@ class Split:
     """
 
     dataset: ChestXrayDataset
-    indices: Mapping[str, tuple[int, ...]]
-    groups: tuple[int, ...]
+    indices: Mapping[str, tuple[int, ...]] = field(repr=False)
+    groups: tuple[int, ...] = field(repr=False)
     seed: int
 
     def __post_init__(self) -> None:
