@@ -450,6 +450,19 @@ def test_a_damaged_shard_is_decoded_again(
     assert recorder.assert_right(dataset, tmp_path) == []
 
 
+def test_rows_of_a_shard_that_are_lost_to_zeros_are_decoded(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    dataset = recorder.dataset("a", "b", "c")
+    recorder.assert_right(dataset, tmp_path)
+    (shard,) = tmp_path.rglob("*.npy")
+    lost = np.load(shard)
+    lost[1:] = 0
+    np.save(shard, lost)
+    assert recorder.assert_right(dataset, tmp_path) == []  # when the cache is opened
+    assert len(recorder.names) == 2
+
+
 @pytest.mark.parametrize(
     "text",
     [

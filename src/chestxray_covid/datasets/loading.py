@@ -143,7 +143,8 @@ def cached_decoder(
     Radiographs that the cache lacks are decoded first, into one more shard. An entry is keyed by
     the content of the file and by the size, so a file that moved is still found and one that
     changed is decoded again. Shards appear complete or not at all; several processes may share
-    the folder. What killed runs left of one is removed after a day.
+    the folder. What killed runs left of one is removed after a day. An image that is black all over
+    is decoded whenever it is asked for.
 
     Args:
         dataset: The samples; must have no transform, whose result the key would not show. Nor does
@@ -180,15 +181,16 @@ def cached_decoder(
     rows = _read_shards(place, size)
     # Sorted, so that a shard's name says its bytes, whoever writes it and in whatever order.
     missing = dict(sorted((key, i) for i, key in enumerate(keys) if key not in rows))
+    load = decoder(dataset, preprocess)
     if missing:
-        load = decoder(dataset, preprocess)
         _write_shard(place, size, missing, load, workers=workers, progress=progress)
         rows = _read_shards(place, size)
 
     def lookup(index: int) -> NDArray[np.uint8]:
         shard, row = rows[keys[index]]
         pixels: NDArray[np.uint8] = shard[row]
-        return pixels
+        # Black all over is what a lost block of a disk reads as, and no radiograph.
+        return pixels if pixels.any() else load(index)
 
     return lookup
 
