@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -278,7 +279,15 @@ def test_every_seed_of_a_training_gives_a_network(monkeypatch: pytest.MonkeyPatc
 
 
 def damaged() -> dict[str, bytes]:
-    return {"empty": b"", "zeros": bytes(1000), "cut": b"PK\x03\x04" + bytes(2000)}
+    other = io.BytesIO()
+    torch.save([torch.zeros(2)], other)
+    return {
+        "empty": b"",
+        "zeros": bytes(1000),
+        "cut": b"PK\x03\x04" + bytes(2000),
+        "page of a proxy": b"<!DOCTYPE html><html>403 Forbidden</html>",
+        "no state": other.getvalue(),
+    }
 
 
 @pytest.mark.parametrize("kind", damaged())

@@ -137,15 +137,17 @@ def _imagenet() -> torchvision.models.DenseNet:
     weights = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1
     try:
         return torchvision.models.densenet121(weights=weights)
-    except (EOFError, LookupError, OSError, RuntimeError, ValueError, Warning) as error:
-        # Without a network an OSError; a damaged file in the cache makes torch raise any of these,
-        # or warn from Python 3.12 on.
-        cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        raise WeightsUnavailableError(
-            f"The ImageNet weights of DenseNet-121 are not to be had: {error}. "
-            f"Put {weights.url} at {cache}, or start without them: pretrained=False (random "
-            "weights; command line: --no-pretrained) or pretrained=<checkpoint folder>."
-        ) from error
+    except Exception as error:
+        # Without a network an OSError. What is in the cache and no weights of this network makes
+        # torch raise whatever it stumbles over, or warn from Python 3.12 on.
+        if not isinstance(error, MemoryError):
+            cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+            raise WeightsUnavailableError(
+                f"The ImageNet weights of DenseNet-121 are not to be had: {error}. Put "
+                f"{weights.url} at {cache}, or start without them: pretrained=False (random "
+                "weights; command line: --no-pretrained) or pretrained=<checkpoint folder>."
+            ) from error
+        raise
 
 
 def set_trainable(model: torchvision.models.DenseNet, trainable: str) -> None:
