@@ -135,6 +135,18 @@ def test_each_option_varies_a_sample_alike_whatever_its_batch(
             )
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_type_of_numbers_changes_nothing(kind: torch.dtype) -> None:
+    expected = vary(STRONG, images(4, 150), [0, 1, 2, 3])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(kind)
+    try:
+        found = vary(STRONG, images(4, 150), [0, 1, 2, 3])
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
+
+
 def test_neither_global_random_state_nor_earlier_calls_matter() -> None:
     pixels = images()
     torch.manual_seed(1)

@@ -67,7 +67,8 @@ def place(
     """
     side = images.shape[-1]
     # Distances from the centre of the image, whose border is at 1.
-    along = (torch.arange(side, device=images.device) - (side - 1) / 2) * (2 / side**2)
+    pixels = torch.arange(side, dtype=torch.float32, device=images.device)
+    along = (pixels - (side - 1) / 2) * (2 / side**2)
     # What lies beyond a crop is not seen: its outermost pixels continue it, as in a resized image.
     x, y = (
         torch.clamp(along * size, (1 - size) / side, (size - 1) / side)
@@ -116,7 +117,7 @@ def _weights(before: Tensor, after: Tensor, side: int) -> Tensor:
     Triangles as wide as a pixel of the coarser of the two, about the centres of the new pixels
     (bilinear with antialias). ``(N, 1, S, S)``; rows from ``after`` on mean nothing.
     """
-    old = torch.arange(side, device=before.device)  # (S,)
+    old = torch.arange(side, dtype=torch.float32, device=before.device)  # (S,)
     scale = before / after
     new = (old[:, None] + 0.5) * scale - 0.5
     new = torch.minimum(new.clamp_min(0), before - 1)
