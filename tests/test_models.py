@@ -462,6 +462,13 @@ def test_a_network_that_drops_at_random_is_refused() -> None:
             check_model(model, ("normal", "covid19"))
 
 
+def test_a_network_whose_weights_take_no_gradient_is_refused() -> None:
+    with torch.inference_mode():
+        model = torchvision.models.densenet121(weights=None, num_classes=2)
+    with pytest.raises(ValueError, match=r"built under torch\.inference_mode.*build it outside"):
+        check_model(model, ("normal", "covid19"))
+
+
 class MaximumPooled(DenseNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         maps = torch.relu(self.features(x))

@@ -651,6 +651,11 @@ def test_gradients_are_computed_also_where_they_were_switched_off(
         _, tensors = trained(split, tmp_path / "run")
         assert not torch.is_grad_enabled()
     assert equal(tensors, finished.tensors)
+    model = network()
+    with torch.inference_mode():
+        Trainer(model, split.train, split.val, QUICK, output=tmp_path / "inference").fit()
+        assert torch.is_inference_mode_enabled()
+    assert equal(to_tensors(model), finished.tensors)
 
 
 def test_a_cache_that_cannot_be_written_is_named(split: Split, tmp_path: Path) -> None:

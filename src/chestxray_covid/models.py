@@ -296,6 +296,11 @@ def check_model(model: nn.Module, classes: Sequence[str]) -> None:
             "model is on the device meta, where weights have no values: build it elsewhere, see "
             "torch.set_default_device."
         )
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "model was built under torch.inference_mode, whose weights take no gradient: build it "
+            "outside."
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("All parameters are frozen: nothing would train.")
 

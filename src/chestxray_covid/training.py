@@ -109,6 +109,7 @@ class Trainer:
         self._batch_size = 0 if self.config.batch_size == "auto" else self.config.batch_size
         self._precision: str = self.config.precision  # until it is found what "auto" is
 
+    @torch.inference_mode(mode=False)  # the caller's would leave no gradients
     def fit(self, *, resume: bool = False) -> History:
         """Train on from the model's weights; return the history, and leave the best in the run.
 
