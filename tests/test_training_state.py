@@ -368,6 +368,28 @@ def test_a_kill_at_any_moment_leaves_the_last_state_or_the_one_before(tmp_path: 
             assert step - int(reported[-1]) in (0, 1)
 
 
+KILLED_AMID_WEIGHTS = """
+import os, signal, sys
+from pathlib import Path
+from chestxray_covid.files import write_files
+names = ("model.safetensors", "config.json", "history.json", "history.csv", "evaluation.json")
+sys.addaudithook(lambda event, _: event == "os.rename" and os.kill(os.getpid(), signal.SIGKILL))
+write_files(Path(sys.argv[1]), dict.fromkeys(names, b"some"))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+def test_what_a_killed_run_left_half_written_is_removed_by_the_next(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED_AMID_WEIGHTS, str(tmp_path)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 5
+    store = StateStore(tmp_path)
+    with store.claimed(resume=False, make=False):  # a process that writes nothing
+        assert len(list(tmp_path.iterdir())) == 5
+    with store.claimed(resume=False, make=True):
+        assert [p.name[:17] for p in tmp_path.iterdir()] == [".evaluation.json."]  # not a run's
+
+
 FULL_DISK = """
 import resource, sys
 import numpy as np

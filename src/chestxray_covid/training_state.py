@@ -33,6 +33,8 @@ STATE_FOLDER = "state"
 _MAX_JSON_BYTES = 50_000_000
 #: Step, and the number of the save where there were several after it.
 _STATE_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
+#: What a process that was killed leaves of a file of a run, see :func:`write_files`.
+_LEFT = re.compile(r"\.(model\.safetensors|config\.json|history\.\w+)\.\d+-[0-9a-f]{8}\.partial")
 #: Options that change how fast a run goes, not what it computes.
 RUNTIME_OPTIONS = frozenset(
     {
@@ -155,6 +157,10 @@ class StateStore:
                     f"Another run is at work in {run}. Wait until it has ended, or choose another "
                     "folder."
                 )
+            for left in run.glob(".*.partial") if make else ():
+                if _LEFT.fullmatch(left.name):
+                    with contextlib.suppress(OSError):  # it is in nobody's way
+                        left.unlink()
             yield
 
     def _begin(self, *, resume: bool, make: bool) -> None:
