@@ -329,6 +329,43 @@ def test_a_state_of_another_version_is_refused_in_words(tmp_path: Path, values: 
     assert StateStore(tmp_path).steps() == [3]
 
 
+FORKS = """
+import os, sys, time
+from pathlib import Path
+from chestxray_covid.training_state import StateStore
+store = StateStore(Path(sys.argv[1]))
+with store.claimed(resume=False, make=True):
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    if os.fork() == 0:
+        raise SystemExit  # through the body, which is not the child's to leave
+    os.wait()
+    try:
+        with store.claimed(resume=False, make=True):
+            print("two at once")
+    except Exception as error:
+        print(error)
+try:
+    with store.claimed(resume=False, make=True):
+        print("free")
+finally:
+    os.kill(child, 9)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_processes_neither_keep_the_folder_of_a_run_nor_free_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, run], capture_output=True, text=True, timeout=60, check=True
+    )
+    at_work, after = done.stdout.splitlines()
+    assert at_work.startswith(f"Another run is at work in {run}")
+    assert after == "free"
+
+
 KILLED = """
 import sys
 import numpy as np

@@ -133,17 +133,22 @@ def _take(handle: int, *, wait: bool) -> bool:
 def alone(folder: Path) -> Iterator[bool]:
     """Yield whether nobody else runs such a body on a folder, which is locked meanwhile.
 
-    The folder itself is locked, which leaves no file; the system frees it when a process dies.
-    Where folders cannot be locked (Windows, some network file systems), all are alone.
+    The folder itself is locked, which leaves no file; the system frees it when a process dies,
+    and those that it forked meanwhile. Where folders cannot be locked (Windows, some network file
+    systems), all are alone.
     """
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         yield True
         return
+    owner = os.getpid()
     try:
         yield _is_free_folder(handle)
     finally:
+        if sys.platform != "win32" and os.getpid() == owner:
+            with suppress(OSError):  # closing it is not enough: forked processes have it open, too
+                fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
