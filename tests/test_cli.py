@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,14 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from chestxray_covid import (
+    ChestXrayDataset,
     Classifier,
     EvaluationReport,
     Split,
     SyntheticChestXray,
     __version__,
+    confounders,
+    confounding,
     hub,
     load_image,
     open_dataset,
@@ -32,6 +36,8 @@ from chestxray_covid import (
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.cli import NOT_A_DEVICE, main
 from chestxray_covid.command import HomePath, place_of_split
+from chestxray_covid.confounders import Confounding
+from chestxray_covid.training_state import StateStore
 from conftest import random_checkpoint
 from shallow import CODE
 
@@ -183,6 +189,36 @@ def test_the_split_of_a_run_that_never_was_is_made_again(
     split = Split.load(tmp_path / "run" / "split.json", open_dataset(phantoms))
     assert split.indices == expected
     assert own != other
+
+
+def test_a_run_that_is_refused_leaves_the_folder_to_the_one_at_work(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    with ExitStack() as first:
+
+        def meanwhile(dataset: ChestXrayDataset) -> Confounding:
+            first.enter_context(StateStore(output).claimed(resume=False, make=True))
+            return confounding(dataset)
+
+        monkeypatch.setattr(confounders, "confounding", meanwhile)
+        refused = call("train", "--data", phantoms, "--output", output, *TRAIN, "--quiet")
+    assert f"Another run is at work in {output}" in refused.output
+    assert list(output.iterdir()) == []
+
+
+def test_a_finished_run_gets_back_a_split_that_it_lost(
+    run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    lost = Path(shutil.copytree(run, tmp_path / "run"))
+    (lost / "split.json").unlink()
+    again = ["train", "--data", phantoms, "--output", lost, *TRAIN, "--resume", "--quiet"]
+    other = call(*again, "--seed", 1)
+    assert "differs in ['data', 'seed']" in other.output
+    assert not (lost / "split.json").exists()
+    done = call(*again)
+    assert done.exit_code == 0, done.output
+    assert (lost / "split.json").read_bytes() == (run / "split.json").read_bytes()
 
 
 def test_training_asks_for_huge_pages_unless_told_otherwise(

@@ -28,8 +28,11 @@ from chestxray_covid.hub_commands import models, push
 from chestxray_covid.judging_commands import calibrate, evaluate
 
 if TYPE_CHECKING:
+    from chestxray_covid.confounders import Confounding
     from chestxray_covid.datasets.base import ChestXrayDataset
     from chestxray_covid.splits import Split
+    from chestxray_covid.training import Trainer
+    from chestxray_covid.training_config import Callback
 
 
 #: Subcommands in the order of use, which is that of the help.
@@ -234,18 +237,20 @@ def train(
         num_classes=len(labels),
         seed=seed,
     )
-    split = _split(dataset, output, seed=seed, resume=resume, progress=config.progress, save=first)
+    split = _split(dataset, output, seed=seed, resume=resume, progress=config.progress)
     found = confounding(dataset)
     if first and checkpoint is not None:
         cure = "take the --data and --seed of its run, for the same sides, or judge on others"
         began = {"who": "--pretrained", "whose": "the test side's"}
         warn_of_seen(place_of_split(checkpoint), split.test, cure, **began)
-    if first:
-        _write_json(output / "confounding.json", found.to_dict())
     click.echo(f"\n{found}\n")
-    history = Trainer(model, split.train, split.val, config, output=output).fit(resume=resume)
+    keep = [_keeping(split, found, output, resume=resume)] if first else []
+    trainer = Trainer(model, split.train, split.val, config, output=output, callbacks=keep)
+    history = trainer.fit(resume=resume)
     if not first:
         return
+    if not (output / SPLIT_NAME).is_file():  # of a run that was finished already, of this split
+        split.save(output / SPLIT_NAME)
     best = history.best
     click.echo(f"\nBest epoch: {best.epoch} of {len(history)}, val loss {best.val_loss:.4f}")
     classifier = Classifier.from_pretrained(output)
@@ -321,26 +326,28 @@ def _check_run_folder(output: Path, *, resume: bool) -> None:
 
 
 def _split(
-    dataset: ChestXrayDataset,
-    output: Path,
-    *,
-    seed: int,
-    resume: bool,
-    progress: bool,
-    save: bool,
+    dataset: ChestXrayDataset, output: Path, *, seed: int, resume: bool, progress: bool
 ) -> Split:
-    """Return the run's split: that of a run that is resumed, else a new one, saved if asked."""
+    """Return the run's split: that of a run that is resumed, else a new one."""
     from chestxray_covid.splits import Split, split_by_patient
-    from chestxray_covid.training_state import StateStore
 
     saved = output / SPLIT_NAME
     if resume and saved.is_file():  # one that is left of a run that never came to a state is not
         return Split.load(saved, dataset)
-    split = split_by_patient(dataset, seed=seed, progress=progress)
-    if save:
-        with StateStore(output).claimed(resume=resume, make=True):
-            split.save(saved)
-    return split
+    return split_by_patient(dataset, seed=seed, progress=progress)
+
+
+def _keeping(split: Split, found: Confounding, output: Path, *, resume: bool) -> Callback:
+    """Return what writes down how a run began, as soon as no other run can have its folder."""
+    from chestxray_covid.training_config import Callback
+
+    class Keeping(Callback):
+        def on_train_begin(self, trainer: Trainer) -> None:
+            if not (resume and (output / SPLIT_NAME).is_file()):
+                split.save(output / SPLIT_NAME)
+            _write_json(output / "confounding.json", found.to_dict())
+
+    return Keeping()
 
 
 def _write_json(path: Path, data: Any) -> None:
