@@ -22,15 +22,8 @@ MAX_LINES = 400
 #: package's ``__init__`` loads names lazily, so it imports the version alone.
 ROWS = (
     ("_version", "errors", "progress", "processor"),
-    (
-        "files",
-        "pixels",
-        "hiding",
-        "metrics",
-        "datasets.report",
-        "datasets.storage",
-        "datasets.web",
-    ),
+    ("files",),
+    ("pixels", "hiding", "metrics", "datasets.report", "datasets.storage", "datasets.web"),
     ("dicom", "encoded", "intervals", "tensors", "compiled"),
     ("gate", "image", "delong", "operating_points", "judged_images"),
     ("curves", "comparison"),

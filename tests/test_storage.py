@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
+from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.storage import (
     exclusive,
     path_problem,
@@ -87,6 +90,20 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) ->
     with pytest.raises(OSError, match="a"):
         write_file(tmp_path / "a", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["pipe", "stdout"])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is one
+    sample = Sample(path="a.png", label="normal", finding="", patient_id="1", source="a")
+    manifest = ChestXrayDataset([sample], classes=["normal"]).to_manifest
+    for write in (manifest, partial(write_file, data=b"new")):
+        with pytest.raises(ValueError, match=f"{name} is a device or a pipe, which a file"):
+            write(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "stdout").is_symlink()
+    assert {p.name for p in tmp_path.iterdir()} == {"pipe", "stdout"}
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ class Split:
 
         Raises:
             DatasetError: If a file cannot be read, or the split not written.
+            ValueError: If a device or a pipe is there.
         """
         entries = [
             {"side": side, **_facts(self.dataset.samples[i]), "group": int(self.groups[i])}

@@ -272,6 +272,7 @@ class ChestXrayDataset:
 
         Raises:
             DatasetError: If a sample is a phantom that lies in no file, or it cannot be written.
+            ValueError: If a device or a pipe is there.
         """
         if phantoms := [s for s in self.samples if not s.is_file]:
             raise DatasetError(

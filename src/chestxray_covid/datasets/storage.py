@@ -22,6 +22,7 @@ from chestxray_covid.errors import (
     DatasetNotFoundError,
     DownloadError,
 )
+from chestxray_covid.files import check_replaceable
 
 if sys.platform == "win32":
     import msvcrt
@@ -169,7 +170,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         OSError: If it cannot be replaced; what was there before is untouched.
+        ValueError: As :func:`files.check_replaceable`.
     """
+    check_replaceable(path)
     partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield partial
