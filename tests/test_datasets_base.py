@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -827,6 +827,21 @@ def test_a_gap_of_a_table_is_neither_a_patient_nor_a_source(name: str) -> None:
     known = {"label": "normal", "finding": "", "patient_id": "1", "source": "site"}
     with pytest.raises(TypeError, match=f"{name} of a.png must be text, got nan"):
         Sample(path=Path("a.png"), **{**known, name: float("nan")})
+
+
+@pytest.mark.parametrize("given", [None, np.nan, pd.NA, b"a.png", 5])
+def test_a_gap_of_a_table_is_no_path(given: Any) -> None:
+    with pytest.raises(TypeError, match=f"expected a path, .*, got {type(given).__name__}"):
+        Sample(path=given, label="normal", finding="", patient_id="1", source="site")
+
+
+def test_what_stands_for_a_path_becomes_one(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    (entry,) = os.scandir(tmp_path)
+    known: dict[str, Any] = {"label": "normal", "finding": "", "patient_id": "1", "source": "site"}
+    made = Sample(path=cast(Path, entry), **known)
+    assert made == Sample(path=tmp_path / "a.png", **known)
+    assert made.content_hash() == sample(str(tmp_path / "a.png")).content_hash()
 
 
 @pytest.mark.parametrize("gap", [None, np.nan, pd.NA, pd.NaT, ""])

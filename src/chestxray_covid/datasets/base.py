@@ -66,7 +66,8 @@ class Sample:
         read: How the pixels come about; ``read_file`` unless the sample is a phantom.
 
     Raises:
-        TypeError: If ``patient_id`` or ``source`` is no text (a whole number becomes it), as a gap.
+        TypeError: If ``path`` is none, or ``patient_id`` or ``source`` no text (a whole number
+            becomes it), as a gap.
     """
 
     path: Path
@@ -81,7 +82,7 @@ class Sample:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.path, str):
+        if not isinstance(self.path, Path):  # text, or a gap, which is refused
             object.__setattr__(self, "path", expanded(self.path))
         if type(self.patient_id) is not str or type(self.source) is not str:
             for name, value in (("patient_id", self.patient_id), ("source", self.source)):
