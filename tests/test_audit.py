@@ -765,6 +765,7 @@ def _named(*labels: str) -> ChestXrayDataset:
         ({"limit": 0}, "limit must be positive"),
         ({"batch_size": 0}, "batch_size must be positive"),
         ({"workers": 0}, "workers must be positive"),
+        ({"workers": None}, "workers must be a whole number, got None"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"seed": 2**32}, "seed must be from 0 to 4294967294, got 4294967296"),
         ({"n_resamples": 0}, "n_resamples must be a whole number from 1 to 1,000,000"),
@@ -776,7 +777,7 @@ def test_impossible_arguments_are_refused(
     in_lungs: tuple[Linear, ChestXrayDataset], options: dict[str, Any], reason: str
 ) -> None:
     model, test = in_lungs
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises((TypeError, ValueError), match=reason):
         audit_shortcuts(model, test.subset(range(8)), **{**HOW, **options})
 
 

@@ -5,7 +5,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -299,6 +299,8 @@ def test_some_worker_must_decode() -> None:
     for find in (find_duplicates, patient_groups):
         with pytest.raises(ValueError, match="workers must be positive, got 0"):
             find(dataset_of([]), workers=0)
+        with pytest.raises(TypeError, match="workers must be a whole number, got None"):
+            find(dataset_of([]), workers=cast(int, None))
 
 
 @pytest.mark.slow

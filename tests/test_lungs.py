@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -101,6 +102,9 @@ def test_what_is_no_image_is_refused() -> None:
         segment(b"no image")
     with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
         segment(image(), batch_size=0)
+    for bad in (None, 1.5):
+        with pytest.raises(TypeError, match=f"batch_size must be a whole number, got {bad}"):
+            segment(image(), batch_size=cast(int, bad))
 
 
 def test_a_stream_is_read_batch_by_batch() -> None:

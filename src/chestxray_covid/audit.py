@@ -96,7 +96,7 @@ def audit_shortcuts(
     check_dataset(dataset)
     check_dataset(dataset if train is None else train, "train")
     check_positive("batch_size", batch_size)
-    check_positive("workers", workers, optional=True)
+    check_positive("workers", workers)
     how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     check_seed(seed)
     question = Question.of(classifier.classes, dataset, positive, negative)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import in_batches
-from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError
+from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError, check_positive
 from chestxray_covid.files import expanded, write_files
 from chestxray_covid.image import Preprocess, load_image
 from chestxray_covid.inputs import Item, expand_any, is_single
@@ -54,7 +54,7 @@ def segment(images: Any, *, batch_size: int = 16) -> Any:
     Raises:
         ImageError: If an image cannot be decoded.
         CheckpointError: If the bundled weights are missing or damaged.
-        ValueError: If ``batch_size`` is not positive.
+        TypeError, ValueError: If ``batch_size`` is no positive whole number.
         ForkedError: In a process that was forked after torch had computed here, unless torch
             computes in one thread.
     """
@@ -66,8 +66,7 @@ def segment_stream(
     images: Iterable[Any] | ChestXrayDataset, *, batch_size: int = 16
 ) -> Iterator[NDArray[np.bool_]]:
     """Yield a mask per image, in order, in constant memory; see :func:`segment`."""
-    if not batch_size > 0:
-        raise ValueError(f"batch_size must be positive, got {batch_size}")
+    check_positive("batch_size", batch_size)
     return draw_masks(_bundled(WEIGHTS), map(_load, expand_any(images)), batch_size=batch_size)
 
 

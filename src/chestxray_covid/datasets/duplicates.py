@@ -41,7 +41,7 @@ def patient_groups(
         ImageError: If a file cannot be decoded.
     """
     check_dataset(dataset)
-    check_positive("workers", workers, optional=True)
+    check_positive("workers", workers)
     joined = _UnionFind(len(dataset))
     first: dict[tuple[str, ...], int] = {}
     resolved = resolver()
@@ -122,7 +122,7 @@ def find_duplicates(
     if not 0 < correlation < 1:
         raise ValueError(f"correlation must be in (0, 1), got {correlation}")
     check_dataset(dataset)
-    check_positive("workers", workers, optional=True)
+    check_positive("workers", workers)
     return list(_similar(_thumbnails(dataset, workers, progress), correlation))
 
 
