@@ -89,6 +89,14 @@ def test_thawing_takes_back_what_was_frozen(model: DenseNet) -> None:
     assert all(p.requires_grad for p in own.parameters())
 
 
+@pytest.mark.parametrize("given", [None, "densenet121-v1", models])
+def test_what_is_no_network_cannot_train(given: Any) -> None:
+    kind = type(given).__name__
+    for use in (set_trainable, check_model):
+        with pytest.raises(TypeError, match=rf"expected Module, as build.* gives it, got {kind}"):
+            use(given, "all")
+
+
 @pytest.mark.parametrize("trainable", ["", "heads", "denseblock5", "features", None, True])
 def test_an_unknown_part_to_train_is_refused(trainable: Any) -> None:
     with pytest.raises(ValueError, match=r"trainable must be one of \('all', .*'head'\), got"):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from chestxray_covid.checkpoint import load_checkpoint
-from chestxray_covid.errors import TrainingError, WeightsUnavailableError
+from chestxray_covid.errors import TrainingError, WeightsUnavailableError, check_kind
 from chestxray_covid.hub import resolve
 from chestxray_covid.image import Preprocess
 from chestxray_covid.tensors import densenet121_shapes
@@ -159,8 +159,10 @@ def set_trainable(model: torchvision.models.DenseNet, trainable: str) -> None:
             ``"denseblock1"`` to ``"denseblock4"``.
 
     Raises:
+        TypeError: If ``model`` is no network, for example a :class:`Classifier`.
         ValueError: If ``trainable`` is unknown.
     """
+    check_kind(model, nn.Module, "build_densenet121()")
     if trainable not in TRAINABLE:
         raise ValueError(f"trainable must be one of {TRAINABLE}, got {trainable!r}")
     trains = trainable == "all"
@@ -268,8 +270,10 @@ def check_model(model: nn.Module, classes: Sequence[str]) -> None:
     """Raise unless a model is a DenseNet-121 with one logit per class, and can be trained here.
 
     Raises:
-        ValueError: If it is not.
+        TypeError: If it is no network, for example the path of one.
+        ValueError: If it is another.
     """
+    check_kind(model, nn.Module, "build_densenet121()")
     state = model.state_dict()
     logits = len(state.get("classifier.bias", ()))
     if {k: tuple(v.shape) for k, v in state.items()} != densenet121_shapes(logits):

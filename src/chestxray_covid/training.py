@@ -72,7 +72,7 @@ class Trainer:
         callbacks: Called while it trains.
 
     Raises:
-        TypeError: If data, options or callbacks are of the wrong type.
+        TypeError: If model, data, options or callbacks are of the wrong type.
         ValueError: If model, classes, data and options do not fit.
         ConfigError: If the names of the classes cannot be saved.
         TrainingError: If a class has no training image.
