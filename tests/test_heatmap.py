@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,8 +87,8 @@ def test_the_share_inside_is_that_of_the_heat() -> None:
 
 
 @pytest.mark.parametrize(
-    "mask", [np.ones((60, 40), bool), np.ones((40, 60)), np.ones((1, 40, 60), bool)]
+    "mask", [np.ones((60, 40), bool), np.ones((40, 60)), np.ones((1, 40, 60), bool), None]
 )
-def test_a_mask_of_another_image_is_refused(mask: np.ndarray) -> None:
+def test_a_mask_of_another_image_or_none_is_refused(mask: Any) -> None:
     with pytest.raises(ValueError, match=r"mask must be \(40, 60\) bool"):
         heatmap([[1, 1]]).share_inside(mask)

@@ -149,6 +149,11 @@ def test_an_impossible_box_is_refused(shape: tuple[int, ...], margin: float) -> 
         lung_box(np.ones(shape, bool), margin=margin)
 
 
+def test_there_is_no_box_around_lungs_that_nobody_drew() -> None:
+    with pytest.raises(ValueError, match=r"mask must be \(H, W\) and .*, got shape \(\)"):
+        lung_box(lung_mask(SyntheticChestXray(2).samples[0]))  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------- the weights
 
 

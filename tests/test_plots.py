@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -369,6 +370,6 @@ def test_an_impossible_gallery_is_refused(count: int, columns: int) -> None:
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
-    for masks in ([], [np.ones((60, 40), bool)]):
+    for masks in ([], [np.ones((60, 40), bool)], cast(Any, [None])):
         with pytest.raises(ValueError, match="masks must have the shapes of the images"):
             plot_heatmaps([heatmap()], masks=masks)

@@ -101,7 +101,7 @@ class Heatmap:
         Raises:
             ValueError: If the mask is of another size or type.
         """
-        heat = self.values
+        heat, mask = self.values, np.asarray(mask)  # of None, too, where nobody drew lungs
         if mask.shape != heat.shape or mask.dtype != np.bool_:
             raise ValueError(
                 f"mask must be {heat.shape} bool like the image, got {mask.shape} {mask.dtype}"
