@@ -167,6 +167,8 @@ def test_the_threshold_is_a_correlation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("correlation", [0.0, 1.0, -1.0, 98.0, float("nan")])
 def test_a_threshold_that_is_no_correlation_is_refused(correlation: float) -> None:
+    with pytest.raises(TypeError, match=r"correlation must be a number, got '0\.9'"):
+        find_duplicates(dataset_of([]), correlation=cast(float, "0.9"))
     with pytest.raises(ValueError, match=r"correlation must be in \(0, 1\), got"):
         find_duplicates(dataset_of([]), correlation=correlation)
 

@@ -319,8 +319,9 @@ def test_an_impossible_target_is_refused(
 def test_an_impossible_device_or_batch_is_refused(
     model: Classifier, images: list[Image.Image]
 ) -> None:
-    with pytest.raises(ValueError, match="device 'abacus' cannot be used"):
-        grad_cam(model, images, device="abacus")
+    for device in ("abacus", None):
+        with pytest.raises(ValueError, match=f"device {device!r} cannot be used"):
+            grad_cam(model, images, device=device)  # type: ignore[arg-type]
     for explain in (grad_cam, occlusion_sensitivity):
         with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
             explain(model, images, batch_size=0)
@@ -379,6 +380,9 @@ def test_an_impossible_window_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="steps must be in 2 to 32 and window inside"):
         occlusion_sensitivity(model, images, **option)  # type: ignore[arg-type]
+    for text in ({"steps": "8"}, {"steps": 2.5}, {"window": "0.25"}):
+        with pytest.raises(TypeError, match=r"(steps|window) must be a (whole )?number, got"):
+            occlusion_sensitivity(model, images, **text)  # type: ignore[arg-type]
 
 
 def test_certainty_beyond_rounding_still_gives_heat() -> None:

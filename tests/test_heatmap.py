@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -74,6 +74,8 @@ def test_heatmaps_are_saved_as_png_only(tmp_path: Path) -> None:
 def test_an_impossible_opacity_is_refused(opacity: float) -> None:
     with pytest.raises(ValueError, match=r"opacity must be in \[0, 1\]"):
         heatmap([[1]]).overlay(opacity=opacity)
+    with pytest.raises(TypeError, match=r"opacity must be a number, got '0\.6'"):
+        heatmap([[1]]).overlay(opacity=cast(float, "0.6"))
 
 
 def test_the_share_inside_is_that_of_the_heat() -> None:

@@ -147,6 +147,8 @@ def test_too_little_lung_gives_no_box() -> None:
 def test_an_impossible_box_is_refused(shape: tuple[int, ...], margin: float) -> None:
     with pytest.raises(ValueError, match=r"mask must be \(H, W\) and margin in \[0, 0.5\]"):
         lung_box(np.ones(shape, bool), margin=margin)
+    with pytest.raises(TypeError, match=r"margin must be a number, got '0\.1'"):
+        lung_box(np.ones((4, 4), bool), margin=cast(float, "0.1"))
 
 
 def test_there_is_no_box_around_lungs_that_nobody_drew() -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -329,6 +330,12 @@ def test_an_impossible_sample_grid_is_refused(keep: list[int], per_class: int) -
     dataset = SyntheticChestXray(2, image_size_px=32).subset(keep)
     with pytest.raises(ValueError, match="needs radiographs and per_class in 1 to 6"):
         plot_samples(dataset, per_class=per_class)
+    for plot in (
+        partial(plot_samples, dataset, per_class=2.5),
+        partial(plot_heatmaps, [heatmap()], columns="2"),
+    ):
+        with pytest.raises(TypeError, match=r"(per_class|columns) must be a whole number, got"):
+            plot()
 
 
 def test_the_gallery_shows_each_radiograph_above_its_heat() -> None:

@@ -12,7 +12,13 @@ from PIL import Image, ImageFile
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.loading import in_batches, map_ahead
 from chestxray_covid.engines import softmax
-from chestxray_covid.errors import ForkedError, check_classifier, check_positive
+from chestxray_covid.errors import (
+    ForkedError,
+    check_classifier,
+    check_positive,
+    real_number,
+    whole_number,
+)
 from chestxray_covid.heatmap import Heatmap
 from chestxray_covid.image import load_image
 from chestxray_covid.inputs import (
@@ -95,7 +101,7 @@ def grad_cam_stream(
         model = model.to(memory_format=torch.channels_last)  # half again as fast on a CPU
     except ForkedError:
         raise
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}. Use 'cpu'.") from error
     for batch in in_batches(_load_ahead(classifier, items, targets, batch_size), batch_size):
         pixels = torch.from_numpy(np.stack([one.pixels for one in batch])).to(device)
@@ -138,10 +144,10 @@ def occlusion_sensitivity(
 
     Raises:
         ImageError: If an image cannot be decoded.
-        TypeError: If something is no image, or ``classifier`` none.
+        TypeError: If something is no image, ``classifier`` none, or an option no number.
         ValueError: If ``target`` or another option is impossible.
     """
-    if not 2 <= steps <= 32 or not 0 < window < 1:
+    if not 2 <= whole_number("steps", steps) <= 32 or not 0 < real_number("window", window) < 1:
         raise ValueError(
             f"steps must be in 2 to 32 and window inside (0, 1), got {steps} and {window}"
         )

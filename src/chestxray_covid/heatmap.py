@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from chestxray_covid.errors import real_number
 from chestxray_covid.files import expanded, write_files
 
 #: Runs from black to yellow by brightness alone, so that colour-blind readers see the same order.
@@ -59,9 +60,10 @@ class Heatmap:
             opacity: Of the hottest place, in [0, 1].
 
         Raises:
-            ValueError: If ``opacity`` is out of range.
+            TypeError: If ``opacity`` is no number.
+            ValueError: If it is out of range.
         """
-        if not 0 <= opacity <= 1:
+        if not 0 <= real_number("opacity", opacity) <= 1:
             raise ValueError(f"opacity must be in [0, 1], got {opacity}")
         from matplotlib import colormaps
 

@@ -16,7 +16,12 @@ from PIL import Image
 
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import in_batches
-from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError, check_positive
+from chestxray_covid.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    check_positive,
+    real_number,
+)
 from chestxray_covid.files import expanded, write_files
 from chestxray_covid.image import Preprocess, load_image
 from chestxray_covid.inputs import Item, expand_any, is_single
@@ -147,6 +152,7 @@ def lung_box(
         fiftieth of the image, which is too little to be one.
 
     Raises:
+        TypeError: If ``margin`` is no number.
         ValueError: If the mask is not of two dimensions or ``margin`` is out of range.
 
     >>> box = lung_box(np.pad(np.ones((50, 60), bool), ((25, 25), (20, 20))), margin=0)
@@ -154,7 +160,7 @@ def lung_box(
     (0.2, 0.25, 0.8, 0.75)
     """
     mask = np.asarray(mask)  # of None, which lung_mask returns where nobody drew lungs, too
-    if mask.ndim != 2 or not 0 <= margin <= 0.5:
+    if mask.ndim != 2 or not 0 <= real_number("margin", margin) <= 0.5:
         raise ValueError(
             f"mask must be (H, W) and margin in [0, 0.5], got shape {mask.shape} and {margin}"
         )

@@ -22,7 +22,7 @@ from chestxray_covid.curves import (
     RiskCoverageCurve,
     RocCurve,
 )
-from chestxray_covid.errors import check_dataset, check_kinds
+from chestxray_covid.errors import check_dataset, check_kinds, whole_number
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.heatmap import Heatmap
 from chestxray_covid.reporting import short_name
@@ -227,12 +227,12 @@ def plot_samples(dataset: ChestXrayDataset, *, per_class: int = 3, seed: int = 0
         seed: Chooses them.
 
     Raises:
-        TypeError: If it is no data set.
+        TypeError: If it is no data set, or ``per_class`` no whole number.
         ValueError: If the data set is empty or ``per_class`` is out of range.
         ImageError: If a file cannot be decoded.
     """
     check_dataset(dataset)
-    if not 1 <= per_class <= 6 or not len(dataset):
+    if not 1 <= whole_number("per_class", per_class) <= 6 or not len(dataset):
         raise ValueError(
             "a sample grid needs radiographs and per_class in 1 to 6, "
             f"got {len(dataset)} and {per_class}"
@@ -278,7 +278,7 @@ def plot_heatmaps(
     heatmaps = [heatmaps] if isinstance(heatmaps, Heatmap) else heatmaps
     check_kinds(heatmaps, Heatmap, "grad_cam()")
     shapes = [heatmap.image.size[::-1] for heatmap in heatmaps]
-    if not heatmaps or not 1 <= columns <= 8:
+    if not heatmaps or not 1 <= whole_number("columns", columns) <= 8:
         raise ValueError(
             f"a gallery needs heatmaps and columns in 1 to 8, got {len(heatmaps)} and {columns}"
         )

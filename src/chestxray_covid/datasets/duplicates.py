@@ -13,7 +13,7 @@ from PIL import Image
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.loading import map_ahead
 from chestxray_covid.datasets.storage import resolver
-from chestxray_covid.errors import check_dataset, check_positive
+from chestxray_covid.errors import check_dataset, check_positive, real_number
 from chestxray_covid.progress import Bar
 
 #: Correlation of thumbnails from which two radiographs count as copies; on 6,408 radiographs of
@@ -115,11 +115,11 @@ def find_duplicates(
     their number (6,000 images: some seconds).
 
     Raises:
-        TypeError: If ``dataset`` is no data set.
+        TypeError: If ``dataset`` is no data set, or ``correlation`` no number.
         ValueError: If ``correlation`` is outside (0, 1), or ``workers`` not positive.
         ImageError: If a file cannot be decoded.
     """
-    if not 0 < correlation < 1:
+    if not 0 < real_number("correlation", correlation) < 1:
         raise ValueError(f"correlation must be in (0, 1), got {correlation}")
     check_dataset(dataset)
     check_positive("workers", workers)
