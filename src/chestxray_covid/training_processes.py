@@ -25,8 +25,10 @@ def open_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
         ForkedError: If torch would wait for threads that a fork has left behind.
     """
     connected = _is_connected()
-    # Accelerate connects processes on CPUs only where it is told that they are on CPUs.
-    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    # Accelerate connects processes on CPUs only where it is told that they are on CPUs; and then
+    # also those of MPI or Slurm, which nobody asked it to, for want of a launcher's variable.
+    launched = "LOCAL_RANK" in os.environ
+    on_cpu = config.device == "cpu" or (launched and not torch.accelerator.is_available())
     try:
         accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     except ValueError as error:
