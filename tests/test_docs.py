@@ -301,6 +301,48 @@ def test_every_command_line_has_only_options_that_exist(page: str, call: list[st
     assert {word for word in call[1:] if word.startswith("--")} <= options, page
 
 
+def trained_into(page: Path) -> list[str]:
+    """Return the run folders that commands and snippets of a page train into."""
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"\$run\b", "".join(re.findall(r"^run=(\S+)", text, re.MULTILINE)), text)
+    commands = re.findall(r"\btrain[\w.]* --.*?--output \"?([\w/]+)", text)
+    return commands + re.findall(r"Trainer\([^`]*?\boutput=\"(.+?)\"", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_trains_into_a_folder_that_holds_a_run_by_then(page: Path) -> None:
+    folders = trained_into(page)
+    if page.parent == DOCS and page.name != "tutorial.md":
+        folders += trained_into(DOCS / "tutorial.md")  # which comes first
+    assert sorted(folders) == sorted(set(folders))
+
+
+def test_the_pages_that_train_are_read() -> None:
+    assert trained_into(DOCS / "tutorial.md") == ["runs/first", "runs/tutorial"]
+    assert len(trained_into(DOCS / "cluster.md")) == 6
+    assert len(trained_into(DOCS / "cohen_and_kermany.md")) == 2
+
+
+def test_a_run_of_the_tutorial_is_asked_for_sides_of_the_data_that_it_was_trained_on() -> None:
+    calls = [(page, call) for page, call in command_lines() if page != "README.md"]
+    value = {page: call[call.index("--data") + 1] for page, call in calls if call[0] == "train"}
+    asked = [call for _, call in calls if {"runs/first", "--split"} <= set(call)]
+    assert asked
+    for call in asked:
+        assert call[call.index("--data") + 1] == value["tutorial.md"]
+
+
+def test_the_tutorial_says_which_folders_of_the_readme_are_in_its_way() -> None:
+    made: dict[str, set[str]] = {"README.md": set(), "tutorial.md": set()}
+    for page, call in command_lines():
+        if page in made and call[0] in ("download", "train"):
+            at = call.index("--output") + 1 if call[0] == "train" else 2
+            made[page].add(call[at])
+    page = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    removed = re.findall(r"`rm -r\s+(.+?)`", page)
+    assert set(" ".join(removed).split()) == made["README.md"] & made["tutorial.md"]
+
+
 def test_every_module_has_its_place_in_the_table_of_layers() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     rows = text.partition("<!-- layers:start -->")[2].partition("<!-- layers:end -->")[0]
