@@ -741,6 +741,23 @@ class TestRefused:
         with pytest.raises(DatasetError, match="has no column path"):
             predict_files(tmp_path / "t.csv", tmp_path / "o.csv", classifier=clf)
 
+    @pytest.mark.parametrize(
+        ("table", "cause"),
+        [
+            (
+                "path;label\na.png;normal\n".encode("utf-8-sig"),
+                "separated by ';': save it with commas",
+            ),
+            ("path\tlabel\na.png\tnormal\n".encode("utf-16"), "UTF-16: save it as UTF-8"),
+        ],
+    )
+    def test_a_csv_as_excel_saves_it(
+        self, clf: Classifier, tmp_path: Path, table: bytes, cause: str
+    ) -> None:
+        (tmp_path / "t.csv").write_bytes(table)
+        with pytest.raises(DatasetError, match=f"has no column path.*{cause}"):
+            predict_files(tmp_path / "t.csv", tmp_path / "o.csv", classifier=clf)
+
     def test_a_csv_with_two_columns_of_paths(self, clf: Classifier, tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_text("path,label,path\na.png,normal,b.png\n")
         with pytest.raises(DatasetError, match="has more than one column path"):

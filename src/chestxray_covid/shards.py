@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from chestxray_covid.datasets.loading import in_batches
-from chestxray_covid.datasets.storage import numbered_rows
+from chestxray_covid.datasets.storage import likely_cause, numbered_rows
 from chestxray_covid.errors import DatasetError, check_positive
 from chestxray_covid.files import check_replaceable, sync_folder
 from chestxray_covid.image import IMAGE_SUFFIXES
@@ -277,6 +277,7 @@ def _rows(table: str, places: Places) -> Iterator[str]:
                 raise DatasetError(
                     f"{table} has {'more than one' if count else 'no'} column path; it has "
                     f"{columns}. Expected a CSV with a header that names it once."
+                    f"{likely_cause(Path(table), columns)}"
                 )
             place = columns.index("path")
             for _, row in rows:

@@ -293,7 +293,7 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
             if missing := [name for name in required if name not in names]:
                 raise DatasetError(
                     f"{table} lacks the columns {missing}; it has {names}. Expected a CSV with a "
-                    f"header that names {list(required)}.{_likely_cause(table, names)}"
+                    f"header that names {list(required)}.{likely_cause(table, names)}"
                 )
             refuse_repeated(table, names)
             width, path = len(names), names.index("path") if "path" in names else None
@@ -369,7 +369,8 @@ def refuse_repeated(table: Path, names: Sequence[str]) -> None:
         )
 
 
-def _likely_cause(table: Path, names: Sequence[str]) -> str:
+def likely_cause(table: Path, names: Sequence[str]) -> str:
+    """Return why a table may lack a column, as the end of a message; nothing if nobody knows."""
     head = "".join(names)
     if "\0" in head:
         return " It seems to be UTF-16: save it as UTF-8."
