@@ -1224,6 +1224,7 @@ def words(dtype: str, entries: int = 4096) -> Any:
 def functional_groups(window: tuple[str, str], rescale: tuple[str, str] | None = None) -> Any:
     voi, transformation, groups = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
     voi.WindowCenter, voi.WindowWidth = window
+    voi.Rows, voi.PhotometricInterpretation = 9, "MONOCHROME1"  # which no group may say
     groups.FrameVOILUTSequence = pydicom.Sequence([voi])
     if rescale:
         transformation.RescaleSlope, transformation.RescaleIntercept = rescale

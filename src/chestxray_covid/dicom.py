@@ -26,6 +26,11 @@ from chestxray_covid.pixels import (
 
 #: VOI functions whose window is as wide as it says; that of LINEAR is 1 narrower.
 _EXACT = ("LINEAR_EXACT", "SIGMOID")
+#: What functional groups may say of a frame; all else, such as its size, stands elsewhere.
+_OF_FRAMES = frozenset(
+    {"RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction"}
+    | {"VOILUTSequence"}
+)
 #: Transfer syntaxes of JPEG-LS, JPEG 2000 and HTJ2K that keep every bit, overlays beside the pixels
 #: too. What loses some may exceed the bits stored by a little, and would wrap around.
 _LOSSLESS = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (80, 90, 201, 202))
@@ -128,7 +133,7 @@ def _lift_groups(data: Any) -> None:
         for groups in (data.get(keyword) or ())[:1]:
             for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
                 for item in (groups.get(macro) or ())[:1]:
-                    data.update(item)
+                    data.update({e.tag: e for e in item if e.keyword in _OF_FRAMES})
 
 
 def _first_frame(data: Any, pixel_array: Any) -> NDArray[Any]:
