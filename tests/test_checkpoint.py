@@ -34,7 +34,7 @@ from chestxray_covid.checkpoint import (
     save_checkpoint,
 )
 from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from chestxray_covid.files import is_folder, read_json, write_files
+from chestxray_covid.files import is_folder, parse_json, read_json, write_files
 from chestxray_covid.image import Preprocess
 from chestxray_covid.tensors import densenet121_shapes, read_tensors
 from conftest import random_tensors
@@ -455,6 +455,12 @@ def test_a_config_that_is_no_strict_small_json_is_refused(tmp_path: Path, kind: 
     with pytest.raises(ConfigError, match=reason) as caught:
         load_config(tmp_path)
     assert str(tmp_path / CONFIG_NAME) in str(caught.value)
+
+
+def test_a_name_that_stands_twice_is_refused_and_elsewhere_again_is_not() -> None:
+    assert parse_json(b'{"a": {"b": 1}, "b": [{"a": 2}, {"a": 3}]}')["b"] == [{"a": 2}, {"a": 3}]
+    with pytest.raises(ConfigError, match="names 'b' twice"):
+        parse_json(b'[{"a": {"b": 1, "c": 2, "b": 1}}]')
 
 
 def test_brackets_within_text_are_no_nesting(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 
-from chestxray_covid import Classifier, engine_openvino, engines
+from chestxray_covid import Classifier, engine_onnx, engine_openvino, engines
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
 from chestxray_covid.cli import main
 from chestxray_covid.engines import (
@@ -610,3 +610,26 @@ def test_weights_that_lack_a_tensor_are_refused() -> None:
     del tensors["features.conv0.weight"]
     with pytest.raises(CheckpointError, match="tensors is no DenseNet-121 with 3 classes: missing"):
         open_engine(CONFIG, tensors)
+
+
+def test_onnx_opens_a_session_of_its_own_in_another_process(opened: dict[str, Engine]) -> None:
+    engine: Any = opened["onnx"]
+    before, session = engine(pixels())[0], engine._session
+    engine._process = -1  # as a child finds it, whose number is another
+    assert np.array_equal(engine(pixels())[0], before)
+    assert engine._session is not session
+    assert engine._process == os.getpid()
+
+
+def test_importing_onnx_runtime_leaves_the_environment_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = engine_onnx.import_onnxruntime()
+    silence = "ORT_DISABLE_TELEMETRY"
+    monkeypatch.setenv(silence, "0")  # of somebody who wants it
+    assert engine_onnx.import_onnxruntime() is known
+    assert os.environ[silence] == "0"
+    monkeypatch.delenv(silence)
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    assert engine_onnx.import_onnxruntime().__version__ == known.__version__
+    assert silence not in os.environ
