@@ -763,6 +763,7 @@ def _named(*labels: str) -> ChestXrayDataset:
         ({"negative": "flu"}, "positive must be one of"),
         ({"positive": "normal", "negative": "normal"}, "positive must be one of"),
         ({"limit": 0}, "limit must be positive"),
+        ({"limit": "5"}, "limit must be a whole number, got '5'"),
         ({"batch_size": 0}, "batch_size must be positive"),
         ({"workers": 0}, "workers must be positive"),
         ({"workers": None}, "workers must be a whole number, got None"),

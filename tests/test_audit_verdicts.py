@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from chestxray_covid.audit_items import most_telling
+from chestxray_covid.audit_report import AuditFinding
 from chestxray_covid.audit_verdicts import capped, judge_auroc, judge_change, worst
 from chestxray_covid.delong import auroc_by_group
 from chestxray_covid.intervals import Estimate
@@ -89,3 +91,13 @@ def test_a_perfect_shortcut_fails_also_with_few_patients() -> None:
     assert judge_change(replace(number(-0.5), skipped=5)) == "fail"
     almost = auroc_by_group(truth, np.r_[-1.0, truth[1:]], patients)
     assert judge_auroc(almost) == "fail"
+
+
+def test_a_verdict_is_told_with_the_number_that_it_rests_on() -> None:
+    values = {"file_facts": (0.90, 0.45, 0.99), "frame_70": (0.82, 0.74, 0.90)}
+    unsure, sure = (
+        AuditFinding(name=name, what=name, metric="auroc", estimate=number(*ends))
+        for name, ends in values.items()
+    )
+    assert most_telling([unsure, sure], "fail") is sure
+    assert most_telling([unsure, sure], "warn") is unsure  # where the brightness warns

@@ -17,6 +17,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset, Sample, lung_mask
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.loading import decoder, in_batches, map_ahead
 from chestxray_covid.delong import auroc_by_group
+from chestxray_covid.errors import check_positive
 from chestxray_covid.hiding import Region, lung_region
 from chestxray_covid.image import Preprocess
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
@@ -102,10 +103,9 @@ def stratified_sample(dataset: ChestXrayDataset, limit: int, *, seed: int = 0) -
     """Return about ``limit`` random samples, of each source and label its share, at least one.
 
     Raises:
-        ValueError: If ``limit`` is not positive.
+        TypeError, ValueError: If ``limit`` is no positive whole number.
     """
-    if not limit > 0:
-        raise ValueError(f"limit must be positive, got {limit}")
+    check_positive("limit", limit)
     if len(dataset) <= limit:
         return dataset
     cells: dict[tuple[str, str], list[int]] = defaultdict(list)

@@ -135,8 +135,10 @@ def with_hashes(dataset: ChestXrayDataset) -> ChestXrayDataset:
 
 
 def _hashed(sample: Sample) -> Sample:
-    known = sample.metadata.get("content_hash") or sample.content_hash()
-    return replace(sample, metadata={**sample.metadata, "content_hash": known})
+    if sample.metadata.get("content_hash"):
+        return sample
+    about = {**sample.metadata, "content_hash": sample.content_hash()}
+    return replace(sample, metadata=about)
 
 
 def _seen(data: AuditData, train: ChestXrayDataset | None) -> NDArray[np.bool_]:

@@ -180,7 +180,7 @@ def without_lungs_item(data: AuditData) -> AuditItem:
     # Opacities change the brightness, too: alone it is no proof.
     verdicts.append(capped(judge_auroc(by_name["brightness"].estimate)) if verdicts else PASS)
     verdict = worst(verdicts) if any(found.estimate.n for found in judged) else NOT_ASSESSABLE
-    best = max(judged, key=lambda found: np.nan_to_num(found.estimate.value, nan=-1))
+    best = most_telling(judged, verdict)
     reason = {
         FAIL: f"AUROC {best.estimate} from this alone: {best.what}.",
         WARN: f"AUROC {best.estimate} from this alone: {best.what}; from the brightness alone, "
@@ -197,6 +197,12 @@ def without_lungs_item(data: AuditData) -> AuditItem:
         threshold_source=DISCRIMINATION,
         findings=findings,
     )
+
+
+def most_telling(findings: Sequence[AuditFinding], verdict: str) -> AuditFinding:
+    """Return the finding of the highest AUROC, of those with such a verdict if there are any."""
+    of_it = [found for found in findings if judge_auroc(found.estimate) == verdict]
+    return max(of_it or findings, key=lambda one: np.nan_to_num(one.estimate.value, nan=-1))
 
 
 # ---------------------------------------------------------------- 4. what the features know
