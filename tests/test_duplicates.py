@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -162,6 +163,7 @@ def test_the_threshold_is_a_correlation(tmp_path: Path) -> None:
     expected = float(np.corrcoef(pixels)[0, 1])
     assert 0.5 < expected < 0.98
     assert find_duplicates(dataset, correlation=expected - 0.001) == [(0, 1)]
+    assert find_duplicates(dataset, correlation=cast(float, torch.tensor(0.5))) == [(0, 1)]
     assert find_duplicates(dataset, correlation=expected + 0.001) == []
 
 

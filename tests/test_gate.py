@@ -340,6 +340,11 @@ def test_impossible_examples_are_refused(
         fit({**data, **change})
 
 
+def test_a_share_of_false_alarms_is_a_number(data: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"false_alarms must be a number, got '0\.05'"):
+        fit(data, false_alarms="0.05")
+
+
 def test_a_kind_that_one_fold_holds_alone_is_named(data: dict[str, Any]) -> None:
     pairs = list(zip(data["patients"], data["kinds"], strict=True))
     alone = ["only" if kind == "ct" else patient for patient, kind in pairs]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import cast
 
@@ -149,6 +150,8 @@ def test_an_impossible_box_is_refused(shape: tuple[int, ...], margin: float) -> 
         lung_box(np.ones(shape, bool), margin=margin)
     with pytest.raises(TypeError, match=r"margin must be a number, got '0\.1'"):
         lung_box(np.ones((4, 4), bool), margin=cast(float, "0.1"))
+    whole = lung_box(np.ones((4, 4), bool), margin=cast(float, Decimal("0.1")))
+    assert whole == (0.0, 0.0, 1.0, 1.0)
 
 
 def test_there_is_no_box_around_lungs_that_nobody_drew() -> None:

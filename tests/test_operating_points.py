@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn import metrics as sk
 
 from chestxray_covid import operating_points as op
@@ -128,8 +131,10 @@ def test_exactly_one_rule_is_needed(rules: dict[str, float]) -> None:
 def test_a_rule_is_a_number(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} must be a number, got '0.9'"):
         op.choose_threshold([0, 1], [0.1, 0.9], **{name: "0.9"})  # type: ignore[arg-type]
-    rules: dict[str, Any] = {name: np.float32(0.5)}
-    assert op.choose_threshold([0, 1], [0.1, 0.9], **rules)[0] in (0.5, 0.9, np.nextafter(0.1, 1))
+    for half in (np.float32(0.5), Fraction(1, 2), Decimal("0.5"), torch.tensor(0.5)):
+        rules: dict[str, Any] = {name: half}
+        found = op.choose_threshold([0, 1], [0.1, 0.9], **rules)
+        assert found == op.choose_threshold([0, 1], [0.1, 0.9], **{name: 0.5})
 
 
 def test_a_prevalence_is_a_number() -> None:

@@ -7,11 +7,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats.contingency import association
@@ -244,8 +247,10 @@ def test_a_fraction_is_a_number(wrong: Any) -> None:
     for name in ("val", "test"):
         with pytest.raises(TypeError, match=rf"{name} must be a number, got \[?'?[0N]"):
             split_by_patient(listed(*balanced(9)), **{name: wrong})
-    by_numpy = split_by_patient(listed(*balanced(9)), val=np.float32(0.25), find_copies=False)
-    assert_sound(by_numpy)
+    expected = split_by_patient(listed(*balanced(9)), val=0.25, find_copies=False)
+    for quarter in (np.float32(0.25), Fraction(1, 4), Decimal("0.25"), torch.tensor(0.25)):
+        found = split_by_patient(listed(*balanced(9)), val=cast(float, quarter), find_copies=False)
+        assert found.indices == expected.indices
 
 
 def test_a_seed_is_a_whole_number_that_scikit_learn_takes() -> None:

@@ -334,7 +334,8 @@ def cross_validate(
     config = config or TrainingConfig()
     check_options(config, ())
     check_maker(model)
-    if not 0 < real_number("val", val) <= 0.5:
+    val = real_number("val", val)
+    if not 0 < val <= 0.5:
         raise ValueError(f"val must be a share in (0, 0.5], got {val}")
     labels = [sample.label for sample in dataset.samples]
     chosen = _positive(labels, dataset.classes, positive)

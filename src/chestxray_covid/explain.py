@@ -147,7 +147,8 @@ def occlusion_sensitivity(
         TypeError: If something is no image, ``classifier`` none, or an option no number.
         ValueError: If ``target`` or another option is impossible.
     """
-    if not 2 <= whole_number("steps", steps) <= 32 or not 0 < real_number("window", window) < 1:
+    steps, window = whole_number("steps", steps), real_number("window", window)
+    if not 2 <= steps <= 32 or not 0 < window < 1:
         raise ValueError(
             f"steps must be in 2 to 32 and window inside (0, 1), got {steps} and {window}"
         )

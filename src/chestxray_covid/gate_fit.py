@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid.errors import first_of
+from chestxray_covid.errors import first_of, real_number
 from chestxray_covid.gate import KINDS, Gate, describe, standardise
 from chestxray_covid.tensors import FEATURE_COUNT
 
@@ -73,10 +73,12 @@ def fit_gate(
         components: Directions of the Gaussian that have a variance of their own.
 
     Raises:
+        TypeError: If ``false_alarms`` is no number.
         ValueError: If lengths or shapes differ, values are not finite, a kind is unknown or
             missing, there are fewer than five frontal patients, or too few frontal radiographs
             for the components; all of it also where a fold or a source is left out.
     """
+    false_alarms = real_number("false_alarms", false_alarms)
     if not 0 < false_alarms < 1:
         raise ValueError(f"false_alarms must be inside (0, 1), got {false_alarms}")
     examples = _gather(pixels, features, kinds, patients, sources)

@@ -116,7 +116,8 @@ def leave_one_source_out(
         ImageError: If a file cannot be decoded.
     """
     check_dataset(dataset)
-    if not 0 < real_number("test", test) <= 0.5:
+    test = real_number("test", test)
+    if not 0 < test <= 0.5:
         raise ValueError(f"test must be a share in (0, 0.5], got {test}")
     if len(dataset.sources) < 2:
         raise ValueError(f"Leaving a source out needs two or more, got {list(dataset.sources)}")

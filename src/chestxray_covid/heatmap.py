@@ -63,7 +63,8 @@ class Heatmap:
             TypeError: If ``opacity`` is no number.
             ValueError: If it is out of range.
         """
-        if not 0 <= real_number("opacity", opacity) <= 1:
+        opacity = real_number("opacity", opacity)
+        if not 0 <= opacity <= 1:
             raise ValueError(f"opacity must be in [0, 1], got {opacity}")
         from matplotlib import colormaps
 

@@ -160,7 +160,8 @@ def lung_box(
     (0.2, 0.25, 0.8, 0.75)
     """
     mask = np.asarray(mask)  # of None, which lung_mask returns where nobody drew lungs, too
-    if mask.ndim != 2 or not 0 <= real_number("margin", margin) <= 0.5:
+    margin = real_number("margin", margin)
+    if mask.ndim != 2 or not 0 <= margin <= 0.5:
         raise ValueError(
             f"mask must be (H, W) and margin in [0, 0.5], got shape {mask.shape} and {margin}"
         )

@@ -126,17 +126,17 @@ def choose_threshold(
             "Exactly one of threshold, sensitivity and specificity must be given, "
             f"got {threshold}, {sensitivity} and {specificity}"
         )
-    for name, value in given.items():
-        real_number(name, value)
-    if sensitivity is not None:
-        chosen = m.threshold_at_sensitivity(y_true, y_score, sensitivity=sensitivity)
-        return chosen, f"sensitivity of at least {sensitivity:g}"
-    if specificity is not None:
-        chosen = m.threshold_at_specificity(y_true, y_score, specificity=specificity)
-        return chosen, f"specificity of at least {specificity:g}"
-    if threshold is None or not math.isfinite(threshold):
-        raise ValueError(f"threshold must be a finite number, got {threshold}")
-    return float(threshold), "threshold as given"
+    [(name, value)] = given.items()
+    value = real_number(name, value)
+    if name == "sensitivity":
+        chosen = m.threshold_at_sensitivity(y_true, y_score, sensitivity=value)
+        return chosen, f"sensitivity of at least {value:g}"
+    if name == "specificity":
+        chosen = m.threshold_at_specificity(y_true, y_score, specificity=value)
+        return chosen, f"specificity of at least {value:g}"
+    if not math.isfinite(value):
+        raise ValueError(f"threshold must be a finite number, got {value}")
+    return value, "threshold as given"
 
 
 def decide(
@@ -162,8 +162,12 @@ def decide(
         TypeError: If ``prevalence`` is no number.
         ValueError: If an argument is not as said.
     """
-    if prevalence is not None and not 0 < real_number("prevalence", prevalence) < 1:
-        raise ValueError(f"prevalence must be inside (0, 1), for example 0.02, got {prevalence}")
+    if prevalence is not None:
+        prevalence = real_number("prevalence", prevalence)
+        if not 0 < prevalence < 1:
+            raise ValueError(
+                f"prevalence must be inside (0, 1), for example 0.02, got {prevalence}"
+            )
     labels, scores = m.scored(y_true, y_score)
     owners = group_codes(patients)
     m.check_lengths(y_true=labels, patients=owners)

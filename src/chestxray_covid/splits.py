@@ -226,8 +226,9 @@ def split_by_patient(
         SplitError: If a class has too few patients to be on every side.
         ImageError: If a file cannot be decoded.
     """
+    val, test = real_number("val", val), real_number("test", test)
     for name, fraction in (("val", val), ("test", test)):
-        if not 0 <= real_number(name, fraction) <= 0.5:
+        if not 0 <= fraction <= 0.5:
             raise ValueError(f"{name} must be a fraction in [0, 0.5], got {fraction}")
     if not 0 < val + test < 1:
         raise ValueError(f"val and test must add up to more than 0 and less than 1: {val}, {test}")
@@ -335,8 +336,7 @@ def divide(
         return indices, indices[:0]
     if fraction > 0.5:
         return divide(dataset, indices, groups, 1 - fraction, seed)[::-1]
-    folds = max(2, round(1 / fraction))
-    own = groups[indices]
+    folds, own = max(2, round(1 / fraction)), groups[indices]
     held, left = _divide_rare(dataset, indices, own, fraction, folds, seed)
     if left.any():
         strata = _strata(dataset, indices[left].tolist(), groups, folds)

@@ -119,7 +119,8 @@ def find_duplicates(
         ValueError: If ``correlation`` is outside (0, 1), or ``workers`` not positive.
         ImageError: If a file cannot be decoded.
     """
-    if not 0 < real_number("correlation", correlation) < 1:
+    correlation = real_number("correlation", correlation)
+    if not 0 < correlation < 1:
         raise ValueError(f"correlation must be in (0, 1), got {correlation}")
     check_dataset(dataset)
     check_positive("workers", workers)
