@@ -1347,6 +1347,14 @@ def dicom_files() -> dict[str, tuple[bytes, np.ndarray]]:
             ),
             255 - inside,
         ),
+        "enhanced, its groups blanked": (
+            dicom(
+                twelve,
+                **window,
+                SharedFunctionalGroupsSequence=pydicom.Sequence([functional_groups(("", ""))]),
+            ),
+            inside,
+        ),
         "rgb": (dicom(rgb), luma(rgb)),
         "ybr": (dicom(ybr, PhotometricInterpretation="YBR_FULL"), luma(rgb)),
         "palette": (dicom(grey, PhotometricInterpretation="PALETTE COLOR", **palette), grey),

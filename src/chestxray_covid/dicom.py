@@ -133,7 +133,8 @@ def _lift_groups(data: Any) -> None:
         for groups in (data.get(keyword) or ())[:1]:
             for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
                 for item in (groups.get(macro) or ())[:1]:
-                    data.update({e.tag: e for e in item if e.keyword in _OF_FRAMES})
+                    said = (e for e in item if e.keyword in _OF_FRAMES and not e.is_empty)
+                    data.update({e.tag: e for e in said})
 
 
 def _first_frame(data: Any, pixel_array: Any) -> NDArray[Any]:
