@@ -109,13 +109,14 @@ def test_the_command_line_trains_in_two_processes_and_speaks_once(tmp_path: Path
     assert training["identity"]["batch_size"] == 32, "two times the recipe's sixteen"
 
 
+@pytest.mark.parametrize("device", [[], ["--device", "cpu"]])
 def test_processes_of_a_cluster_that_no_launcher_connects_train_on_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: list[str]
 ) -> None:
     monkeypatch.setenv("PMI_SIZE", "2")  # as Slurm sets it for the tasks of a job step
     phantoms = SyntheticChestXray(TRAIN + VAL, image_size_px=32).save(tmp_path / "phantoms")
     options = ["--no-pretrained", "--epochs", 1, "--size", 32, "--limit", 20]
-    command = ["train", "--data", phantoms, "--output", tmp_path / "run", *options]
+    command = ["train", "--data", phantoms, "--output", tmp_path / "run", *options, *device]
     done = launched(sys.executable, "-m", "chestxray_covid", *command)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "evaluation.json").is_file()

@@ -27,8 +27,9 @@ def open_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
     connected = _is_connected()
     # Accelerate connects processes on CPUs only where it is told that they are on CPUs; and then
     # also those of MPI or Slurm, which nobody asked it to, for want of a launcher's variable.
-    launched = "LOCAL_RANK" in os.environ
-    on_cpu = config.device == "cpu" or (launched and not torch.accelerator.is_available())
+    # Where there is nothing else, it takes the CPU untold.
+    has_other, launched = torch.accelerator.is_available(), "LOCAL_RANK" in os.environ
+    on_cpu = config.device == "cpu" if has_other else launched
     try:
         accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     except ValueError as error:
