@@ -12,7 +12,7 @@ from chestxray_covid.audit_data import AuditData
 from chestxray_covid.audit_report import FAIL, AuditFinding, AuditItem
 from chestxray_covid.audit_verdicts import CHANGE_BANDS, CHANGES, judge_change, worst
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
-from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.datasets.duplicates import FILE_HASH, patient_groups
 from chestxray_covid.generalisation import (
     FEWEST_PATIENTS,
     NOT_RETRAINED,
@@ -135,9 +135,9 @@ def with_hashes(dataset: ChestXrayDataset) -> ChestXrayDataset:
 
 
 def _hashed(sample: Sample) -> Sample:
-    if sample.metadata.get("content_hash"):
+    if sample.metadata.get(FILE_HASH):
         return sample
-    about = {**sample.metadata, "content_hash": sample.content_hash()}
+    about = {**sample.metadata, FILE_HASH: sample.content_hash()}
     return replace(sample, metadata=about)
 
 

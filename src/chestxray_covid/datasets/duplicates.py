@@ -20,6 +20,8 @@ from chestxray_covid.progress import Bar
 #: four public sources it gives 45 pairs and no chain longer than three.
 DUPLICATE_CORRELATION = 0.98
 _THUMBNAIL_PX = 64
+#: Metadata with what :meth:`Sample.content_hash` gave; a table's own hash may be another one.
+FILE_HASH = "content_hash()"
 
 
 def patient_groups(
@@ -95,8 +97,9 @@ def _identities(sample: Sample, resolved: Callable[[Path], str]) -> Iterable[tup
         yield "file", resolved(sample.path)
     if image_id := sample.metadata.get("image_id"):
         yield "image", sample.metadata.get("origin") or sample.source, image_id
-    if content := sample.metadata.get("content_hash"):
-        yield "content", content
+    for name in ("content_hash", FILE_HASH):
+        if content := sample.metadata.get(name):
+            yield name, content
 
 
 def find_duplicates(
