@@ -524,6 +524,37 @@ def test_the_command_line_reads_addresses_and_shows_no_control_characters(
     assert r"a\x1b[31m.png" in done.output
 
 
+class Elsewhere(os.PathLike[str]):
+    """A path of another library: it is an address, and leads to a local copy that nobody sends."""
+
+    def __init__(self, address: str, copy: Path) -> None:
+        self.address, self.copy = address, copy
+
+    def __str__(self) -> str:
+        return self.address
+
+    def __fspath__(self) -> str:
+        return str(self.copy)
+
+
+def test_a_path_that_is_an_address_is_taken_for_that_not_for_its_local_copy(
+    clf: Classifier, images: Path, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    shutil.copy(images / "00.png", copies)  # what happens to have been fetched
+    place = Elsewhere(f"file://{images}", copies)
+    output = Elsewhere(f"file://{tmp_path}/there.parquet", copies / "here.parquet")
+    done = predict_files(place, output, classifier=clf)
+    assert (done.count, done.output) == (FILES, str(output))
+    assert [row["path"] for row in rows_of(tmp_path / "there.parquet")] == [
+        f"file://{images}/{number:02}.png" for number in range(FILES)
+    ]
+    assert [path.name for path in copies.iterdir()] == ["00.png"]
+    with pytest.raises(ValueError, match=r"An address must end in \.parquet"):
+        predict_files(place, Elsewhere("file:///there.csv", copies / "a.csv"), classifier=clf)
+
+
 class Buckets(Places):
     """Has a folder of this machine as its object storage."""
 

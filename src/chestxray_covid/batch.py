@@ -27,7 +27,14 @@ from chestxray_covid.files import is_folder
 from chestxray_covid.places import Places, is_address
 from chestxray_covid.prediction import FailedPrediction
 from chestxray_covid.prediction_table import Row
-from chestxray_covid.shards import Place, Shard, ShardedTable, check_apart, listed
+from chestxray_covid.shards import (
+    Place,
+    Shard,
+    ShardedTable,
+    check_apart,
+    listed,
+    name_of_place,
+)
 
 #: Objects that are fetched at once; waiting for object storage costs no processor.
 _FETCHES = 16
@@ -163,7 +170,7 @@ def ray_predict(
     from chestxray_covid.progress import Bar
 
     ray, data = require_extra("ray", "ray"), require_extra("ray.data", "ray")
-    target = os.fspath(output)
+    target = name_of_place(output)
     clf = classifier or Classifier.from_pretrained()
     # A worker has another current folder.
     place = target if is_address(target) else os.path.abspath(target)  # noqa: PTH100

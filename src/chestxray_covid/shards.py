@@ -65,7 +65,7 @@ class ShardedTable:
         self, output: Place, *, classes: Sequence[str], model: str, shard_size: int
     ) -> None:
         check_positive("shard_size", shard_size)
-        given = _home(output)
+        given = name_of_place(output)
         bare = given.rstrip(f"/{os.sep}")  # with which a shell ends the name of a folder
         self.output = bare if format_of(bare) is PARQUET else given
         self.places = Places()
@@ -205,7 +205,7 @@ def check_apart(images: Place | Iterable[Place], output: str) -> None:
     given = _each(images)
     own, suffix = _identity(output), os.path.splitext(output)[1]  # noqa: PTH122 - as below
     for one in () if isinstance(given, Iterator) else given:
-        place = _home(one)
+        place = name_of_place(one)
         if place == output or (own and place.endswith(suffix) and _identity(place) == own):
             raise ValueError(f"output {output} is one of the inputs. Give it another name.")
 
@@ -213,10 +213,10 @@ def check_apart(images: Place | Iterable[Place], output: str) -> None:
 def _each(images: Place | Iterable[Place]) -> Iterable[Place]:
     if isinstance(images, (str, os.PathLike)):
         return [images]
-    return images if isinstance(images, Iterable) else [_home(images)]  # which refuses it
+    return images if isinstance(images, Iterable) else [name_of_place(images)]  # which refuses it
 
 
-def _home(place: Place) -> str:
+def name_of_place(place: Place) -> str:
     """Return a path, or an address as it is, with ``~`` at its start as the home folder.
 
     Raises:
@@ -227,7 +227,9 @@ def _home(place: Place) -> str:
             f"expected the path or address of a file or folder, got {type(place).__name__}. "
             "Leave out the gaps of a table; for images themselves there is Classifier.predict."
         )
-    return os.path.expanduser(os.fspath(place))  # noqa: PTH111 - which would change an address
+    # A path of another library that is an address would lead to a copy of its own.
+    name = str(place) if is_address(str(place)) else os.fspath(place)
+    return os.path.expanduser(name)  # noqa: PTH111 - which would change an address
 
 
 def _anywhere(file: str) -> str:
@@ -256,7 +258,7 @@ def listed(images: Place | Iterable[Place], places: Places) -> Iterator[str]:
     if hasattr(images, "columns"):  # by iterating, a table gives their names
         raise TypeError(f"expected paths, got a {type(images).__name__}. Pass its column of paths.")
     for one in _each(images):
-        place = _home(one)
+        place = name_of_place(one)
         if not place.lower().endswith(".csv"):
             yield from places.images(place)
             continue
