@@ -133,6 +133,9 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     done = call(command, *given, "--output", "")
     assert done.exit_code == 2
     assert "An empty path names no place to write" in done.output
+    done = call(command, *given, "--output", "s3://bucket/report")
+    assert done.exit_code == 2
+    assert "s3://bucket/report is an address, expected a path on this machine" in done.output
     monkeypatch.setattr(os, "access", lambda *asked: asked != (tmp_path, os.W_OK))
     done = call(command, *given, "--output", Path("new", "report"))
     assert done.exit_code == 2

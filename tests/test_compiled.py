@@ -58,6 +58,16 @@ def test_a_folder_that_cannot_be_written_is_no_error(
     assert folder.read_text() == "a file where the folder should be"
 
 
+def test_an_address_in_place_of_the_folder_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHESTXRAY_COVID_CACHE", "s3://bucket/cache")
+    keep_compiled(DATA, *KEY)
+    assert load_compiled(*KEY) is None
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")

@@ -249,6 +249,46 @@ def test_an_empty_path_is_not_the_current_folder(
     assert sorted(tmp_path.iterdir()) == before
 
 
+class Elsewhere(os.PathLike[str]):
+    """A path of another library: it is an address, and leads to a local copy that nobody sends."""
+
+    def __init__(self, address: str, copy: Path) -> None:
+        self.address, self.copy = address, copy
+
+    def __str__(self) -> str:
+        return self.address
+
+    def __fspath__(self) -> str:
+        return str(self.copy)
+
+
+@pytest.mark.parametrize("kind", ["text", "Path", "another library's"])
+def test_an_address_becomes_no_folder_of_that_name(
+    kind: str, checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    phantoms, network = SyntheticChestXray(4, image_size_px=64), build_densenet121(False)
+    phantoms.save("copy")
+    before = sorted(tmp_path.rglob("*"))
+    text = "s3://bucket/all"
+    other = Elsewhere(text, tmp_path / "copy")
+    address: Any = {"text": text, "Path": Path(text)}.get(kind, other)
+    classifier = Classifier.from_pretrained(checkpoint_folder, engine="torch")
+    for use in (
+        phantoms.save,
+        open_dataset,
+        open_dataset("copy").to_manifest,
+        classifier.save_pretrained,
+        lambda place: Trainer(network, phantoms, phantoms, TrainingConfig(), output=place),
+    ):
+        with pytest.raises(ValueError, match=r"s3://?bucket/all is an address, expected a path"):
+            use(address)
+    for images in (address, [address]):  # of the copy's images, none may speak for the folder
+        with pytest.raises(ImageNotFoundError, match=r"is a folder|looks like an address"):
+            classifier.predict(images)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("use", [ManifestDataset, FolderDataset, open_dataset])
 @pytest.mark.parametrize("given", [pd.DataFrame({"path": ["a.png"]}), None, b"folder"])
 def test_a_table_in_place_of_its_path_is_refused_in_words(

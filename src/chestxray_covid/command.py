@@ -35,7 +35,10 @@ class HomePath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path."""
-        path = super().convert(expanded(value) if value else value, param, ctx)  # "" is no path
+        try:
+            path = super().convert(expanded(value) if value else value, param, ctx)  # "" is no path
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
         if not self.exists:
             if not value:
                 self.fail("An empty path names no place to write.", param, ctx)

@@ -46,7 +46,7 @@ def load_compiled(*key: object) -> bytes | None:
     try:
         with (cache_folder() / _name(key)).open("rb") as file:
             digest, data = file.read(_DIGEST_BYTES), file.read()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):
         return None
     return data if hashlib.sha256(data).digest() == digest else None
 
@@ -64,7 +64,7 @@ def keep_compiled(data: bytes, *key: object) -> None:
         kept = sorted(folder.glob("*.compiled"), key=lambda path: path.stat().st_mtime)
         for path in kept[:-MAX_FILES]:
             path.unlink(missing_ok=True)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):
         return
 
 

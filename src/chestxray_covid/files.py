@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from chestxray_covid.errors import ConfigError, DatasetNotFoundError
 #: A config of this library has about 1 kB; more is no config.
 MAX_JSON_BYTES = 1_000_000
 _MAX_JSON_DEPTH = 20
+#: Of the two slashes of an address pathlib keeps one; a drive of Windows has one letter.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
 
 
 def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
@@ -95,12 +98,35 @@ def _depth(content: Any) -> int:
     return depth
 
 
+def looks_like_address(path: str | os.PathLike[str]) -> bool:
+    """Return whether something names what is not on this machine, as ``s3://bucket/folder`` does.
+
+    Also a path of another library that shows itself as such, and leads to a local copy of its own.
+    """
+    return _ADDRESS.match(str(path)) is not None
+
+
 def expanded(path: str | os.PathLike[str]) -> Path:
     """Return a path with ``~`` at its start as the home folder; ``~name`` of no user as it is.
 
     Raises:
         TypeError: If it is no path, for example a table or what was made of one.
-        ValueError: If it is empty, as an unset variable is; Python takes that for ``"."``.
+        ValueError: If it is empty, as an unset variable is; Python takes that for ``"."``. Or if it
+            is an address, of which Python would make a folder ``s3:``.
+    """
+    if isinstance(path, str | os.PathLike) and looks_like_address(path):
+        raise ValueError(
+            f"{path} is an address, expected a path on this machine. Fetch what is to be read "
+            "first; write to a folder here, and copy that there."
+        )
+    return expanded_copy(path)
+
+
+def expanded_copy(path: str | os.PathLike[str]) -> Path:
+    """Return what :func:`expanded` does, and of an address the path where its copy would be.
+
+    Raises:
+        TypeError, ValueError: As :func:`expanded`.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
 import stat
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from PIL import Image
 from chestxray_covid.dicom import decode_dicom
 from chestxray_covid.encoded import Stream, decode_image, read_stream, with_whole_depth
 from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError
-from chestxray_covid.files import expanded
+from chestxray_covid.files import expanded_copy, looks_like_address
 from chestxray_covid.pixels import (
     DECODE_ERRORS,
     ImageFacts,
@@ -144,7 +143,7 @@ def read_image(
     if isinstance(source, str) and not source:  # pathlib takes it for the current folder
         raise ImageNotFoundError("The path of an image is empty. Is a variable unset?")
     if isinstance(source, str | os.PathLike):
-        return _from_path(expanded(os.fsdecode(source)), min_size, max_pixels)
+        return _from_path(expanded_copy(os.fsdecode(source)), min_size, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(bytes(source)), "<bytes>", min_size, max_pixels)
     if hasattr(source, "patient_id") and hasattr(source, "is_file"):  # a table has the first, too
@@ -188,7 +187,7 @@ def _from_path(
     except ImageError:
         raise
     except FileNotFoundError as error:
-        if re.match(r"[a-z][a-z0-9]+:/", text):  # of the two slashes pathlib keeps one
+        if looks_like_address(text):
             way = "looks like an address. Download it first, or pass its bytes."
             raise ImageNotFoundError(f"{name} does not exist; it {way}") from error
         what = "is a link to nothing" if path.is_symlink() else "does not exist"

@@ -17,7 +17,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.loading import image_files
 from chestxray_covid.encoded import read_stream
 from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError
-from chestxray_covid.files import expanded, is_folder
+from chestxray_covid.files import expanded, is_folder, looks_like_address
 from chestxray_covid.image import Preprocess
 from chestxray_covid.pixels import ImageFacts
 
@@ -44,7 +44,8 @@ class Held(NamedTuple):
 def is_single(images: Any) -> bool:
     """Return whether something is one image, as opposed to what holds images."""
     if isinstance(images, (str, os.PathLike)):
-        return images == "" or not is_folder(expanded(images))
+        # Of a folder elsewhere, a copy would hold what happens to have been fetched.
+        return images == "" or looks_like_address(images) or not is_folder(expanded(images))
     if hasattr(images, "read"):  # a sample, or an open file, also an iterator of its lines
         return True
     dimensions = getattr(images, "ndim", None)

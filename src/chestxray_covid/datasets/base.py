@@ -22,7 +22,7 @@ from PIL import Image
 from chestxray_covid.datasets.report import DatasetReport, printable, summarise_taken
 from chestxray_covid.datasets.storage import cell_text, resolver, write_csv, writing_to
 from chestxray_covid.errors import DatasetError, ImageError, check_kinds, check_positive
-from chestxray_covid.files import expanded
+from chestxray_covid.files import expanded, expanded_copy
 from chestxray_covid.image import load_image
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, Path):  # text, or a gap, which is refused
-            object.__setattr__(self, "path", expanded(self.path))
+            object.__setattr__(self, "path", expanded_copy(self.path))
         if type(self.patient_id) is not str or type(self.source) is not str:
             for name, value in (("patient_id", self.patient_id), ("source", self.source)):
                 if not isinstance(value, str | int | np.integer):  # gaps are not even equal
