@@ -14,6 +14,7 @@ import textwrap
 import time
 import tracemalloc
 import warnings
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -160,9 +161,16 @@ def test_an_upload_of_an_asynchronous_service_says_that_it_is_to_be_awaited() ->
         load_image(Upload())  # type: ignore[arg-type]
 
 
-def test_streams_of_text_closed_ones_and_endless_ones_are_refused() -> None:
+def test_streams_of_text_closed_ones_and_endless_ones_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="expected a binary stream, got one of str"):
         load_image(io.StringIO("text"))  # type: ignore[arg-type]
+    picture = tmp_path / "x.png"
+    picture.write_bytes(encode(ramp(), "PNG"))
+    with (
+        picture.open(encoding="utf-8") as text,
+        pytest.raises(TypeError, match="got one of text; open it with 'rb'"),
+    ):
+        load_image(text)  # type: ignore[arg-type]
     closed = io.BytesIO(b"x")
     closed.close()
     with pytest.raises(ImageError, match="<stream> cannot be read: ValueError"):
@@ -175,6 +183,23 @@ def test_an_endless_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "<stream> is longer than 4194304 bytes"
     with Path("/dev/zero").open("rb") as endless, pytest.raises(ImageError, match=message):
         load_image(endless)
+
+
+def test_of_a_member_of_an_archive_and_of_a_column_of_text_it_is_said_what_to_pass() -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as writing:
+        writing.writestr("x.png", encode(ramp(), "PNG"))
+    member = zipfile.Path(archive, "x.png")
+    with pytest.raises(TypeError, match=r"in an archive, what its read_bytes\(\) gives"):
+        load_image(member)  # type: ignore[arg-type]
+    assert load_image(member.read_bytes()).size == ramp().shape[::-1]
+
+    class Column:  # as polars has it
+        def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+            return np.array(["x.png", "y.png"])
+
+    with pytest.raises(ImageError, match=r"dtype <U5, .* Pass a column of paths as a list"):
+        load_image(Column())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("source", [None, 3, [[1, 2]], object()])

@@ -251,10 +251,7 @@ def read_stream(stream: Stream) -> bytes:
             cast(io.IOBase, stream).seek(0)
         while part := stream.read(1 << 20):
             if not isinstance(part, bytes | bytearray | memoryview):
-                raise TypeError(
-                    f"expected a binary stream, got one of {type(part).__name__}; open it with "
-                    "'rb', or await what it reads and pass that"
-                )
+                raise _not_binary(type(part).__name__)
             parts.append(bytes(part))
             total += len(part)
             if total > MAX_STREAM_BYTES:
@@ -263,9 +260,18 @@ def read_stream(stream: Stream) -> bytes:
                 )
     except ImageError:
         raise
+    except UnicodeDecodeError as error:  # text is decoded as it is read
+        raise _not_binary("text") from error
     except _stream_errors() as error:
         raise ImageError(f"<stream> cannot be read: {reason(error)}") from error
     return b"".join(parts)
+
+
+def _not_binary(kind: str) -> TypeError:
+    return TypeError(
+        f"expected a binary stream, got one of {kind}; open it with 'rb', or await what it reads "
+        "and pass that"
+    )
 
 
 def _is_seekable(stream: Stream) -> bool:

@@ -211,14 +211,15 @@ def _as_array(source: object) -> NDArray[Any]:
     raise TypeError(
         "expected a path, bytes, a binary stream, a PIL image, an array or a tensor, "
         f"got {type(source).__name__}. Of a table, pass the column of paths; of a pydicom data "
-        "set, the file."
+        "set, the file; of what lies elsewhere or in an archive, what its read_bytes() gives."
     )
 
 
 def _from_array(array: NDArray[Any], name: str, max_pixels: int) -> tuple[Image.Image, ImageFacts]:
     if array.dtype.kind not in "buif":
         raise ImageError(
-            f"{name} has dtype {array.dtype}, expected bool, an integer or a float type."
+            f"{name} has dtype {array.dtype}, expected bool, an integer or a float type. Pass a "
+            "column of paths as a list."
         )
     return from_planes(channels_last(array, name), name, max_pixels)
 

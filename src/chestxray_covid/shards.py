@@ -225,7 +225,8 @@ def name_of_place(place: Place) -> str:
     if not isinstance(place, (str, os.PathLike)):
         raise TypeError(
             f"expected the path or address of a file or folder, got {type(place).__name__}. "
-            "Leave out the gaps of a table; for images themselves there is Classifier.predict."
+            "Leave out the gaps of a table; pass another library's path as text; for images "
+            "themselves there is Classifier.predict."
         )
     # A path of another library that is an address would lead to a copy of its own.
     name = str(place) if is_address(str(place)) else os.fspath(place)
