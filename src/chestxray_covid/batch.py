@@ -72,7 +72,8 @@ def predict_files(
     Whatever ended the call before, even ``kill -9``, at most the shard that was being computed is
     done again, and every file has one row in the end. If the list of files has changed since, it
     is computed again from the first shard that changed. A file is known by its name, and by the
-    current folder where that is relative: where a file's content has changed, delete the output.
+    current folder where that is relative: where a file's content has changed, or one that failed is
+    to be tried again, delete the output.
     Memory does not grow with the number of files.
 
     Args:
