@@ -633,9 +633,13 @@ def test_what_is_no_json_is_no_split(tmp_path: Path, site: FolderDataset, conten
 
 
 def test_a_missing_split_is_refused(tmp_path: Path, site: FolderDataset) -> None:
-    with pytest.raises(SplitError, match="is no saved split: FileNotFoundError"):
+    with pytest.raises(
+        SplitError, match=r"is no saved split: FileNotFoundError.*Check path and permissions"
+    ):
         Split.load(tmp_path / "nothing.json", site)
-    with pytest.raises(SplitError, match="is no saved split: IsADirectoryError"):
+    with pytest.raises(
+        SplitError, match=r"is no saved split: IsADirectoryError.*Check path and permissions"
+    ):
         saved_side(tmp_path, "test")
 
 

@@ -177,8 +177,7 @@ def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
         data = json.loads(expanded(path).read_text(encoding="utf-8"))
         if data["format_version"] != _FORMAT:
             raise ValueError(f"format_version is {data['format_version']!r}, expected {_FORMAT}")
-        seed, entries = int(data["seed"]), list(data["samples"])
-        sides: dict[int, str] = {}
+        seed, entries, sides = int(data["seed"]), list(data["samples"]), dict[int, str]()
         for entry in entries:
             if entry["side"] not in SIDES or not isinstance(entry["hash"], str):
                 raise SplitError(f"{path} has an entry without side or hash: {entry}. Split again.")
@@ -190,7 +189,8 @@ def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, SplitError):
             raise
-        raise SplitError(f"{path} is no saved split: {error!r}. Split again.") from error
+        advice = "Check path and permissions" if isinstance(error, OSError) else "Split again"
+        raise SplitError(f"{path} is no saved split: {error!r}. {advice}.") from error
     return seed, entries
 
 
