@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,35 @@ def test_a_system_that_does_not_say_its_memory_wants_a_number(
     monkeypatch.delattr(os, "sysconf")
     with pytest.raises(TrainingError, match=r"size of the memory.*Give a number"):
         largest_batch_size(Plain(), forward, size_px=SIZE, limit=8)
+
+
+class OnMac(Tensor):
+    """Says that it lies on the GPU of a Mac."""
+
+    device = torch.device("mps")
+
+
+class PlainOnMac(Plain):
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        with torch.no_grad():
+            return iter([p.as_subclass(OnMac) for p in super().parameters(recurse)])  # type: ignore[misc]
+
+
+def test_on_a_mac_it_is_computed_from_the_memory_that_its_gpu_shares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    pixels = training_memory._pixels
+
+    def on_this_machine(count: int, size_px: int, device: torch.device) -> Tensor:
+        asked.append(device.type)
+        return pixels(count, size_px, torch.device("cpu"))
+
+    monkeypatch.setattr(training_memory, "_pixels", on_this_machine)
+    options: dict[str, int] = {"size_px": SIZE, "limit": 1000, "memory_bytes": 10**6}
+    expected = largest(10**6)
+    assert largest_batch_size(PlainOnMac(), forward, **options) == expected == 8
+    assert set(asked) == {"cpu", "mps"}
 
 
 def test_looking_for_it_leaves_the_model_as_it_was() -> None:

@@ -80,25 +80,26 @@ def largest_batch_size(
     """Return the largest power of two of images that can be trained on at once, at least 2.
 
     On a GPU, sizes are tried until one does not fit beside a tenth of the memory, which stays
-    free. On a CPU, where too much is no error but swapping, it is computed from what a small batch
-    keeps for its backward pass, or takes while it passes, and from half of the machine's memory (a
-    container's limit, if it has one), so that the same machine always gives the same answer.
+    free. On a CPU, where too much is no error but swapping, and on the GPU of a Mac, whose memory
+    is the machine's, it is computed from what a small batch keeps for its backward pass, or takes
+    while it passes, and from half of the machine's memory (a container's limit, if it has one), so
+    that the same machine always gives the same answer.
 
     Args:
         model: In training mode; a copy of it is tried.
         forward: From model and ``(N, 1, S, S)`` float32 pixels to logits.
         size_px: Side of the images.
         limit: Most images that are of use, at least 2.
-        passing_bytes: On a CPU, what an image takes at least per pixel of the input; for
-            DenseNet-121 :data:`PASSING_BYTES`.
-        memory_bytes: On a CPU, what a step may take; see above if not given.
+        passing_bytes: Where it is computed, what an image takes at least per pixel of the input;
+            for DenseNet-121 :data:`PASSING_BYTES`.
+        memory_bytes: Where it is computed, what a step may take; see above if not given.
 
     Raises:
         TrainingError: If a batch of 2 does not fit, or the machine's memory is not known.
     """
     trial = copy.deepcopy(model)
     device = next(trial.parameters()).device
-    if device.type == "cpu":
+    if device.type in ("cpu", "mps"):
         memory = _memory_bytes() if memory_bytes is None else memory_bytes
         small, large = (kept_bytes(trial, forward, _pixels(n, size_px, device)) for n in (2, 4))
         # What is frozen keeps nothing, and is computed all the same.
