@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -378,6 +380,20 @@ def snippet(page: str, containing: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(next(block for block in blocks if containing in block), names)
     return names
+
+
+def test_snippets_say_how_text_is_encoded() -> None:
+    """Windows takes another encoding than UTF-8, in which the library reads and writes."""
+    silent = []
+    for page in (ROOT / "README.md", *DOCS.glob("*.md")):
+        blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        plain = (textwrap.dedent(block) for block in blocks if ">>> " not in block)
+        nodes = (node for block in plain for node in ast.walk(ast.parse(block)))
+        for call in (node for node in nodes if isinstance(node, ast.Call)):
+            is_text = ast.unparse(call.func).endswith((".read_text", ".write_text"))
+            if is_text and "encoding" not in {keyword.arg for keyword in call.keywords}:
+                silent.append(f"{page.name}: {ast.unparse(call)}")
+    assert silent == []
 
 
 @pytest.mark.real_data
