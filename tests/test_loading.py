@@ -544,6 +544,36 @@ def run_and_fill(code: str, root: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+def test_a_shard_that_another_process_wrote_first_and_reads_is_taken_as_it_is(
+    tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_file = Path.replace
+
+    def as_windows_does(path: Path, target: Path) -> Path:
+        if str(target) in Path("/proc/self/maps").read_text(encoding="utf-8"):
+            raise PermissionError(13, "Access is denied", str(target))
+        return replace_file(path, target)
+
+    monkeypatch.setattr(Path, "replace", as_windows_does)
+    others, read = [], recorder.read
+
+    def read_late(sample: Sample, size: tuple[int, int] | None) -> Image.Image:
+        others.append(cached_decoder(Recorder().dataset("a"), SMALL, tmp_path))
+        return read(sample, size)
+
+    monkeypatch.setattr(recorder, "read", read_late)
+    assert recorder.assert_right(recorder.dataset("a"), tmp_path) == ["a"]
+    (other,) = others
+    assert np.array_equal(other(0), SMALL(draw("a")))
+    assert len(contents(tmp_path)) == 2
+
+    monkeypatch.setattr(recorder, "read", read)
+    (index,) = tmp_path.rglob("*.json")
+    index.unlink()  # and where there is none that is complete, it stays an error
+    with pytest.raises(PermissionError):
+        cached_decoder(recorder.dataset("a"), SMALL, tmp_path)
+
+
 def test_a_process_that_is_killed_while_writing_leaves_nothing_that_counts(tmp_path: Path) -> None:
     dataset = FolderDataset(write_folder(tmp_path / "site", {"COVID": 5}))
     code = """

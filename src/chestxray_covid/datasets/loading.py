@@ -245,9 +245,14 @@ def _write_shard(
             file.flush()
             os.fsync(file.fileno())
         index.write_text(json.dumps(list(missing)), encoding="utf-8")
-        # The index makes a shard valid, so it comes last.
-        partial.replace(place / f"{name}.npy")
-        index.replace(place / f"{name}.json")
+        try:
+            # The index makes a shard valid, so it comes last.
+            partial.replace(place / f"{name}.npy")
+            index.replace(place / f"{name}.json")
+        except PermissionError:
+            # Windows replaces no file that is mapped: of a process that was first with this shard.
+            if not missing.keys() <= _read_shards(place, size).keys():
+                raise
     finally:
         partial.unlink(missing_ok=True)
         index.unlink(missing_ok=True)
