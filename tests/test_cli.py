@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -556,6 +557,14 @@ def test_info_describes_versions_and_a_checkpoint(checkpoint_folder: Path) -> No
     assert "torch 2." in shown
     assert "trains in bfloat16" in shown or "trains in float32" in shown
     assert '"architecture": "densenet121"' in shown
+
+
+def test_info_names_the_gpu_of_a_mac_on_which_training_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mac = torch.device("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: mac)
+    assert "device mps, trains in float32," in call("info").output
 
 
 def test_models_lists_what_is_bundled_and_predict_takes_the_default(

@@ -269,7 +269,7 @@ def info(model: str | None) -> None:
 
     import torch
 
-    from chestxray_covid.engine_torch import native_bfloat16
+    from chestxray_covid.engine_torch import accelerator_type, native_bfloat16
 
     click.echo(f"chestxray-covid {__version__}, Python {platform.python_version()}")
     for name in (
@@ -286,7 +286,7 @@ def info(model: str | None) -> None:
             click.echo(f"  {name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             click.echo(f"  {name} not installed")
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = accelerator_type()
     precision = "bfloat16" if native_bfloat16(torch.device(kind)) else "float32"
     click.echo(f"  device {kind}, trains in {precision}, {torch.get_num_threads()} threads")
     if model is not None:

@@ -209,6 +209,12 @@ def _device_errors(device: str) -> Iterator[None]:
         ) from error
 
 
+def accelerator_type() -> str:
+    """Return the type of the GPU that torch finds here, ``"cpu"`` if it finds none."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else found.type
+
+
 def native_bfloat16(device: torch.device) -> bool:
     """Return whether a device computes in bfloat16 natively and faster, so that autocast pays."""
     if device.type == "cuda":
