@@ -120,3 +120,32 @@ def test_processes_of_a_cluster_that_no_launcher_connects_train_on_their_own(
     done = launched(sys.executable, "-m", "chestxray_covid", *command)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "evaluation.json").is_file()
+
+
+#: Says how many processes are connected where torch finds the GPU of a Mac.
+ON_MAC = """
+import sys
+from pathlib import Path
+
+import torch
+
+torch.accelerator.current_accelerator = lambda **options: torch.device("mps")
+torch.accelerator.is_available = lambda: True
+
+from chestxray_covid import TrainingConfig
+from chestxray_covid.training_processes import open_accelerator
+
+accelerator = open_accelerator(TrainingConfig(), Path("run"))
+sys.stdout.write(f"{accelerator.num_processes} processes, {accelerator.state._cpu}\\n")
+"""
+
+
+@pytest.mark.parametrize(("count", "on_cpu"), [(2, True), (1, False)])
+def test_processes_on_a_mac_are_connected_on_its_cpu_and_one_alone_keeps_its_gpu(
+    count: int, on_cpu: bool, tmp_path: Path
+) -> None:
+    script = tmp_path / "on_mac.py"
+    script.write_text(ON_MAC, encoding="utf-8")
+    done = launched(*TORCHRUN, count, script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{count} processes, {on_cpu}"] * count

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from chestxray_covid.engine_torch import check_forked, first_process
+from chestxray_covid.engine_torch import accelerator_type, check_forked, first_process
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.training_config import TrainingConfig
 
@@ -28,8 +28,11 @@ def open_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
     # Accelerate connects processes on CPUs only where it is told that they are on CPUs; and then
     # also those of MPI or Slurm, which nobody asked it to, for want of a launcher's variable.
     # Where there is nothing else, it takes the CPU untold.
-    has_other, launched = torch.accelerator.is_available(), "LOCAL_RANK" in os.environ
-    on_cpu = config.device == "cpu" if has_other else launched
+    launched, kind = "LOCAL_RANK" in os.environ, accelerator_type()
+    # Nothing connects processes on the GPU of a Mac: each would take itself for the only one.
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    apart = ("cpu", "mps") if several else ("cpu",)
+    on_cpu = (config.device == "cpu" and kind != "cpu") or (launched and kind in apart)
     try:
         accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     except ValueError as error:
