@@ -150,6 +150,15 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     assert HomePath(path_type=Path).convert("own", None, None) == Path("own")
 
 
+def test_a_place_on_a_drive_that_is_not_there_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)  # as of Z:\ and all below it
+    done = call("evaluate", "--data", ".", "--output", "/gone/report.json")
+    assert done.exit_code == 2
+    assert "/gone/report.json cannot be written: /gone is no folder" in done.output
+
+
 def test_no_patient_is_on_two_sides_of_a_runs_split(run: Path) -> None:
     sides: dict[str, set[str]] = {}
     for entry in json.loads((run / "split.json").read_text())["samples"]:

@@ -53,7 +53,8 @@ class HomePath(click.Path):
         except ValueError as error:
             self.fail(str(error), param, ctx)
         above = (p for p in path.parents if os.path.lexists(p))
-        place = path if is_folder(path) else next(above)
+        # Of a drive of Windows that is not there, nothing is.
+        place = path if is_folder(path) else next(above, path.parent)
         if not is_folder(place):
             self.fail(f"{path} cannot be written: {place} is no folder.", param, ctx)
         if not os.access(place, os.W_OK):
