@@ -334,6 +334,31 @@ def test_the_autocast_of_the_caller_changes_no_answer(opened: dict[str, Engine])
         np.testing.assert_array_equal(own, other)
 
 
+class OnMac(torch.Tensor):
+    """Says that it lies on the GPU of a Mac, and so does all that is computed of it."""
+
+    device = torch.device("mps")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_on_a_mac_no_batch_norm_has_two_precisions(
+    precision: str, opened: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_norm = torch.nn.functional.batch_norm
+
+    def as_a_mac_does(value: torch.Tensor, mean: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        assert value.dtype == mean.dtype, "which ends the process there"
+        return batch_norm(value, mean, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "batch_norm", as_a_mac_does)
+    lower = open_engine(CONFIG, random_tensors(3), engine="torch", precision=precision)
+    with torch.inference_mode():
+        there = torch.from_numpy(pixels()).as_subclass(OnMac)
+        logits, _ = lower._network(there)  # type: ignore[attr-defined]
+    expected = softmax(opened["torch"](pixels())[0])
+    assert np.abs(softmax(logits.as_subclass(torch.Tensor).numpy()) - expected).max() < 0.02
+
+
 def test_torch_takes_pixels_to_where_its_weights_are() -> None:
     # As "cuda" is another device in every thread, "cpu:0" is another than that of its tensors.
     own = open_engine(CONFIG, random_tensors(3), engine="torch", device="cpu:0")

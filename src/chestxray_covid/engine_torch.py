@@ -64,6 +64,8 @@ class FoldedNetwork(nn.Module):
         value = inputs[0]
         weight = None if step.weight is None else self.get_buffer(_key(step, "weight"))
         bias = None if step.bias is None else self.get_buffer(_key(step, "bias"))
+        # On a Mac's GPU a batch norm of two precisions ends the process (pytorch issue 154887).
+        apart = value.device.type == "mps" and self._dtype != torch.float32
         if step.op == "concat":
             value = torch.cat(inputs, 1)
         elif step.op == "max_pool":
@@ -72,6 +74,8 @@ class FoldedNetwork(nn.Module):
             value = functional.avg_pool2d(value, 2)
         elif step.op == "global_average":
             value = value.mean((2, 3))
+        elif step.op == "affine" and weight is not None and bias is not None and apart:
+            value = (value * weight[:, None, None] + bias[:, None, None]).to(self._dtype)
         elif step.op == "affine" and weight is not None and bias is not None:
             # A batch norm of mean 0 and deviation 1: of all ways the fastest in bfloat16, and with
             # weights in single precision the most exact.
