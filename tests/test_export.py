@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -263,6 +264,25 @@ def test_a_full_disk_is_told_in_every_format(checkpoint: Path, tmp_path: Path, f
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("format", ["onnx", "openvino", "torch"])
+def test_no_file_is_mapped_when_it_is_deleted_which_windows_refuses(
+    checkpoint: Path, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleanup, deleted = tempfile.TemporaryDirectory.cleanup, []
+
+    def as_windows_does(place: tempfile.TemporaryDirectory[str]) -> None:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        if mapped := [line for line in maps if place.name in line]:
+            raise PermissionError(13, "Access is denied", mapped[0])
+        deleted.append(place.name)
+        cleanup(place)
+
+    monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", as_windows_does)
+    export_model(checkpoint, tmp_path / "out", format=format)
+    assert deleted
 
 
 def test_the_card_of_a_checkpoint_is_not_replaced(checkpoint: Path) -> None:

@@ -240,7 +240,9 @@ def _to_openvino(network: Network, folder: Path) -> tuple[str, _Run]:
     path = folder / "model.xml"
     import_openvino().save_model(openvino_model(network), path, compress_to_fp16=False)
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino_core().compile_model(path, "CPU", exact)
+    # From its bytes: by its path the weights stay mapped, and Windows deletes no such file.
+    whole = openvino_core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
+    compiled = openvino_core().compile_model(whole, "CPU", exact)
 
     def run(pixels: NDArray[np.uint8]) -> _Outputs:
         found = compiled({PIXELS: pixels})
