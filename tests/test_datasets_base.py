@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from chestxray_covid.classifier import Classifier
+from chestxray_covid.datasets import base
 from chestxray_covid.datasets.base import (
     LABELS,
     MANIFEST_COLUMNS,
@@ -610,6 +611,18 @@ def test_a_manifest_still_knows_images_of_two_collections_to_be_one(tmp_path: Pa
     assert patient_groups(later, find_copies=False) == patient_groups(
         cohen + hannover, find_copies=False
     )
+
+
+def test_a_manifest_of_windows_is_read_on_other_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phantoms = SyntheticChestXray(2, image_size_px=32).save(tmp_path / "phantoms")
+    dataset = open_dataset(phantoms)
+    with monkeypatch.context() as windows:
+        windows.setattr(base, "Path", PureWindowsPath)
+        dataset.to_manifest(tmp_path / "list.csv")
+    back = ManifestDataset(tmp_path / "list.csv")
+    assert [s.path for s in back.samples] == [s.path for s in dataset.samples]
 
 
 def test_a_manifest_keeps_sex_and_age(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from chestxray_covid.datasets.storage import (
     exclusive,
     path_problem,
     read_csv,
+    resolver,
     sync_file,
     write_csv,
     write_file,
@@ -240,3 +241,12 @@ def test_a_lock_that_can_be_had_twice_is_none(
     monkeypatch.setattr(fcntl, "flock", lambda handle, operation: None)
     with exclusive(tmp_path / "lock") as alone:
         assert not alone
+
+
+def test_a_file_is_one_whichever_of_two_separators_its_path_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").mkdir()
+    monkeypatch.setattr(os, "altsep", "|")  # as "/" on Windows
+    resolved = resolver()
+    assert resolved(f"{tmp_path}/images|a.png") == resolved(tmp_path / "images" / "a.png")

@@ -293,7 +293,7 @@ class ChestXrayDataset:
         def row(s: Sample) -> list[str]:
             full = Path(resolved(s.path))
             where = full.relative_to(folder) if full.is_relative_to(folder) else full
-            known = [str(where), s.label, s.finding, s.patient_id, s.source, s.view]
+            known = [where.as_posix(), s.label, s.finding, s.patient_id, s.source, s.view]
             return [*known, *(s.metadata.get(n, "") for n in kept)]
 
         write_csv(target, [*MANIFEST_COLUMNS, *kept], map(row, self.samples))

@@ -216,7 +216,8 @@ def resolver() -> Callable[[str | Path], str]:
         return os.path.join(os.path.realpath(folder), "")  # noqa: PTH118 - ends in "/"
 
     def resolve(path: str | Path) -> str:
-        folder, separator, name = os.fspath(path).rpartition(os.sep)
+        text = os.fspath(path).replace(os.altsep or os.sep, os.sep)  # Windows has two
+        folder, separator, name = text.rpartition(os.sep)
         return real(folder + separator or ".") + name
 
     return resolve
