@@ -430,6 +430,29 @@ def test_a_part_is_no_longer_needed_when_another_process_finished(
     assert (tmp_path / "images" / "a.png").read_bytes() == DATA
 
 
+@pytest.mark.parametrize("age_s", [0, 3600], ids=["at work", "quiet"])
+def test_a_part_that_another_process_has_open_is_left_to_it(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age_s: int
+) -> None:
+    with LocalServer(lambda r: Reply(body=DATA, cut_after=0 if r.number == 1 else None)) as server:
+        file = remote(server, tmp_path)
+        with Client(retries=0) as impatient, pytest.raises(DownloadError, match="fetched"):
+            fetch(impatient, file)
+        (part,) = file.target.parent.iterdir()
+        unlink = Path.unlink
+
+        def as_windows_does(path: Path, missing_ok: bool = False) -> None:
+            if path == part:
+                raise PermissionError(13, "in use by another process", str(path))
+            unlink(path, missing_ok)
+
+        monkeypatch.setattr(Path, "unlink", as_windows_does)
+        os.utime(part, (time.time() - age_s,) * 2)
+        assert fetch(client, file)
+    assert file.target.read_bytes() == DATA
+    assert names(tmp_path) == [part.name, "a.png"]
+
+
 def test_a_part_that_vanishes_is_begun_again(client: Client, tmp_path: Path) -> None:
     def answer(request: Request) -> Reply:
         if request.number > 1:

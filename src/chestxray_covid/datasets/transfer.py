@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,7 +150,8 @@ def _bring_once(client: Client, file: RemoteFile, anew: bool, alone: bool) -> bo
         part.unlink(missing_ok=True)  # the disk may be full
         raise
     for left in folder.glob(f".{key}-*.part"):
-        left.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows deletes none that another process has open
+            left.unlink()
     return True
 
 
@@ -162,7 +164,8 @@ def _take_over(parts: Iterable[Path], part: Path, alone: bool) -> None:
         shutil.copyfile(left[-1], part)
     for path in left:
         if alone or _is_older(path, _QUIET_S):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # as in _bring_once
+                path.unlink()
 
 
 def _receive(client: Client, file: RemoteFile, part: Path) -> None:
