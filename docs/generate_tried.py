@@ -10,7 +10,7 @@ from typing import Any
 
 from generate import DOCS, fill, table, wrapped
 from generate_model import paragraphs
-from generate_relatives import estimate, pair, read, untrained
+from generate_relatives import estimate, exists, pair, read, untrained
 
 
 def write_blocks() -> None:
@@ -33,9 +33,12 @@ def inside_block() -> str:
         f"Pairs of one website, {pair(read('folds')['all']['same_website_n'])}"
     )
     rows = [[row["relatives"], *(estimate(row[key]) for key in columns)] for row in found["rows"]]
+    if exists("folds_lungs"):
+        rows.append(lungs_row())
     before = found["before"]
     note = f"""
-        {found["note"]} They were trained on {found["made"]}. Before, on {before["made"]}, the way
+        {found["note"]} Where a row does not say otherwise, they were trained on {found["made"]}.
+        Before, on {before["made"]}, the way
         of the first row had given {estimate(before["all"])}, without Hannover's
         {estimate(before["without Hannover's"])}."""
     return paragraphs(
@@ -48,6 +51,20 @@ def inside_block() -> str:
         wrapped(crops_note()),
         probes_table("probes_lungs"),
     )
+
+
+def lungs_row() -> list[str]:
+    """Return what relatives that see crops to the lungs alone reach, and how they were made."""
+    found = read("folds_lungs")
+    training, everything = found["training"], found["all"]
+    how = f", on {found['made']}" if "made" in found else ""
+    name = (
+        f"Cohen's rows alone, crops to the lungs at {training['preprocess']['size_px']} px, also "
+        f"in the start, mild augmentation, {training['epochs']} epochs of "
+        f"{training['samples_per_epoch']}{how}; DeLong's intervals but for pairs"
+    )
+    values = everything["auroc"], found["without Hannover's"]["auroc"], everything["same_website"]
+    return [name, *map(estimate, values)]
 
 
 #: Weights that were read out, and what each is called.

@@ -7,7 +7,8 @@ and ``hannover`` train relatives of them, because the weights have seen most of 
 judged on. All start from a network that saw no image of Cohen's or Hannover's, but learned to tell
 bacterial and viral pneumonia apart, which COVID-19 is one of. For ``hannover`` three short epochs
 at 160 px follow; for the other two, which ask for COVID-19 against other findings of Cohen's, four
-epochs on Cohen's rows alone. What ``--made`` says of the machine and of the files is kept in their
+epochs on Cohen's rows alone. ``folds-lungs``, which only runs if it is asked for, does as ``folds``
+on crops to the lungs. What ``--made`` says of the machine and of the files is kept in their
 results.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from collection import cohens, once, website
 from frame import hide
-from relatives import INSIDE, SHORT, Relatives
+from relatives import INSIDE, INSIDE_LUNGS, SHORT, Relatives
 from train_default import STAGES, open_split
 
 from chestxray_covid import (
@@ -181,6 +182,18 @@ def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
     write_folds(inside, pairs, found, output, made=relatives.made)
 
 
+def judge_lung_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
+    """As :func:`judge_folds`, of networks that see crops to the lungs alone."""
+    cohen = cohens(relatives.dataset)
+    found = np.zeros(len(cohen))
+    inside, pairs = folds_inside(relatives, cohen, folds)
+    for number, (_, held_out) in enumerate(pairs):
+        place = cohen[held_out], f"lungs-{number}"
+        found[held_out] = relatives.predict_without(*place, INSIDE_LUNGS, cohen, lungs=True)[:, 2]
+    about = {"folds": folds, **said(relatives.made), "training": INSIDE_LUNGS.to_dict()}
+    write(output, "folds_lungs", {**about, **judge_parts(inside, pairs, found)})
+
+
 def in_mixed(groups: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return which samples have one of the other truth in their group."""
     mixed = np.intersect1d(groups[truth], groups[~truth])
@@ -308,7 +321,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
     parser.add_argument("--checkpoint", type=Path)
     parts = ("checkpoint", "folds", "subsources", "hannover")
-    parser.add_argument("--what", choices=parts, action="append")
+    parser.add_argument("--what", choices=(*parts, "folds-lungs"), action="append")
     made = "machine, software and files of this run, kept in the results of relatives"
     parser.add_argument("--made", metavar="TEXT", help=made)
     options = parser.parse_args()
@@ -321,6 +334,7 @@ def main() -> None:
         relatives = Relatives(options.data, options.run, options.made)
         for name, judge in (
             ("folds", judge_folds),
+            ("folds-lungs", judge_lung_folds),
             ("subsources", judge_subsources),
             ("hannover", judge_hannover),
         ):

@@ -47,6 +47,8 @@ INSIDE = replace(
     max_repeats=None,
     ema_decay=0.99,
 )
+#: The same of crops to the lungs, which fill 128 px as they do a larger whole radiograph.
+INSIDE_LUNGS = replace(INSIDE, preprocess=Preprocess(size_px=128))
 #: Before them, on Kermany and NIH alone, which hold no COVID-19.
 BASE = replace(
     COMMON,
@@ -95,7 +97,13 @@ class Relatives:
         return np.flatnonzero(~np.isin(self.groups, self.groups[held_out]))
 
     def predict_without(
-        self, held_out: np.ndarray, name: str, config: Any, among: np.ndarray | None = None
+        self,
+        held_out: np.ndarray,
+        name: str,
+        config: Any,
+        among: np.ndarray | None = None,
+        *,
+        lungs: bool = False,
     ) -> np.ndarray:
         """Train on everyone else and return ``(N, 3)`` probabilities of the held-out samples.
 
@@ -104,19 +112,23 @@ class Relatives:
             name: Of the relative's run folder.
             config: Options of its training.
             among: Positions that it trains on at most; all if not given.
+            lungs: Show it crops to the lungs alone, also in the training that it starts from.
         """
-        base = self.train_base()
+        base = self.train_base(lungs=lungs)
         chosen = self.without(held_out)
         if among is not None:
             chosen = np.intersect1d(chosen, among)
+        shown, judged = (self.dataset.subset(part) for part in (chosen, held_out))
+        if lungs:
+            shown, judged = (cropped_to_lungs(d, self.folder / "crops") for d in (shown, judged))
         classifier = train_relative(
-            self.dataset.subset(chosen),
+            shown,
             self.groups[chosen].tolist(),
             base,
             self.folder / name,
             replace(config, cache_dir=self.cache),
         )
-        return classifier.predict_proba(self.dataset.subset(held_out), progress=True)
+        return classifier.predict_proba(judged, progress=True)
 
     def train_base(self, *, lungs: bool = False) -> Path:
         """Train on Kermany's and NIH's training patients: normal, bacterial or viral.

@@ -674,10 +674,10 @@ def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str,
 
 @pytest.mark.slow
 def test_a_relative_is_trained_and_read_again(
-    recipes: dict[str, Any], relatives: Any, monkeypatch: pytest.MonkeyPatch
+    recipes: dict[str, Any], relatives: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = recipes["relatives"]
-    for name in ("INSIDE", "SHORT", "BASE"):
+    own, judge = recipes["relatives"], recipes["judge_default"]
+    for name in ("INSIDE", "INSIDE_LUNGS", "SHORT", "BASE"):
         config = replace(
             getattr(own, name),
             preprocess=Preprocess(size_px=32),
@@ -712,6 +712,15 @@ def test_a_relative_is_trained_and_read_again(
     assert load_config(cropped).provenance["train"]["images"] == base["train"]["images"]
     assert {p.suffix for p in (relatives.folder / "crops").iterdir()} == {".png"}
     assert load_config(cropped).provenance["identity"]["data"] != base["identity"]["data"]
+    monkeypatch.setattr(judge, "INSIDE_LUNGS", own.INSIDE_LUNGS)
+    judge.judge_lung_folds(relatives, tmp_path, folds=2)
+    found = json.loads((tmp_path / "folds_lungs.json").read_text())
+    assert sum(found["all"]["n"]) == len(cohen)
+    assert found["training"] == own.INSIDE_LUNGS.to_dict()
+    rest, _ = judge.folds_inside(relatives, cohen, 2)[1][0]
+    seen = load_config(relatives.folder / "lungs-0").provenance
+    sides = (Counter(seen[side]["images"]) for side in ("train", "val"))
+    assert sum(sides, Counter()) == Counter(samples[i].label for i in cohen[rest])
 
 
 def test_a_website_alone_gives_the_share_of_the_others_images_from_there(
