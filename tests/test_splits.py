@@ -641,6 +641,9 @@ def test_a_missing_split_is_refused(tmp_path: Path, site: FolderDataset) -> None
         SplitError, match=r"is no saved split: IsADirectoryError.*Check path and permissions"
     ):
         saved_side(tmp_path, "test")
+    for place in ("s3://bucket/split.json", Path("s3://bucket/split.json")):
+        with pytest.raises(ValueError, match=r"is an address, expected a path on this machine"):
+            Split.load(place, site)
 
 
 def test_saving_that_fails_leaves_the_split_before(tmp_path: Path, site: FolderDataset) -> None:

@@ -111,9 +111,9 @@ class Split:
         Raises:
             SplitError: If the file cannot be read, if it puts a patient on two sides, or if the
                 data set has other files than it.
-            DatasetError: If a file of the data set cannot be read.
+            DatasetError, ValueError: If a file of the data cannot be read; if it is an address.
         """
-        seed, entries = _read_split(Path(path))
+        seed, entries = _read_split(expanded(path))
         found = _entries_of(dataset, entries)
         if strange := [s for i, s in enumerate(dataset.samples) if i not in found]:
             raise SplitError(
@@ -137,12 +137,12 @@ def saved_side(path: str | os.PathLike[str], side: str) -> frozenset[str]:
     """Return the content hashes of one side of a saved split.
 
     Raises:
-        ValueError: If there is no such side.
+        ValueError: If there is no such side, or ``path`` is an address.
         SplitError: If the file cannot be read.
     """
     if side not in SIDES:
         raise ValueError(f"Unknown value {side!r} for side. Valid values are {SIDES}")
-    return frozenset(e["hash"] for e in _read_split(Path(path))[1] if e["side"] == side)
+    return frozenset(e["hash"] for e in _read_split(expanded(path))[1] if e["side"] == side)
 
 
 def _entries_of(
@@ -174,7 +174,7 @@ def _facts(sample: Sample) -> dict[str, str]:
 
 def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
     try:
-        data = json.loads(expanded(path).read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
         if data["format_version"] != _FORMAT:
             raise ValueError(f"format_version is {data['format_version']!r}, expected {_FORMAT}")
         seed, entries, sides = int(data["seed"]), list(data["samples"]), dict[int, str]()
