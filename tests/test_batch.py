@@ -445,6 +445,16 @@ def test_files_tables_and_folders_lie_in_the_home_folder(
         predict_files(given, "~/list.csv", classifier=clf)
 
 
+def test_an_address_that_pathlib_took_a_slash_of_becomes_no_folder_here(
+    tmp_path: Path, clf: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (64, 64), 90).save("one.png")
+    with pytest.raises(ValueError, match=r"one of its two slashes\. Pass it as text"):
+        predict_files("one.png", Path("s3://bucket/out.csv"), classifier=clf)
+    assert [p.name for p in Path().iterdir()] == ["one.png"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -33,7 +33,7 @@ from chestxray_covid.shards import (
     ShardedTable,
     check_apart,
     listed,
-    name_of_place,
+    name_of_output,
 )
 
 #: Objects that are fetched at once; waiting for object storage costs no processor.
@@ -96,8 +96,8 @@ def predict_files(
         DatasetError: If a CSV of paths cannot be read, or another run writes the output.
         TypeError: If something is neither a path nor an address, or the classifier is none.
         ValueError: If a size is not positive, the output is a file where a folder is expected or
-            the contrary, or it is one of the inputs, a device, or named like an image or
-            another kind of table.
+            the contrary, or it is one of the inputs, a device, an address that pathlib took a
+            slash of, or named like an image or another kind of table.
         OSError: If the output cannot be written; what was finished is kept.
         MissingExtraError: If Parquet or an address needs pyarrow, which is not installed.
     """
@@ -171,7 +171,7 @@ def ray_predict(
     from chestxray_covid.progress import Bar
 
     ray, data = require_extra("ray", "ray"), require_extra("ray.data", "ray")
-    target = name_of_place(output)
+    target = name_of_output(output)
     clf = classifier or Classifier.from_pretrained()
     # A worker has another current folder.
     place = target if is_address(target) else os.path.abspath(target)  # noqa: PTH100

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeAlias
 from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.datasets.storage import likely_cause, numbered_rows
 from chestxray_covid.errors import DatasetError, check_positive
-from chestxray_covid.files import check_replaceable, sync_folder
+from chestxray_covid.files import check_replaceable, looks_like_address, sync_folder
 from chestxray_covid.image import IMAGE_SUFFIXES
 from chestxray_covid.places import Places, is_address
 from chestxray_covid.prediction_table import PARQUET, Row, TableFormat, format_of
@@ -65,7 +65,7 @@ class ShardedTable:
         self, output: Place, *, classes: Sequence[str], model: str, shard_size: int
     ) -> None:
         check_positive("shard_size", shard_size)
-        given = name_of_place(output)
+        given = name_of_output(output)
         bare = given.rstrip(f"/{os.sep}")  # with which a shell ends the name of a folder
         self.output = bare if format_of(bare) is PARQUET else given
         self.places = Places()
@@ -214,6 +214,21 @@ def _each(images: Place | Iterable[Place]) -> Iterable[Place]:
     if isinstance(images, (str, os.PathLike)):
         return [images]
     return images if isinstance(images, Iterable) else [name_of_place(images)]  # which refuses it
+
+
+def name_of_output(place: Place) -> str:
+    """Return what :func:`name_of_place` does, of a place to write.
+
+    Raises:
+        TypeError: As there.
+        ValueError: If it was an address before pathlib took one of its slashes.
+    """
+    name = name_of_place(place)
+    if looks_like_address(name) and not is_address(name):
+        raise ValueError(
+            f"output {name} was an address; pathlib keeps one of its two slashes. Pass it as text."
+        )
+    return name
 
 
 def name_of_place(place: Place) -> str:
