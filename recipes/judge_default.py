@@ -171,27 +171,30 @@ def folds_inside(
     return inside, folds_by_patient(inside, groups, folds=folds, seed=0)
 
 
-def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
-    """COVID-19 against other findings inside Cohen, out-of-fold, by patient."""
+def answer_folds(
+    relatives: Relatives, name: str, config: Any, folds: int, *, lungs: bool = False
+) -> tuple[ChestXrayDataset, list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """Return Cohen's samples, the folds, and ``(N, 3)`` out-of-fold probabilities."""
     cohen = cohens(relatives.dataset)
     found = np.zeros((len(cohen), 3))
     inside, pairs = folds_inside(relatives, cohen, folds)
     for number, (_, held_out) in enumerate(pairs):
-        name = f"fold-{number}"
-        found[held_out] = relatives.predict_without(cohen[held_out], name, INSIDE, cohen)
-    write_folds(inside, pairs, found, output, made=relatives.made)
+        place = cohen[held_out], f"{name}-{number}"
+        found[held_out] = relatives.predict_without(*place, config, cohen, lungs=lungs)
+    return inside, pairs, found
+
+
+def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
+    """COVID-19 against other findings inside Cohen, out-of-fold, by patient."""
+    answers = answer_folds(relatives, "fold", INSIDE, folds)
+    write_folds(*answers, output, made=relatives.made)
 
 
 def judge_lung_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
     """As :func:`judge_folds`, of networks that see crops to the lungs alone."""
-    cohen = cohens(relatives.dataset)
-    found = np.zeros(len(cohen))
-    inside, pairs = folds_inside(relatives, cohen, folds)
-    for number, (_, held_out) in enumerate(pairs):
-        place = cohen[held_out], f"lungs-{number}"
-        found[held_out] = relatives.predict_without(*place, INSIDE_LUNGS, cohen, lungs=True)[:, 2]
+    *where, found = answer_folds(relatives, "lungs", INSIDE_LUNGS, folds, lungs=True)
     about = {"folds": folds, **said(relatives.made), "training": INSIDE_LUNGS.to_dict()}
-    write(output, "folds_lungs", {**about, **judge_parts(inside, pairs, found)})
+    write(output, "folds_lungs", {**about, **judge_parts(*where, found[:, 2])})
 
 
 def in_mixed(groups: np.ndarray, truth: np.ndarray) -> np.ndarray:

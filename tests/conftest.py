@@ -99,3 +99,16 @@ def drawn_once() -> Iterator[None]:
         for module in (phantom, synthetic):
             patch.setattr(module, "render_phantom", kept)
         yield
+
+
+class Elsewhere(os.PathLike[str]):
+    """A path of another library: it is an address, and leads to a local copy that nobody sends."""
+
+    def __init__(self, address: str, copy: Path) -> None:
+        self.address, self.copy = address, copy
+
+    def __str__(self) -> str:
+        return self.address
+
+    def __fspath__(self) -> str:
+        return str(self.copy)

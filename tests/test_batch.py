@@ -43,7 +43,7 @@ from chestxray_covid.places import Places
 from chestxray_covid.prediction import FailedPrediction, Prediction
 from chestxray_covid.prediction_table import heading, line
 from chestxray_covid.shards import Shard, ShardedTable
-from conftest import random_checkpoint
+from conftest import Elsewhere, random_checkpoint
 from shallow import CODE, shallow_networks
 
 FILES = 12
@@ -532,19 +532,6 @@ def test_the_command_line_reads_addresses_and_shows_no_control_characters(
     assert address in done.output
     assert done.output.count("failed") == 2  # in the table and below it
     assert r"a\x1b[31m.png" in done.output
-
-
-class Elsewhere(os.PathLike[str]):
-    """A path of another library: it is an address, and leads to a local copy that nobody sends."""
-
-    def __init__(self, address: str, copy: Path) -> None:
-        self.address, self.copy = address, copy
-
-    def __str__(self) -> str:
-        return self.address
-
-    def __fspath__(self) -> str:
-        return str(self.copy)
 
 
 def test_a_path_that_is_an_address_is_taken_for_that_not_for_its_local_copy(

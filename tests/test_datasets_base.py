@@ -50,7 +50,7 @@ from chestxray_covid.files import existing_folder
 from chestxray_covid.models import build_densenet121
 from chestxray_covid.training import Trainer
 from chestxray_covid.training_config import TrainingConfig
-from conftest import NUMPY_BOOL
+from conftest import NUMPY_BOOL, Elsewhere
 from sources import (
     draw,
     write_cohen,
@@ -248,19 +248,6 @@ def test_an_empty_path_is_not_the_current_folder(
         with pytest.raises(ValueError, match="A path is empty"):
             use()
     assert sorted(tmp_path.iterdir()) == before
-
-
-class Elsewhere(os.PathLike[str]):
-    """A path of another library: it is an address, and leads to a local copy that nobody sends."""
-
-    def __init__(self, address: str, copy: Path) -> None:
-        self.address, self.copy = address, copy
-
-    def __str__(self) -> str:
-        return self.address
-
-    def __fspath__(self) -> str:
-        return str(self.copy)
 
 
 @pytest.mark.parametrize("kind", ["text", "Path", "another library's"])

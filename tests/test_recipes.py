@@ -532,9 +532,9 @@ def test_no_relative_trains_on_whom_it_is_judged_by(
     predicted: dict[str, np.ndarray] = {}
     predict = relatives.predict_without
 
-    def predict_without(held_out: np.ndarray, name: str, *how: Any) -> np.ndarray:
+    def predict_without(held_out: np.ndarray, name: str, *how: Any, **more: Any) -> np.ndarray:
         predicted[name] = held_out
-        found: np.ndarray = predict(held_out, name, *how)
+        found: np.ndarray = predict(held_out, name, *how, **more)
         return found
 
     bases: list[Any] = []

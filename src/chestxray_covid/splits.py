@@ -111,7 +111,7 @@ class Split:
         Raises:
             SplitError: If the file cannot be read, if it puts a patient on two sides, or if the
                 data set has other files than it.
-            DatasetError, ValueError: If a file of the data cannot be read; if it is an address.
+            DatasetError, ValueError: If a file of the data cannot be read; if path is an address.
         """
         seed, entries = _read_split(expanded(path))
         found = _entries_of(dataset, entries)
