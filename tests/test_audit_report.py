@@ -138,6 +138,13 @@ def test_a_file_that_is_no_report_says_so(tmp_path: Path, text: str) -> None:
         AuditReport.load(tmp_path / "none.json")
 
 
+def test_a_file_that_names_a_value_twice_is_refused(tmp_path: Path) -> None:
+    path = REPORT.save(tmp_path / "audit.json")
+    path.write_text(path.read_text().replace('"verdict": "pass"', '"verdict": "pass", "seed": 1'))
+    with pytest.raises(ReportError, match="names 'seed' twice"):
+        AuditReport.load(path)
+
+
 def test_the_text_says_verdict_numbers_and_where_thresholds_come_from() -> None:
     text = str(REPORT)
     assert text.startswith("Shortcut audit: PASS\n")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.errors import ReportError
-from chestxray_covid.files import expanded, plain_json, write_files
+from chestxray_covid.files import plain_json
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.judged_images import whole_characters
+from chestxray_covid.reporting import SavedReport
 
 FAIL, WARN, NOT_ASSESSABLE, PASS = "fail", "warn", "not_assessable", "pass"
 #: The worst first.
@@ -99,7 +97,7 @@ class AuditItem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditReport:
+class AuditReport(SavedReport):
     """Whether a classifier, and the data that it is judged on, tell lungs from sources.
 
     Attributes:
@@ -116,6 +114,8 @@ class AuditReport:
         weights_sha256: SHA-256 of the audited weights, as :attr:`Classifier.weights_sha256`; empty
             if nobody said.
     """
+
+    _KIND = "an audit report"
 
     classes: tuple[str, ...]
     positive: str
@@ -156,10 +156,6 @@ class AuditReport:
         """Return JSON-able data; undefined numbers are ``None``."""
         return {"format_version": _FORMAT, "verdict": self.verdict, **plain_json(asdict(self))}
 
-    def to_json(self) -> str:
-        """Return the report as strict JSON."""
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return the report that :meth:`to_dict` described.
@@ -183,30 +179,6 @@ class AuditReport:
             raise ReportError(f"This is no audit report: {error!r}. Audit the model again.") from (
                 error
             )
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report as JSON, complete or not at all, and return its path.
-
-        Raises:
-            OSError: If it cannot be written; an older file is intact.
-        """
-        target, text = expanded(path), self.to_json()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_files(target.parent, {target.name: text.encode()})
-        return target
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Return the report that :meth:`save` wrote.
-
-        Raises:
-            ReportError: If the file cannot be read or is no report.
-        """
-        try:
-            text = expanded(path).read_text(encoding="utf-8")
-            return cls.from_dict(json.loads(text))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ReportError(f"{path} cannot be read as an audit report: {error}") from error
 
     def __str__(self) -> str:
         return str(whole_characters("\n".join(_text(self))))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -17,7 +14,7 @@ from chestxray_covid.checklists import report_markdown
 from chestxray_covid.comparison import Comparison, compare_scores
 from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.errors import ReportError, check_kind
-from chestxray_covid.files import expanded, plain_json, write_files
+from chestxray_covid.files import plain_json
 from chestxray_covid.intervals import check_resampling
 from chestxray_covid.judged_images import (
     Question,
@@ -38,7 +35,7 @@ from chestxray_covid.operating_points import (
     choose_threshold,
     decide,
 )
-from chestxray_covid.reporting import report_text
+from chestxray_covid.reporting import SavedReport, report_text
 from chestxray_covid.subgroups import Subgroup
 
 if TYPE_CHECKING:
@@ -51,7 +48,7 @@ _COLUMNS = ("group", "subgroup", "class", "metric", "value", "low", "high", "n",
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EvaluationReport:
+class EvaluationReport(SavedReport):
     """How good a classifier is on one data set, and how sure that is.
 
     Attributes:
@@ -79,6 +76,8 @@ class EvaluationReport:
             ``patient_id``, ``source``, ``view``, ``patient_group`` (the patient across sources),
             ``sex``, ``age_band``, and ``p_<class>`` per class; may be left out.
     """
+
+    _KIND = "an evaluation report"
 
     classes: tuple[str, ...]
     positive: str
@@ -118,10 +117,6 @@ class EvaluationReport:
         changes = {"operating_points": points, "predictions": table}
         return {"format_version": _FORMAT, **plain_json(asdict(bare)), **changes}
 
-    def to_json(self) -> str:
-        """Return the report as strict JSON."""
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return the report that :meth:`to_dict` described.
@@ -152,30 +147,6 @@ class EvaluationReport:
             raise ReportError(
                 f"This is no evaluation report: {error!r}. Evaluate the model again."
             ) from error
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report as JSON, complete or not at all, and return its path.
-
-        Raises:
-            OSError: If it cannot be written; an older file is intact.
-        """
-        target, text = expanded(path), self.to_json()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_files(target.parent, {target.name: text.encode()})
-        return target
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Return the report that :meth:`save` wrote.
-
-        Raises:
-            ReportError: If the file cannot be read or is no report.
-        """
-        try:
-            text = expanded(path).read_text(encoding="utf-8")
-            return cls.from_dict(json.loads(text))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ReportError(f"{path} cannot be read as an evaluation report: {error}") from error
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per number: where, class, metric, value, interval, n and method."""

@@ -1,12 +1,18 @@
-"""A report as text, and as Markdown after the checklists of the field."""
+"""A report as a file, as text, and as Markdown after the checklists of the field."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from chestxray_covid._version import NOT_A_DEVICE
+from chestxray_covid.errors import ReportError
+from chestxray_covid.files import expanded, parse_json, write_files
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.subgroups import SMALL, Subgroup
 
@@ -18,6 +24,50 @@ _COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.5)
 CAUTION = "The source all but gives the label here: these numbers cannot tell disease from source."
 #: What makes a line of Markdown a heading, a fence, a rule, or an item of a list.
 _BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?: |$))|(?=[#=~]|[-+](?:[ -]|$)))")
+
+
+class SavedReport(ABC):
+    """A report that can be kept as a file of strict JSON."""
+
+    #: What it is, with its article, for messages.
+    _KIND: ClassVar[str]
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able data; undefined numbers are ``None``."""
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return the report that :meth:`to_dict` described."""
+
+    def to_json(self) -> str:
+        """Return the report as strict JSON."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as JSON, complete or not at all, and return its path.
+
+        Raises:
+            OSError: If it cannot be written; an older file is intact.
+        """
+        target, text = expanded(path), self.to_json()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_files(target.parent, {target.name: text.encode()})
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Return the report that :meth:`save` wrote.
+
+        Raises:
+            ReportError: If the file cannot be read, is no strict JSON, or is no report.
+        """
+        try:
+            data = expanded(path).read_bytes()
+            return cls.from_dict(parse_json(data, limit=len(data)))
+        except (OSError, ValueError) as error:
+            raise ReportError(f"{path} cannot be read as {cls._KIND}: {error}") from error
 
 
 def report_text(report: EvaluationReport) -> Iterator[str]:
