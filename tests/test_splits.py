@@ -632,6 +632,15 @@ def test_what_is_no_json_is_no_split(tmp_path: Path, site: FolderDataset, conten
         saved_side(tmp_path / "split.json", "train")
 
 
+def test_a_split_that_puts_a_patient_on_two_sides_by_naming_it_twice_is_refused(
+    tmp_path: Path, site: FolderDataset
+) -> None:
+    path = split_by_patient(site).save(tmp_path / "split.json")
+    path.write_text(path.read_text().replace('"side": "train"', '"side": "test", "side": "train"'))
+    with pytest.raises(SplitError, match=r"names 'side' twice.*Split again"):
+        Split.load(path, site)
+
+
 def test_a_missing_split_is_refused(tmp_path: Path, site: FolderDataset) -> None:
     with pytest.raises(
         SplitError, match=r"is no saved split: FileNotFoundError.*Check path and permissions"

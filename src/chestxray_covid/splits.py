@@ -20,7 +20,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups, patient_on_two_sides
 from chestxray_covid.datasets.storage import write_file, writing_to
 from chestxray_covid.errors import DatasetError, SplitError, real_number, whole_number
-from chestxray_covid.files import expanded
+from chestxray_covid.files import expanded, parse_json
 from chestxray_covid.intervals import check_seed
 
 SIDES = ("train", "val", "test")
@@ -174,7 +174,7 @@ def _facts(sample: Sample) -> dict[str, str]:
 
 def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(text := path.read_bytes(), limit=len(text))
         if data["format_version"] != _FORMAT:
             raise ValueError(f"format_version is {data['format_version']!r}, expected {_FORMAT}")
         seed, entries, sides = int(data["seed"]), list(data["samples"]), dict[int, str]()
@@ -186,7 +186,7 @@ def _read_split(path: Path) -> tuple[int, list[dict[str, Any]]]:
                     f"{path} puts patient {entry['patient_id']} of {entry['source']} on two "
                     "sides. Split by patient again."
                 )
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         if isinstance(error, SplitError):
             raise
         advice = "Check path and permissions" if isinstance(error, OSError) else "Split again"
