@@ -1504,6 +1504,47 @@ def test_a_long_lookup_table_of_signed_pixels_is_read_whole(entries: int) -> Non
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1", BIG_ENDIAN])
+@pytest.mark.parametrize(
+    ("stored", "intercept", "first"),
+    [
+        (0, -1024, -1024),  # unsigned, what comes of it signed
+        (-2048, None, -2048),
+        (-2048, -5000, -7048),
+        (-2048, 40_000, 37_952),  # signed, what comes of it unsigned
+        (0, 40_000, 40_000),
+    ],
+)
+def test_the_first_value_of_a_voi_lut_is_signed_if_what_it_takes_can_be(
+    syntax: str, stored: int, intercept: int | None, first: int
+) -> None:
+    values = twelve_bits().astype(int) + stored
+    square = np.arange(4096) ** 2 // 4096
+    sequence = lut(4096, first % 65_536, 12, square)
+    rescale = {} if intercept is None else {"RescaleSlope": 1, "RescaleIntercept": intercept}
+    pixels = values.astype(np.int16 if stored else np.uint16)
+    data = dicom(pixels, syntax=syntax, BitsStored=12, **rescale, VOILUTSequence=sequence)
+    assert np.abs(loaded(data) - square[twelve_bits()] * (255 / 4095)).max() <= 1
+
+
+@pytest.mark.parametrize("first", [-2048, 63_488])
+def test_the_first_value_of_a_modality_lut_is_signed_if_the_pixels_are(first: int) -> None:
+    square = np.arange(4096) ** 2 // 4096
+    sequence = lut(4096, first, 16, square * 16)
+    sequence[0]["LUTDescriptor"].VR = "SS" if first < 0 else "US"
+    # Whose output is not signed, whatever the pixels are.
+    voi = lut(20_000, 40_000, 16, np.arange(20_000) * 3)
+    options = {"BitsStored": 12, "ModalityLUTSequence": sequence}
+    values = twelve_bits().astype(np.int16) - 2048
+    expected = square[twelve_bits()] * 16
+    found = loaded(dicom(values, **options))
+    assert np.abs(found - stretched(expected)).max() <= 1
+    for syntax in ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1"):
+        found = loaded(dicom(values, syntax=syntax, **options, VOILUTSequence=voi))
+        clipped = np.clip(expected - 40_000, 0, 19_999)
+        assert np.abs(found - clipped * (3 * 255 / 65_535)).max() <= 1
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1", BIG_ENDIAN])
 @pytest.mark.parametrize("kind", [np.uint16, np.int16])
 @pytest.mark.parametrize("high_bit", [13, 15])
 @pytest.mark.parametrize("window", [{}, {"WindowCenter": 500, "WindowWidth": 1200}])

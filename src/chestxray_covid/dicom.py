@@ -180,17 +180,19 @@ def _check_frame(data: Any, name: str, max_pixels: int) -> None:
 
 def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:
     """Return stored grey values as shown on a monitor (PS3.3 C.11.1 and C.11.2)."""
-    values = frame
+    values, is_signed = frame, frame.dtype.kind == "i"
     if data.get("ModalityLUTSequence"):
-        values, _ = _lookup(values, data.ModalityLUTSequence[0], data)
+        values, _ = _lookup(values, data.ModalityLUTSequence[0], data, is_signed)
+        is_signed = False
     else:
         slope, intercept = _first(data, "RescaleSlope"), _first(data, "RescaleIntercept")
         # A slope of 0, of which nothing would be left to see, is as good as none.
         if slope and intercept is not None and (slope, intercept) != (1, 0):
             values = values * slope + intercept
+            is_signed = any(end * slope + intercept < 0 for end in _possible(data, is_signed))
     low, high = value_range(values, name)
     if data.get("VOILUTSequence"):
-        values, top = _lookup(values, data.VOILUTSequence[0], data)
+        values, top = _lookup(values, data.VOILUTSequence[0], data, is_signed)
         return stretch(values, 0, top)
     function = str(data.get("VOILUTFunction") or "LINEAR").upper()
     window = _first_window(data, function)
@@ -203,6 +205,18 @@ def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:
         low, high = value_range(values[inside], name)
         values = np.clip(values, low, high)
     return stretch(values, low, high)
+
+
+def _possible(data: Any, is_signed: bool) -> tuple[int, int]:
+    """Return the least and the greatest stored value that there can be."""
+    count = 1 << int(data.get("BitsStored") or data.BitsAllocated)
+    return (-(count // 2), count // 2 - 1) if is_signed else (0, count - 1)
+
+
+def _word(value: float, is_signed: bool) -> float:
+    """Return what 16 bits stand for, whichever of US and SS they are said to be."""
+    below = 0x8000 * is_signed
+    return (value + below) % 0x10000 - below
 
 
 def _inside(frame: NDArray[Any], data: Any) -> NDArray[np.bool_]:
@@ -262,12 +276,23 @@ def _window(
     return np.clip(position + 0.5, 0, 1)
 
 
-def _lookup(values: NDArray[Any], item: Any, data: Any) -> tuple[NDArray[Any], int]:
+def _lookup(
+    values: NDArray[Any], item: Any, data: Any, is_signed: bool
+) -> tuple[NDArray[Any], int]:
     """Return values through a lookup table, and its largest possible output (PS3.3 C.11.2.1.1).
 
-    pydicom's own functions wrap around where a table of 8-bit outputs has more than 256 entries.
+    pydicom's own functions wrap around where a table of 8-bit outputs has more than 256 entries,
+    and take the first value that is mapped for signed or not by what is stored, or by its VR. That
+    of a VOI LUT depends on what the modality's rescale can make of it.
+
+    Args:
+        values: To be looked up.
+        item: Of the sequence that holds the table.
+        data: The data set.
+        is_signed: Whether there can be negative values.
     """
     entries, first, bits = (int(number) for number in item.LUTDescriptor)
+    first = int(_word(first, is_signed))
     entries = entries % (1 << 16) or 1 << 16  # with signed pixels some are read as negative
     table = item.LUTData
     if isinstance(table, bytes):
