@@ -1330,6 +1330,14 @@ def dicom_files() -> dict[str, tuple[bytes, np.ndarray]]:
             dicom(twelve, BitsStored=12, VOILUTSequence=lut(4096, 0, 8, square // 16)),
             grey,
         ),
+        "voi lut of 12 bits in 16": (
+            dicom(twelve, BitsStored=12, VOILUTSequence=lut(4096, 0, 16, square[::-1])),
+            255 - twelve * (255 / 4095),
+        ),
+        "voi lut of 16 bits": (
+            dicom(twelve, BitsStored=12, VOILUTSequence=lut(4096, 0, 16, square * 7)),
+            twelve * (255 * 7 / 65_535),
+        ),
         "voi lut of part of the range": (
             dicom(twelve, BitsStored=12, VOILUTSequence=lut(1024, 1024, 10, square[:1024])),
             np.clip(twelve.astype(int) - 1024, 0, 1023) * (255 / 1023),

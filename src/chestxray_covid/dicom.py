@@ -302,5 +302,8 @@ def _lookup(
     table = np.clip(np.ravel(np.asarray(table))[:entries], 0, top)
     if table.size < entries:
         raise ValueError(f"a lookup table of {entries} entries holds {table.size}")
+    # In images 8 and 16 are allowed (C.11.2.1.1), so that 16 is said of entries of 12, as by Agfa.
+    if bits == 16 and (highest := int(table.max())) < 1 << 12:
+        top = (1 << highest.bit_length()) - 1
     index = np.clip(np.rint(values.astype(np.float64) - first), 0, entries - 1)
     return table[index.astype(np.int32)], top
