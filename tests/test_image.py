@@ -1217,7 +1217,7 @@ def dicom(pixels: np.ndarray | None, *, syntax: str = "1.2.840.10008.1.2.1", **e
             setattr(data, key, value)
     if pixels is not None:
         data.HighBit = high_bit or data.BitsStored - 1
-        if syntax.startswith("1.2.840.10008.1.2.4"):
+        if syntax.startswith(("1.2.840.10008.1.2.4", RLE)):
             data["PixelData"].VR = "OB"
             data["PixelData"].is_undefined_length = True
     buffer = io.BytesIO()
@@ -1263,6 +1263,7 @@ def compressed(syntax: str, frame: bytes) -> bytes:
 
 
 J2K, JPEG = "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.50"
+RLE = "1.2.840.10008.1.2.5"
 MPEG2, BIG = "1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.2"
 
 
@@ -1399,7 +1400,7 @@ def dicom_files() -> dict[str, tuple[bytes, np.ndarray]]:
 
 def rle(pixels: np.ndarray) -> bytes:
     data = pydicom.dcmread(io.BytesIO(dicom(pixels)))
-    data.compress("1.2.840.10008.1.2.5")
+    data.compress(RLE)
     buffer = io.BytesIO()
     data.save_as(buffer)
     return buffer.getvalue()
@@ -1565,6 +1566,22 @@ def test_values_in_the_upper_bits_look_like_those_in_the_lower_ones(
     overlaid = (values << (high_bit - 11)) | kind(1)  # a bit below is not of the image
     assert np.array_equal(loaded(dicom(overlaid, HighBit=high_bit, **options)), plain)
     assert np.array_equal(loaded(dicom(values, HighBit=high_bit, **options)), plain)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int16])
+@pytest.mark.parametrize("high_bit", [13, 15])
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 500, "WindowWidth": 1200}])
+def test_values_in_the_upper_bits_look_the_same_where_they_are_compressed(
+    kind: type, high_bit: int, window: dict[str, int]
+) -> None:
+    values = (twelve_bits().astype(np.int64) - 2048 * (kind is np.int16)).astype(kind)
+    plain = loaded(dicom(values, BitsStored=12, **window))
+    for stored in ((values << (high_bit - 11)) | kind(1), values):
+        run_lengths = pydicom.dcmread(io.BytesIO(rle(stored))).PixelData
+        wavelets = encode(stored.view(np.uint16), "JPEG2000", no_jp2=True)
+        for syntax, frame in ((RLE, run_lengths), (J2K, pydicom.encaps.encapsulate([wavelets]))):
+            options = {"BitsStored": 12, "HighBit": high_bit, "PixelData": frame, **window}
+            assert np.array_equal(loaded(dicom(values, syntax=syntax, **options)), plain)
 
 
 @pytest.mark.parametrize("options", [{}, {"WindowCenter": 500, "WindowWidth": 1200}])

@@ -6,6 +6,8 @@ import io
 import math
 import re
 import struct
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -121,9 +123,10 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
     _lift_groups(data)
     if syntax.is_encapsulated:
         _check_frame(data, name, max_pixels)
-        frame = pixels.pixel_array(data, index=0)
+        frame = _first_frame(data, partial(pixels.pixel_array, data, index=0))
         return data, _without_overlay(frame, data) if syntax in _LOSSLESS else frame
-    return data, _first_frame(data, pixels.pixel_array)
+    read_first = partial(pixels.pixel_array, data, index=0, number_of_frames=1)
+    return data, _first_frame(data, read_first)
 
 
 def _lift_groups(data: Any) -> None:
@@ -137,7 +140,7 @@ def _lift_groups(data: Any) -> None:
                     data.update({e.tag: e for e in said})
 
 
-def _first_frame(data: Any, pixel_array: Any) -> NDArray[Any]:
+def _first_frame(data: Any, decode: Callable[[], NDArray[Any]]) -> NDArray[Any]:
     """Return the stored values, also those in the upper bits of what is allocated.
 
     Older editions of PS3.5 let HighBit be any; pydicom takes it for one less than BitsStored.
@@ -145,12 +148,12 @@ def _first_frame(data: Any, pixel_array: Any) -> NDArray[Any]:
     stored, high = data.get("BitsStored"), data.get("HighBit")
     if stored and high and stored <= high < data.BitsAllocated:
         data.BitsStored = high + 1
-        whole: NDArray[Any] = pixel_array(data, index=0, number_of_frames=1)
+        whole = decode()
         data.BitsStored = stored
         # Where the upper bits are not used, it is HighBit that is wrong.
         if whole.max() >= 1 << stored or whole.min() < -1 << (stored - 1):
             return np.asarray(whole >> (high + 1 - stored))
-    return np.asarray(pixel_array(data, index=0, number_of_frames=1))
+    return decode()
 
 
 def _without_overlay(frame: NDArray[Any], data: Any) -> NDArray[Any]:
