@@ -1679,6 +1679,16 @@ def jpeg_2000_bomb(side: int = 50_000) -> bytes:
     return compressed(J2K, bytes(frame))
 
 
+def test_what_looks_like_a_size_within_the_data_of_jpeg_2000_is_none() -> None:
+    frame = encode(ramp(), "JPEG2000", no_jp2=True)
+    after_size = 4 + int.from_bytes(frame[4:6], "big")
+    # By chance such bytes are in one of some hundred images of 10 MB; here in a comment.
+    text = b"\xff\x4f\xff\x51" + bytes(range(40, 80))
+    comment = b"\xff\x64" + struct.pack(">HH", len(text) + 4, 0) + text
+    data = compressed(J2K, frame[:after_size] + comment + frame[after_size:])
+    assert np.array_equal(loaded(data), loaded(compressed(J2K, frame)))
+
+
 def jpeg_bomb() -> bytes:
     return compressed(JPEG, header_bombs()["jpeg 65500"])
 

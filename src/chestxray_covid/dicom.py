@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -173,8 +174,10 @@ def _check_frame(data: Any, name: str, max_pixels: int) -> None:
         data.PixelData, 0, number_of_frames=int(data.get("NumberOfFrames") or 1)
     )
     what = f"The first frame of {name}"
-    # SOC and SIZ markers, then x1, y1, x0, y0 of the image area (ISO/IEC 15444-1, A.5.1).
-    for match in re.finditer(rb"\xff\x4f\xff\x51.{4}(.{16})", frame, re.DOTALL):
+    # SOC and SIZ markers, then x1, y1, x0, y0 of the image area (ISO/IEC 15444-1, A.5.1). In the
+    # boxes of a JP2 file they can be anywhere, and in what they begin they are data.
+    sizes = re.finditer(rb"\xff\x4f\xff\x51.{4}(.{16})", frame, re.DOTALL)
+    for match in islice(sizes, 1 if frame.startswith(b"\xff\x4f\xff\x51") else None):
         x1, y1, x0, y0 = struct.unpack(">4I", match[1])
         check_size((x1 - x0, y1 - y0), what, max_pixels)
     if frame.startswith(b"\xff\xd8"):
