@@ -1263,7 +1263,7 @@ def compressed(syntax: str, frame: bytes) -> bytes:
 
 
 J2K, JPEG = "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.50"
-RLE = "1.2.840.10008.1.2.5"
+RLE, EXTENDED = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.51"
 MPEG2, BIG = "1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.2"
 
 
@@ -1394,6 +1394,7 @@ def dicom_files() -> dict[str, tuple[bytes, np.ndarray]]:
         "palette": (dicom(grey, PhotometricInterpretation="PALETTE COLOR", **palette), grey),
         "jpeg 2000": (compressed(J2K, encode(grey, "JPEG2000", no_jp2=True)), grey),
         "jpeg": (compressed(JPEG, encode(grey, "JPEG", quality=100)), grey),
+        "extended jpeg": (compressed(EXTENDED, encode(grey, "JPEG", quality=100)), grey),
         "rle": (rle(grey), grey),
     }
 
@@ -1673,6 +1674,12 @@ def deflated_bomb() -> bytes:
     return head + sixteen_mebibytes_of_zeros() * 190
 
 
+def jpeg_of_12_bits() -> bytes:
+    frame = encode(ramp(), "JPEG").replace(b"\xff\xc0\0\x0b\x08", b"\xff\xc1\0\x0b\x0c")
+    options = {"BitsStored": 12, "PixelData": pydicom.encaps.encapsulate([frame])}
+    return dicom(twelve_bits(), syntax=EXTENDED, **options)
+
+
 def jpeg_2000_bomb(side: int = 50_000) -> bytes:
     frame = bytearray(encode(ramp(), "JPEG2000", no_jp2=True))
     frame[8:16] = frame[24:32] = struct.pack(">II", side, side)
@@ -1734,6 +1741,7 @@ def jpeg_bomb() -> bytes:
         # No decoder for lossless JPEG or JPEG-LS comes with the extra.
         (lambda: compressed("1.2.840.10008.1.2.4.70", b"\xff\xd8"), "pip install .*dicom.*gdcm"),
         (lambda: compressed("1.2.840.10008.1.2.4.80", b"\xff\xd8"), "JPEG-LS"),
+        (jpeg_of_12_bits, "JPEG Extended .* JPEG of 12 bits: pip install pylibjpeg-libjpeg"),
     ],
 )
 def test_dicom_that_cannot_be_shown_is_refused_without_naming_the_patient(

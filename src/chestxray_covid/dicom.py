@@ -113,11 +113,13 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
             data[tag] = raw._replace(value=file.read(length))
     if not any(map(data.get, ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))):
         raise ImageError(f"{name} is a DICOM file without pixel data.")
-    if not decoder.is_available:
+    # JPEG of 12 bits is beyond Pillow and GDCM, which say that they decode its transfer syntax.
+    is_deep = syntax == uid.JPEGExtended12Bit and data.get("BitsStored") != 8
+    if not decoder.is_available or (is_deep and "pylibjpeg" not in decoder.available_plugins):
         raise ImageError(
             f"{name} is compressed ({syntax.name}) and no decoder for that is installed. For JPEG "
             'and JPEG 2000: pip install "chestxray-covid[dicom]". For lossless JPEG and JPEG-LS: '
-            "pip install python-gdcm"
+            "pip install python-gdcm. For JPEG of 12 bits: pip install pylibjpeg-libjpeg"
         )
     data.file_meta = require_extra("pydicom.dataset", "dicom").FileMetaDataset()
     data.file_meta.TransferSyntaxUID = syntax
