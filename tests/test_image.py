@@ -1503,6 +1503,18 @@ def test_padding_around_the_image_does_not_darken_it(
     assert set(found[:5].ravel()) == {0 if photometric == "MONOCHROME1" else 255}
 
 
+@pytest.mark.parametrize("options", [{}, {"PixelPaddingRangeLimit": -1900}])
+def test_padding_of_signed_pixels_may_be_written_unsigned(options: dict[str, int]) -> None:
+    padded = twelve_bits().astype(np.int16) - 1000
+    padded[:5] = -2000
+    data = dicom(padded, PixelPaddingValue=-2000, **options)
+    expected = stretched(twelve_bits()[5:])
+    assert np.abs(loaded(data)[5:] - expected).max() <= 1
+    for end in (b"\x28\0\x20\1", b"\x28\0\x21\1"):
+        data = data.replace(end + b"SS", end + b"US")
+    assert np.abs(loaded(data)[5:] - expected).max() <= 1
+
+
 @pytest.mark.filterwarnings("ignore:Invalid value")  # of pydicom
 @pytest.mark.parametrize("entries", [4096, 32_767, 32_768, 40_000, 65_536])
 def test_a_long_lookup_table_of_signed_pixels_is_read_whole(entries: int) -> None:

@@ -233,7 +233,8 @@ def _inside(frame: NDArray[Any], data: Any) -> NDArray[np.bool_]:
     if padding is None:
         return np.ones(1, np.bool_)
     limit = _first(data, "PixelPaddingRangeLimit")
-    ends = sorted([padding, padding if limit is None else limit])
+    is_signed = frame.dtype.kind == "i"
+    ends = sorted(_word(end, is_signed) for end in (padding, padding if limit is None else limit))
     return np.asarray((frame < ends[0]) | (frame > ends[1]))
 
 
