@@ -1288,6 +1288,7 @@ def dicom_files() -> dict[str, tuple[bytes, np.ndarray]]:
     return {
         "8 bits": (dicom(grey), grey),
         "8 bits, dim": (dicom(grey // 2), grey // 2),
+        "8 in 16 bits": (dicom(grey.astype(np.uint16) // 2, BitsStored=8), grey // 2),
         "12 in 16 bits": (dicom(twelve, BitsStored=12), stretched(twelve)),
         "16 bits": (dicom(grey.astype(np.uint16) * 257), grey),
         "signed": (dicom(twelve.astype(np.int16) - 2000), stretched(twelve)),

@@ -206,8 +206,8 @@ def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:
     window = _first_window(data, function)
     if window is not None:
         return stretch(_window(values, *window, function), 0, 1)
-    if values.dtype == np.uint8 and data.BitsStored == 8:
-        return values
+    if values.dtype.kind == "u" and data.BitsStored == 8 and high <= 255:
+        return values.astype(np.uint8)
     inside = _inside(frame, data)
     if inside.any() and not inside.all():
         low, high = value_range(values[inside], name)
