@@ -760,7 +760,7 @@ class TestRefused:
     def test_no_image(self, clf: Classifier, tmp_path: Path, kind: str) -> None:
         (tmp_path / "empty").mkdir()
         given = [tmp_path / "empty"] if kind == "a list" else tmp_path / "empty"
-        with pytest.raises(DatasetNotFoundError, match=r"No image file in .*empty\. Check"):
+        with pytest.raises(DatasetNotFoundError, match=r"No image file in .*empty\. Check .*\.dcm"):
             predict_files(given, tmp_path / "o.csv", classifier=clf)
         assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 

@@ -340,6 +340,7 @@ def test_a_folder_without_images_is_an_error_and_leaves_no_file(
         done = call(*arguments, *extra)
         assert done.exit_code == 1
         assert "No image file in" in done.output
+        assert ".dcm; list others" in " ".join(done.output.split())
     assert not output.exists()
 
 

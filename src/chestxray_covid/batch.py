@@ -16,7 +16,6 @@ from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.loading import map_ahead
 from chestxray_covid.errors import (
     DatasetError,
-    DatasetNotFoundError,
     ImageError,
     ImageNotFoundError,
     check_classifier,
@@ -24,7 +23,7 @@ from chestxray_covid.errors import (
     require_extra,
 )
 from chestxray_covid.files import is_folder
-from chestxray_covid.places import Places, is_address
+from chestxray_covid.places import Places, is_address, no_image_file
 from chestxray_covid.prediction import FailedPrediction
 from chestxray_covid.prediction_table import Row
 from chestxray_covid.shards import (
@@ -236,7 +235,7 @@ def _complete(table: ShardedTable, names: list[str], count: int, images: Any) ->
             shown = first_of([*map(str, images)]) if images else "an empty list"
         elif isinstance(images, Iterator):
             shown = "what was given"
-        raise DatasetNotFoundError(f"No image file in {shown}. Check the path.")
+        raise no_image_file(shown)
     return PredictedFiles(output=table.output, count=count, failed=table.complete(names))
 
 

@@ -108,8 +108,7 @@ def _show(
 ) -> dict[str, str]:
     """Print a table, and return path → reason of the files that failed."""
     from chestxray_covid.batch import judge_files
-    from chestxray_covid.errors import DatasetNotFoundError
-    from chestxray_covid.places import Places
+    from chestxray_covid.places import Places, no_image_file
     from chestxray_covid.prediction import FailedPrediction
     from chestxray_covid.prediction_table import heading, line
     from chestxray_covid.shards import listed
@@ -125,7 +124,7 @@ def _show(
         if isinstance(result, FailedPrediction):
             failed[result.source] = str(result.error)
     if empty:
-        raise DatasetNotFoundError(f"No image file in {', '.join(paths)}. Check the path.")
+        raise no_image_file(", ".join(paths))
     return failed
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chestxray_covid.datasets.loading import image_files
-from chestxray_covid.errors import require_extra
+from chestxray_covid.errors import DatasetNotFoundError, require_extra
 from chestxray_covid.files import is_folder, write_files
 from chestxray_covid.image import IMAGE_SUFFIXES
 
@@ -19,6 +19,14 @@ from chestxray_covid.image import IMAGE_SUFFIXES
 def is_address(place: str) -> bool:
     """Return whether this is an address such as ``s3://bucket/folder``, not a path."""
     return "://" in place
+
+
+def no_image_file(where: str) -> DatasetNotFoundError:
+    """Return the error for paths among and below which there is no image file."""
+    return DatasetNotFoundError(
+        f"No image file in {where}. Check the path. In folders files are known by the ends of "
+        "their names, such as .png, .jpg or .dcm; list others, such as a PACS exports, in a CSV."
+    )
 
 
 class Places:
