@@ -1457,6 +1457,22 @@ def test_windows_agree_with_pydicom(name: str) -> None:
     assert np.abs(loaded(data) - 255 * (shown - low) / (high - low)).max() <= 1
 
 
+def test_a_voi_lut_without_a_table_is_passed_over() -> None:
+    window = {"BitsStored": 12, "WindowCenter": "2048", "WindowWidth": "1024"}
+    blank = lut(4096, 0, 12, np.arange(4096))
+    del blank[0].LUTData
+    square = np.arange(4096) ** 2 // 4096
+    both = pydicom.Sequence([blank[0], lut(4096, 0, 12, square)[0]])
+    assert np.array_equal(
+        loaded(dicom(twelve_bits(), VOILUTSequence=blank, **window)),
+        loaded(dicom(twelve_bits(), **window)),
+    )
+    assert np.array_equal(
+        loaded(dicom(twelve_bits(), VOILUTSequence=both, **window)),
+        loaded(dicom(twelve_bits(), VOILUTSequence=lut(4096, 0, 12, square), **window)),
+    )
+
+
 @pytest.mark.parametrize(
     "window",
     [

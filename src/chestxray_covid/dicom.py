@@ -199,8 +199,9 @@ def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:
             values = values * slope + intercept
             is_signed = any(end * slope + intercept < 0 for end in _possible(data, is_signed))
     low, high = value_range(values, name)
-    if data.get("VOILUTSequence"):
-        values, top = _lookup(values, data.VOILUTSequence[0], data, is_signed)
+    tables = (item for item in data.get("VOILUTSequence") or () if item.get("LUTData"))
+    if table := next(tables, None):
+        values, top = _lookup(values, table, data, is_signed)
         return stretch(values, 0, top)
     function = str(data.get("VOILUTFunction") or "LINEAR").upper()
     window = _first_window(data, function)
