@@ -1732,7 +1732,7 @@ def jpeg_bomb() -> bytes:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: dicom(None), "without an image"),
+        (lambda: dicom(None), "without an image .* DICOMDIR .* Pass one with an image"),
         (lambda: dicom(ramp(), PixelData=None), "without pixel data"),
         (lambda: dicom(ramp(), PixelData=b""), "without pixel data"),
         (lambda: dicom(ramp(), PixelData=ramp().tobytes()[:-200]), "cannot be read: ValueError"),
@@ -1782,6 +1782,13 @@ def test_dicom_that_cannot_be_shown_is_refused_without_naming_the_patient(
         load_image(data)
     assert time.thread_time() - start < 1
     assert "Secret" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:End of file")  # of pydicom
+@pytest.mark.parametrize("name", ["jpeg", "jpeg 2000", "rle"])
+def test_compressed_pixels_that_are_cut_off_are_said_to_be(name: str) -> None:
+    with pytest.raises(ImageError, match="cut off within them"):
+        load_image(dicom_files()[name][0][:-300])
 
 
 def test_the_deflated_bomb_is_what_it_says(tmp_path: Path) -> None:

@@ -98,7 +98,10 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
     order = (syntax.is_implicit_VR, syntax.is_little_endian)
     data = read(file, *order, stop_when=lambda tag, *_: tag >> 16 >= 0x7FE0)
     if data.get("Rows") is None or data.get("Columns") is None:
-        raise ImageError(f"{name} is a DICOM file without an image (no Rows and Columns).")
+        raise ImageError(
+            f"{name} is a DICOM file without an image (no Rows and Columns), such as a DICOMDIR or "
+            "a report, or cut off before it. Pass one with an image, or fetch it again."
+        )
     check_size((int(data.Columns), int(data.Rows)), name, max_pixels)
     # Hundreds of frames may follow the first, which is all that is read where none is compressed.
     frames, length = int(data.get("NumberOfFrames") or 1), None
@@ -112,7 +115,9 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
             file.seek(raw.value_tell)
             data[tag] = raw._replace(value=file.read(length))
     if not any(map(data.get, ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))):
-        raise ImageError(f"{name} is a DICOM file without pixel data.")
+        raise ImageError(
+            f"{name} is a DICOM file without pixel data, or cut off within them. Fetch it again."
+        )
     # JPEG of 12 bits is beyond Pillow and GDCM, which say that they decode its transfer syntax.
     is_deep = syntax == uid.JPEGExtended12Bit and data.get("BitsStored") != 8
     if not decoder.is_available or (is_deep and "pylibjpeg" not in decoder.available_plugins):
