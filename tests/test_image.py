@@ -1812,7 +1812,7 @@ def test_a_second_transfer_syntax_does_not_smuggle_a_deflated_file_in() -> None:
 def test_a_file_named_dicom_that_is_none_is_never_forced(tmp_path: Path) -> None:
     path = tmp_path / "x.dcm"
     path.write_bytes(dicom(ramp())[132:])
-    with pytest.raises(ImageError, match='no "DICM" at byte 128'):
+    with pytest.raises(ImageError, match=r'no "DICM" at byte 128\..* dcmconv in\.dcm out\.dcm'):
         load_image(path)
     path.write_bytes(encode(ramp(), "PNG"))
     assert np.array_equal(loaded(path), ramp())

@@ -310,7 +310,10 @@ def _looks_like(head: bytes, name: str) -> str:
     if head[4:8] == b"ftyp":
         return "is a HEIF, AVIF or video file"
     if name.lower().endswith((".dcm", ".dicom")):
-        return 'is named like a DICOM file but has no "DICM" at byte 128'
+        return (
+            'is named like a DICOM file but has no "DICM" at byte 128. If it lacks that alone, as '
+            "old ones do, write it anew, for example with dcmtk: dcmconv in.dcm out.dcm"
+        )
     if not any(head):
         return "is all zeros, perhaps the rest of a broken copy"
     return f"is not an image of a known format (it begins with {head[:8]!r})"
