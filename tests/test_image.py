@@ -1264,6 +1264,7 @@ def compressed(syntax: str, frame: bytes) -> bytes:
 
 J2K, JPEG = "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.50"
 RLE, EXTENDED = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.51"
+PROGRESSIVE = "1.2.840.10008.1.2.4.55"
 MPEG2, BIG = "1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.2"
 
 
@@ -1756,7 +1757,8 @@ def jpeg_bomb() -> bytes:
             lambda: dicom(ramp()).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0"),
             "cannot be read: ValueError: UID is not a transfer syntax",
         ),
-        (lambda: compressed(MPEG2, b"film"), "cannot be read: NotImplementedError"),
+        (lambda: compressed(MPEG2, b"film"), "encoded as MPEG2 .* Export it otherwise"),
+        (lambda: compressed(PROGRESSIVE, b"\xff\xd8"), "JPEG Full Progression.* dcmdjpeg in.dcm"),
         (lambda: dicom(ramp(), BitsAllocated=7), "cannot be read: ValueError"),
         (lambda: dicom(ramp(), PhotometricInterpretation=None), "cannot be read: AttributeError"),
         (

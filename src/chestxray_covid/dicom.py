@@ -94,7 +94,13 @@ def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[An
             f"{name} is a deflated DICOM file, which can expand a thousandfold. "
             "Convert it first, for example with dcmtk: dcmconv +te in.dcm out.dcm"
         )
-    decoder = pixels.get_decoder(syntax)
+    try:
+        decoder = pixels.get_decoder(syntax)
+    except NotImplementedError as error:
+        raise ImageError(
+            f"{name} is encoded as {syntax.name}, which no decoder reads. Export it otherwise, or "
+            "convert it first, if it is JPEG for example with dcmtk: dcmdjpeg in.dcm out.dcm"
+        ) from error
     order = (syntax.is_implicit_VR, syntax.is_little_endian)
     data = read(file, *order, stop_when=lambda tag, *_: tag >> 16 >= 0x7FE0)
     if data.get("Rows") is None or data.get("Columns") is None:
