@@ -1441,6 +1441,16 @@ def test_a_monochrome1_twin_looks_the_same() -> None:
     assert np.array_equal(loaded(twin), loaded(dicom(twelve_bits(), BitsStored=12)))
 
 
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_presentation_lut_shape_changes_nothing(photometric: str) -> None:
+    # PS3.3 C.8.11.3: INVERSE goes with MONOCHROME1, IDENTITY with MONOCHROME2.
+    options = {"BitsStored": 12, "PhotometricInterpretation": photometric}
+    plain = loaded(dicom(twelve_bits(), **options))
+    for shape in ("IDENTITY", "INVERSE"):
+        found = loaded(dicom(twelve_bits(), PresentationLUTShape=shape, **options))
+        assert np.array_equal(found, plain)
+
+
 @pytest.mark.parametrize(
     "name", ["window", "windows", "exact window", "sigmoid", "rescale and window"]
 )
