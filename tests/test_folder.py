@@ -263,6 +263,23 @@ def test_a_source_is_named_after_its_folder_unless_named(
     assert FolderDataset(".").sources == ("hospital",)
 
 
+def test_parts_of_a_collection_share_its_source_and_its_patients(tmp_path: Path) -> None:
+    """Else a patient of ``train`` who is also in ``test`` would be two, and nobody would notice."""
+    names = {"train": ("7_a.png", "x.png"), "test": ("7_b.png", "x.png")}
+    for part, (numbered, plain) in names.items():
+        write_image(tmp_path / "hospital" / part / "COVID" / numbered, numbered)
+        write_image(tmp_path / "hospital" / part / "COVID" / plain, part)
+    train, test = (FolderDataset(tmp_path / "hospital" / part) for part in names)
+    assert train.sources == test.sources == ("hospital",)
+    assert FolderDataset(tmp_path / "hospital" / "test", source="site").sources == ("site",)
+    of = [{s.patient_id for s in part.samples} for part in (train, test)]
+    assert of[0] & of[1] == {"7"}, "equal names without a number are two patients"
+    both, whole = train + test, FolderDataset(tmp_path / "hospital")
+    assert {(s.path, s.patient_id) for s in both.samples} == {
+        (s.path, s.patient_id) for s in whole.samples
+    }
+
+
 @pytest.mark.parametrize("content", [[], ["a.png"], [".hidden/a.png"], ["__MACOSX/a.png"]])
 def test_a_folder_without_class_folders_is_not_found(tmp_path: Path, content: list[str]) -> None:
     for name in content:
@@ -457,6 +474,17 @@ def test_a_list_without_sources_is_named_after_itself_or_its_folder(tmp_path: Pa
         table = write_csv(tmp_path / "clinic.v2" / name, HEADER, [["a.png", "normal", "1"]])
         assert ManifestDataset(table).sources == (source,)
         assert ManifestDataset(table, source="site").sources == ("site",)
+
+
+@pytest.mark.parametrize("name", ["{}.csv", "{}/manifest.csv"])
+def test_lists_of_parts_share_the_source_of_the_folder_around(tmp_path: Path, name: str) -> None:
+    place, parts = tmp_path / "hospital", []
+    for part in ("train", "test"):
+        image = write_image(place / "images" / f"{part}.png", part)
+        table = write_csv(place / name.format(part), HEADER, [[str(image), "normal", "7"]])
+        parts.append(ManifestDataset(table))
+    assert [part.sources for part in parts] == [("hospital",)] * 2
+    assert {(s.source, s.patient_id) for s in (parts[0] + parts[1]).samples} == {("hospital", "7")}
 
 
 def test_a_folder_with_a_manifest_is_enough(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ class FolderDataset(ChestXrayDataset):
         patient_id: Regular expression; its first group (or whole match) in the file name is the
             patient. A file that it does not match counts as a patient of its own, which
             ``report()`` notes. ``None``: every file is a patient.
-        source: Name of the collection; the folder's name if not given. Two data sets of one
-            source share their patients.
+        source: Name of the collection; the folder's name if not given, or that of the folder
+            around ``train``, ``val`` or ``test``. Two data sets of one source share their patients.
         classes: Labels to keep, in order.
         transform: Applied to the PIL image.
         target_transform: Applied to the integer target.
@@ -84,9 +84,10 @@ class FolderDataset(ChestXrayDataset):
     ) -> None:
         classes = check_classes(classes)
         folder = existing_folder(root, "a folder with one folder per class")
-        name = source or folder.resolve().name
+        whole = _collection(place := folder.resolve())
+        name, part = source or whole.name, place.relative_to(whole)
         pattern = _pattern(patient_id)
-        notes: Counter[str] = Counter()
+        dropped, notes = Counter[str](), Counter[str]()
         found = class_folders(folder, labels, classes, notes)
         if not found:
             raise DatasetNotFoundError(
@@ -94,18 +95,17 @@ class FolderDataset(ChestXrayDataset):
                 + (f" with a class of {sorted(labels)}." if labels else ".")
             )
         samples: list[Sample] = []
-        dropped: Counter[str] = Counter()
         for child, path in images_of(found, dropped, notes):
             if (label := found[child]) not in classes:
                 dropped[f"folder outside the classes ({label})"] += 1
                 continue
-            patient = _patient(path, folder, pattern)
-            notes["names without a patient number"] += not patient
+            patient = _patient(path.name, pattern)
+            notes["names without a patient number"] += pattern is not None and not patient
             sample = Sample(
                 path=path,
                 label=label,
                 finding=child.name,
-                patient_id=patient or path.relative_to(folder).as_posix(),
+                patient_id=patient or (part / path.relative_to(folder)).as_posix(),
                 source=name,
             )
             samples.append(sample)
@@ -118,7 +118,7 @@ class FolderDataset(ChestXrayDataset):
                 samples, classes, source=name, root=folder, dropped=dropped, notes=+notes
             ),
         )
-        self._named_after = {} if source else {name: folder.resolve()}
+        self._named_after = {} if source else {name: whole}
         self._promise(_promised(classes, found.values()))
 
 
@@ -135,8 +135,8 @@ class ManifestDataset(ChestXrayDataset):
         path: The CSV, UTF-8 with a header; or a folder that holds ``manifest.csv``.
         labels: Label as the CSV writes it → label, before the names that :class:`FolderDataset`
             knows (``COVID-19``, ``No finding``, …), which are understood here, too.
-        source: Name of the collection where a row names none; the CSV's name if not given, or
-            for ``manifest.csv`` that of its folder.
+        source: Name of the collection where a row names none; the CSV's name if not given, for
+            ``manifest.csv`` that of its folder, for ``test`` and its like of the one around it.
         classes: Labels to keep, in order.
         transform: Applied to the PIL image.
         target_transform: Applied to the integer target.
@@ -161,9 +161,9 @@ class ManifestDataset(ChestXrayDataset):
         table = expanded(path)
         if is_folder(table):
             table = table / "manifest.csv"
-        lies_in_its_folder = table.name == "manifest.csv"
-        place = table.parent.resolve() / ("" if lies_in_its_folder else table.name)
-        name = source or (place.name if lies_in_its_folder else place.stem)
+        own = "" if table.name == "manifest.csv" else table.name
+        place = _collection(table.parent.resolve() / own)
+        name = source or (place.stem if place.name == own else place.name)
         listed: dict[str, Sample] = {}
         unused: list[tuple[str, tuple[str, str, str]]] = []  # what other rows say of a file
         resolved, path_of = resolver(), path_maker()
@@ -239,8 +239,7 @@ class HannoverCovidDataset(ChestXrayDataset):
         classes = check_classes(classes)
         folder = existing_folder(root, "the folder of covid-19-image-repository")
         required = ("patient_id", "image_id", "projection")
-        listed: dict[str, Sample] = {}
-        dropped: Counter[str] = Counter()
+        listed, dropped = dict[str, Sample](), Counter[str]()
         for row in read_csv(table := folder / "data.csv", required=required):
             path = folder / "png" / f"{row['image_id']}.png"
             if "covid19" not in classes:
@@ -321,8 +320,7 @@ def class_folders(
         inside = [f for part in inside for f in _folders(part, meant, passed_over)]
     named = [f for f in inside if labels is None or f.name in labels]
     found = {f: _label(f.name, meant, classes) for f in named}
-    missing = sorted(set(meant) - {f.name for f in found})
-    if found and missing:
+    if found and (missing := sorted(set(meant) - {f.name for f in found})):
         raise DatasetNotFoundError(
             f"{root} has no folder {missing}, which labels= names; it has "
             f"{sorted({f.name for f in inside})}. Mend the names."
@@ -337,10 +335,8 @@ def _folders(root: Path, labels: Mapping[str, str], notes: Counter[str]) -> list
 
 def _label(name: str, labels: Mapping[str, str], classes: Sequence[str]) -> str:
     """Return the label that a folder or a CSV means by a name."""
-    if name in labels:
-        return labels[name]
-    if name in classes:
-        return name
+    if name in labels or name in classes:
+        return labels.get(name, name)
     plain = "" if _DOUBTS.search(name) else re.sub(r"[^a-z0-9]", "", name.lower())
     return _KNOWN_LABELS.get(plain, name)
 
@@ -352,6 +348,12 @@ def _promised(classes: Sequence[str], labels: Collection[str]) -> Sequence[str]:
     return [c for c in classes if c in labels or c.rstrip("0123456789") in likely] or classes
 
 
+def _collection(place: Path) -> Path:
+    """Return what a source is named after: of a part such as ``test``, the folder around it."""
+    is_part = place.name.lower().removesuffix(".csv") in _SPLITS and place.parent.name
+    return place.parent if is_part else place
+
+
 def _pattern(expression: str | None) -> re.Pattern[str] | None:
     try:
         return None if expression is None else re.compile(expression)
@@ -361,11 +363,9 @@ def _pattern(expression: str | None) -> re.Pattern[str] | None:
         ) from error
 
 
-def _patient(path: Path, root: Path, pattern: re.Pattern[str] | None) -> str | None:
-    if pattern is None:
-        return path.relative_to(root).as_posix()
-    match = pattern.search(path.name)
-    return (match[1] if pattern.groups else match[0]) if match else None
+def _patient(name: str, pattern: re.Pattern[str] | None) -> str | None:
+    match = pattern.search(name) if pattern else None
+    return (match[1] if match.re.groups else match[0]) if match else None
 
 
 def _add(
