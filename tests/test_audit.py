@@ -392,6 +392,26 @@ def test_a_file_that_was_trained_on_is_known_under_another_name_patient_and_sour
         audit_shortcuts(model, copies, train, **how)
 
 
+def test_patients_of_two_folders_that_are_called_alike_are_not_taken_for_the_same(
+    in_lungs: tuple[Linear, ChestXrayDataset], tmp_path: Path
+) -> None:
+    """Else the audit would fail a model for having seen patients who only have the same numbers."""
+    model, test = in_lungs
+    for place in ("a", "b"):
+        for i in range(10):
+            image, target = test[i + 10 * (place == "b")]
+            file = tmp_path / place / "images" / test.classes[target] / f"{i}_.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+    train, other = (FolderDataset(tmp_path / place / "images") for place in ("a", "b"))
+    how: dict[str, Any] = {**HOW, "masks": None}
+    with pytest.raises(DatasetError, match=r"both called 'images' by default.*Name them"):
+        audit_shortcuts(model, other, train.subset(range(8)), **how)
+    other = FolderDataset(tmp_path / "b" / "images", source="b")
+    found = audit_shortcuts(model, other, train, **how).item("generalisation")
+    assert "trained on" not in found.reason
+
+
 def test_sources_that_were_not_trained_on_are_external(
     in_lungs: tuple[Linear, ChestXrayDataset],
 ) -> None:

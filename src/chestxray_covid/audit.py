@@ -27,7 +27,7 @@ from chestxray_covid.audit_items import (
 from chestxray_covid.audit_occlusion import occlusion_item
 from chestxray_covid.audit_report import AuditItem, AuditReport
 from chestxray_covid.classifier import Classifier
-from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.base import ChestXrayDataset, told_apart
 from chestxray_covid.errors import check_classifier, check_dataset, check_positive
 from chestxray_covid.generalisation import LeftOutSource
 from chestxray_covid.heat_shares import lung_heat
@@ -90,7 +90,8 @@ def audit_shortcuts(
         ValueError: If a side of the question has no image, a mask is no mask, or an option is
             impossible.
         ImageError: If a file cannot be decoded.
-        DatasetError: If a file of ``train`` cannot be read.
+        DatasetError: If a file of ``train`` cannot be read, or ``train`` and ``dataset`` are of two
+            folders that are called alike by default.
     """
     check_classifier(classifier)
     check_dataset(dataset)
@@ -109,6 +110,7 @@ def audit_shortcuts(
     if limit is not None:
         chosen = stratified_sample(chosen, limit, seed=seed)
     if train is not None:  # read before the slow part
+        told_apart([train, dataset], share=True)
         train = with_hashes(train)
     preprocess = classifier.config.preprocess
     data = read_data(chosen, question, preprocess, how=how, workers=workers, progress=progress)

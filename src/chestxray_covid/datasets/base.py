@@ -343,14 +343,14 @@ def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
     loaded = {s.source for d in datasets for s in d.samples}
     samples = [_counted_to_origin(s, loaded) for d in datasets for s in d.samples]
     whole = datasets[0]._with(samples, classes if len({d.classes for d in datasets}) > 1 else ())
-    whole._named_after = _told_apart(datasets)
+    whole._named_after = told_apart(datasets)
     reports = (r for d in datasets for r in d._wholes or (d.report(),))
     whole._wholes = tuple({id(r): r for r in reports}.values())  # parts of one data set share it
     return whole
 
 
-def _told_apart(datasets: Iterable[ChestXrayDataset]) -> dict[str, Path]:
-    """Return what all sources that nobody named are named after, after a look for mistakes."""
+def told_apart(datasets: Iterable[ChestXrayDataset], *, share: bool = False) -> dict[str, Path]:
+    """Return what sources that nobody named are named after; raise if two are, or share a file."""
     named: dict[str, Path] = {}
     files: set[str] = set()
     resolved = resolver()
@@ -363,7 +363,7 @@ def _told_apart(datasets: Iterable[ChestXrayDataset]) -> dict[str, Path]:
                     "folder, or list the images in a CSV with a column source."
                 )
         own = {resolved(s.path) for s in d.samples if s.is_file}
-        if again := files & own:
+        if (again := files & own) and not share:
             raise DatasetError(f"{printable(min(again))} is in two data sets; add each only once.")
         files |= own
     return named
