@@ -82,6 +82,24 @@ def test_a_run_knows_what_it_was_trained_on(data: Path, run_folder: Path, tmp_pa
     assert "were trained on" in everything.item("generalisation").reason
 
 
+def test_a_part_of_what_a_run_was_trained_on_is_not_taken_for_all_of_it(
+    data: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    """Else the design of the few images that are here would be judged as that of the training."""
+    lines = (data / "manifest.csv").read_text().splitlines()
+    part = data / "part.csv"
+    part.write_text("\n".join(lines[:9]) + "\n")
+    common = ("--model", run_folder, "--data", part, "--output", tmp_path / "audit.json")
+    done = audit(*common)
+    assert done.exit_code == 2
+    assert "of these 8 images, and on" in done.output
+    assert "--train" in done.output
+    told = audit(*common, "--train", data / "manifest.csv")
+    assert told.exit_code == 0, told.output
+    report = AuditReport.load(tmp_path / "audit.json")
+    assert "8 of these images are of patients that were trained on" in str(report)
+
+
 @pytest.mark.slow
 def test_a_folder_of_masks_is_used(data: Path, checkpoint_folder: Path, tmp_path: Path) -> None:
     masks, output = tmp_path / "masks", tmp_path / "audit.json"

@@ -97,8 +97,7 @@ def audit(
     )
     dataset = open_data(data, classifier.classes)
     trained = open_data(train, classifier.classes) if train else None
-    saved = place_of_split(model)
-    dataset, known = _sides(dataset, saved, side)
+    dataset, known = _sides(dataset, place_of_split(model), side, is_told=trained is not None)
     report = audit_shortcuts(
         classifier,
         dataset,
@@ -123,7 +122,7 @@ def audit(
 
 
 def _sides(
-    dataset: ChestXrayDataset, saved: Path | None, side: str | None
+    dataset: ChestXrayDataset, saved: Path | None, side: str | None, *, is_told: bool
 ) -> tuple[ChestXrayDataset, ChestXrayDataset | None]:
     """Return what to audit, and what of the data set a run was trained on, by its saved split."""
     from chestxray_covid.splits import Split, saved_side
@@ -133,10 +132,17 @@ def _sides(
             raise click.UsageError("--split needs --model to be the folder of a training run.")
         split = Split.load(saved, dataset)
         return getattr(split, side), split.train
-    if saved is None or not saved.is_file():
+    if is_told or saved is None or not saved.is_file():
         return dataset, None
     hashes = saved_side(saved, "train")
     seen = dataset.filter(lambda sample: sample.content_hash() in hashes)
+    missing = hashes - {sample.content_hash() for sample in seen.samples}
+    if missing and len(seen):  # whose sources nobody knows here
+        raise click.UsageError(
+            f"The model was trained on {len(seen)} of these {len(dataset)} images, and on "
+            f"{len(missing)} others. Name all that it was trained on with --train, or give all the "
+            "data that were split, with --split test."
+        )
     return dataset, seen if len(seen) else None
 
 
