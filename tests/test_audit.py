@@ -875,6 +875,20 @@ def test_the_path_of_an_audit_is_no_audit() -> None:
         plot_audit("audit.json")  # type: ignore[arg-type]
 
 
+def test_a_number_that_the_verdict_on_the_design_does_not_look_at_says_so() -> None:
+    """Of sources with one image each the association is perfect, and the verdict a pass."""
+    phantoms = SyntheticChestXray(40, image_size_px=64)
+    samples = [replace(s, source=f"site {i}") for i, s in enumerate(phantoms.samples)]
+    single = ChestXrayDataset(samples, classes=phantoms.classes)
+    question = Question.of(single.classes, single)
+    how = {"n_resamples": 50, "seed": 0, "confidence": 0.95}
+    item = confounding_item(single, question, how, trained=False)
+    found = item.finding("source_v")
+    assert (item.verdict, found.estimate.value) == ("pass", 1.0)
+    assert "V = 0.00" in item.reason
+    assert found.what == "Cramér's V of source and label, uncorrected"
+
+
 @pytest.mark.slow
 def test_an_audit_of_many_sites_passes_their_design_without_an_interval_that_misses_it() -> None:
     train, test = halves(200, sources=tuple(f"site {i}" for i in range(60)), views=("PA",))

@@ -117,7 +117,8 @@ def _association(
     follows = f"{found.determined:.0%} of the images have a label that follows from it alone."
     return AuditFinding(
         name=f"{name}_v",
-        what=f"Cramér's V of {name} and label",
+        # Not what the verdict looks at: many small sources raise it.
+        what=f"Cramér's V of {name} and label, uncorrected",
         metric="cramers_v",
         estimate=estimate,
         meaning=follows if len(set(labels)) > 1 else "",
