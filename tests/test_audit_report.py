@@ -82,6 +82,8 @@ def test_a_report_survives_a_file(tmp_path: Path) -> None:
     text = path.read_text()
     assert "NaN" not in text
     again = AuditReport.load(path)
+    assert again == REPORT, "what is undefined in both is equal, too"
+    assert again != replace(REPORT, n_images=REPORT.n_images + 1)
     assert again.to_dict() == REPORT.to_dict()
     assert again.item("occlusion").finding("lungs_hidden") == ITEM.findings[0]
     assert math.isnan(again.item("occlusion").finding("mirrored").estimate.value)

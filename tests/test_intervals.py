@@ -265,6 +265,15 @@ def test_the_interval_is_undefined_if_most_resamples_are() -> None:
     assert math.isnan(found.high)
 
 
+def test_estimates_of_the_same_are_equal_whether_they_are_defined_or_not() -> None:
+    one, other = (iv.proportion([]) for _ in range(2))
+    computed = replace(one, value=float("inf") - float("inf"))
+    assert one == other == computed
+    assert len({one, other, computed}) == 1
+    assert one != replace(one, value=0.5)
+    assert one != one.to_dict()
+
+
 def test_an_undefined_statistic_has_no_interval() -> None:
     found = iv.bootstrap_by_group(m.auroc, "abc", [0, 0, 0], [0.1, 0.2, 0.3])
     assert math.isnan(found.value)

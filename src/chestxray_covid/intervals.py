@@ -62,6 +62,13 @@ class Estimate:
     confidence: float = 0.95
     skipped: int = 0
 
+    def __eq__(self, other: object) -> bool:
+        # Two that are not defined are equal, or no report would be that was saved and read again.
+        return self.to_dict() == other.to_dict() if isinstance(other, Estimate) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.to_dict().values()))
+
     def __str__(self) -> str:
         if math.isnan(self.value):
             return f"undefined (n = {self.n})"
