@@ -478,6 +478,14 @@ def test_an_auroc_of_one_patient_a_class_is_not_called_chance() -> None:
     assert item.reason.startswith("Too few images or patients to tell (lungs hidden, ")
 
 
+def test_of_two_patients_it_is_not_said_that_a_model_takes_their_classes_for_each_other() -> None:
+    """In the wrong order they have no interval, which is no certainty."""
+    item, found = scored(1 - np.arange(80) % 2.0, {}, patients=2)
+    assert str(found["whole"].estimate) == "0.000 (no interval, n = 80)"
+    assert item.verdict == "not_assessable"
+    assert item.reason.startswith("Too few images or patients to tell (lungs hidden, ")
+
+
 def test_an_order_that_is_reversed_or_chance_does_not_hide_what_is_read() -> None:
     perfect = np.arange(80) % 2.0
     item, found = scored(1 - perfect + weak(0.1), {"corners hidden": perfect})

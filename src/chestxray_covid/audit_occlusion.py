@@ -75,7 +75,7 @@ def occlusion_item(
     open_ = [by_name[n].what for n, verdict in verdicts.items() if verdict == NOT_ASSESSABLE]
     verdict = worst(verdicts.values())
     low, high = ends_of(by_name["whole"].estimate)
-    if low <= 0.5:
+    if low <= 0.5 and has_enough(data.truth, data.groups):
         # What it does not know it cannot lose; what it does all the same is seen as ever.
         verdict = NOT_ASSESSABLE if verdict == PASS else verdict
         how = "does not tell the classes apart here, so it loses nothing"
