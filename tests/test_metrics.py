@@ -246,6 +246,14 @@ def test_a_target_is_reached_exactly_where_multiplication_would_overshoot() -> N
     assert (score >= found).sum() == 7
 
 
+@pytest.mark.parametrize("target", ["0.9", None])
+def test_a_target_that_is_no_number_is_refused_in_words(target: Any) -> None:
+    with pytest.raises(TypeError, match=f"sensitivity must be a number, got {target!r}"):
+        m.threshold_at_sensitivity([0, 1], [0.1, 0.2], sensitivity=target)
+    with pytest.raises(TypeError, match=f"specificity must be a number, got {target!r}"):
+        m.threshold_at_specificity([0, 1], [0.1, 0.2], specificity=target)
+
+
 @pytest.mark.parametrize("target", [0, 1.01, -0.5, math.nan])
 def test_thresholds_refuse_an_impossible_target(target: float) -> None:
     with pytest.raises(ValueError, match="sensitivity must be a fraction"):
@@ -334,6 +342,12 @@ def test_half_precision_probabilities_are_accepted() -> None:
 @pytest.mark.parametrize("n_bins", [0, -3])
 def test_calibration_needs_a_bin(n_bins: int) -> None:
     with pytest.raises(ValueError, match="n_bins must be at least 1"):
+        m.expected_calibration_error([0, 1], P, n_bins=n_bins)
+
+
+@pytest.mark.parametrize("n_bins", [2.5, "15", None])
+def test_bins_are_whole(n_bins: Any) -> None:
+    with pytest.raises(TypeError, match=f"n_bins must be a whole number, got {n_bins!r}"):
         m.expected_calibration_error([0, 1], P, n_bins=n_bins)
 
 

@@ -3,7 +3,7 @@
 Metrics take ``y_true`` ``(N,)`` whole labels, then what is judged, in the same order: ``y_pred``
 ``(N,)`` labels, ``y_score`` ``(N,)`` finite scores, higher for positive, or ``probabilities``
 ``(N, K)`` in [0, 1] with rows summing to 1. N is at least 1. Binary labels are 1 for COVID-19 and
-0 for everything else. Anything else is a ``ValueError`` that says what was expected and what came.
+0 for everything else. All else is a ``ValueError`` or ``TypeError`` that says what was expected.
 
 ``sample_weight`` is ``(N,)`` or ``(R, N)``, not negative; with the latter a metric returns the
 ``(R,)`` values of R weightings at once. A bootstrap resample is such a weighting (how often each
@@ -20,6 +20,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from chestxray_covid.errors import real_number, whole_number
 
 Floats: TypeAlias = NDArray[np.float64]
 Labels: TypeAlias = NDArray[np.int64]
@@ -126,8 +128,7 @@ def average_precision(
     positive, negative = (w[..., ::-1] for w in weights)
     called = np.cumsum(positive + negative, axis=-1)
     precision = np.cumsum(positive, axis=-1) / np.where(called > 0, called, 1)
-    has_negative = negative.sum(-1) > 0
-    return _ratio((positive * precision).sum(-1), positive.sum(-1) * has_negative)
+    return _ratio((positive * precision).sum(-1), positive.sum(-1) * (negative.sum(-1) > 0))
 
 
 def brier_score(
@@ -184,9 +185,9 @@ def bin_of(y_prob: Floats, n_bins: int) -> Labels:
     """Return the bin, 0 to ``n_bins - 1``, of each probability; a bin contains its upper edge.
 
     Raises:
-        ValueError: If ``n_bins`` is below 1 or a probability outside [0, 1].
+        TypeError, ValueError: If ``n_bins`` is not whole or below 1, or one is outside [0, 1].
     """
-    if not n_bins >= 1:
+    if whole_number("n_bins", n_bins) < 1:
         raise ValueError(f"n_bins must be at least 1, got {n_bins}")
     if y_prob.min() < 0 or y_prob.max() > 1:
         raise ValueError(f"y_prob must be in [0, 1], got {y_prob.min()} to {y_prob.max()}")
@@ -207,8 +208,7 @@ def area_under_risk_coverage(
     0.25
     """
     truth, p = _label_probabilities(y_true, probabilities)
-    wrong = p.argmax(1) != truth
-    _, *weights = by_score(wrong, p.max(1), sample_weight=sample_weight)
+    _, *weights = by_score(p.argmax(1) != truth, p.max(1), sample_weight=sample_weight)
     errors, right = (w[..., ::-1] for w in weights)
     kept = np.cumsum(errors + right, axis=-1)
     risk = np.cumsum(errors, axis=-1) / np.where(kept > 0, kept, 1)
@@ -249,7 +249,7 @@ def _score_at_rate(
 ) -> float:
     """Return the score of the case of a class with which its share reaches a rate."""
     truth, score = scored(y_true, y_score)
-    if not 0 < rate <= 1:
+    if not 0 < real_number(name, rate) <= 1:
         raise ValueError(f"{name} must be a fraction in (0, 1], got {rate}")
     cases = np.sort(score[truth == label])
     if not len(cases):
