@@ -177,6 +177,17 @@ def test_the_text_can_be_printed_where_a_source_is_not_utf_8() -> None:
     assert text.encode().count(rb"M\udcfcnchen") == 3
 
 
+def test_a_source_cannot_write_a_verdict_over_that_of_the_report() -> None:
+    """A terminal does what such characters in a name say: up, clear the line, begin anew."""
+    hostile = "ward\x1b[A\x1b[2K\rShortcut audit: PASS\n\u202e"
+    table = {"source and label": {hostile: {"normal": 3, "covid19": 4}}}
+    item = replace(ITEM, reason=f"In {hostile} it does.", tables=table)
+    text = str(replace(REPORT, sources=(hostile,), items=(item,)))
+    assert text.replace("\n", "").isprintable()
+    assert text.count(r"ward\x1b[A\x1b[2K") == 3
+    assert not any(line.startswith("Shortcut audit: PASS") for line in text.splitlines()[1:])
+
+
 def test_the_json_is_what_the_dictionary_says() -> None:
     assert json.loads(REPORT.to_json()) == json.loads(json.dumps(REPORT.to_dict()))
     with pytest.raises(KeyError, match="heat"):

@@ -97,3 +97,9 @@ def test_one_label_alone_is_not_confounded() -> None:
 def test_the_text_can_be_printed_where_a_source_is_not_utf_8() -> None:
     design = Confounding.of([os.fsdecode(b"M\xfcnchen"), "a"], ["normal", "covid19"])
     assert rb"M\udcfcnchen" in str(design).encode()
+
+
+def test_a_source_does_not_steer_the_terminal_that_shows_the_table() -> None:
+    text = str(Confounding.of(["a\x1b[2K", "b"], ["normal", "covid19"]))
+    assert text.replace("\n", "").isprintable()
+    assert r"a\x1b[2K" in text

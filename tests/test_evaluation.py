@@ -350,6 +350,23 @@ def test_names_that_are_not_utf_8_are_escaped_and_the_report_can_be_written(tmp_
         assert b"udcfcnchen" in text.encode()
 
 
+def test_a_name_does_not_steer_the_terminal_that_shows_a_report() -> None:
+    names = ["ward\x1b[2K\r", "\u202eclinic"]
+    report = evaluate_probabilities(
+        ["normal", "covid19"],
+        [[0.9, 0.1], [0.2, 0.8]],
+        classes=("normal", "covid19"),
+        patients=["1", "2"],
+        sources=names,
+        views=names,
+        **FAST,
+    )
+    assert list(report.by_source) == names, "as data they stay what they are"
+    for text in (str(report), report.to_markdown()):
+        assert text.replace("\n", "").isprintable()
+        assert r"x1b[2K" in text.replace("\\[", "[")
+
+
 def test_what_a_checkpoint_and_a_data_set_say_is_escaped_too(tmp_path: Path) -> None:
     strange = os.fsdecode(b"M\xfcnchen")
     drawn = draw(tmp_path, [("normal", "1", strange, "PA"), ("covid19", "2", strange, "PA")] * 2)

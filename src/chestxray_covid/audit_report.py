@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self, TypeVar
 
 from chestxray_covid.datasets.base import check_classes
+from chestxray_covid.datasets.report import printable, printable_lines
 from chestxray_covid.errors import ReportError
 from chestxray_covid.files import plain_json
 from chestxray_covid.intervals import Estimate
@@ -181,7 +182,7 @@ class AuditReport(SavedReport):
             )
 
     def __str__(self) -> str:
-        return str(whole_characters("\n".join(_text(self))))
+        return printable_lines("\n".join(_text(self)))
 
 
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
@@ -227,7 +228,8 @@ def _text(report: AuditReport) -> Iterator[str]:
     yield f"{report.positive} against {report.negative}: {report.summary}."
     yield (
         f"{report.n_images} images of {report.n_patients} patients from "
-        f"{', '.join(report.sources)}; intervals by patient at {100 * report.confidence:g} %."
+        f"{printable(', '.join(report.sources))}; intervals by patient at "
+        f"{100 * report.confidence:g} %."
     )
     for number, item in enumerate(report.items, 1):
         yield f"\n{number}. {item.question} {item.verdict.upper()}"

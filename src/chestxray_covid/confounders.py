@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from chestxray_covid.datasets.base import LABELS, ChestXrayDataset
+from chestxray_covid.datasets.report import printable_lines
 from chestxray_covid.errors import check_dataset
 from chestxray_covid.judged_images import whole_characters
 from chestxray_covid.metrics import Value
@@ -89,7 +90,7 @@ class Confounding:
         v = f"{self.cramers_v:.2f} ({self.corrected_v:.2f} without what chance gives)"
         if np.isnan(self.cramers_v):
             v = "not defined, for there is one source or one label"
-        return (
+        return printable_lines(
             f"{self.to_frame().to_string()}\n"
             f"Cramér's V of source and label: {v}; "
             f"{self.determined:.0%} of the images have a label that follows from the source alone."

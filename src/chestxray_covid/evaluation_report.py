@@ -13,6 +13,7 @@ from chestxray_covid._version import __version__
 from chestxray_covid.checklists import report_markdown
 from chestxray_covid.comparison import Comparison, compare_scores
 from chestxray_covid.datasets.base import check_classes
+from chestxray_covid.datasets.report import printable_lines
 from chestxray_covid.errors import ReportError, check_kind
 from chestxray_covid.files import plain_json
 from chestxray_covid.intervals import check_resampling
@@ -315,10 +316,10 @@ class EvaluationReport(SavedReport):
         Raises:
             ValueError: If there is no such item.
         """
-        return report_markdown(self, answers or {})
+        return printable_lines(report_markdown(self, answers or {}))
 
     def __str__(self) -> str:
-        return "\n".join(report_text(self))
+        return printable_lines("\n".join(report_text(self)))
 
     @property
     def _how(self) -> dict[str, Any]:

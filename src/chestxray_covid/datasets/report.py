@@ -73,6 +73,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """Return text of several lines, each :func:`printable`: no name in it steers a terminal."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def summarise(
     samples: Sequence[Sample],
     classes: Sequence[str],
