@@ -629,6 +629,25 @@ def test_features_that_know_more_of_the_source_are_judged_no_better(
     }
 
 
+@pytest.mark.slow
+def test_copies_of_an_image_are_not_learned_by_heart_and_taken_for_a_shortcut() -> None:
+    """Collections hold equal files under other names, which are no patients to hold out."""
+    train, test = halves(80, signal="none")
+    copies = [replace(s, patient_id=f"copy of {s.patient_id}") for s in test.samples]
+    twice = ChestXrayDataset((*test.samples, *copies), classes=test.classes)
+    report = audit_shortcuts(Linear(train), twice, **HOW)
+    assert (report.n_images, report.n_patients) == (160, 80)
+    assert report.item("without_lungs").verdict != "fail", report.item("without_lungs").reason
+    for name in ("frame_70", "image"):
+        found = report.item("without_lungs").finding(name).estimate
+        assert found.low < 0.5, found
+    blank = [replace(s, read=lambda own, size: Image.new("L", (64, 64))) for s in test.samples]
+    black = ChestXrayDataset(blank, classes=test.classes)
+    question = Question.of(black.classes, black)
+    data = read_data(black, question, PREPROCESS, how={}, workers=1, progress=False)
+    assert len(set(data.groups)) == 80, "blank images are no copies of each other"
+
+
 def test_training_data_of_one_label_say_nothing_of_the_design() -> None:
     train, test = halves(60)
     question = Question.of(test.classes, test)

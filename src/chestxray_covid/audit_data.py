@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from PIL import Image
 
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample, lung_mask
-from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.datasets.duplicates import FILE_HASH, patient_groups
 from chestxray_covid.datasets.loading import decoder, in_batches, map_ahead
 from chestxray_covid.delong import auroc_by_group
 from chestxray_covid.errors import check_positive
@@ -124,7 +125,7 @@ class AuditData:
         question: What is asked of them.
         truth: ``(N,)`` bool, whether a sample is of the positive class.
         groups: ``(N,)`` patient of each sample, numbered from 0; one that is known in two
-            collections is one.
+            collections is one, and so are those of equal pixels.
         pixels: ``(N, 1, S, S)`` uint8.
         how: ``n_resamples``, ``seed`` and ``confidence`` of the intervals.
     """
@@ -181,7 +182,8 @@ class AuditData:
             return lambda sample, min_size: Image.fromarray(self.pixels[position, 0])
 
         samples = [replace(s, read=shown(i)) for i, s in enumerate(self.samples)]
-        return ChestXrayDataset(samples, classes=self.dataset.classes)
+        whole = ChestXrayDataset(samples, classes=self.dataset.classes)
+        return _known_by_pixels(whole, self.pixels)
 
 
 def read_data(
@@ -200,15 +202,28 @@ def read_data(
     """
     asked = question.asked(dataset)
     loaded = map_ahead(decoder(asked, preprocess), range(len(asked)), workers=workers)
-    shown = Bar(loaded, "decode", len(asked), unit="img", disable=not progress)
+    pixels = np.stack(list(Bar(loaded, "decode", len(asked), unit="img", disable=not progress)))
     return AuditData(
         dataset=asked,
         question=question,
         truth=np.array([sample.label == question.positive for sample in asked.samples]),
-        groups=np.array(patient_groups(asked, find_copies=False)),
-        pixels=np.stack(list(shown)),
+        groups=np.array(patient_groups(_known_by_pixels(asked, pixels), find_copies=False)),
+        pixels=pixels,
         how=how,
     )
+
+
+def _known_by_pixels(dataset: ChestXrayDataset, pixels: NDArray[np.uint8]) -> ChestXrayDataset:
+    """Return the samples with a hash of their pixels, by which copies are known of each other.
+
+    A linear model would learn one by heart and judge the other. Blank images are no copies.
+    """
+    digests = [hashlib.sha256(p).hexdigest() if np.ptp(p) else "" for p in pixels]
+    samples = [
+        replace(sample, metadata={**sample.metadata, FILE_HASH: digest})
+        for sample, digest in zip(dataset.samples, digests, strict=True)
+    ]
+    return ChestXrayDataset(samples, classes=dataset.classes)
 
 
 def find_lungs(
