@@ -496,7 +496,9 @@ def test_an_order_that_is_reversed_or_chance_does_not_hide_what_is_read() -> Non
     assert "With the corners hidden it gains 0." in item.reason
     item, _ = scored(weak(0), {"corners hidden": perfect})
     assert item.verdict == "fail"
-    assert item.reason.startswith("It does not tell the classes apart here, so it loses nothing.")
+    assert item.reason.startswith(
+        "It does not tell the classes apart here, so it has no skill to lose."
+    )
 
 
 def _estimate(value: float, low: float, high: float) -> Estimate:

@@ -78,7 +78,7 @@ def occlusion_item(
     if low <= 0.5 and has_enough(data.truth, data.groups):
         # What it does not know it cannot lose; what it does all the same is seen as ever.
         verdict = NOT_ASSESSABLE if verdict == PASS else verdict
-        how = "does not tell the classes apart here, so it loses nothing"
+        how = "does not tell the classes apart here, so it has no skill to lose"
         if high < 0.5:
             told = by_name["whole"].estimate
             how = f"takes the classes for each other here (AUROC {told})"
