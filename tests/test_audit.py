@@ -825,6 +825,11 @@ def _named(*labels: str) -> ChestXrayDataset:
         ({"seed": 2**32}, "seed must be from 0 to 4294967294, got 4294967296"),
         ({"n_resamples": 0}, "n_resamples must be a whole number from 1 to 1,000,000"),
         ({"masks": lambda s: np.zeros((4, 4))}, r"masks must return \(H, W\) bool"),
+        (
+            {"masks": "masks/"},
+            "masks must be a function that returns the lungs of a sample, got 'm",
+        ),
+        ({"left_out": [{"source": "a"}]}, "expected LeftOutSource, as leave_one_source_out"),
         ({"train": _named("flu", "cold")}, "train holds neither 'covid19' nor 'normal'"),
     ],
 )

@@ -122,6 +122,11 @@ def test_impossible_resampling_is_refused_before_anything_is_computed(
         lung_heat(model, phantoms, n_resamples=0, device="no such device")
 
 
+def test_a_folder_of_masks_is_no_function(model: Classifier, phantoms: SyntheticChestXray) -> None:
+    with pytest.raises(TypeError, match="masks must be a function that returns the lungs"):
+        lung_heat(model, phantoms, masks="masks/")  # type: ignore[arg-type]
+
+
 def test_the_numbers_become_json(model: Classifier, phantoms: SyntheticChestXray) -> None:
     found = lung_heat(model, phantoms, masks=phantom_mask, n_resamples=50)
     assert isinstance(found, LungHeat)

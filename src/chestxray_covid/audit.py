@@ -28,7 +28,13 @@ from chestxray_covid.audit_occlusion import occlusion_item
 from chestxray_covid.audit_report import AuditItem, AuditReport
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset, told_apart
-from chestxray_covid.errors import check_classifier, check_dataset, check_positive
+from chestxray_covid.errors import (
+    check_classifier,
+    check_dataset,
+    check_function,
+    check_kinds,
+    check_positive,
+)
 from chestxray_covid.generalisation import LeftOutSource
 from chestxray_covid.heat_shares import lung_heat
 from chestxray_covid.hiding import Region
@@ -86,7 +92,8 @@ def audit_shortcuts(
         progress: Show progress bars.
 
     Raises:
-        TypeError: If ``classifier`` is none, or ``dataset`` or ``train`` no data set.
+        TypeError: If ``classifier`` is none, ``dataset`` or ``train`` no data set, ``masks`` no
+            function, or what ``left_out`` holds something else.
         ValueError: If a side of the question has no image, a mask is no mask, or an option is
             impossible.
         ImageError: If a file cannot be decoded.
@@ -98,6 +105,9 @@ def audit_shortcuts(
     check_dataset(dataset if train is None else train, "train")
     check_positive("batch_size", batch_size)
     check_positive("workers", workers)
+    check_function("masks", masks, "the lungs of a sample")
+    left_out = tuple(left_out)
+    check_kinds(left_out, LeftOutSource, "leave_one_source_out(…)")
     how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     check_seed(seed)
     question = Question.of(classifier.classes, dataset, positive, negative)

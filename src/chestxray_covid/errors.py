@@ -169,6 +169,16 @@ def check_positive(name: str, value: int | None, *, optional: bool = False) -> N
         raise ValueError(f"{name} must be positive, got {value}")
 
 
+def check_function(name: str, given: object, gives: str) -> None:
+    """Do nothing if this can be called, or was not given.
+
+    Raises:
+        TypeError: If it is something else, for example a folder.
+    """
+    if given is not None and not callable(given):
+        raise TypeError(f"{name} must be a function that returns {gives}, got {given!r}")
+
+
 def check_kind(given: object, kind: type, origin: str) -> None:
     """Do nothing if this is what a function of that name gives.
 

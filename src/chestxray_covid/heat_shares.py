@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample, lung_mask
 from chestxray_covid.datasets.duplicates import patient_groups
-from chestxray_covid.errors import check_dataset
+from chestxray_covid.errors import check_dataset, check_function
 from chestxray_covid.explain import explained, grad_cam_stream
 from chestxray_covid.intervals import Estimate, bootstrap_by_group, check_resampling
 from chestxray_covid.judged_images import whole_characters
@@ -85,13 +85,14 @@ def lung_heat(
 
     Raises:
         ImageError: If an image cannot be decoded.
-        TypeError: If ``dataset`` is no data set, or ``classifier`` none.
+        TypeError: If ``dataset`` is no data set, ``classifier`` none, or ``masks`` no function.
         ValueError: If an option is impossible or a mask is not of its image's size.
     """
     import pandas as pd
 
     # Before the slow part.
     check_dataset(dataset)
+    check_function("masks", masks, "the lungs of a sample")
     how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     items, targets = explained(classifier, dataset, target)
     known = masks or (lung_mask if dataset.transform is None else lambda _: None)
