@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ from PIL import Image
 from chestxray_covid import (
     Classifier,
     SyntheticChestXray,
+    batch,
+    open_dataset,
     predict_files,
     ray_predict,
+    shards,
 )
 from chestxray_covid.batch import judge_files
 from chestxray_covid.checkpoint import load_checkpoint
@@ -535,21 +539,35 @@ def test_the_command_line_reads_addresses_and_shows_no_control_characters(
 
 
 def test_a_path_that_is_an_address_is_taken_for_that_not_for_its_local_copy(
-    clf: Classifier, images: Path, tmp_path: Path
+    clf: Classifier, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in (batch, shards):
+        monkeypatch.setattr(module, "Places", partial(Buckets, tmp_path))
+    shutil.copytree(images, tmp_path / "bucket" / "images")
     copies = tmp_path / "copies"
     copies.mkdir()
     shutil.copy(images / "00.png", copies)  # what happens to have been fetched
-    place = Elsewhere(f"file://{images}", copies)
-    output = Elsewhere(f"file://{tmp_path}/there.parquet", copies / "here.parquet")
+    place = Elsewhere("s3://bucket/images", copies)
+    output = Elsewhere("s3://bucket/there.parquet", copies / "here.parquet")
     done = predict_files(place, output, classifier=clf)
     assert (done.count, done.output) == (FILES, str(output))
-    assert [row["path"] for row in rows_of(tmp_path / "there.parquet")] == [
-        f"file://{images}/{number:02}.png" for number in range(FILES)
+    assert [row["path"] for row in rows_of(tmp_path / "bucket" / "there.parquet")] == [
+        f"s3://bucket/images/{number:02}.png" for number in range(FILES)
     ]
     assert [path.name for path in copies.iterdir()] == ["00.png"]
     with pytest.raises(ValueError, match=r"An address must end in \.parquet"):
-        predict_files(place, Elsewhere("file:///there.csv", copies / "a.csv"), classifier=clf)
+        predict_files(place, Elsewhere("s3://bucket/a.csv", copies / "a.csv"), classifier=clf)
+
+
+def test_a_path_of_another_library_that_is_on_this_machine_is_taken_for_that(
+    clf: Classifier, tmp_path: Path
+) -> None:
+    folder = SyntheticChestXray(4, image_size_px=64).save(tmp_path / "phantoms")
+    output = tmp_path / "out.csv"
+    # As universal_pathlib has it.
+    place, table = (Elsewhere(f"file://{path}", path) for path in (folder, output))
+    assert predict_files(place, table, classifier=clf).output == str(output)
+    assert len(rows_of(output)) == len(clf.predict(place)) == len(open_dataset(place)) == 4
 
 
 class Buckets(Places):

@@ -101,9 +101,11 @@ def _depth(content: Any) -> int:
 def looks_like_address(path: str | os.PathLike[str]) -> bool:
     """Return whether something names what is not on this machine, as ``s3://bucket/folder`` does.
 
-    Also a path of another library that shows itself as such, and leads to a local copy of its own.
+    Also a path of another library that shows itself as such, and leads to a local copy of its own;
+    not one that shows itself as ``file://``, and leads to the file.
     """
-    return _ADDRESS.match(str(path)) is not None
+    text = str(path)
+    return _ADDRESS.match(os.fsdecode(path) if text.startswith("file://") else text) is not None
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
