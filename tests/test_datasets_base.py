@@ -46,7 +46,7 @@ from chestxray_covid.errors import (
     ImageError,
     ImageNotFoundError,
 )
-from chestxray_covid.files import existing_folder
+from chestxray_covid.files import existing_folder, expanded
 from chestxray_covid.models import build_densenet121
 from chestxray_covid.training import Trainer
 from chestxray_covid.training_config import TrainingConfig
@@ -275,6 +275,14 @@ def test_an_address_becomes_no_folder_of_that_name(
         with pytest.raises(ImageNotFoundError, match=r"is a folder|looks like an address"):
             classifier.predict(images)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_address_is_one_however_pathlib_and_windows_spell_it() -> None:
+    for address in (Path("s3://bucket/a"), PureWindowsPath("s3://bucket/a"), "S3://bucket/a"):
+        with pytest.raises(ValueError, match="is an address, expected a path"):
+            expanded(address)
+    for path in ("C:/a", "C:\\a", "//server/share", "s3:a"):
+        assert expanded(path) == Path(path)
 
 
 @pytest.mark.parametrize("use", [ManifestDataset, FolderDataset, open_dataset])

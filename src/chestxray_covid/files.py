@@ -16,8 +16,9 @@ from chestxray_covid.errors import ConfigError, DatasetNotFoundError
 #: A config of this library has about 1 kB; more is no config.
 MAX_JSON_BYTES = 1_000_000
 _MAX_JSON_DEPTH = 20
-#: Of the two slashes of an address pathlib keeps one; a drive of Windows has one letter.
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
+#: Of the two slashes of an address pathlib keeps one, on Windows as a backslash; a drive there has
+#: one letter.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:[/\\]", re.IGNORECASE)
 
 
 def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
