@@ -28,6 +28,7 @@ from chestxray_covid import hub
 from chestxray_covid.checkpoint import ModelConfig, config_text
 from chestxray_covid.errors import CheckpointNotFoundError, ConfigError
 from chestxray_covid.hub import DEFAULT_MODEL, bundled_models, resolve
+from conftest import Elsewhere
 from hub_server import REPO, HubServer, hub_environment, sha256
 from servers import LocalServer, Reply
 
@@ -190,6 +191,11 @@ def test_a_folder_is_itself_and_its_subfolder_a_part_of_it(tmp_path: Path) -> No
 def test_what_is_no_folder_and_no_repository_is_not_found(name: Any) -> None:
     with pytest.raises(CheckpointNotFoundError, match="is no checkpoint folder, no bundled model"):
         resolve(name)
+
+
+def test_the_local_copy_of_an_address_is_no_checkpoint_folder(checkpoint_folder: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"^s3://bucket/model is no"):
+        resolve(Elsewhere("s3://bucket/model", checkpoint_folder))
 
 
 @pytest.mark.parametrize("name", [None, DEFAULT_MODEL])

@@ -31,7 +31,7 @@ from chestxray_covid import (
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.models import to_tensors
 from chestxray_covid.training_network import TrainingNetwork, validation_numbers
-from conftest import NUMPY_BOOL
+from conftest import NUMPY_BOOL, Elsewhere
 
 
 def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
@@ -103,6 +103,12 @@ def test_what_would_move_batch_norms_otherwise_is_refused() -> None:
 def test_a_cache_is_a_path_of_text(place: object) -> None:
     with pytest.raises(TypeError):
         TrainingConfig(cache_dir=place)
+
+
+def test_a_cache_is_no_address_nor_its_local_copy(tmp_path: Path) -> None:
+    for place in ("s3://bucket/cache", Elsewhere("s3://bucket/cache", tmp_path)):
+        with pytest.raises(ValueError, match="s3://bucket/cache is an address"):
+            TrainingConfig(cache_dir=place)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from chestxray_covid.checkpoint import CONFIG_NAME, ModelConfig, load_config
 from chestxray_covid.datasets.storage import path_problem
 from chestxray_covid.datasets.web import clean_token
 from chestxray_covid.errors import CheckpointNotFoundError
-from chestxray_covid.files import expanded, is_folder
+from chestxray_covid.files import expanded, is_folder, looks_like_address
 from chestxray_covid.hub_cache import Repository, hub_errors
 
 #: The checkpoint that is meant where none is named.
@@ -100,7 +100,7 @@ def resolve(
         )
     # Unlike pathlib's, it leaves alone what names no user, and an empty name empty.
     folder = os.path.expanduser(name_or_path)  # noqa: PTH111
-    if is_folder(folder):
+    if is_folder(folder) and not looks_like_address(name_or_path):
         return Path(folder) / (subfolder or "")
     if not isinstance(name_or_path, str) or not _HUB_ID.fullmatch(name_or_path):
         raise CheckpointNotFoundError(

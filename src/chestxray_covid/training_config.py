@@ -142,6 +142,7 @@ class TrainingConfig:
             place = os.fspath(self.cache_dir)
             if not (isinstance(place, str) and place):
                 raise TypeError(f"cache_dir must be a path of text or None, got {place!r}")
+            expanded(self.cache_dir)  # which refuses an address
             object.__setattr__(self, "cache_dir", place)
         for name, kind in (("preprocess", Preprocess), ("augmentation", Augmentation)):
             if not isinstance(getattr(self, name), kind):
