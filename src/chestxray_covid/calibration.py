@@ -22,6 +22,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.loading import decoder, pipeline
 from chestxray_covid.engines import softmax
+from chestxray_covid.errors import real_number
 from chestxray_covid.files import expanded
 from chestxray_covid.hub import resolve
 from chestxray_covid.int8 import INT8_NAME
@@ -110,7 +111,7 @@ def calibrate(
     Raises:
         CheckpointError: If the checkpoint is missing or damaged.
         ImageError: If an image cannot be decoded.
-        TypeError: If ``validation`` is no data set.
+        TypeError: If ``validation`` is no data set, or ``sensitivity`` no number.
         ValueError: If ``output`` is the checkpoint itself or a file, ``sensitivity`` is outside
             (0, 1], the model lacks one of ``"covid19"`` and ``"normal"``, the images lack a class
             of the model, no temperature or threshold can be told from them, or the device is not
@@ -119,6 +120,8 @@ def calibrate(
     """
     folder, target = resolve(checkpoint), expanded(output)
     config, tensors = load_checkpoint(folder)
+    if sensitivity is not None:
+        sensitivity = real_number("sensitivity", sensitivity)
     _check(config, validation, folder, target, sensitivity)
     kept = {*config.attachments} - {*_OF_INT8}
     attachments = {name: load_attachment(folder, config, name) or b"" for name in kept}
@@ -163,10 +166,8 @@ def _check(
         )
     if output.resolve() == folder.resolve() or (output.exists() and not output.is_dir()):
         raise ValueError(f"output must be a folder other than the checkpoint's, got {output}")
-    if sensitivity is not None and not (
-        isinstance(sensitivity, float | int | np.floating) and 0 < sensitivity <= 1
-    ):
-        raise ValueError(f"sensitivity must be a fraction in (0, 1] or None, got {sensitivity!r}")
+    if sensitivity is not None and not 0 < sensitivity <= 1:
+        raise ValueError(f"sensitivity must be a fraction in (0, 1] or None, got {sensitivity}")
     if sensitivity is not None and not {*_SIDES} <= {*config.classes}:
         raise ValueError(
             f"The threshold is one of covid19 against normal, and the model tells "
