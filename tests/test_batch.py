@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -29,11 +29,13 @@ from PIL import Image
 
 from chestxray_covid import (
     Classifier,
+    Sample,
     SyntheticChestXray,
     batch,
     open_dataset,
     predict_files,
     ray_predict,
+    resolve,
     shards,
 )
 from chestxray_covid.batch import judge_files
@@ -568,6 +570,23 @@ def test_a_path_of_another_library_that_is_on_this_machine_is_taken_for_that(
     place, table = (Elsewhere(f"file://{path}", path) for path in (folder, output))
     assert predict_files(place, table, classifier=clf).output == str(output)
     assert len(rows_of(output)) == len(clf.predict(place)) == len(open_dataset(place)) == 4
+
+
+def test_entries_of_a_folder_that_was_scanned_by_bytes_are_paths(
+    clf: Classifier, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    phantoms = SyntheticChestXray(2, image_size_px=64)
+    folder = phantoms.save(tmp_path / "phantoms")
+    shutil.copytree(checkpoint_folder, tmp_path / "model")
+    entries = {os.fsdecode(e.name): e for e in os.scandir(os.fsencode(tmp_path))}
+    images, model = cast(Any, entries["phantoms"]), cast(Any, entries["model"])
+    assert len(clf.predict(images)) == len(open_dataset(images)) == 2
+    assert predict_files(images, tmp_path / "out.csv", classifier=clf).count == 2
+    assert resolve(model) == tmp_path / "model"
+    file = next(folder.rglob("*.png"))
+    (one,) = (e for e in os.scandir(os.fsencode(file.parent)) if os.fsdecode(e.name) == file.name)
+    about = {"label": "normal", "finding": "", "patient_id": "1", "source": "a"}
+    assert Sample(path=cast(Any, one), **about).path == file
 
 
 class Buckets(Places):

@@ -138,7 +138,8 @@ def expanded_copy(path: str | os.PathLike[str]) -> Path:
         )
     if path == "":
         raise ValueError('A path is empty. Pass "." if the current folder is meant.')
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - where it is no user's, pathlib's raises
+    # Where it is no user's, pathlib's raises; os.scandir gives entries of bytes for bytes.
+    return Path(os.path.expanduser(os.fsdecode(path)))  # noqa: PTH111
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:

@@ -99,7 +99,7 @@ def resolve(
             f"{type(name_or_path).__name__}. Write a Classifier with save_pretrained(folder) first."
         )
     # Unlike pathlib's, it leaves alone what names no user, and an empty name empty.
-    folder = os.path.expanduser(name_or_path)  # noqa: PTH111
+    folder = os.path.expanduser(os.fsdecode(name_or_path))  # noqa: PTH111
     if is_folder(folder) and not looks_like_address(name_or_path):
         return Path(folder) / (subfolder or "")
     if not isinstance(name_or_path, str) or not _HUB_ID.fullmatch(name_or_path):

@@ -244,7 +244,7 @@ def name_of_place(place: Place) -> str:
             "themselves there is Classifier.predict."
         )
     # A path of another library that is an address would lead to a copy of its own.
-    name = str(place) if looks_like_address(place) else os.fspath(place)
+    name = str(place) if looks_like_address(place) else os.fsdecode(place)
     return os.path.expanduser(name)  # noqa: PTH111 - which would change an address
 
 
