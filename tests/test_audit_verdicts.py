@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
 
-from chestxray_covid.audit_items import most_telling
+from chestxray_covid import audit_items
+from chestxray_covid.audit_data import AuditData
 from chestxray_covid.audit_report import AuditFinding
 from chestxray_covid.audit_verdicts import capped, judge_auroc, judge_change, worst
 from chestxray_covid.delong import auroc_by_group
@@ -93,11 +95,17 @@ def test_a_perfect_shortcut_fails_also_with_few_patients() -> None:
     assert judge_auroc(almost) == "fail"
 
 
-def test_a_verdict_is_told_with_the_number_that_it_rests_on() -> None:
+def test_a_verdict_is_told_with_the_number_that_it_rests_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     values = {"file_facts": (0.90, 0.45, 0.99), "frame_70": (0.82, 0.74, 0.90)}
-    unsure, sure = (
+    values |= dict.fromkeys(("frame_90", "brightness"), (0.52, 0.45, 0.60))
+    found = tuple(
         AuditFinding(name=name, what=name, metric="auroc", estimate=number(*ends))
         for name, ends in values.items()
     )
-    assert most_telling([unsure, sure], "fail") is sure
-    assert most_telling([unsure, sure], "warn") is unsure  # where the brightness warns
+    monkeypatch.setattr(audit_items, "baselines", lambda data: found)
+    item = audit_items.without_lungs_item(cast(AuditData, None))
+    assert item.verdict == "fail"
+    assert f"AUROC {found[1].estimate} from this alone: frame_70" in item.reason
+    assert audit_items.most_telling(found, "warn") is found[0]  # where the brightness warns

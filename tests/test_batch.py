@@ -458,6 +458,8 @@ def test_an_address_that_pathlib_took_a_slash_of_becomes_no_folder_here(
     Image.new("L", (64, 64), 90).save("one.png")
     with pytest.raises(ValueError, match=r"one of its two slashes\. Pass it as text"):
         predict_files("one.png", Path("s3://bucket/out.csv"), classifier=clf)
+    with pytest.raises(ValueError, match=r"one of its two slashes\. Pass it as text"):
+        ray_predict("one.png", Path("s3://bucket/out.parquet"), classifier=clf)
     assert [p.name for p in Path().iterdir()] == ["one.png"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -121,7 +121,8 @@ def test_finished_folds_are_read_not_trained_again(
 ) -> None:
     report, place = validated
     before = {p: p.stat().st_mtime_ns for p in place.rglob("model.safetensors")}
-    again = cross_validate(DATA, CONFIG, folds=3, model=network, output=place)
+    val = cast(float, torch.tensor(0.15))  # the default
+    again = cross_validate(DATA, CONFIG, folds=3, val=val, model=network, output=place)
     assert again.to_dict() == report.to_dict()
     assert {p: p.stat().st_mtime_ns for p in place.rglob("model.safetensors")} == before
 

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
@@ -275,6 +276,8 @@ def test_an_address_becomes_no_folder_of_that_name(
         with pytest.raises(ImageNotFoundError, match=r"is a folder|looks like an address"):
             classifier.predict(images)
     assert sorted(tmp_path.rglob("*")) == before
+    # One image is read from its copy, which the other library fetches.
+    assert replace(open_dataset("copy").samples[0], path=other).path == tmp_path / "copy"
 
 
 def test_an_address_is_one_however_pathlib_and_windows_spell_it() -> None:

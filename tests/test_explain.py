@@ -6,9 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -349,7 +350,8 @@ def test_occlusion_agrees_with_captum(model: Classifier, images: list[Image.Imag
         target=1,
     )
     expected = attribution[0, 0, ::24, ::24].numpy()
-    found = occlusion_sensitivity(model, images[0], "pneumonia", steps=4, window=0.25)
+    quarter = cast(float, Decimal("0.25"))
+    found = occlusion_sensitivity(model, images[0], "pneumonia", steps=4, window=quarter)
     assert found.method == "occlusion"
     assert expected.max() > 0.001
     np.testing.assert_allclose(found.grid, np.maximum(expected, 0), atol=1e-5)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +62,9 @@ def test_a_saved_heatmap_is_its_overlay(tmp_path: Path) -> None:
     path = one.save(tmp_path / "new" / "heat.png", opacity=0.3)
     with Image.open(path) as image:
         assert image.format == "PNG"
-        assert np.array_equal(np.asarray(image), np.asarray(one.overlay(opacity=0.3)))
+        assert np.array_equal(
+            np.asarray(image), np.asarray(one.overlay(opacity=cast(float, Decimal("0.3"))))
+        )
     assert [p.name for p in path.parent.iterdir()] == ["heat.png"]
 
 
