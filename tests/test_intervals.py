@@ -3,16 +3,21 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 from sklearn import metrics as sk
 
 from chestxray_covid import intervals as iv
 from chestxray_covid import metrics as m
+from chestxray_covid.comparison import delong_test
+from chestxray_covid.delong import auroc_by_group
 
 ESTIMATE = iv.Estimate(value=0.912, low=0.870, high=0.941, n=134, method=iv.WILSON)
 
@@ -97,6 +102,24 @@ def test_wilson_of_nothing_is_nan() -> None:
 def test_wilson_refuses_impossible_counts(successes: int) -> None:
     with pytest.raises(ValueError, match="successes must be 0 to total"):
         iv.wilson_interval(successes, 10)
+
+
+@pytest.mark.parametrize("half", [Decimal("0.5"), Fraction(1, 2), torch.tensor(0.5)])
+def test_a_confidence_may_be_any_number(half: Any) -> None:
+    truth, score, patients = [0, 0, 0, 1, 1, 1], [0.1, 0.4, 0.5, 0.3, 0.8, 0.9], "aabbcd"
+    for ask in (
+        lambda c: iv.wilson_interval(9, 10, c),
+        lambda c: iv.proportion(truth, confidence=c),
+        lambda c: iv.proportion(truth, patients, confidence=c),
+        lambda c: iv.bootstrap_by_group(m.auroc, patients, truth, score, confidence=c),
+        lambda c: auroc_by_group(truth, score, patients, confidence=c),
+        lambda c: delong_test(truth, score, score[::-1], "abcdef", confidence=c).difference,
+    ):
+        assert repr(ask(half)) == repr(ask(0.5)), "with plain numbers, which JSON knows"
+    band = iv.band_by_group(
+        lambda score, sample_weight: sample_weight * score, "abcdef", score, confidence=half
+    )
+    assert np.shape(band) == (2, 6)
 
 
 @pytest.mark.parametrize("confidence", [0, 1, -0.1, 95, math.nan])

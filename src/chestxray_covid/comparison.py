@@ -132,7 +132,7 @@ def delong_test(
     """
     from scipy.special import stdtr, stdtrit
 
-    check_resampling(n_resamples=1, confidence=confidence)
+    confidence = check_resampling(n_resamples=1, confidence=confidence)["confidence"]
     truth = m.check_labels(y_true, "y_true", 2).astype(bool)
     scores = np.stack([np.asarray(first, np.float64), np.asarray(second, np.float64)])
     m.check_lengths(y_true=truth, first=scores[0], second=scores[1], patients=patients)

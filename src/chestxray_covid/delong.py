@@ -47,7 +47,7 @@ def auroc_by_group(
     >>> print(auroc_by_group([0, 0, 0, 1, 1, 1], [0.1, 0.4, 0.5, 0.3, 0.8, 0.9], "abcdef"))
     0.778 (0.007–0.999, n = 6)
     """
-    check_resampling(n_resamples=1, confidence=confidence)
+    confidence = check_resampling(n_resamples=1, confidence=confidence)["confidence"]
     codes, n = group_codes(groups), np.size(y_true)
     nothing = Estimate(value=math.nan, n=n, method=DELONG_BY_PATIENT, confidence=confidence)
     if n == np.size(y_score) == len(codes) == 0:

@@ -118,7 +118,7 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tup
     >>> "%.3f %.3f" % wilson_interval(9, 10)
     '0.596 0.982'
     """
-    check_resampling(n_resamples=1, confidence=confidence)
+    confidence = check_resampling(n_resamples=1, confidence=confidence)["confidence"]
     if not 0 <= successes <= total:
         raise ValueError(f"successes must be 0 to total, got {successes} of {total}")
     if total == 0:
@@ -157,9 +157,8 @@ def proportion(
     >>> print(proportion([1, 1, 1, 0], groups="abcd"))
     0.750 (0.301–0.954, n = 4)
     """
-    options: dict[str, Any] = {"n_resamples": n_resamples, "confidence": confidence}
-    check_resampling(**options)
-    n = np.size(hits)
+    options = check_resampling(n_resamples=n_resamples, confidence=confidence) | {"seed": seed}
+    confidence, n = options["confidence"], np.size(hits)
     codes = np.arange(n) if groups is None else group_codes(groups)
     if n == len(codes) == 0:
         return Estimate(value=math.nan, n=0, method=WILSON, confidence=confidence)
@@ -167,7 +166,7 @@ def proportion(
     check_lengths(hits=found, groups=codes)
     rate, patients = float(found.mean()), int(codes.max()) + 1
     if patients < n and 0 < rate < 1:
-        return bootstrap_by_group(mean_among, codes, found, seed=seed, **options)
+        return bootstrap_by_group(mean_among, codes, found, **options)
     low, high = wilson_interval(round(rate * patients), patients, confidence)
     method = WILSON if patients == n else WILSON_BY_PATIENT
     return Estimate(value=rate, low=low, high=high, n=n, method=method, confidence=confidence)
@@ -228,7 +227,7 @@ def bootstrap_together(
     Raises:
         ValueError: As there.
     """
-    check_resampling(n_resamples=n_resamples, confidence=confidence)
+    confidence = check_resampling(n_resamples=n_resamples, confidence=confidence)["confidence"]
     codes = group_codes(groups)
     values: dict[str, float] = {}
     for name, (statistic, *arrays) in statistics.items():
@@ -286,7 +285,7 @@ def band_by_group(
     Raises:
         ValueError: If lengths differ or an option is impossible.
     """
-    check_resampling(n_resamples=n_resamples, confidence=confidence)
+    confidence = check_resampling(n_resamples=n_resamples, confidence=confidence)["confidence"]
     codes = group_codes(groups)
     check_lengths(groups=codes, **{f"array {i}": array for i, array in enumerate(arrays, 1)})
     blocks = _resamples(codes, n_resamples, seed)

@@ -221,12 +221,12 @@ def threshold_at_sensitivity(y_true: ArrayLike, y_score: ArrayLike, *, sensitivi
     A case is called positive when ``y_score >= threshold``.
 
     Raises:
-        ValueError: If ``sensitivity`` is outside (0, 1] or no case is positive.
+        TypeError, ValueError: If ``sensitivity`` is no number in (0, 1], or no case is positive.
 
     >>> threshold_at_sensitivity([0, 1, 1, 1], [0.2, 0.3, 0.6, 0.9], sensitivity=0.6)
     0.6
     """
-    return _score_at_rate(y_true, y_score, 1, "sensitivity", sensitivity)
+    return _at_rate(y_true, y_score, 1, "sensitivity", sensitivity)
 
 
 def threshold_at_specificity(y_true: ArrayLike, y_score: ArrayLike, *, specificity: float) -> float:
@@ -236,20 +236,18 @@ def threshold_at_specificity(y_true: ArrayLike, y_score: ArrayLike, *, specifici
     score of a negative case, in the precision of the scores, and above 1 if that score is 1.
 
     Raises:
-        ValueError: If ``specificity`` is outside (0, 1] or no case is negative.
+        TypeError, ValueError: If ``specificity`` is no number in (0, 1], or no case is negative.
     """
-    highest = _score_at_rate(y_true, y_score, 0, "specificity", specificity)
+    highest = _at_rate(y_true, y_score, 0, "specificity", specificity)
     kind = np.asarray(y_score).dtype  # in which NumPy compares: a smaller step would be none
     own = kind if kind in (np.float16, np.float32) else np.float64
     return float(np.nextafter(highest, np.inf, dtype=own))
 
 
-def _score_at_rate(
-    y_true: ArrayLike, y_score: ArrayLike, label: int, name: str, rate: float
-) -> float:
+def _at_rate(y_true: ArrayLike, y_score: ArrayLike, label: int, name: str, rate: float) -> float:
     """Return the score of the case of a class with which its share reaches a rate."""
     truth, score = scored(y_true, y_score)
-    if not 0 < real_number(name, rate) <= 1:
+    if not 0 < (rate := real_number(name, rate)) <= 1:
         raise ValueError(f"{name} must be a fraction in (0, 1], got {rate}")
     cases = np.sort(score[truth == label])
     if not len(cases):
