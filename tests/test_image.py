@@ -43,6 +43,7 @@ from chestxray_covid.pixels import (
     MAX_JPEG_SCANS,
     check_jpeg,
 )
+from conftest import Elsewhere
 
 pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
@@ -183,6 +184,14 @@ def test_an_endless_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "<stream> is longer than 4194304 bytes"
     with Path("/dev/zero").open("rb") as endless, pytest.raises(ImageError, match=message):
         load_image(endless)
+
+
+def test_an_address_is_named_not_where_its_copy_would_be(tmp_path: Path) -> None:
+    for folder in ("s3://bucket/a", Elsewhere("s3://bucket/a", tmp_path / "nothing")):
+        with pytest.raises(ImageNotFoundError, match=r"^s3://bucket/a does not exist; it looks"):
+            load_image(folder)
+    with pytest.raises(ImageNotFoundError, match=r"^s3://bucket/a is a folder"):
+        load_image(Elsewhere("s3://bucket/a", tmp_path))
 
 
 def test_of_a_member_of_an_archive_and_of_a_column_of_text_it_is_said_what_to_pass() -> None:

@@ -143,7 +143,7 @@ def read_image(
     if isinstance(source, str) and not source:  # pathlib takes it for the current folder
         raise ImageNotFoundError("The path of an image is empty. Is a variable unset?")
     if isinstance(source, str | os.PathLike):
-        return _from_path(expanded_copy(os.fsdecode(source)), min_size, max_pixels)
+        return _from_path(source, min_size, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(bytes(source)), "<bytes>", min_size, max_pixels)
     if hasattr(source, "patient_id") and hasattr(source, "is_file"):  # a table has the first, too
@@ -171,9 +171,10 @@ def _from_pil(source: Image.Image, max_pixels: int) -> tuple[Image.Image, ImageF
 
 
 def _from_path(
-    path: Path, min_size: tuple[int, int] | None, max_pixels: int
+    source: str | os.PathLike[str], min_size: tuple[int, int] | None, max_pixels: int
 ) -> tuple[Image.Image, ImageFacts]:
-    text = str(path)
+    path, is_address = expanded_copy(source), looks_like_address(source)
+    text = str(source if is_address else path)
     # Newlines, control characters, direction marks and bytes that are not UTF-8 are escaped.
     name = text if text.isprintable() else ascii(text)
     try:
@@ -187,7 +188,7 @@ def _from_path(
     except ImageError:
         raise
     except FileNotFoundError as error:
-        if looks_like_address(text):
+        if is_address:
             way = "looks like an address. Download it first, or pass its bytes."
             raise ImageNotFoundError(f"{name} does not exist; it {way}") from error
         what = "is a link to nothing" if path.is_symlink() else "does not exist"
