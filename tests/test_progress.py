@@ -39,3 +39,10 @@ def test_a_bar_shows_what_tqdm_shows() -> None:
     assert list(Bar(range(3), "decode", unit="img", file=shown)) == [0, 1, 2]
     assert "decode: 100%" in shown.getvalue()
     assert "3/3" in shown.getvalue()
+
+
+def test_without_a_standard_error_as_under_pythonw_nothing_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(Bar(range(3), "decode")) == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,14 @@ class Bar(_Tqdm):
 
     tqdm's own lock is shared with forked processes: one that is killed while it holds it, even for
     a bar that is disabled, would keep all others waiting for ever. Its thread, which wakes bars
-    that have stalled, is not needed where every update looks at the clock.
+    that have stalled, is not needed where every update looks at the clock. Where a process has no
+    standard error, as under pythonw or a service that closes it, nothing is shown.
     """
 
     _lock = threading.RLock()
     monitor_interval = 0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        if sys.stderr is None:
+            options["disable"] = True
         super().__init__(*arguments, **{"miniters": 1, **options})
