@@ -106,6 +106,44 @@ def test_results_come_in_the_order_of_the_items(workers: int, ahead: int) -> Non
     assert not decoding_threads()
 
 
+OUTLIVING = """
+import atexit, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from chestxray_covid.datasets.loading import pipeline
+
+def wait_for_the_end():
+    while True:
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(time.sleep, 0.01)
+        except RuntimeError:
+            return
+
+def items():
+    for number in range(40):
+        if number == 8:
+            wait_for_the_end()
+        yield number
+
+def work(where):
+    rows = pipeline(items(), str, lambda batch: batch, batch_size=4, workers=2, calls=2)
+    sys.stdout.write(f"{where} {' '.join(rows)}\\n")
+
+threading.Thread(target=work, args=["thread"]).start()
+left = ThreadPoolExecutor(1)
+left.submit(work, "pool")
+atexit.register(work, "exit")
+"""
+
+
+def test_threads_that_outlive_the_main_one_compute_all_in_order() -> None:
+    command = [sys.executable, "-c", OUTLIVING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    rows = " ".join(map(str, range(40)))
+    assert sorted(done.stdout.splitlines()) == [f"{w} {rows}" for w in ("exit", "pool", "thread")]
+    assert done.stderr == ""
+
+
 def test_nothing_in_gives_nothing_out() -> None:
     assert list(map_ahead(str, [])) == []
 

@@ -9,10 +9,12 @@ import json
 import os
 import re
 import secrets
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,41 +50,49 @@ def cores() -> int:
 
 
 def map_ahead(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    *,
-    workers: int = 2,
-    ahead: int = 64,
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int = 2, ahead: int = 64
 ) -> Generator[Result, None, None]:
     """Yield ``function(item)`` for every item, in order, computed in threads up to ``ahead`` early.
 
     Memory stays bounded by ``ahead`` results, however many items there are. Pillow releases the
     interpreter's lock while it decodes, so threads serve as well as processes and need no copies.
+    In a thread that outlives the main one they are computed there, one by one.
 
     Raises:
         Exception: Whatever ``function`` or the source raises, after all results before it.
     """
     source = iter(items)
-    pending: deque[Future[Result]] = deque()
+    pending: deque[Callable[[], Result]] = deque()
     result: list[Result] = []  # at most one, held back until the next item is under way
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode") as pool:
         try:
             while True:
                 try:
                     for item in itertools.islice(source, max(1, ahead) - len(pending)):
-                        pending.append(pool.submit(function, item))
+                        pending.append(_begun(pool, function, item))
                 except Exception:
                     yield from result
                     while pending:
-                        yield pending.popleft().result()
+                        yield pending.popleft()()
                     raise
                 yield from result
                 if not pending:
                     return
-                result = [pending.popleft().result()]
+                result = [pending.popleft()()]
         finally:
-            for future in pending:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begun(pool: Executor, function: Callable[[Item], Result], item: Item) -> Callable[[], Result]:
+    """Return what waits for a result that is being computed, or computes it."""
+    try:
+        return pool.submit(function, item).result
+    except RuntimeError as error:
+        # Once the main thread has ended, no pool takes anything, while other threads work on. Not
+        # so daemon threads: one that computes while the process ends aborts it.
+        if "cannot schedule" not in str(error) or threading.current_thread().daemon:
+            raise
+    return partial(function, item)
 
 
 def pipeline(
@@ -223,13 +233,7 @@ def _npy_header(count: int, size: int) -> bytes:
 
 
 def _write_shard(
-    place: Path,
-    size: int,
-    missing: dict[str, int],
-    load: Loader,
-    *,
-    workers: int,
-    progress: bool,
+    place: Path, size: int, missing: dict[str, int], load: Loader, *, workers: int, progress: bool
 ) -> None:
     remove_stale(place, _PARTIAL)
     name = hashlib.blake2b("".join(missing).encode(), digest_size=12).hexdigest()
