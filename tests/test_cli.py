@@ -150,6 +150,22 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     assert HomePath(path_type=Path).convert("own", None, None) == Path("own")
 
 
+def test_predict_says_before_the_work_too_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    given = ("predict", tmp_path, "--model", "nowhere", "--output")
+    done = call(*given, Path("file", "new.csv"))
+    assert done.exit_code == 2
+    assert f"cannot be written: {tmp_path / 'file'} is no folder" in done.output
+    assert "An empty path names no place to write" in call(*given, "").output
+    assert "nowhere" in call(*given, "s3://bucket/new.parquet").output, "the model comes next"
+    monkeypatch.setattr(os, "access", lambda *asked: asked != (tmp_path, os.W_OK))
+    for output in ("new.jsonl", "new.parquet"):
+        assert f"{tmp_path} is not writable" in call(*given, output).output
+
+
 def test_a_place_on_a_drive_that_is_not_there_is_refused_in_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

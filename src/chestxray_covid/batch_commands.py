@@ -15,11 +15,19 @@ from chestxray_covid.command import (
     MODEL,
     NOT_A_DEVICE,
     PRECISION,
+    HomePath,
     translated,
 )
+from chestxray_covid.files import looks_like_address
 
 if TYPE_CHECKING:
     from chestxray_covid.batch import PredictedFiles
+
+
+def _checked(ctx: click.Context, param: click.Parameter, output: str | None) -> str | None:
+    if output is not None and not looks_like_address(output):  # which may go elsewhere
+        HomePath().convert(output, param, ctx)
+    return output
 
 
 @click.command()
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 @MODEL
 @click.option(
     "--output",
+    callback=_checked,
     help="Instead of a table: CSV, JSON lines where the name ends in .jsonl, a folder of Parquet "
     "where it ends in .parquet. Run again after it was stopped, it does the rest.",
 )
