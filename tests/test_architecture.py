@@ -38,7 +38,10 @@ ROWS = (
         "datasets.transfer",
         "datasets.base",
     ),
-    ("datasets.download", "datasets.loading", "datasets.phantom", "file_facts"),
+    (
+        *("datasets.download", "datasets.labels", "datasets.loading", "datasets.phantom"),
+        "file_facts",
+    ),
     ("datasets.cohen", "datasets.kermany", "datasets.duplicates", "datasets.synthetic"),
     ("datasets.folder",),
     ("datasets",),

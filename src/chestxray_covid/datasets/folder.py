@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from PIL import Image
 
 from chestxray_covid.datasets.base import (
     DEFAULT_CLASSES,
-    LABELS,
     MANIFEST_COLUMNS,
     UNKNOWN_VIEW,
     ChestXrayDataset,
@@ -23,22 +22,13 @@ from chestxray_covid.datasets.base import (
 )
 from chestxray_covid.datasets.cohen import CohenCovidDataset, canonical_view
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layout
+from chestxray_covid.datasets.labels import label_of_name, promised_classes
 from chestxray_covid.datasets.loading import entries, images_of, may_hold_images
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.datasets.storage import nothing_collected, path_maker, read_csv, resolver
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError, text_mapping
 from chestxray_covid.files import existing_folder, expanded, is_folder
 
-#: Names in public collections (lower case, letters and digits only) → canonical label.
-_KNOWN_LABELS = {
-    **dict.fromkeys(("normal", "nofinding", "nofindings", "healthy"), "normal"),
-    **dict.fromkeys(("pneumonia", "viralpneumonia", "bacterialpneumonia"), "pneumonia"),
-    **dict.fromkeys(("covid", "covid19"), "covid19"),
-}
-#: Words that turn a name into its opposite.
-_NEGATIONS = frozenset({"no", "non", "not", "negative"})
-#: Signs that doubt or deny the word they are at: ``COVID?``, ``COVID (-)``.
-_DOUBTS = re.compile(r"[?!~¬]|[-−–—]\W*$")
 #: Folders, in lower case, that divide a collection and hold class folders themselves.
 _SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 
@@ -119,7 +109,7 @@ class FolderDataset(ChestXrayDataset):
             ),
         )
         self._named_after = {} if source else {name: whole}
-        self._promise(_promised(classes, found.values()))
+        self._promise(promised_classes(classes, found.values()))
 
 
 class ManifestDataset(ChestXrayDataset):
@@ -175,7 +165,7 @@ class ManifestDataset(ChestXrayDataset):
         with nothing_collected():
             for row in read_csv(table, required=("path", "label", "patient_id")):
                 if (label := meant.get(row["label"])) is None:
-                    label = meant[row["label"]] = _label(row["label"], known, classes)
+                    label = meant[row["label"]] = label_of_name(row["label"], known, classes)
                 given = row["path"]
                 file = given if os.path.isabs(given) else folder + given  # noqa: PTH117 - fast
                 if label not in classes:
@@ -206,7 +196,7 @@ class ManifestDataset(ChestXrayDataset):
             report=summarise(samples, classes, source=name, root=table, dropped=dropped),
         )
         self._named_after = {name: place} if unnamed and not source else {}
-        self._promise(_promised(classes, meant.values()))
+        self._promise(promised_classes(classes, meant.values()))
 
 
 class HannoverCovidDataset(ChestXrayDataset):
@@ -319,7 +309,7 @@ def class_folders(
     if inside and all(f.name.lower() in _SPLITS and f.name not in meant for f in inside):
         inside = [f for part in inside for f in _folders(part, meant, passed_over)]
     named = [f for f in inside if labels is None or f.name in labels]
-    found = {f: _label(f.name, meant, classes) for f in named}
+    found = {f: label_of_name(f.name, meant, classes) for f in named}
     if found and (missing := sorted(set(meant) - {f.name for f in found})):
         raise DatasetNotFoundError(
             f"{root} has no folder {missing}, which labels= names; it has "
@@ -331,21 +321,6 @@ def class_folders(
 def _folders(root: Path, labels: Mapping[str, str], notes: Counter[str]) -> list[Path]:
     inside = [entry for entry in entries(root) if is_folder(entry.path)]
     return [Path(e.path) for e in inside if e.name in labels or may_hold_images(e.name, notes)]
-
-
-def _label(name: str, labels: Mapping[str, str], classes: Sequence[str]) -> str:
-    """Return the label that a folder or a CSV means by a name."""
-    if name in labels or name in classes:
-        return labels.get(name, name)
-    plain = "" if _DOUBTS.search(name) else re.sub(r"[^a-z0-9]", "", name.lower())
-    return _KNOWN_LABELS.get(plain, name)
-
-
-def _promised(classes: Sequence[str], labels: Collection[str]) -> Sequence[str]:
-    """Return the classes that labels name, or seem to (``Covid-positive``); all, if none does."""
-    words = [set(re.findall("[a-z]+", name.lower())) for name in labels if name not in LABELS]
-    likely = set[str]().union(*(w for w in words if w.isdisjoint(_NEGATIONS)))
-    return [c for c in classes if c in labels or c.rstrip("0123456789") in likely] or classes
 
 
 def _collection(place: Path) -> Path:
