@@ -67,6 +67,26 @@ def test_other_folder_names_are_labels_themselves(tmp_path: Path) -> None:
     assert plain.report().dropped == {"folder outside the classes (Lung_Opacity)": 2}
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("covid/NORMAL", r"covid, which means 'covid19', but 'NORMAL' means 'normal'"),
+        ("Pneumonia/Viral/COVID-19", r"which means 'pneumonia', but 'COVID-19' means 'covid19'"),
+    ],
+)
+def test_a_class_inside_another_is_not_taken_for_that(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    for place in (name, "normal", "covid/COVID", "Pneumonia/Bacterial/Pneumonia"):
+        write_image(tmp_path / place / "1_a.png", place)
+    for classes in (LABELS, ("normal", "covid19")):
+        with pytest.raises(DatasetError, match=message):
+            FolderDataset(tmp_path, classes=classes)
+    outer = name.split("/")[0]
+    meant = {"normal": "normal", outer: "covid19"}
+    assert len(FolderDataset(tmp_path, meant)) == 3
+
+
 def test_labels_can_be_given_by_folder(tmp_path: Path) -> None:
     write_folder(tmp_path, {"0": 1, "1": 2, "Normal": 3})
     dataset = FolderDataset(tmp_path, {"0": "normal", "1": "covid19"})

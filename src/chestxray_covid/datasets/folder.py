@@ -14,6 +14,7 @@ from PIL import Image
 
 from chestxray_covid.datasets.base import (
     DEFAULT_CLASSES,
+    LABELS,
     MANIFEST_COLUMNS,
     UNKNOWN_VIEW,
     ChestXrayDataset,
@@ -56,8 +57,9 @@ class FolderDataset(ChestXrayDataset):
     Raises:
         DatasetNotFoundError: If ``root`` is no folder or has no class folder.
         DatasetError: If a class folder that was asked for has no image, if none was asked for,
-            if the name of another looks like a class without images, one cannot be listed, or
-            links to folders put a file under two labels.
+            if the name of another looks like a class without images, one cannot be listed, one
+            that ``labels`` does not name holds a folder called as another class, or links to
+            folders put a file under two labels.
         ValueError: If ``patient_id`` is no regular expression.
     """
 
@@ -85,7 +87,10 @@ class FolderDataset(ChestXrayDataset):
                 + (f" with a class of {sorted(labels)}." if labels else ".")
             )
         samples: list[Sample] = []
+        looked_at = folder
         for child, path in images_of(found, dropped, notes):
+            if looked_at != (looked_at := path.parent) and child.name not in (labels or ()):
+                _refuse_other_class(child, looked_at, found[child], classes)
             if (label := found[child]) not in classes:
                 dropped[f"folder outside the classes ({label})"] += 1
                 continue
@@ -316,6 +321,19 @@ def class_folders(
             f"{sorted({f.name for f in inside})}. Mend the names."
         )
     return found
+
+
+def _refuse_other_class(child: Path, inside: Path, label: str, classes: Sequence[str]) -> None:
+    """Raise if a folder on the way from a class folder to images is called as another class."""
+    known = {*LABELS, *classes}
+    for name in inside.relative_to(child).parts if label in known else ():
+        other = label_of_name(name, {}, classes)
+        if other in known - {label}:
+            raise DatasetError(
+                f"{inside} is in {child}, which means {label!r}, but {name!r} means {other!r}. "
+                "Pass the folder that holds the class folders, move it, or say with "
+                f"labels={{{child.name!r}: {label!r}, …}} that all in there is {label!r}."
+            )
 
 
 def _folders(root: Path, labels: Mapping[str, str], notes: Counter[str]) -> list[Path]:
