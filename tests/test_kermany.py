@@ -106,6 +106,17 @@ def test_a_shipped_split_can_be_asked_for(
     assert {s.metadata["split"] for s in dataset.samples} == {split}
 
 
+def test_a_split_that_is_a_link_to_another_counts_once(tmp_path: Path) -> None:
+    layout = write_kermany(tmp_path) / "chest_xray"
+    whole = len(KermanyPneumoniaDataset(tmp_path, classes=BOTH))
+    shutil.rmtree(layout / "val")
+    (layout / "val").symlink_to("test", target_is_directory=True)
+    dataset = KermanyPneumoniaDataset(tmp_path, classes=BOTH)
+    assert len(dataset) == whole - 2  # those of val itself
+    assert dataset.report().dropped == {"file listed twice": 4}
+    assert len(KermanyPneumoniaDataset(tmp_path, classes=BOTH, split="val")) == 4
+
+
 def test_the_shipped_splits_are_merged_otherwise(tmp_path: Path) -> None:
     dataset = KermanyPneumoniaDataset(write_kermany(tmp_path), classes=BOTH)
     assert Counter(s.metadata["split"] for s in dataset.samples) == {

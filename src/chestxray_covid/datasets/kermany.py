@@ -20,6 +20,7 @@ from chestxray_covid.datasets.base import (
 from chestxray_covid.datasets.download import download_kermany
 from chestxray_covid.datasets.loading import entries, why_no_image
 from chestxray_covid.datasets.report import summarise
+from chestxray_covid.datasets.storage import resolver
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError
 from chestxray_covid.files import existing_folder, expanded, is_folder
 
@@ -101,6 +102,8 @@ class KermanyPneumoniaDataset(ChestXrayDataset):
         samples: list[Sample] = []
         dropped: Counter[str] = Counter()
         notes: Counter[str] = Counter()
+        seen: set[str] = set()
+        resolved = resolver()
         for part in SPLITS if split is None else (split,):
             for name, label in _FOLDERS.items():
                 place = layout / part / name
@@ -109,6 +112,10 @@ class KermanyPneumoniaDataset(ChestXrayDataset):
                         dropped[reason] += 1
                         continue
                     path = Path(entry.path)
+                    if (file := resolved(path)) in seen:  # where a split is a link to another
+                        dropped["file listed twice"] += 1
+                        continue
+                    seen.add(file)
                     sample = _sample(path, label, part)
                     notes["names without a patient number"] += sample.patient_id == path.stem
                     samples.append(sample)
