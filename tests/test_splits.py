@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ from chestxray_covid import splits
 from chestxray_covid.confounders import confounding, confounding_of_question, cramers_v
 from chestxray_covid.datasets.base import LABELS, ChestXrayDataset, Sample, concatenate
 from chestxray_covid.datasets.cohen import CohenCovidDataset
-from chestxray_covid.datasets.folder import FolderDataset, HannoverCovidDataset
+from chestxray_covid.datasets.folder import FolderDataset, HannoverCovidDataset, ManifestDataset
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.errors import DatasetError, SplitError
@@ -578,6 +579,22 @@ def test_a_patient_on_two_sides_is_noticed_whatever_the_groups_say(tmp_path: Pat
     assert Split.load(path, each).groups
     with pytest.raises(SplitError, match=r"puts patient \w+ of .* on two sides, as the data set"):
         Split.load(path, FolderDataset(tmp_path, patient_id=r"^(\w+)-"))
+
+
+@pytest.mark.parametrize("column", ["image_id", "content_hash"])
+def test_an_image_that_a_table_now_knows_twice_is_on_one_side(
+    tmp_path: Path, site: FolderDataset, column: str
+) -> None:
+    table = site.to_manifest(tmp_path / "site.csv")
+    path = split_by_patient(site).save(tmp_path / "split.json")
+    frame = pd.read_csv(table, dtype=str)
+    frame[column] = [f"known-{i}" for i in range(len(frame))]
+    frame.to_csv(table, index=False)
+    assert Split.load(path, ManifestDataset(table)).groups, "each is known once"
+    frame[column] = ["known"] * len(frame)
+    frame.to_csv(table, index=False)
+    with pytest.raises(SplitError, match=r"or an image of them, on two sides"):
+        Split.load(path, ManifestDataset(table))
 
 
 def test_a_split_may_lie_in_the_home_folder(

@@ -109,8 +109,8 @@ class Split:
         """Return the split that was saved, over the same files, wherever they lie now.
 
         Raises:
-            SplitError: If the file cannot be read, if it puts a patient on two sides, or if the
-                data set has other files than it.
+            SplitError: If the file cannot be read, if it puts a patient, or an image that the
+                data set knows twice, on two sides, or if the data set has other files than it.
             DatasetError, ValueError: If a file of the data cannot be read; if path is an address.
         """
         seed, entries = _read_split(expanded(path))
@@ -126,8 +126,8 @@ class Split:
         sides = {s: tuple(i for i in sorted(found) if found[i]["side"] == s) for s in SIDES}
         if (shared := patient_on_two_sides(dataset, sides)) is not None:
             raise SplitError(
-                f"{path} puts patient {shared.patient_id} of {shared.source} on two sides, as the "
-                "data set now tells patients. Open it as it was split, or split by patient again."
+                f"{path} puts patient {shared.patient_id} of {shared.source}, or an image of them, "
+                "on two sides, as the data set now says. Open it as it was split, or split again."
             )
         groups = tuple(int(found[i]["group"]) for i in range(len(dataset)))
         return cls(dataset=dataset, indices=sides, groups=groups, seed=seed)

@@ -77,17 +77,21 @@ def patient_key(sample: Sample) -> tuple[str, str]:
 def patient_on_two_sides(
     dataset: ChestXrayDataset, sides: Mapping[str, Sequence[int]]
 ) -> Sample | None:
-    """Return a sample whose patient is on an earlier side too, ``None`` where there is none.
+    """Return a sample of whom, or of which, an earlier side holds more; ``None`` if none is.
+
+    What belongs together is what :func:`patient_groups` joins without a look at the images.
 
     Args:
         dataset: What was divided.
         sides: Side → positions in ``dataset``.
     """
-    side_of: dict[tuple[str, str], str] = {}
+    side_of: dict[tuple[str, ...], str] = {}
+    resolved = resolver()
     for side, positions in sides.items():
         for sample in (dataset.samples[i] for i in positions):
-            if side_of.setdefault(patient_key(sample), side) != side:
-                return sample
+            for key in _identities(sample, resolved):
+                if side_of.setdefault(key, side) != side:
+                    return sample
     return None
 
 
