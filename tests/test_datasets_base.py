@@ -6,6 +6,7 @@ import multiprocessing
 import operator
 import os
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -39,7 +40,7 @@ from chestxray_covid.datasets.folder import (
     open_dataset,
 )
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset
-from chestxray_covid.datasets.report import DatasetReport, summarise
+from chestxray_covid.datasets.report import DatasetReport, patient_key, summarise
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.errors import (
     DatasetError,
@@ -933,6 +934,37 @@ def test_a_number_and_its_text_are_one_patient_and_one_source() -> None:
     assert patient_groups(dataset, find_copies=False) == [0, 0, 0]
     assert dataset.sources == ("5",)
     assert "from 5" in repr(dataset)
+
+
+def test_a_number_that_pandas_wrote_beside_a_gap_is_the_same_patient(tmp_path: Path) -> None:
+    names = ("whole", "gap")
+    for name in names:
+        rows = [(write_image(tmp_path / f"{name}{i}.png", f"{name}{i}"), i) for i in range(2)]
+        frame = pd.DataFrame({"path": [p for p, _ in rows], "patient_id": [n for _, n in rows]})
+        if name == "gap":
+            frame.loc[len(frame)] = {"path": "x.png"}
+        frame.assign(label="normal").to_csv(tmp_path / f"{name}.csv", index=False)
+    assert ",1.0," in (tmp_path / "gap.csv").read_text(encoding="utf-8")
+    both = concatenate([ManifestDataset(tmp_path / f"{n}.csv", source="clinic") for n in names])
+    assert [s.patient_id for s in both.samples] == ["0", "1", "0.0", "1.0"]
+    assert patient_groups(both, find_copies=False) == [0, 1, 0, 1]
+    assert both.report().patients["normal"] == 2
+    others = [replace(both.samples[0], patient_id=name) for name in ("0", "00", "1.5", ".0")]
+    assert len({patient_key(s) for s in others}) == 4
+
+
+def test_accents_as_macos_writes_them_are_the_same_patient_and_source(tmp_path: Path) -> None:
+    roots = []
+    for form in ("NFC", "NFD"):
+        roots.append(tmp_path / form / unicodedata.normalize(form, "Köln"))
+        write_image(roots[-1] / "normal" / unicodedata.normalize(form, "Zoë_1.png"), form)
+    parts = [FolderDataset(root, None, r"^([^_]+)_", source=root.name) for root in roots]
+    both = concatenate(parts)
+    assert len({s.patient_id for s in both.samples}) == 2
+    assert patient_groups(both, find_copies=False) == [0, 0]
+    assert both.report().patients["normal"] == 1
+    with pytest.raises(DatasetError, match=r"are both called .*ln. by default"):
+        concatenate([FolderDataset(r) for r in roots])
 
 
 def test_labels_that_are_gaps_are_refused_beside_others() -> None:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from chestxray_covid.checkpoint import ModelConfig
 from chestxray_covid.confounders import ConfoundingWarning, confounding_of_question
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.datasets.duplicates import patient_key
 from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder
+from chestxray_covid.datasets.report import patient_key
 from chestxray_covid.errors import ChestXrayError, TrainingError
 
 if TYPE_CHECKING:  # it imports torch, which nothing here needs

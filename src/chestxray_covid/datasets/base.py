@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid.datasets.report import DatasetReport, printable, summarise_taken
+from chestxray_covid.datasets.report import DatasetReport, identity, printable, summarise_taken
 from chestxray_covid.datasets.storage import cell_text, resolver, write_csv, writing_to
 from chestxray_covid.errors import DatasetError, ImageError, check_kinds, check_positive
 from chestxray_covid.files import expanded, expanded_copy
@@ -55,7 +55,7 @@ class Sample:
         path: Image file; for a phantom, a name that identifies it.
         label: Canonical label, one of :data:`LABELS` or a label of the user's own.
         finding: What the source itself says, for example ``"Pneumonia/Viral/SARS"``.
-        patient_id: Patient as the source numbers them, unique only within ``source``.
+        patient_id: Patient as the source numbers them, unique only within it; ``12.0`` is ``12``.
         source: Collection that the radiograph comes from, for example ``"cohen"``.
         view: Projection, ``"PA"``, ``"AP"``, ``"AP Supine"``, ``"L"``, …, or ``"unknown"``.
         metadata: Everything else the source says, as text; a gap of a table says nothing.
@@ -356,7 +356,7 @@ def told_apart(datasets: Iterable[ChestXrayDataset], *, share: bool = False) -> 
     resolved = resolver()
     for d in datasets:
         for name, root in d._named_after.items():
-            if (other := named.setdefault(name, root)) != root:
+            if (other := named.setdefault(identity(name), root)) != root:
                 raise DatasetError(
                     f"{printable(f'{other} and {root}')} are both called {name!r} by default, so "
                     "their patients would be taken for the same. Name them with source=, rename a "

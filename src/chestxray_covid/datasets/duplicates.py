@@ -12,6 +12,7 @@ from PIL import Image
 
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.loading import map_ahead
+from chestxray_covid.datasets.report import identity, patient_key
 from chestxray_covid.datasets.storage import resolver
 from chestxray_covid.errors import check_dataset, check_positive, real_number
 from chestxray_covid.progress import Bar
@@ -66,14 +67,6 @@ def patient_groups(
     return [number.setdefault(joined.root(i), len(number)) for i in range(len(dataset))]
 
 
-def patient_key(sample: Sample) -> tuple[str, str]:
-    """Return what identifies a sample's patient among all data sets.
-
-    A row that Cohen took over keeps Cohen's patient number, also when counted to its origin.
-    """
-    return sample.metadata.get("numbered_by") or sample.source, sample.patient_id
-
-
 def patient_on_two_sides(
     dataset: ChestXrayDataset, sides: Mapping[str, Sequence[int]]
 ) -> Sample | None:
@@ -100,7 +93,8 @@ def _identities(sample: Sample, resolved: Callable[[Path], str]) -> Iterable[tup
     if sample.is_file:
         yield "file", resolved(sample.path)
     if image_id := sample.metadata.get("image_id"):
-        yield "image", sample.metadata.get("origin") or sample.source, image_id
+        origin = sample.metadata.get("origin") or sample.source
+        yield "image", identity(origin), identity(image_id)
     for name in ("content_hash", FILE_HASH):
         if content := sample.metadata.get(name):
             yield name, content

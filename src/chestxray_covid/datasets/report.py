@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -78,6 +79,28 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def identity(text: str) -> str:
+    """Return the one spelling of who or what is meant, however a table or a system writes it.
+
+    A column of whole numbers with a gap is one of floats for pandas, and macOS decomposes accents.
+
+    >>> identity("12.0"), identity("12.5"), identity("012"), identity("Zoe\u0308")
+    ('12', '12.5', '012', 'Zoë')
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return text[:-2] if text.endswith(".0") and text[:-2].isdecimal() else text
+
+
+def patient_key(sample: Sample) -> tuple[str, str]:
+    """Return what identifies a sample's patient among all data sets.
+
+    A row that Cohen took over keeps Cohen's patient number, also when counted to its origin.
+    """
+    collection = sample.metadata.get("numbered_by") or sample.source
+    return identity(collection), identity(sample.patient_id)
+
+
 def summarise(
     samples: Sequence[Sample],
     classes: Sequence[str],
@@ -92,7 +115,8 @@ def summarise(
     # Label → collection → its patients' numbers.
     patients = {label: defaultdict[str, set[str]](set) for label in (*images, *classes)}
     for s in samples:
-        patients[s.label][s.metadata.get("numbered_by") or s.source].add(s.patient_id)
+        collection, number = patient_key(s)
+        patients[s.label][collection].add(number)
     gone = dict(sorted((dropped or {}).items(), key=lambda item: (item[0] != LEFT_OUT, -item[1])))
     for reason in list(gone)[_MOST_REASONS:]:
         gone[_OTHER] = gone.pop(reason) + gone.get(_OTHER, 0)
