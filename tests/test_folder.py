@@ -196,6 +196,14 @@ def test_labels_can_name_folders_that_look_like_splits_or_masks(tmp_path: Path) 
     assert len(FolderDataset(tmp_path, plain, classes=list(plain.values()))) == 6
 
 
+def test_masks_beside_the_radiographs_are_dropped_and_counted(tmp_path: Path) -> None:
+    for name in ("1_a.png", "1_a_mask.png", "2 Mask.PNG", "masked_3.png"):
+        write_image(tmp_path / "COVID" / name, name)
+    dataset = FolderDataset(tmp_path, classes=["covid19"])
+    assert [s.path.name for s in dataset.samples] == ["1_a.png", "masked_3.png"]
+    assert dataset.report().dropped == {"a mask, by its name": 2}
+
+
 def test_masks_are_no_radiographs_whatever_their_folder_is_called(tmp_path: Path) -> None:
     for folder in ("COVID-19", "Normal"):
         for inside in ("images", "lung masks", "infection masks", "Masks", "mask"):

@@ -42,7 +42,7 @@ class FolderDataset(ChestXrayDataset):
 
     Args:
         root: Folder of class folders. Files below a class folder count too, except in hidden
-            folders, ``__MACOSX``, folders of masks (``lung masks``) and links to folders.
+            folders, ``__MACOSX``, masks (``lung masks/``, ``1_mask.png``) and links to folders.
         labels: Folder name → label; ``None`` knows the names that public collections use
             (``No_findings``, ``COVID``, ``Viral Pneumonia``, …) and else takes the name itself.
         patient_id: Regular expression; its first group (or whole match) in the file name is the

@@ -322,8 +322,11 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def why_no_image(entry: os.DirEntry[str]) -> str:
     """Return why an entry of a folder is no image by its name and kind, or an empty string."""
-    if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:  # noqa: PTH122 - fast
+    stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 - fast
+    if suffix.lower() not in IMAGE_SUFFIXES:
         return "not an image file name"
+    if stem.casefold().endswith(("mask", "masks")):
+        return "a mask, by its name"
     # A link to a file is one, too; what the listing says already costs no look at the disk.
     if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):  # noqa: PTH113
         return ""
