@@ -545,6 +545,14 @@ def test_a_byte_order_mark_as_of_spreadsheets_is_skipped(tmp_path: Path) -> None
         (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8, "lacks the columns"),
         (b"\0" * 1000, "lacks the columns"),
         ("path,label,patient_id\n".encode("utf-16"), "lacks the columns.*UTF-16: save it as UTF-8"),
+        (
+            b"PK\x03\x04\x14\0\6\0\x08\0[Content_Types].xml",
+            "workbook or Parquet.*: save the table as CSV",
+        ),
+        (
+            b"PAR1\x15\4\x15\xd0\2\x15\xa0\1L\x15\x18\0",
+            "workbook or Parquet.*: save the table as CSV",
+        ),
         (b'path,label,patient_id\n"' + b"x" * 200_000, "cannot be read as CSV"),
     ],
 )
