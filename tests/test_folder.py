@@ -190,6 +190,14 @@ def test_class_folders_may_lie_in_splits_which_are_merged(
     assert len(chosen) == 3 * len(names)
 
 
+def test_images_beside_class_folders_are_noted(tmp_path: Path) -> None:
+    for name in ("train/COVID/1_a.png", "train/2_a.png", "test/3_a.png", "4_a.png", "test/a.txt"):
+        write_image(tmp_path / name, name, kind="PNG")
+    dataset = FolderDataset(tmp_path, classes=["covid19"])
+    assert [s.patient_id for s in dataset.samples] == ["1"]
+    assert dataset.report().notes == {"images in no class folder, not read": 3}
+
+
 def test_labels_can_name_folders_that_look_like_splits_or_masks(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train": 1, "test": 2, "masks": 3})
     plain = {"train": "normal", "test": "covid19", "masks": "masks"}

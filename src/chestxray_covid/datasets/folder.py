@@ -24,7 +24,7 @@ from chestxray_covid.datasets.base import (
 from chestxray_covid.datasets.cohen import CohenCovidDataset, canonical_view
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layout
 from chestxray_covid.datasets.labels import label_of_name, promised_classes
-from chestxray_covid.datasets.loading import entries, images_of, may_hold_images
+from chestxray_covid.datasets.loading import entries, images_of, may_hold_images, why_no_image
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.datasets.storage import nothing_collected, path_maker, read_csv, resolver
 from chestxray_covid.errors import DatasetError, DatasetNotFoundError, text_mapping
@@ -337,7 +337,9 @@ def _refuse_other_class(child: Path, inside: Path, label: str, classes: Sequence
 
 
 def _folders(root: Path, labels: Mapping[str, str], notes: Counter[str]) -> list[Path]:
-    inside = [entry for entry in entries(root) if is_folder(entry.path)]
+    found = entries(root)
+    inside = [entry for entry in found if is_folder(entry.path)]
+    notes["images in no class folder, not read"] += sum(not why_no_image(e) for e in found)
     return [Path(e.path) for e in inside if e.name in labels or may_hold_images(e.name, notes)]
 
 
