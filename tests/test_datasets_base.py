@@ -953,6 +953,18 @@ def test_a_number_that_pandas_wrote_beside_a_gap_is_the_same_patient(tmp_path: P
     assert len({patient_key(s) for s in others}) == 4
 
 
+def test_blanks_around_a_patient_do_not_count_in_memory_as_in_a_table(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"path": ["a.png", "b.png"], "patient_id": ["P1 ", "P1"]})
+    frame["path"] = [str(write_image(tmp_path / name)) for name in frame["path"]]
+    frame.assign(label="normal").to_csv(tmp_path / "list.csv", index=False)
+    more = {"label": "normal", "finding": "", "source": "list"}
+    rows = frame.to_dict("records")
+    own = ChestXrayDataset([Sample(**row, **more) for row in rows], classes=("normal",))
+    for dataset in (own, ManifestDataset(tmp_path / "list.csv")):
+        assert patient_groups(dataset, find_copies=False) == [0, 0]
+        assert dataset.report().patients["normal"] == 1
+
+
 def test_accents_as_macos_writes_them_are_the_same_patient_and_source(tmp_path: Path) -> None:
     roots = []
     for form in ("NFC", "NFD"):

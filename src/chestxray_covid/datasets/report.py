@@ -82,11 +82,13 @@ def printable_lines(text: str) -> str:
 def identity(text: str) -> str:
     """Return the one spelling of who or what is meant, however a table or a system writes it.
 
-    A column of whole numbers with a gap is one of floats for pandas, and macOS decomposes accents.
+    A column of whole numbers with a gap is one of floats for pandas, macOS decomposes accents, and
+    sheets are full of blanks that nobody sees.
 
-    >>> identity("12.0"), identity("12.5"), identity("012"), identity("Zoe\u0308")
+    >>> identity("12.0"), identity("12.5"), identity("012"), identity("Zoe\u0308 ")
     ('12', '12.5', '012', 'Zoë')
     """
+    text = text.strip()
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     return text[:-2] if text.endswith(".0") and text[:-2].isdecimal() else text
