@@ -669,12 +669,21 @@ def test_a_tiff_of_32_bits_without_sign_does_not_wrap_around(deflate: bool) -> N
     assert np.array_equal(loaded(grey_tiff(small, "<", deflate=deflate)), small)
 
 
-def test_grey_and_opacity_in_planes_of_their_own_are_refused() -> None:
+@pytest.mark.parametrize("mode", ["LA", "La"])
+def test_grey_and_opacity_in_planes_of_their_own_are_refused(mode: str) -> None:
+    def tag(number: int, value: int) -> bytes:
+        return struct.pack("<HHII", number, 3, 1, value)
+
     data = encode(np.dstack([ramp(), ramp()]), "TIFF", compression="tiff_adobe_deflate")
-    contiguous, planar = (struct.pack("<HHII", 284, 3, 1, value) for value in (1, 2))
-    assert contiguous in data
-    with pytest.raises(ImageError, match=r"TIFF of 8 bits a channel in a layout \(LA\)"):
-        load_image(data.replace(contiguous, planar))
+    assert tag(284, 1) in data
+    assert tag(338, 2) in data
+    data = data.replace(tag(284, 1), tag(284, 2))
+    if mode == "La":  # TIFF 6.0, tag 338: 1 is opacity that grey has been multiplied by
+        data = data.replace(tag(338, 2), tag(338, 1))
+    with pytest.raises(ImageError, match=rf"TIFF of 8 bits a channel in a layout \({mode}\)"):
+        load_image(data)
+    with pytest.raises(ImageError, match=rf"PIL image> is a TIFF .* in a layout \({mode}\)"):
+        load_image(Image.open(io.BytesIO(data)))
 
 
 def test_a_mode_that_pillow_cannot_convert_is_refused() -> None:

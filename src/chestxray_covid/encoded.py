@@ -179,7 +179,7 @@ def _whole_depth(image: ImageFile, file: io.BufferedIOBase, name: str) -> Image.
     if isinstance(image, TiffImageFile):
         depth = max(np.ravel(image.tag_v2.get(258, 1)))
         # TIFF 6.0, tag 284: 2 is a plane per channel. Of grey and opacity Pillow reads the first.
-        planar = image.tag_v2.get(284) == 2 and (depth > 8 or image.mode == "LA")
+        planar = image.tag_v2.get(284) == 2 and (depth > 8 or image.mode in ("LA", "La"))
         if planar or (depth > 8 and deep is None):
             raise ImageError(
                 f"{name} is a TIFF of {depth} bits a channel in a layout ({rawmode}) of which some "
