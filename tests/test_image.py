@@ -211,6 +211,17 @@ def test_of_a_member_of_an_archive_and_of_a_column_of_text_it_is_said_what_to_pa
         load_image(Column())  # type: ignore[arg-type]
 
 
+def test_a_socket_is_no_tensor_and_stays_open() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(TypeError, match=r"expected a path, .* got socket"):
+            load_image(ours)  # type: ignore[arg-type]
+        theirs.sendall(encode(ramp(), "PNG"))
+        theirs.shutdown(socket.SHUT_WR)
+        with ours.makefile("rb") as stream:
+            assert np.array_equal(loaded(stream), ramp())
+
+
 @pytest.mark.parametrize("source", [None, 3, [[1, 2]], object()])
 def test_a_source_of_another_type_is_a_type_error(source: Any) -> None:
     with pytest.raises(TypeError, match=rf"expected a path, .* got {type(source).__name__}"):

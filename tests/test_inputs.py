@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,3 +80,10 @@ def test_images_of_a_list_and_single_ones_are_not_copied() -> None:
     frames = [*FRAMES]
     assert all(taken is given for taken, given in zip(expand(frames), frames, strict=True))
     assert next(iter(expand(frames[0]))) is frames[0]
+
+
+def test_a_socket_from_an_iterator_is_left_connected() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert [*expand(iter([ours]))] == [ours]
+        assert ours.fileno() >= 0

@@ -199,7 +199,7 @@ def _from_path(
 
 def _as_array(source: object) -> NDArray[Any]:
     try:
-        if hasattr(source, "detach"):
+        if hasattr(source, "detach") and hasattr(source, "cpu"):  # a socket has the first
             tensor = source.detach().cpu()
             # NumPy has no bfloat16; every value of it is a float32.
             return np.asarray(tensor.float() if "bfloat16" in str(tensor.dtype) else tensor)

@@ -91,8 +91,8 @@ def _copy(image: Any) -> Any:
         return image.copy()
     if isinstance(image, (bytearray, memoryview)):
         return bytes(image)
-    # A buffered stream can be detached, too, and then reads no more.
-    is_tensor = hasattr(image, "detach") and not hasattr(image, "read")
+    # A buffered stream and a socket can be detached, too, and then read no more.
+    is_tensor = hasattr(image, "detach") and hasattr(image, "clone")
     return image.detach().clone() if is_tensor else image
 
 
