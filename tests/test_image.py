@@ -496,17 +496,28 @@ def test_a_later_frame_of_a_gif_without_a_palette_is_decoded() -> None:
 # ---------------------------------------------------------------- channels of 16 bits
 
 
-def deep_png(planes: np.ndarray, colour_type: int) -> bytes:
+def deep_png(
+    planes: np.ndarray, colour_type: int, *, depth: int = 16, hidden: tuple[int, ...] = ()
+) -> bytes:
     height, width, _ = planes.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in planes)
+
+    def packed(row: np.ndarray) -> bytes:
+        if depth == 16:
+            return row.astype(">u2").tobytes()
+        bits = np.unpackbits(row.astype(np.uint8).reshape(-1, 1), axis=1)
+        return np.packbits(bits[:, -depth:]).tobytes()
+
+    rows = b"".join(b"\0" + packed(row) for row in planes)
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checked = kind + data
         return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
 
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + parts
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    parts = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    if hidden:
+        parts = chunk(b"tRNS", struct.pack(f">{len(hidden)}H", *hidden)) + parts
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + parts
 
 
 def deep_tiff(
@@ -563,6 +574,29 @@ def twelve_in_sixteen(channels: int) -> np.ndarray:
 def test_twelve_bits_in_several_channels_of_sixteen_do_not_come_out_black(data: bytes) -> None:
     assert np.array_equal(loaded(data), ramp())
     assert read_image(data)[1].colour == 0
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("depth", "channels"), [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3), (16, 3)]
+)
+def test_a_level_that_is_transparent_is_black_at_every_depth(
+    depth: int, channels: int, orientation: int
+) -> None:
+    most = 2**depth - 1
+    levels = np.rint(ramp() * (most / 255)).astype(np.uint16)
+    levels[:5] = most
+    planes = np.stack([levels] * channels, axis=-1)
+    data = deep_png(planes, channels - 1, depth=depth, hidden=(most,) * channels)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    chunk = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(chunk)) + b"eXIf" + chunk
+    data = data[:33] + chunk + struct.pack(">I", zlib.crc32(chunk[4:])) + data[33:]
+    expected = np.where(levels == most, 0, np.rint(levels * (255 / most)))
+    expected = np.rot90(expected, -1) if orientation == 6 else expected
+    assert np.abs(loaded(data) - expected).max() <= 1
+    assert np.abs(loaded(Image.open(io.BytesIO(data))) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,9 @@ _LOOKALIKES = (
 _DEEP_CHANNELS = re.compile("(LA|RGB|RGBA|RGBX);16([BLN])")
 # Order of the bytes in them → the order in which Pillow takes the low byte for the high one.
 _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+# Raw modes of a PNG in which Pillow does not find the level that is transparent (tRNS), for it
+# keeps that as the file has it → what a level is multiplied by as it is decoded.
+_LEVELS = {"L;2": 85, "L;4": 17, "I;16B": 1, "RGB;16B": 1}
 # Raw modes of a single channel, signed or float, in either order of the bytes.
 _EITHER_ORDER = re.compile("([IF];(?:16|32))B?([SF])")
 # Where streams come from, and what they raise that break, beside errors of Python's own.
@@ -170,7 +173,7 @@ def _opened_again(image: ImageFile, file: io.BufferedIOBase) -> ImageFile:
 
 
 def _whole_depth(image: ImageFile, file: io.BufferedIOBase, name: str) -> Image.Image:
-    """Return an image of several channels of 16 bits scaled to 8, any other as it is."""
+    """Return an image scaled to 8 bits if Pillow would lose depth or opacity, else as it is."""
     args = image.tile[0].args if image.tile else None
     rawmode = str(args[0] if isinstance(args, tuple) else args)
     deep = _DEEP_CHANNELS.fullmatch(rawmode)
@@ -185,15 +188,24 @@ def _whole_depth(image: ImageFile, file: io.BufferedIOBase, name: str) -> Image.
                 f"{name} is a TIFF of {depth} bits a channel in a layout ({rawmode}) of which some "
                 "bits would be lost. Save it as 16-bit grey."
             )
-    if deep is None:
+    hidden: Any = image.info.get("transparency") if isinstance(image, PngImageFile) else None
+    is_hiding = hidden is not None and rawmode in _LEVELS
+    if deep is None and not is_hiding:
         return image
-    if deep[1] == "LA":
+    planes: NDArray[Any]
+    if deep is None:
+        planes = np.asarray(image)[..., np.newaxis]
+    elif deep[1] == "LA":
         # Four bytes a pixel, as RGBA has them: both of the grey level, both of the opacity.
-        planes: NDArray[Any] = _decoded(image, "RGBA").view(">u2")
+        planes = _decoded(image, "RGBA").view(">u2")
     else:
         low = _decoded(_opened_again(image, file), f"{deep[1]};16{_OTHER_ORDER[deep[2]]}")
         file.seek(0)
         planes = _decoded(image, rawmode).astype(np.uint16) << 8 | low
+    if is_hiding:
+        shown = (planes != np.multiply(hidden, _LEVELS[rawmode])).any(axis=-1, keepdims=True)
+        opacity = shown * np.array(np.iinfo(planes.dtype).max, planes.dtype)
+        planes = np.concatenate([planes, opacity], axis=-1)
     scaled = picture(planes, name)
     scaled.getexif()[0x0112] = orientation(image)
     return scaled
