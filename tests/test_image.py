@@ -805,6 +805,19 @@ def test_a_truncated_pil_source_is_an_image_error() -> None:
         load_image(Image.new("L", (0, 5)))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF", "BMP"])
+def test_a_pil_source_that_was_closed_unread_is_said_to_be(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(encode(ramp(), kind))
+    with Image.open(path) as closed:
+        pass
+    with pytest.raises(ImageError, match=r"closed before it was loaded\. Call its load\(\) before"):
+        load_image(closed)
+    with Image.open(path) as kept:
+        kept.load()
+    assert load_image(kept).size == ramp().shape[::-1]
+
+
 # ---------------------------------------------------------------- decoding at a reduced scale
 
 

@@ -167,6 +167,9 @@ def _from_pil(source: Image.Image, max_pixels: int) -> tuple[Image.Image, ImageF
     except ImageError:
         raise
     except DECODE_ERRORS as error:
+        if getattr(source, "tile", None) and getattr(source, "fp", None) is None:
+            way = "Call its load() before its file is closed, or pass the path."
+            raise ImageError(f"{name} was closed before it was loaded. {way}") from error
         raise ImageError(f"{name} cannot be converted to grey: {reason(error)}") from error
 
 
