@@ -383,6 +383,16 @@ def test_tensors_without_values_are_refused() -> None:
         load_image(torch.zeros((5, 6), device="meta"))
 
 
+@pytest.mark.parametrize("error", [OSError("unable to read chunk 3"), KeyError("scan")])
+def test_an_array_that_is_read_only_now_may_break(error: Exception) -> None:
+    class Lazy:  # as h5py, zarr and xarray have it
+        def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+            raise error
+
+    with pytest.raises(ImageError, match=rf"<array> cannot become .* {type(error).__name__}: "):
+        load_image(Lazy())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("options", [{"max_pixels": 0}, {"min_size": (0, 5)}])
 def test_limits_that_are_not_positive_are_value_errors(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be positive"):

@@ -210,7 +210,7 @@ def _as_array(source: object) -> NDArray[Any]:
             array = np.asarray(source)
             if array.dtype != object or isinstance(source, np.ndarray):
                 return array
-    except (RuntimeError, TypeError, ValueError) as error:
+    except DECODE_ERRORS as error:  # what lies in a file is read only now
         raise ImageError(f"<array> cannot become a NumPy array: {reason(error)}") from error
     raise TypeError(
         "expected a path, bytes, a binary stream, a PIL image, an array or a tensor, "
