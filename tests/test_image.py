@@ -305,6 +305,13 @@ def test_opacity_is_scaled_apart_from_colour(grey: np.ndarray, opaque: float) ->
     assert np.array_equal(loaded(rgba)[1:], loaded(grey)[1:])
 
 
+@pytest.mark.parametrize("kind", ["uint8", "int16", "int64"])
+def test_an_opacity_of_1_is_opaque_among_floats_alone(kind: str) -> None:
+    rgba = np.stack([ramp()] * 3 + [np.ones_like(ramp())], axis=-1)
+    assert np.array_equal(loaded(rgba.astype(np.float32)), ramp())
+    assert loaded(rgba.astype(kind)).max() == 1  # of 255, whatever holds it
+
+
 def test_a_dim_float_image_in_0_to_1_stays_dim() -> None:
     assert loaded(np.full((3, 5), 0.2)).max() == 51
 

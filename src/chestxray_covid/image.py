@@ -86,7 +86,8 @@ def load_image(
       [min, max] becomes 0 to 255, so that 12 bits stored in 16 do not come out black.
     * Floats: [0, 1] becomes 0 to 255; [0, 255] with a maximum of 2 or more is taken as it is, both
       with a thousandth beyond the ends for rounding; everything else is scaled by its own range.
-    * Opacity by itself: 1, 255, or what is greater than 255 and greatest, is opaque.
+    * Opacity by itself: 1 of floats that do not exceed it, else 255, or what is greater than that
+      and greatest, is opaque.
     * A constant image without any of these scales becomes black.
     * DICOM: modality LUT or rescale first; then the VOI LUT or window if there is one, else 8-bit
       pixels as they are and deeper ones by their own range. MONOCHROME1 is inverted.
