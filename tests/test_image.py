@@ -19,7 +19,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -398,6 +398,11 @@ def test_an_array_that_is_read_only_now_may_break(error: Exception) -> None:
 
     with pytest.raises(ImageError, match=rf"<array> cannot become .* {type(error).__name__}: "):
         load_image(Lazy())  # type: ignore[arg-type]
+
+
+def test_a_limit_of_pixels_that_is_text_is_refused_in_words() -> None:
+    with pytest.raises(TypeError, match="max_pixels must be a number, got '10'"):
+        load_image(ramp(), max_pixels=cast(int, "10"))
 
 
 @pytest.mark.parametrize("options", [{"max_pixels": 0}, {"min_size": (0, 5)}])

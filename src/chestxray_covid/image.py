@@ -23,7 +23,7 @@ from PIL import Image
 
 from chestxray_covid.dicom import decode_dicom
 from chestxray_covid.encoded import Stream, decode_image, read_stream, with_whole_depth
-from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError
+from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError, real_number
 from chestxray_covid.files import expanded_copy, looks_like_address
 from chestxray_covid.pixels import (
     DECODE_ERRORS,
@@ -135,7 +135,8 @@ def read_image(
     >>> read_image(np.zeros((2, 3), np.uint8))[1]
     ImageFacts(width_px=3, height_px=2, colour=0.0)
     """
-    if not max_pixels > 0 or (min_size is not None and not min(min_size) > 0):
+    sizes = (real_number("max_pixels", max_pixels), *(min_size or ()))
+    if not min(sizes) > 0:
         raise ValueError(
             f"max_pixels and min_size must be positive, got {max_pixels} and {min_size}"
         )
