@@ -78,8 +78,9 @@ def test_wrong_arguments_are_refused_before_a_fold_is_trained(
     alone = network()
     with pytest.raises(ValueError, match="model must return a fresh network at each call"):
         cross_validate(DATA, CONFIG, **{**options, "model": lambda: alone})
-    with pytest.raises(TypeError, match="config must be a TrainingConfig, got dict"):
-        cross_validate(DATA, {"epochs": 1}, folds=3, model=network, output=tmp_path)
+    for config in ({"epochs": 1}, {}):
+        with pytest.raises(TypeError, match="config must be a TrainingConfig, got dict"):
+            cross_validate(DATA, config, **options)
     assert not list(tmp_path.iterdir())
 
 

@@ -331,7 +331,7 @@ def cross_validate(
     from chestxray_covid.training_order import check_options, check_sides
 
     check_dataset(dataset)
-    config = config or TrainingConfig()
+    config = TrainingConfig() if config is None else config
     check_options(config, ())
     check_maker(model)
     val = real_number("val", val)
