@@ -148,7 +148,7 @@ class ChestXrayDataset:
     Args:
         samples: The samples, in order; ``dataset.samples[i]`` is the same item as ``dataset[i]``.
         classes: Labels in the order of their integer targets.
-        transform: Applied to the PIL image.
+        transform: Applied to the PIL image, also to train and judge; no checkpoint knows of it.
         target_transform: Applied to the integer target.
         report: What was dropped on the way; made from the samples if not given.
 
