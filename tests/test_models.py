@@ -505,6 +505,17 @@ def test_a_network_that_answers_otherwise_than_its_weights_is_refused(model: Den
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_weights_of_a_seed_are_the_same_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    expected = build_densenet121(False, seed=3).state_dict()
+    torch.set_default_dtype(dtype)
+    try:
+        found = build_densenet121(False, seed=3).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_a_network_that_is_all_frozen_is_refused(model: DenseNet) -> None:
     own = from_tensors(to_tensors(model)).requires_grad_(False)
     with pytest.raises(ValueError, match="All parameters are frozen: nothing would train"):

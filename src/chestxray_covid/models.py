@@ -35,7 +35,8 @@ def build_densenet121(
 ) -> torchvision.models.DenseNet:
     """Return torchvision's own DenseNet-121: ``(N, 3, S, S)`` normalised → ``(N, K)`` logits.
 
-    It lies on torch's default device; its weights are the same on all of them.
+    It lies on torch's default device, in float32 whatever torch's default type is; the weights of a
+    seed are the same on all devices.
 
     Args:
         pretrained: ``True`` for ImageNet weights, which torchvision downloads once and caches;
@@ -82,6 +83,7 @@ def _built(
         model.classifier = nn.Linear(model.classifier.in_features, num_classes)
     else:
         model = torchvision.models.densenet121(weights=None, num_classes=num_classes)
+    model.float()  # before a seed draws: other types of numbers get others
     if seed is not None:
         _initialise(model, seed, features=pretrained is False)
     if not isinstance(pretrained, bool):
