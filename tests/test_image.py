@@ -1458,6 +1458,10 @@ def dicom_files() -> dict[str, tuple[bytes, np.ndarray]]:
             dicom(twelve, BitsStored=12, ModalityLUTSequence=lut(4096, 0, 16, square * 7)),
             stretched(twelve),
         ),
+        "modality lut of 8 bits as words": (
+            dicom(grey // 2, ModalityLUTSequence=words("<u2", 256)),
+            stretched(grey // 2),
+        ),
         "multi-frame": (dicom(np.stack([grey, 255 - grey]), NumberOfFrames=2), grey),
         "enhanced": (
             dicom(
