@@ -12,11 +12,12 @@ from PIL import Image
 from chestxray_covid import (
     AuditReport,
     ChestXrayDataset,
+    Sample,
     SyntheticChestXray,
     open_dataset,
     split_by_patient,
 )
-from chestxray_covid.audit_commands import _from_folder
+from chestxray_covid.audit_commands import _from_folder, _sides
 from chestxray_covid.cli import main
 
 
@@ -80,6 +81,26 @@ def test_a_run_knows_what_it_was_trained_on(data: Path, run_folder: Path, tmp_pa
     everything = AuditReport.load(output)
     assert everything.n_images == 24
     assert "were trained on" in everything.item("generalisation").reason
+
+
+def test_every_file_is_read_once_to_know_what_was_trained_on(
+    data: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be many, and on a slow disk."""
+    read: list[Path] = []
+    content_hash = Sample.content_hash
+
+    def counted(sample: Sample) -> str:
+        read.append(sample.path)
+        return content_hash(sample)
+
+    monkeypatch.setattr(Sample, "content_hash", counted)
+    dataset = open_dataset(data / "manifest.csv")
+    audited, known = _sides(dataset, run_folder / "split.json", None, is_told=False)
+    assert audited is dataset
+    assert known is not None
+    assert 0 < len(known) < len(dataset)
+    assert sorted(read) == sorted(sample.path for sample in dataset.samples)
 
 
 def test_a_part_of_what_a_run_was_trained_on_is_not_taken_for_all_of_it(

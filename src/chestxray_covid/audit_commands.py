@@ -135,8 +135,9 @@ def _sides(
     if is_told or saved is None or not saved.is_file():
         return dataset, None
     hashes = saved_side(saved, "train")
-    seen = dataset.filter(lambda sample: sample.content_hash() in hashes)
-    missing = hashes - {sample.content_hash() for sample in seen.samples}
+    held = [sample.content_hash() for sample in dataset.samples]
+    seen = dataset.subset([i for i, content in enumerate(held) if content in hashes])
+    missing = hashes.difference(held)
     if missing and len(seen):  # whose sources nobody knows here
         raise click.UsageError(
             f"The model was trained on {len(seen)} of these {len(dataset)} images, and on "
