@@ -558,6 +558,10 @@ def test_a_byte_order_mark_as_of_spreadsheets_is_skipped(tmp_path: Path) -> None
             "workbook or Parquet.*: save the table as CSV",
         ),
         (
+            bytes.fromhex("d0cf11e0a1b11ae1") + bytes(504),
+            "workbook or Parquet.*: save the table as CSV",
+        ),
+        (
             b"PAR1\x15\4\x15\xd0\2\x15\xa0\1L\x15\x18\0",
             "workbook or Parquet.*: save the table as CSV",
         ),

@@ -373,7 +373,7 @@ def refuse_repeated(table: Path, names: Sequence[str]) -> None:
 def likely_cause(table: Path, names: Sequence[str]) -> str:
     """Return why a table may lack a column, as the end of a message; nothing if nobody knows."""
     head = "".join(names)
-    if head.startswith(("PK\3\4", "PAR1")):
+    if head.startswith(("PK\3\4", "\udcd0\udccf\x11", "PAR1")):  # the second of Excel until 2003
         return " It is a workbook or Parquet, which is no text: save the table as CSV."
     if "\0" in head:
         return " It seems to be UTF-16: save it as UTF-8."
