@@ -87,6 +87,16 @@ def test_a_class_inside_another_is_not_taken_for_that(
     assert len(FolderDataset(tmp_path, meant)) == 3
 
 
+def test_a_class_of_ones_own_may_hold_what_are_labels_elsewhere(tmp_path: Path) -> None:
+    for place in ("normal", "abnormal/COVID", "abnormal/Pneumonia"):
+        write_image(tmp_path / place / "1_a.png", place)
+    found = FolderDataset(tmp_path, classes=["normal", "abnormal"])
+    assert sorted(found.targets) == [0, 1, 1]
+    write_image(tmp_path / "abnormal" / "normal" / "2_a.png", "2")
+    with pytest.raises(DatasetError, match="which means 'abnormal', but 'normal' means 'normal'"):
+        FolderDataset(tmp_path, classes=["normal", "abnormal"])
+
+
 def test_labels_can_be_given_by_folder(tmp_path: Path) -> None:
     write_folder(tmp_path, {"0": 1, "1": 2, "Normal": 3})
     dataset = FolderDataset(tmp_path, {"0": "normal", "1": "covid19"})

@@ -325,7 +325,8 @@ def class_folders(
 
 def _refuse_other_class(child: Path, inside: Path, label: str, classes: Sequence[str]) -> None:
     """Raise if a folder on the way from a class folder to images is called as another class."""
-    known = {*LABELS, *classes}
+    # A class of the user's own, such as abnormal, may hold any of the canonical ones.
+    known = {*classes, *(LABELS if label in LABELS else ())}
     for name in inside.relative_to(child).parts if label in known else ():
         other = label_of_name(name, {}, classes)
         if other in known - {label}:
