@@ -323,6 +323,29 @@ def test_the_card_is_in_the_format_of_the_hub_and_escapes_what_comes_from_data(r
     assert 'timm.create_model("hf-hub:user/model"' in body
 
 
+def test_the_front_matter_keeps_sources_apart_whatever_they_are_called(copied: Path) -> None:
+    report = EvaluationReport.load(copied / "evaluation.json")
+    (part,) = report.by_source.values()
+    names = ("上海", "北京", "all", "Site A", "site-a")
+    aurocs = {}
+    for n, name in enumerate(names):
+        numbers = {**part.per_class["covid19"]}
+        numbers["auroc"] = replace(numbers["auroc"], value=(n + 1) / 10)
+        aurocs[f"source: {name}"] = (n + 1) / 10
+        own = replace(part, name=name, per_class={**part.per_class, "covid19": numbers})
+        report = replace(report, by_source={**report.by_source, name: own}, predictions=None)
+    del report.by_source[part.name]  # type: ignore[attr-defined]
+    report.save(copied / "evaluation.json")
+    _, front, _ = model_card(copied, "user/model").split("---\n", 2)
+    results = yaml.safe_load(front)["model-index"][0]["results"]
+    found = {
+        r["dataset"]["name"]: [m["value"] for m in r["metrics"] if m["type"] == "roc_auc"]
+        for r in results
+    }
+    assert {name: [value] for name, value in aurocs.items()}.items() <= found.items()
+    assert len({r["dataset"]["type"] for r in results}) == len(results) == 1 + len(names)
+
+
 BLOCKS = ["# FDA", "#FDA", "---", "- - -", "===", "~~~", "1. FDA", "12) FDA", "- FDA", "+ FDA", "-"]
 
 

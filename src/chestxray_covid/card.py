@@ -10,7 +10,8 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +128,17 @@ def _front_matter(
     datasets = config.provenance.get("datasets")
     results = []
     if report is not None:
+        parts = (report.overall, *report.by_source.values())
         results = [
             EvalResult(
                 task_type="image-classification",
-                dataset_type=_slug(part.name),
+                dataset_type=identifier,
                 dataset_name=_printable(f"{part.group}: {part.name}"),
                 metric_type="roc_auc" if metric == "auroc" else metric,
                 metric_value=round(part.per_class[report.positive][metric].value, 4),
                 metric_name=f"{report.positive} {metric}",
             )
-            for part in (report.overall, *report.by_source.values())
+            for part, identifier in zip(parts, _slugs(p.name for p in parts), strict=True)
             for metric in _METRICS
             if _is_defined(part, report.positive, metric)
         ]
@@ -375,5 +377,11 @@ def _printable(value: Any) -> str:
     return "".join(c for c in str(value) if c.isprintable())[:200]
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")[:60] or "unknown"
+def _slugs(texts: Iterable[str]) -> list[str]:
+    """Return identifiers in lower case, all different: huggingface_hub merges results of one."""
+    found = list[str]()
+    for text in texts:
+        slug = re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")[:60] or "unknown"
+        numbered = (slug if n == 1 else f"{slug}-{n}" for n in count(1))
+        found.append(next(s for s in numbered if s not in found))
+    return found
