@@ -688,6 +688,24 @@ def test_a_classifier_publishes_a_card_with_the_name_of_the_repository(
     assert "# saved" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_name_without_an_account_gets_the_one_of_the_token_on_the_card(
+    server: HubServer, run: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import json, sys\n"
+        "from chestxray_covid import Classifier\n"
+        "model = Classifier.from_pretrained(sys.argv[1])\n"
+        'model.save_pretrained(sys.argv[2], push_to_hub=True, token="hf_x")\n'
+        'print(json.dumps("done"))\n'
+    )
+    environment = hub_environment(server, tmp_path / "home")
+    assert run_python(code, environment, run, tmp_path / "alone") == "done"
+    card = published(server, "user/alone")["README.md"].decode()
+    assert "# user/alone" in card
+    assert 'Classifier.from_pretrained("user/alone")' in card
+    assert "hf-hub:user/alone" in card
+
+
 def published(server: HubServer, repo: str, branch: str = "main") -> dict[str, bytes]:
     return server.commits[repo, server.heads[repo, branch]]
 

@@ -91,7 +91,7 @@ def push(
 
     Args:
         folder: A checkpoint, for example the output of a training run.
-        repo_id: ``"user/name"``; made if missing.
+        repo_id: ``"user/name"``, or a name alone for one of the token's account; made if missing.
         commit_message: Of the commit.
         private: Whether a new repository is private; the account's default if not given.
         token: As for :func:`hub.resolve`.
@@ -134,8 +134,10 @@ def push(
     api = HfApi(library_name="chestxray_covid", library_version=__version__, token=token)
     with tempfile.TemporaryDirectory() as place, hub_errors(repo_id, "published"):
         request_headers(token)  # before a library shows a token that is none
-        write_files(Path(place), contents)
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if card is None and repo != repo_id:  # the Hub put the account before it
+            contents |= make_card(config, results, repo, license)
+        write_files(Path(place), contents)
         if branch is not None and not create_pr:
             api.create_branch(repo, branch=branch, exist_ok=True)
         commit = api.upload_folder(
