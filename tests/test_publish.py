@@ -706,6 +706,34 @@ def test_a_name_without_an_account_gets_the_one_of_the_token_on_the_card(
     assert "hf-hub:user/alone" in card
 
 
+OWN_CARD = """
+import json, sys
+from chestxray_covid import Classifier
+model = Classifier.from_pretrained(sys.argv[1])
+model.push_to_hub("user/pushed", token="hf_x")
+model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="user/saved", token="hf_x")
+part = Classifier.from_pretrained(sys.argv[1], classes=["covid19", "normal"])
+part.push_to_hub("user/some", token="hf_x", allow_unjudged=True)
+print(json.dumps("done"))
+"""
+
+
+def test_a_classifier_publishes_the_card_that_somebody_wrote_for_it(
+    server: HubServer, copied: Path, tmp_path: Path
+) -> None:
+    mine = b"---\nlicense: cc-by-nc-sa-4.0\n---\n# Mine\n![drawn by hand](calibration.png)\n"
+    (copied / "README.md").write_bytes(mine)
+    (copied / "calibration.png").write_bytes(b"my figure")
+    assert run_python(OWN_CARD, hub_environment(server, tmp_path / "home"), copied) == "done"
+    for repo in ("user/pushed", "user/saved"):
+        assert published(server, repo)["README.md"] == mine
+        assert published(server, repo)["calibration.png"] == b"my figure"
+        assert "notes.txt" not in published(server, repo)
+    assert b"# user/some" in published(server, "user/some")["README.md"]
+    with pytest.raises(ReportError, match=r"states the licence cc-by-nc-sa-4\.0, but mit is asked"):
+        Classifier.from_pretrained(copied).push_to_hub("user/pushed", license="mit")
+
+
 def published(server: HubServer, repo: str, branch: str = "main") -> dict[str, bytes]:
     return server.commits[repo, server.heads[repo, branch]]
 

@@ -172,17 +172,19 @@ class Classifier:
             OSError: If the folder cannot be written.
             ReportError: As :meth:`push_to_hub`.
         """
-        from chestxray_covid.publish import export
+        from chestxray_covid.publish import export, push
 
         if options and not push_to_hub:
             raise TypeError(f"{', '.join(options)}: options of publishing; add push_to_hub=True")
         target, own = expanded(folder), self._attachments()
         export(target, self.config, self._tensors, self._origin, own=own)
         name = repo_id or target.absolute().name
-        return self.push_to_hub(name, **options) if push_to_hub else None
+        return push(target, name, **options) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish the checkpoint on the Hub and return the address of the commit.
+
+        A card of your own in the folder that it was loaded from goes along, as the results do.
 
         Args:
             repo_id: ``"user/name"``; made if missing.

@@ -48,7 +48,8 @@ def export(
         origin: Folder that it was loaded from. Its attachments go along, and its results if the
             classes are still the same.
         own: Attachments that are at hand, name → content, whatever the origin has.
-        card: Write a card if there is none; :func:`push` makes one with the repository's name.
+        card: Write a card if there is none. Without it the origin's goes along if it is somebody's
+            own and the classes are still the same; :func:`push` makes all others.
 
     Raises:
         CheckpointError: If an attachment is missing or damaged.
@@ -56,15 +57,15 @@ def export(
         ReportError: If the origin's results are damaged or were measured on other weights; nothing
             is written.
     """
-    attachments, results = {}, Results(contents={})
+    attachments, results, made = {}, Results(contents={}), dict[str, bytes]()
     if origin is not None:
         for name in config.attachments:
             attachments[name] = load_attachment(origin, config, name) or b""
         if load_config(origin).classes == config.classes:
             results = read_results(origin, config)
+            made = {} if card else _own_card(origin)
     config_text(config)  # a provenance that is no JSON has a message of its own
-    made = {}
-    if card and _own_card(folder) is None:
+    if card and not _own_card(folder):
         made = make_card(config, results, folder.absolute().name, None)  # "." has no name
     save_checkpoint(folder, config, tensors, {**attachments, **(own or {})})
     write_files(folder, {**results.contents, **made})
@@ -119,15 +120,9 @@ def push(
         _require_judged(results)
     contents |= results.contents
     card = _own_card(source)
-    if card is None:
-        contents |= make_card(config, results, repo_id, license)
-    else:
-        _check_license(source / CARD_NAME, card, license, config)
-        figure = source / FIGURE_NAME
-        contents |= {
-            CARD_NAME: card,
-            **({figure.name: read_file(figure)} if figure.is_file() else {}),
-        }
+    if card:
+        _check_license(source / CARD_NAME, card[CARD_NAME], license, config)
+    contents |= card or make_card(config, results, repo_id, license)
     stale = RESULTS if card else (*RESULTS, FIGURE_NAME)  # their own card may show the figure
     from huggingface_hub import HfApi
 
@@ -135,7 +130,7 @@ def push(
     with tempfile.TemporaryDirectory() as place, hub_errors(repo_id, "published"):
         request_headers(token)  # before a library shows a token that is none
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if card is None and repo != repo_id:  # the Hub put the account before it
+        if not card and repo != repo_id:  # the Hub put the account before it
             contents |= make_card(config, results, repo, license)
         write_files(Path(place), contents)
         if branch is not None and not create_pr:
@@ -162,13 +157,15 @@ def _require_judged(results: Results) -> None:
             )
 
 
-def _own_card(folder: Path) -> bytes | None:
-    """Return the card that lies in a folder, unless it is one of ours as it was made."""
-    path = folder / CARD_NAME
+def _own_card(folder: Path) -> dict[str, bytes]:
+    """Return name → content of the card in a folder and its figure; nothing for a generated one."""
+    path, figure = folder / CARD_NAME, folder / FIGURE_NAME
     if not path.is_file():
-        return None
+        return {}
     card = read_file(path)
-    return None if is_generated(card.decode(errors="replace")) else card
+    if is_generated(card.decode(errors="replace")):
+        return {}
+    return {CARD_NAME: card, **({FIGURE_NAME: read_file(figure)} if figure.is_file() else {})}
 
 
 def _check_license(path: Path, card: bytes, license: str | None, config: ModelConfig) -> None:
