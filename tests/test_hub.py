@@ -746,6 +746,20 @@ def test_a_hub_that_does_not_say_what_it_has_is_an_error_of_the_download(
     assert f"There is no folder {REPO} either" in message
 
 
+@pytest.mark.parametrize("version", ["installed", "other"])
+@pytest.mark.parametrize("proxy", ["http://[::1", "socks5://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_an_error_of_the_download(
+    published: HubServer, tmp_path: Path, version: str, proxy: str
+) -> None:
+    worker = Worker(published, tmp_path, version, ALL_PROXY=proxy)
+    try:
+        families, message = worker.refused(tmp_path / "cache")
+        assert {"DownloadError", "OSError"} <= families
+        assert "Check the network, its proxies" in message
+    finally:
+        worker.close()
+
+
 # ---------------------------------------------------------------- row 9: the token
 
 

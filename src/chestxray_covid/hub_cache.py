@@ -10,6 +10,7 @@ starts again and compares sizes.
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 from collections.abc import Iterator
@@ -41,12 +42,12 @@ BACKOFF_S = 0.5
 _LIBRARY = "chestxray_covid"
 _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _ADVICE = {
-    "fetched": "Check the network and HF_ENDPOINT; and that the cache can be written, or choose "
-    "another one with cache_dir or in the environment, HF_HOME or HF_HUB_CACHE.",
+    "fetched": "Check the network, its proxies and HF_ENDPOINT; and that the cache can be "
+    "written, or choose another one with cache_dir or in the environment, HF_HOME or HF_HUB_CACHE.",
     "refused": "Check the token: token=, HF_TOKEN or what hf auth login has stored; token=False "
     "goes without one, which a public repository takes.",
-    "published": "Check the network and HF_ENDPOINT; that there is a token (token=, HF_TOKEN or "
-    "hf auth login) with write access; and that the name is one of yours: user/name.",
+    "published": "Check the network, its proxies and HF_ENDPOINT; that there is a token (token=, "
+    "HF_TOKEN or hf auth login) with write access; and that the name is one of yours: user/name.",
 }
 
 
@@ -92,7 +93,8 @@ def _translated(repo_id: str, what: str) -> Iterator[None]:
         yield
     except (ChestXrayError, *named):
         raise
-    except (OSError, ValueError, _transport_error()) as error:
+    except (OSError, ValueError, ImportError, _transport_error(), _address_error()) as error:
+        # ImportError: a SOCKS proxy needs a package
         status = getattr(getattr(error, "response", None), "status_code", None)
         advice = _ADVICE["refused" if what == "fetched" and status in (401, 403) else what]
         raise DownloadError(
@@ -105,6 +107,13 @@ def _transport_error() -> type[Exception]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
+def _address_error() -> type[Exception]:
+    """Return what that library raises for a proxy whose address is none, which is no HTTP error."""
+    library = importlib.import_module(_transport_error().__module__)
+    found: type[Exception] = library.InvalidURL
+    return found
 
 
 def request_headers(token: str | bool | None) -> dict[str, str]:
