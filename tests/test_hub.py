@@ -305,6 +305,17 @@ def test_branches_tags_commits_and_subfolders_are_told_apart(
     assert server.asked() == []
 
 
+def test_a_branch_that_moved_to_a_cached_commit_is_there_without_the_network(
+    worker: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    older = worker.resolve(tmp_path)
+    newer = published.publish(checkpoint(threshold=0.3))
+    worker.resolve(tmp_path, revision=newer)
+    assert worker.resolve(tmp_path, local_files_only=True) == older
+    assert worker.resolve(tmp_path).name == newer
+    assert worker.resolve(tmp_path, local_files_only=True).name == newer
+
+
 def test_a_branch_that_moved_is_followed(worker: Worker, server: HubServer, tmp_path: Path) -> None:
     server.forget()
     for threshold in (0.3, 0.6):

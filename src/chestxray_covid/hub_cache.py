@@ -190,6 +190,7 @@ class Repository:
         cached = self._cached(name, found.commit_hash or "")
         if cached is not None and not self.force_download and self._is_right(cached, digest, oid):
             self._keep_hash(cached, digest, oid)
+            self._keep_commit(revision, str(found.commit_hash))
             return cached
         self._fetch(name, found, digest)
         path = self._link(name, revision, found, cached)
@@ -365,3 +366,10 @@ class Repository:
             with suppress(OSError):  # a cache may be read-only
                 blob.parent.mkdir(parents=True, exist_ok=True)
                 write_file(blob, path.read_bytes())
+
+    def _keep_commit(self, revision: str, commit: str) -> None:
+        """Keep where a branch is for when the Hub cannot be asked, as huggingface_hub does."""
+        from huggingface_hub.file_download import _cache_commit_hash_for_specific_revision as keep
+
+        with suppress(OSError):  # a cache may be read-only
+            keep(str(self._blobs.parent), revision, commit)
