@@ -347,7 +347,8 @@ def test_errors_that_users_of_the_hub_know_keep_their_names(
     assert family in families
     assert families & {"OSError", "ValueError"}
     told = f"There is no folder {name} either; paths are relative to " in message
-    assert told == bool(families & {"RepositoryNotFoundError", "LocalEntryNotFoundError"})
+    without = {"RepositoryNotFoundError", "LocalEntryNotFoundError", "HFValidationError"}
+    assert told == bool(families & without)
     assert published.payloads() == 0
 
 
@@ -769,6 +770,12 @@ def test_a_proxy_that_cannot_be_used_is_an_error_of_the_download(
         assert "Check the network, its proxies" in message
     finally:
         worker.close()
+
+
+def test_of_a_path_that_could_be_no_repository_it_is_said_that_there_is_no_folder() -> None:
+    with pytest.raises(ValueError, match="Repo id must use") as caught:
+        resolve("../nothing")
+    assert "There is no folder ../nothing either; paths are" in caught.value.__notes__[0]
 
 
 # ---------------------------------------------------------------- row 9: the token

@@ -66,7 +66,10 @@ def hub_errors(repo_id: str, what: str = "fetched") -> Iterator[None]:
     """
     from huggingface_hub import errors
 
-    nothing_came = (DownloadError, errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError)
+    nothing_came = (
+        *(DownloadError, errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError),
+        errors.HFValidationError,  # of ../name, for example
+    )
     try:
         with _translated(repo_id, what):
             yield
