@@ -203,6 +203,14 @@ def test_damaged_results_have_an_error_of_their_own(
         model_card(copied, "user/model")
 
 
+@pytest.mark.parametrize("name", ["history.json", "confounding.json"])
+@pytest.mark.parametrize("text", ['{"epochs": [', "[]", "a note of mine"])
+def test_a_history_that_is_none_is_not_published(copied: Path, name: str, text: str) -> None:
+    (copied / name).write_text(text)
+    with pytest.raises(ReportError, match=rf"{name}: .*Make it again, or take it away"):
+        push(copied, "user/model")
+
+
 def test_results_of_an_impossible_size_are_not_published(copied: Path) -> None:
     with (copied / "history.json").open("wb") as file:
         file.truncate(50_000_001)

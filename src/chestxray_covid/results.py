@@ -58,6 +58,14 @@ def read_results(folder: Path, config: ModelConfig) -> Results:
     evaluation = _report(EvaluationReport, contents, folder / "evaluation.json", config)
     audit = _report(AuditReport, contents, folder / "audit.json", config)
     tables = _measurements(contents, folder / MEASUREMENTS_NAME, config)
+    for name in contents.keys() - {*JUDGED, MEASUREMENTS_NAME}:  # no weights are named in these
+        try:
+            if not isinstance(parse_json(contents[name], limit=_MAX_BYTES), dict):
+                raise ConfigError("no object")
+        except ConfigError as error:
+            raise ReportError(
+                f"{folder / name}: {error}. Make it again, or take it away."
+            ) from error
     return Results(contents=contents, evaluation=evaluation, audit=audit, tables=tables)
 
 
