@@ -650,6 +650,11 @@ def test_a_hub_that_refuses_is_an_error_with_a_name(
     assert "cache" not in found
 
 
+def test_the_licence_is_text(run: Path) -> None:
+    with pytest.raises(TypeError, match=r"license must be a string, .*, got \['mit'\]"):
+        push(run, "user/model", license=["mit"])  # type: ignore[arg-type]
+
+
 def test_the_name_of_a_repository_is_text(run: Path) -> None:
     with pytest.raises(TypeError, match='repo_id must be a string, "user/name", got None'):
         push(run, None)  # type: ignore[arg-type]

@@ -107,11 +107,13 @@ def push(
             weights, or somebody's own card states another licence.
         DownloadError: If the Hub cannot be reached or says no; errors that have a name of their
             own on the Hub come as they are, as from :func:`hub.resolve`.
-        TypeError: If ``repo_id`` is no string.
+        TypeError: If ``repo_id`` or ``license`` is no string.
         ValueError: If no header can hold ``token``.
     """
     if not isinstance(repo_id, str):
         raise TypeError(f'repo_id must be a string, "user/name", got {repo_id!r}')
+    if not isinstance(license, str | None):
+        raise TypeError(f'license must be a string, such as "cc-by-4.0", got {license!r}')
     token = clean_token(token) if isinstance(token, str) else token
     source = expanded(folder)
     config, contents = read_checkpoint(source)
