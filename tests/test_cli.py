@@ -491,6 +491,53 @@ def test_what_evaluate_found_is_shown_even_if_no_file_can_be_written(
         assert "covid19 against all others by subgroup" in done.output
 
 
+@pytest.mark.parametrize("command", ["evaluate", "audit"])
+def test_a_report_replaces_nothing_that_it_is_made_from(
+    command: str, run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "data"  # without the end of a table's name
+    shutil.copy(phantoms / "manifest.csv", table)
+    common = [command, "--model", run, "--data", table]
+    kept = [table, run / "config.json", run / "model.safetensors", run / "split.json"]
+    for path in kept:
+        before = path.read_bytes()
+        done = call(*common, "--output", path)
+        assert done.exit_code == 2
+        assert "would replace what the report is made from. Give it another name." in done.output
+        assert path.read_bytes() == before
+    for name in ("results.csv", "results.XLSX", "1.png"):
+        done = call(*common, "--output", tmp_path / name)
+        assert done.exit_code == 2
+        assert f"{name} is named like a table or an image, and a report is neither." in " ".join(
+            done.output.split()
+        )
+    page = tmp_path / "page"
+    done = call(*common, "--output", page / "index.html", "--report", page)
+    assert done.exit_code == 2
+    assert "would be replaced by another report of this command" in done.output
+
+
+def test_one_report_of_an_evaluation_does_not_replace_another(
+    run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    common = ["evaluate", "--model", run, "--data", phantoms]
+    page = tmp_path / "page"
+    same = tmp_path / "page" / ".." / "report"
+    done = call(*common, "--output", tmp_path / "report", "--markdown", same)
+    assert done.exit_code == 2
+    assert "would be replaced by another report of this command" in done.output
+
+    first = page / "evaluation.json"
+    assert call(*common, "--split", "val", "--output", first, "--report", page).exit_code == 0
+    before = first.read_bytes()
+    rule = ["--target-sensitivity", "0.9", "--choose-on", first]
+    for option, path in (("--report", page), ("--output", first)):
+        done = call(*common, "--split", "test", *rule, option, path)
+        assert done.exit_code == 2
+        assert "would replace" in done.output
+        assert first.read_bytes() == before
+
+
 def test_evaluate_decides_at_every_rule_and_says_what_they_were_chosen_on(
     run: Path, phantoms: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from chestxray_covid.command import (
     PRECISION,
     REPORT,
     HomePath,
+    check_reports,
     open_data,
     place_of_split,
     translated,
@@ -92,6 +93,7 @@ def audit(
     from chestxray_covid.audit import audit_shortcuts
     from chestxray_covid.classifier import Classifier
 
+    check_reports({"--output": output}, page, (*data, *train), model)
     classifier = Classifier.from_pretrained(
         model, device=device, engine=engine, precision=precision
     )

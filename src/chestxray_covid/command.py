@@ -8,7 +8,7 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +25,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 #: The split beside the checkpoint of a training run.
 SPLIT_NAME = "split.json"
+#: Ends of the names of tables, in small letters.
+_TABLES = frozenset({".csv", ".tsv", ".jsonl", ".parquet", ".xls", ".xlsx"})
 
 
 class HomePath(click.Path):
@@ -144,6 +146,52 @@ def place_of_split(model: str | None) -> Path | None:
     """Return where the split of a run lies, if it has one; ``None`` for what is no folder."""
     folder = expanded(model) if model else None
     return folder / SPLIT_NAME if folder and folder.is_dir() else None
+
+
+def check_reports(
+    written: Mapping[str, Path | None],
+    page: Path | None,
+    read: Iterable[Path | None],
+    model: str | None,
+) -> None:
+    """Raise if a report would replace what it is made from or another one, or pass for a table.
+
+    ``written`` maps options to the files that they name, ``read`` is what else the command reads.
+    """
+    from chestxray_covid.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+    from chestxray_covid.image import IMAGE_SUFFIXES
+
+    saved = place_of_split(model)
+    own = [saved.with_name(n) for n in (CONFIG_NAME, WEIGHTS_NAME, SPLIT_NAME)] if saved else []
+    kept = {path.resolve() for path in (*read, *own) if path is not None}
+    taken = set()
+    if page is not None:
+        from chestxray_covid.report import EVALUATION_NAME, PAGE_NAME
+
+        taken.add((page / PAGE_NAME).resolve())
+        if (page / EVALUATION_NAME).resolve() in kept:
+            raise click.UsageError(
+                f"--report {page} would replace {EVALUATION_NAME} in it, which this command reads. "
+                "Give it another folder."
+            )
+    for option, path in written.items():
+        if path is None:
+            continue
+        if path.suffix.lower() in {*IMAGE_SUFFIXES, *_TABLES}:
+            raise click.UsageError(
+                f"{option} {path} is named like a table or an image, and a report is neither. "
+                "Expected a name that ends in .json, or in .md for Markdown."
+            )
+        if path.resolve() in kept:
+            raise click.UsageError(
+                f"{option} {path} would replace what the report is made from. Give it another name."
+            )
+        if path.resolve() in taken:
+            raise click.UsageError(
+                f"{option} {path} would be replaced by another report of this command. Give it "
+                "another name."
+            )
+        taken.add(path.resolve())
 
 
 def carry_split(model: str | None, output: Path) -> None:

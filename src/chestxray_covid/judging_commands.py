@@ -20,6 +20,7 @@ from chestxray_covid.command import (
     REPORT,
     HomePath,
     carry_split,
+    check_reports,
     open_data,
     place_of_split,
     translated,
@@ -120,6 +121,7 @@ def evaluate(
     from chestxray_covid.files import write_files
     from chestxray_covid.splits import Split
 
+    check_reports({"--output": output, "--markdown": markdown}, page, (*data, choose_on), model)
     classifier = Classifier.from_pretrained(
         model, device=device, engine=engine, precision=precision
     )

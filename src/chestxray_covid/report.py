@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE_NAME = "index.html"
+EVALUATION_NAME, AUDIT_NAME = "evaluation.json", "audit.json"
 #: Metric → what it is called on the page; others as they are.
 _WORDS = {
     "cramers_v": "Cramér's V",
@@ -84,10 +85,10 @@ def write_report(
     contents = {}
     if audit is not None:
         parts += _audit(audit)
-        contents["audit.json"] = audit.to_json().encode()
+        contents[AUDIT_NAME] = audit.to_json().encode()
     if evaluation is not None:
         parts += _evaluation(evaluation)
-        contents["evaluation.json"] = evaluation.to_json().encode()
+        contents[EVALUATION_NAME] = evaluation.to_json().encode()
     if figures:
         parts += [element("h2", "Figures"), _figures(figures)]
     parts += [element("h2", "Data"), _links(contents)]
@@ -124,11 +125,11 @@ def extend_report(
     known = {new.weights_sha256 for new in (evaluation, audit) if new is not None} - {""}
     if evaluation is None:
         with suppress(ReportError):
-            judged = EvaluationReport.load(Path(folder, "evaluation.json"))
+            judged = EvaluationReport.load(Path(folder, EVALUATION_NAME))
             evaluation = judged if judged.weights_sha256 in known else None
     if audit is None:
         with suppress(ReportError):
-            audited = AuditReport.load(Path(folder, "audit.json"))
+            audited = AuditReport.load(Path(folder, AUDIT_NAME))
             audit = audited if audited.weights_sha256 in known else None
     return write_report(folder, evaluation=evaluation, audit=audit)
 
