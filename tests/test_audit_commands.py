@@ -157,7 +157,7 @@ def test_masks_are_read_whatever_their_white_is(tmp_path: Path, white: int) -> N
     assert find(samples[2]) is None
 
 
-def test_a_mask_that_may_be_of_two_images_is_refused(
+def test_masks_of_other_images_or_of_two_are_refused(
     data: Path, checkpoint_folder: Path, tmp_path: Path
 ) -> None:
     """As of normal/1.png and covid19/1.png: each would get the lungs of one of them."""
@@ -168,7 +168,13 @@ def test_a_mask_that_may_be_of_two_images_is_refused(
     masks = tmp_path / "drawn"
     masks.mkdir()
     common = ("--model", checkpoint_folder, "--data", tmp_path / "data", "--masks", masks)
-    assert audit(*common).exit_code == 0, "no mask, nothing to mistake"
+    Image.new("L", (64, 64), 255).save(masks / "other_mask.png")
+    done = audit(*common)  # as of a wrong folder, for which the lungs were found without a word
+    assert done.exit_code == 2
+    assert (
+        "drawn holds no mask of these 4 images: no 0.png or 0_mask.png, for example."
+        in " ".join(done.output.split())
+    )
     Image.new("L", (64, 64), 255).save(masks / "1_mask.png")
     done = audit(*common)
     assert done.exit_code == 2

@@ -168,6 +168,13 @@ def _from_folder(folder: Path, dataset: ChestXrayDataset) -> MaskFunction:
                 "masks names of their own, or audit the folders one by one."
             )
 
+    if not any(map(find, images)):
+        raise click.UsageError(
+            f"--masks {folder} holds no mask of these {len(dataset)} images: no "
+            f"{min(images)}.png or {min(images)}_mask.png, for example. Name the folder in which "
+            "the masks lie, or leave out --masks to have the lungs found."
+        )
+
     def mask(sample: Sample) -> NDArray[np.bool_] | None:
         found = find(sample.path.stem)
         if found is None:
