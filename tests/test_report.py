@@ -358,6 +358,14 @@ def test_tables_scroll_in_themselves_and_are_reached_by_keyboard(written: Path) 
     assert "prefers-color-scheme: dark" in source
 
 
+def test_paper_does_not_scroll_and_gets_whole_tables(written: Path) -> None:
+    """Printed, the columns of a wide table that a window scrolls to were missing."""
+    style = written.read_text(encoding="utf-8").partition("<style>")[2].partition("</style>")[0]
+    printed = style.partition("@media print {")[2]
+    assert ".scroll { overflow: visible; }" in printed
+    assert "th, td { white-space: normal;" in printed
+
+
 def test_escaping_leaves_other_scripts_and_letters_alone() -> None:
     assert escaped("Zürich 肺 ≥ 0.5") == "Zürich 肺 ≥ 0.5"
     assert escaped("a\nb\x00") == "a\\nb\\x00"

@@ -62,6 +62,9 @@ img { display: block; width: 100%; max-width: 30rem; height: auto; background: #
 figure.wide img { max-width: 100%; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; }
 details { margin: .8rem 0; } summary { cursor: pointer; }
+@media print { .scroll { overflow: visible; } table { font-size: .7rem; }
+  th, td { white-space: normal; padding: .2rem .4rem; } .long { min-width: 0; }
+  th[scope="row"] { position: static; } tr, figure { break-inside: avoid; } }
 """
 
 
