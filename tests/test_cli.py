@@ -517,6 +517,20 @@ def test_a_report_replaces_nothing_that_it_is_made_from(
     assert "would be replaced by another report of this command" in done.output
 
 
+@pytest.mark.parametrize("command", ["calibrate", "quantize"])
+def test_a_new_checkpoint_does_not_replace_another_run(
+    command: str, run: Path, checkpoint_folder: Path, phantoms: Path
+) -> None:
+    """Whose split and history would lie beside weights that are others."""
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    more = ["--calibration", phantoms] if command == "quantize" else []
+    common = [command, "--model", checkpoint_folder, "--data", phantoms, *more]
+    done = call(*common, "--output", run)
+    assert done.exit_code == 2
+    assert "already holds a checkpoint, which would be replaced: use another" in done.output
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
 def test_one_report_of_an_evaluation_does_not_replace_another(
     run: Path, phantoms: Path, tmp_path: Path
 ) -> None:

@@ -194,6 +194,19 @@ def check_reports(
         taken.add(path.resolve())
 
 
+def check_new_checkpoint(output: Path, model: str | None) -> None:
+    """Raise if a checkpoint made of a model would replace another, or lie among its files."""
+    from chestxray_covid.checkpoint import CONFIG_NAME
+
+    saved = place_of_split(model)
+    own = saved is not None and saved.parent.resolve() == output.resolve()
+    if (output / CONFIG_NAME).exists() and not own:
+        raise click.UsageError(
+            f"{output} already holds a checkpoint, which would be replaced: use another folder, "
+            "or remove it first."
+        )
+
+
 def carry_split(model: str | None, output: Path) -> None:
     """Put a run's split beside a checkpoint made of it, which tells who was trained on."""
     from chestxray_covid.files import write_files

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from chestxray_covid.command import DATA, MODEL, NEW_CHECKPOINT, HomePath, carry_split, translated
+from chestxray_covid.command import (
+    DATA,
+    MODEL,
+    NEW_CHECKPOINT,
+    HomePath,
+    carry_split,
+    check_new_checkpoint,
+    translated,
+)
 
 
 @click.command()
@@ -61,6 +69,7 @@ def quantize(
     from chestxray_covid.hub import resolve
     from chestxray_covid.quantization import quantize as quantise
 
+    check_new_checkpoint(output, model)
     classes = load_config(resolve(model)).classes
     parts = [open_dataset(path, classes=classes) for path in data]
     evaluation = parts[0] if len(parts) == 1 else concatenate(parts)

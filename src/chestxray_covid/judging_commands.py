@@ -20,6 +20,7 @@ from chestxray_covid.command import (
     REPORT,
     HomePath,
     carry_split,
+    check_new_checkpoint,
     check_reports,
     open_data,
     place_of_split,
@@ -207,6 +208,7 @@ def calibrate(
     from chestxray_covid.hub import resolve
     from chestxray_covid.splits import Split
 
+    check_new_checkpoint(output, model)
     classes = load_config(resolve(model)).classes
     is_told = {"covid19", "normal"} <= set(classes)
     if sensitivity is not None and not is_told:
