@@ -580,6 +580,8 @@ def test_evaluate_decides_at_every_rule_and_says_what_they_were_chosen_on(
         (("--target-sensitivity", "90"), "is not in the range"),
         (("--prevalence", "1"), "is not in the range"),
         (("--versus", "normal"), "need --threshold, --target-sensitivity or"),
+        (("--choose-on", __file__), "--choose-on is for --target-sensitivity or"),
+        (("--threshold", "0.5", "--choose-on", __file__), "--choose-on is for --target-"),
         (("--threshold", "0.5", "--versus", "flu"), "--versus must be one of normal, covid19"),
         (("--threshold", "0.5", "--versus", "covid19"), "must be another class than covid19"),
     ],

@@ -131,12 +131,14 @@ def evaluate(
         *({"sensitivity": target} for target in sensitivities),
         *({"specificity": target} for target in specificities),
     ]
+    if choose_on is not None and not (sensitivities or specificities):
+        raise click.UsageError("--choose-on is for --target-sensitivity or --target-specificity.")
     usual = not rules and versus is None and {"covid19", "normal"} <= set(classifier.classes)
     if usual:  # what Prediction.is_positive says
         rules, versus = [{"threshold": classifier.config.threshold}], "normal"
-    if not rules and (versus, prevalence, choose_on) != (None, None, None):
+    if not rules and (versus, prevalence) != (None, None):
         raise click.UsageError(
-            "--versus, --prevalence and --choose-on need --threshold, --target-sensitivity or "
+            "--versus and --prevalence need --threshold, --target-sensitivity or "
             "--target-specificity."
         )
     if versus is not None and versus not in classifier.classes:
