@@ -292,6 +292,13 @@ def test_the_card_of_a_checkpoint_is_not_replaced(checkpoint: Path) -> None:
     assert {p.name for p in checkpoint.iterdir()} == before
 
 
+def test_a_readme_of_something_else_is_not_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# My project", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"holds a README\.md that is of no export, and would be"):
+        export_model(checkpoint, tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# My project"
+
+
 def test_wrong_arguments_are_named(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format must be one of"):
         export_model(checkpoint, tmp_path / "out", format="tflite")

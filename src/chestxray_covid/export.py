@@ -100,7 +100,7 @@ def export_model(
         ImageError: If an image cannot be decoded.
         MissingExtraError: If a package for the format is not installed.
         ValueError: If the format is unknown, there are no images, or ``output`` is the folder of a
-            checkpoint, which has a card of its own.
+            checkpoint, which has a card of its own, or holds another ``README.md``.
         OSError: If the folder cannot be written; older files are intact.
         ForkedError: In a process that was forked after torch had computed here, unless torch
             computes in one thread.
@@ -112,6 +112,11 @@ def export_model(
         raise ValueError(
             f"output must not be the folder of a checkpoint, as {target} is: its {TEXT_NAME} would "
             f"be replaced. Pass another one, for example {target / format}."
+        )
+    if (target / TEXT_NAME).exists() and not (target / CARD_NAME).exists():
+        raise ValueError(
+            f"output {target} holds a {TEXT_NAME} that is of no export, and would be replaced. "
+            f"Pass another folder, for example {target / format}."
         )
     config, tensors = load_checkpoint(resolve(checkpoint))
     pixels = _pixels(images, config)
