@@ -515,6 +515,11 @@ def test_a_report_replaces_nothing_that_it_is_made_from(
     done = call(*common, "--output", page / "index.html", "--report", page)
     assert done.exit_code == 2
     assert "would be replaced by another report of this command" in done.output
+    page.mkdir()
+    (page / "index.html").write_text("<p>my site", encoding="utf-8")
+    done = call(*common, "--report", page)
+    assert done.exit_code == 1
+    assert "index.html is a page of something else, and would be replaced." in done.output
 
 
 @pytest.mark.parametrize("command", ["calibrate", "quantize"])

@@ -16,6 +16,7 @@ from PIL import Image
 from chestxray_covid import (
     EvaluationReport,
     Heatmap,
+    ReportError,
     SyntheticChestXray,
     plot_heatmaps,
     plot_reliability,
@@ -290,6 +291,15 @@ def test_a_page_keeps_what_it_holds_of_the_same_weights(
     unknown.save(tmp_path / "evaluation.json")
     page = Page(extend_report(tmp_path, audit=audited()).read_text(encoding="utf-8"))
     assert "How good is it?" not in page.text, "nobody knows whose numbers those are"
+
+
+def test_a_page_of_something_else_is_not_replaced(report: EvaluationReport, tmp_path: Path) -> None:
+    own = tmp_path / "index.html"
+    own.write_text("<p>my site", encoding="utf-8")
+    with pytest.raises(ReportError, match=r"index\.html is a page of something else, and would be"):
+        write_report(tmp_path, evaluation=report)
+    assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
+    assert own.read_text(encoding="utf-8") == "<p>my site"
 
 
 def test_what_is_no_result_is_refused_before_anything_is_written(

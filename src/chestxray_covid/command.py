@@ -166,8 +166,9 @@ def check_reports(
     kept = {path.resolve() for path in (*read, *own) if path is not None}
     taken = set()
     if page is not None:
-        from chestxray_covid.report import EVALUATION_NAME, PAGE_NAME
+        from chestxray_covid.report import EVALUATION_NAME, PAGE_NAME, check_page
 
+        check_page(page)
         taken.add((page / PAGE_NAME).resolve())
         if (page / EVALUATION_NAME).resolve() in kept:
             raise click.UsageError(

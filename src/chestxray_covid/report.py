@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PAGE_NAME = "index.html"
 EVALUATION_NAME, AUDIT_NAME = "evaluation.json", "audit.json"
+#: In the last line of every page.
+_MADE_BY = "Made by chestxray-covid"
 #: Metric → what it is called on the page; others as they are.
 _WORDS = {
     "cramers_v": "Cramér's V",
@@ -64,6 +66,7 @@ def write_report(
     Raises:
         TypeError: If one is something else, for example the path of a saved report.
         ValueError: If there is neither an evaluation nor an audit.
+        ReportError: If ``index.html`` is there and is a page of something else.
         OSError: If a file cannot be written; older ones are intact.
     """
     from matplotlib.figure import Figure
@@ -80,6 +83,7 @@ def write_report(
     present = [name for name, report in names.items() if report is not None]
     if not present:
         raise ValueError("a report needs an evaluation or an audit")
+    check_page(folder)
     heading = title or " and ".join(present).capitalize()
     parts = [element("h1", heading), element("p", NOT_A_DEVICE, "note")]
     contents = {}
@@ -102,6 +106,21 @@ def write_report(
 _figures = figures
 
 
+def check_page(folder: str | os.PathLike[str]) -> None:
+    """Raise if a page of something else is where the page is to be.
+
+    Raises:
+        ReportError: If there is one.
+        OSError: If it cannot be read.
+    """
+    page = expanded(folder) / PAGE_NAME
+    if page.is_file() and _MADE_BY.encode() not in page.read_bytes():
+        raise ReportError(
+            f"{page} is a page of something else, and would be replaced. Pass another folder, for "
+            f"example {page.with_name('report')}."
+        )
+
+
 def extend_report(
     folder: str | os.PathLike[str],
     *,
@@ -120,6 +139,7 @@ def extend_report(
 
     Raises:
         ValueError: If neither is given.
+        ReportError: As there.
         OSError: If a file cannot be written; older ones are intact.
     """
     known = {new.weights_sha256 for new in (evaluation, audit) if new is not None} - {""}
@@ -136,7 +156,7 @@ def extend_report(
 
 def _links(contents: Mapping[str, bytes]) -> str:
     links = ", ".join(f'<a href="{name}">{name}</a>' for name in contents)
-    return f"<p>All numbers: {links}. Made by chestxray-covid {escaped(__version__)}.</p>"
+    return f"<p>All numbers: {links}. {_MADE_BY} {escaped(__version__)}.</p>"
 
 
 # ---------------------------------------------------------------- evaluation
