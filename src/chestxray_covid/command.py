@@ -44,6 +44,13 @@ class HomePath(click.Path):
         if not self.exists:
             if not value:
                 self.fail("An empty path names no place to write.", param, ctx)
+            if os.fspath(value) in ("-", b"-"):
+                self.fail(
+                    "- is no standard output here, but would be a file. Name one, and copy it "
+                    "there, or write ./- for that name.",
+                    param,
+                    ctx,
+                )
             self._check_writable(Path(os.fsdecode(path)).absolute(), param, ctx)
         return path
 
