@@ -316,8 +316,9 @@ def test_the_command_line_takes_the_validation_side_of_a_run(
         given = ["calibrate", "--model", str(place), *arguments, str(tmp_path / output), *more]
         return CliRunner().invoke(main, given)
 
-    done = call(model, "all", "--device", "cpu")
-    assert done.exit_code == 0, done.output
+    for _ in range(2):  # again, in place of its own earlier output
+        done = call(model, "all", "--device", "cpu")
+        assert done.exit_code == 0, done.output
     assert "chosen on 60 images of 60 patients" in done.output
     assert "80% sensitivity for covid19 against normal" in done.output
     assert Classifier.from_pretrained(tmp_path / "all").config.threshold != 0.5

@@ -543,7 +543,7 @@ def test_a_new_checkpoint_does_not_replace_another_run(
     common = [command, "--model", checkpoint_folder, "--data", phantoms, *more]
     done = call(*common, "--output", run)
     assert done.exit_code == 2
-    assert "already holds a checkpoint, which would be replaced: use another" in done.output
+    assert "already holds a checkpoint of another model, which would be replaced" in done.output
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 

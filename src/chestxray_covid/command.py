@@ -202,16 +202,22 @@ def check_reports(
         taken.add(path.resolve())
 
 
-def check_new_checkpoint(output: Path, model: str | None) -> None:
-    """Raise if a checkpoint made of a model would replace another, or lie among its files."""
-    from chestxray_covid.checkpoint import CONFIG_NAME
+def check_new_checkpoint(output: Path, model: Path) -> None:
+    """Raise if a checkpoint made of a model would replace one of another network.
 
-    saved = place_of_split(model)
-    own = saved is not None and saved.parent.resolve() == output.resolve()
-    if (output / CONFIG_NAME).exists() and not own:
+    What was made of this one before, whose last layer a temperature may have changed, is replaced.
+    """
+    import numpy as np
+
+    from chestxray_covid.checkpoint import CONFIG_NAME, load_checkpoint
+
+    if not (output / CONFIG_NAME).exists():
+        return
+    (_, there), (_, own) = map(load_checkpoint, (output, model))
+    if not all(np.array_equal(there[n], own[n]) for n in own if n.startswith("features.")):
         raise click.UsageError(
-            f"{output} already holds a checkpoint, which would be replaced: use another folder, "
-            "or remove it first."
+            f"{output} already holds a checkpoint of another model, which would be replaced: use "
+            "another folder, or remove it first."
         )
 
 

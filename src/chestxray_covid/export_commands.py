@@ -69,8 +69,9 @@ def quantize(
     from chestxray_covid.hub import resolve
     from chestxray_covid.quantization import quantize as quantise
 
-    check_new_checkpoint(output, model)
-    classes = load_config(resolve(model)).classes
+    folder = resolve(model)
+    check_new_checkpoint(output, folder)
+    classes = load_config(folder).classes
     parts = [open_dataset(path, classes=classes) for path in data]
     evaluation = parts[0] if len(parts) == 1 else concatenate(parts)
     report = quantise(model, list(calibration), evaluation=evaluation, output=output)

@@ -210,8 +210,9 @@ def calibrate(
     from chestxray_covid.hub import resolve
     from chestxray_covid.splits import Split
 
-    check_new_checkpoint(output, model)
-    classes = load_config(resolve(model)).classes
+    folder = resolve(model)
+    check_new_checkpoint(output, folder)
+    classes = load_config(folder).classes
     is_told = {"covid19", "normal"} <= set(classes)
     if sensitivity is not None and not is_told:
         raise click.UsageError(
