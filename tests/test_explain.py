@@ -282,6 +282,17 @@ def test_streams_data_sets_and_folders_are_explained(
     assert grad_cam(model, []) == []
 
 
+def test_what_a_random_transform_made_is_shown_as_it_was_explained(model: Classifier) -> None:
+    turns = iter(range(1, 100))
+    phantoms = SyntheticChestXray(
+        3, image_size_px=64, transform=lambda image: image.rotate(90 * next(turns))
+    )
+    for found in grad_cam(model, phantoms):
+        again = grad_cam(model, found.image, found.target)
+        np.testing.assert_allclose(found.grid, again.grid, atol=1e-5)
+        assert found.probability == pytest.approx(again.probability)
+
+
 @pytest.mark.parametrize("explain", [grad_cam, partial(occlusion_sensitivity, steps=2)])
 def test_open_files_of_one_archive_are_explained_each(
     model: Classifier, images: list[Image.Image], tmp_path: Path, explain: Any

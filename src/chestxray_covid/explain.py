@@ -223,12 +223,15 @@ def _load_ahead(
 ) -> Iterator[_Loaded]:
     def load(pair: tuple[Any, str | None]) -> _Loaded:
         item, target = pair
-        # The very pixels of the prediction: a large JPEG may be decoded smaller for those.
-        pixels = read(item, classifier.config.preprocess)[0]
+        name = name_of(item)
         whole: Any = item.found if isinstance(item, Held) else item
         if isinstance(item, Item):
             whole = item.dataset.image(item.position)
-        return _Loaded(name_of(item), load_image(whole), pixels, target)
+            if item.dataset.transform is not None:  # may be random: what is shown is explained
+                item = whole
+        # The very pixels of the prediction: a large JPEG may be decoded smaller for those.
+        pixels = read(item, classifier.config.preprocess)[0]
+        return _Loaded(name, load_image(whole), pixels, target)
 
     pairs = zip(items, targets, strict=True)
     return map_ahead(load, pairs, ahead=2 * batch_size)
