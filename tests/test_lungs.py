@@ -144,7 +144,9 @@ def test_too_little_lung_gives_no_box() -> None:
     assert lung_box(mask) is not None
 
 
-@pytest.mark.parametrize(("shape", "margin"), [((4, 4, 1), 0.1), ((4, 4), -0.1), ((4, 4), np.nan)])
+@pytest.mark.parametrize(
+    ("shape", "margin"), [((4, 4, 1), 0.1), ((0, 4), 0.1), ((4, 4), -0.1), ((4, 4), np.nan)]
+)
 def test_an_impossible_box_is_refused(shape: tuple[int, ...], margin: float) -> None:
     with pytest.raises(ValueError, match=r"mask must be \(H, W\) and margin in \[0, 0.5\]"):
         lung_box(np.ones(shape, bool), margin=margin)

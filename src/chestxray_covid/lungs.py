@@ -153,7 +153,7 @@ def lung_box(
 
     Raises:
         TypeError: If ``margin`` is no number.
-        ValueError: If the mask is not of two dimensions or ``margin`` is out of range.
+        ValueError: If the mask is not of two dimensions, empty, or ``margin`` is out of range.
 
     >>> box = lung_box(np.pad(np.ones((50, 60), bool), ((25, 25), (20, 20))), margin=0)
     >>> box
@@ -161,7 +161,7 @@ def lung_box(
     """
     mask = np.asarray(mask)  # of None, which lung_mask returns where nobody drew lungs, too
     margin = real_number("margin", margin)
-    if mask.ndim != 2 or not 0 <= margin <= 0.5:
+    if mask.ndim != 2 or not mask.size or not 0 <= margin <= 0.5:
         raise ValueError(
             f"mask must be (H, W) and margin in [0, 0.5], got shape {mask.shape} and {margin}"
         )
