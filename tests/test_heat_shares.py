@@ -108,6 +108,20 @@ def test_annotated_lungs_are_taken_where_there_are_some_and_else_drawn(
     assert again.table["area"][0] == pytest.approx(segment(phantoms[0][0]).mean())
 
 
+def test_a_mask_may_be_whatever_becomes_an_array(
+    model: Classifier, phantoms: SyntheticChestXray
+) -> None:
+    known = lung_heat(model, phantoms, masks=phantom_mask, n_resamples=2)
+    for convert in (Image.fromarray, np.ndarray.tolist):
+        found = lung_heat(
+            model,
+            phantoms,
+            masks=lambda sample, as_type=convert: as_type(phantom_mask(sample)),
+            n_resamples=2,
+        )
+        assert found.table.equals(known.table)
+
+
 def test_a_mask_of_another_size_is_refused(model: Classifier, phantoms: SyntheticChestXray) -> None:
     with pytest.raises(ValueError, match=r"mask must be \(96, 96\) bool like the image"):
         lung_heat(model, phantoms, masks=lambda _: np.ones((10, 10), bool))

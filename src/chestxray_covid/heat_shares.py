@@ -102,7 +102,7 @@ def lung_heat(
     shown = Bar(heatmaps, "heat", len(items), unit="img", disable=not progress)
     for sample, group, heatmap in zip(dataset.samples, groups, shown, strict=True):
         drawn = known(sample)
-        mask = segment(heatmap.image) if drawn is None else drawn
+        mask = segment(heatmap.image) if drawn is None else np.asarray(drawn)
         share, area = heatmap.share_inside(mask), float(mask.mean())
         without_lungs += not area
         without_heat += bool(area) and share != share
