@@ -317,11 +317,14 @@ def test_a_fit_depends_on_nothing_but_its_arguments(data: dict[str, Any], gate: 
     [
         ({"false_alarms": 0.0}, "false_alarms must be inside"),
         ({"false_alarms": float("nan")}, "false_alarms must be inside"),
-        ({"kinds": ["frontal"]}, "expected .N, 1, S, S. pixels"),
+        ({"kinds": ["frontal"]}, "expected .N, 1, S, S. uint8 pixels"),
         (
             {"features": np.zeros((TOTAL, 3), np.float32)},
-            "expected .N, 1, S, S. pixels",
+            "expected .N, 1, S, S. uint8 pixels",
         ),
+        ({"pixels": np.zeros((TOTAL, 3, 32, 32), np.uint8)}, r"uint8 pixels.* got .420, 3, 32"),
+        ({"pixels": np.zeros((TOTAL, 1, 32, 32))}, "uint8 pixels.* got .420, 1, 32, 32. float64"),
+        ({"pixels": "pixels.npy"}, "uint8 pixels"),
         ({"kinds": ["cat"] * TOTAL}, r"kinds must be among .*, got \['cat'\]"),
         ({"kinds": ["frontal"] * TOTAL}, "no example of .'lateral', 'ct'"),
         (
@@ -343,6 +346,13 @@ def test_impossible_examples_are_refused(
 def test_a_share_of_false_alarms_is_a_number(data: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=r"false_alarms must be a number, got '0\.05'"):
         fit(data, false_alarms="0.05")
+    with pytest.raises(TypeError, match=r"components must be a whole number, got 16\.0"):
+        fit(data, components=16.0)
+
+
+def test_examples_may_be_lists_of_arrays(data: dict[str, Any], gate: Gate) -> None:
+    lists = {name: [*data[name]] for name in ("pixels", "features")}
+    assert fit({**data, **lists}).to_bytes() == gate.to_bytes()
 
 
 def test_a_kind_that_one_fold_holds_alone_is_named(data: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid.errors import first_of, real_number
+from chestxray_covid.errors import first_of, real_number, whole_number
 from chestxray_covid.gate import KINDS, Gate, describe, standardise
 from chestxray_covid.tensors import FEATURE_COUNT
 
@@ -73,14 +73,16 @@ def fit_gate(
         components: Directions of the Gaussian that have a variance of their own.
 
     Raises:
-        TypeError: If ``false_alarms`` is no number.
-        ValueError: If lengths or shapes differ, values are not finite, a kind is unknown or
-            missing, there are fewer than five frontal patients, or too few frontal radiographs
-            for the components; all of it also where a fold or a source is left out.
+        TypeError: If ``false_alarms`` is no number, or ``components`` no whole one.
+        ValueError: If lengths, shapes or the type of the pixels differ, values are not finite, a
+            kind is unknown or missing, there are fewer than five frontal patients, or too few
+            frontal radiographs for the components; all of it also where a fold or a source is
+            left out.
     """
     false_alarms = real_number("false_alarms", false_alarms)
     if not 0 < false_alarms < 1:
         raise ValueError(f"false_alarms must be inside (0, 1), got {false_alarms}")
+    components = whole_number("components", components)
     examples = _gather(pixels, features, kinds, patients, sources)
     _check_enough(examples, components)
     _check_folds(examples, components)
@@ -107,13 +109,15 @@ def _gather(
     patients: Sequence[str],
     sources: Sequence[str],
 ) -> _Examples:
-    count = len(pixels)
-    lengths = {len(features), len(kinds), len(patients), len(sources)}
-    if lengths != {count} or pixels.ndim != 4 or features.shape != (count, FEATURE_COUNT):
+    pixels, features = np.asarray(pixels), np.asarray(features)
+    count = len(kinds)
+    lengths = {len(patients), len(sources), count}
+    is_grey = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[:2] == (count, 1)
+    if lengths != {count} or not is_grey or features.shape != (count, FEATURE_COUNT):
         raise ValueError(
-            f"expected (N, 1, S, S) pixels, (N, {FEATURE_COUNT}) features and N kinds, patients "
-            f"and sources, got {pixels.shape}, {features.shape} and {len(kinds)}, {len(patients)}, "
-            f"{len(sources)}"
+            f"expected (N, 1, S, S) uint8 pixels, (N, {FEATURE_COUNT}) features and N kinds, "
+            f"patients and sources, got {pixels.shape} {pixels.dtype}, {features.shape} and "
+            f"{len(kinds)}, {len(patients)}, {len(sources)}"
         )
     strange = sorted(set(kinds) - set(KINDS))
     if strange:
