@@ -331,6 +331,8 @@ def test_a_fit_depends_on_nothing_but_its_arguments(data: dict[str, Any], gate: 
             {"features": np.full((TOTAL, FEATURES), np.nan, np.float32)},
             "must be finite",
         ),
+        ({"patients": [None, *range(1, TOTAL)]}, "Every image needs a patient, got None"),
+        ({"sources": [float("nan"), *["a"] * (TOTAL - 1)]}, "Every image needs a source, got nan"),
         ({"patients": ["one"] * TOTAL}, "1 frontal patients, expected at least 5"),
         ({"components": 0}, "components must be in 1 to 46 for 60 frontal"),
         ({"components": 47}, "components must be in 1 to 46 for 60 frontal"),
@@ -348,6 +350,11 @@ def test_a_share_of_false_alarms_is_a_number(data: dict[str, Any]) -> None:
         fit(data, false_alarms="0.05")
     with pytest.raises(TypeError, match=r"components must be a whole number, got 16\.0"):
         fit(data, components=16.0)
+
+
+def test_patients_may_be_numbers(data: dict[str, Any], gate: Gate) -> None:
+    numbers = [int(patient) for patient in data["patients"]]
+    assert fit({**data, "patients": numbers}).to_bytes() == gate.to_bytes()
 
 
 def test_examples_may_be_lists_of_arrays(data: dict[str, Any], gate: Gate) -> None:

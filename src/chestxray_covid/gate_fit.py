@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from chestxray_covid.errors import first_of, real_number, whole_number
 from chestxray_covid.gate import KINDS, Gate, describe, standardise
+from chestxray_covid.intervals import group_codes
 from chestxray_covid.tensors import FEATURE_COUNT
 
 #: Kinds that are made of frontal radiographs, and so show the look of their source.
@@ -75,9 +76,9 @@ def fit_gate(
     Raises:
         TypeError: If ``false_alarms`` is no number, or ``components`` no whole one.
         ValueError: If lengths, shapes or the type of the pixels differ, values are not finite, a
-            kind is unknown or missing, there are fewer than five frontal patients, or too few
-            frontal radiographs for the components; all of it also where a fold or a source is
-            left out.
+            kind is unknown or missing, a patient or source is none, there are fewer than five
+            frontal patients, or too few frontal radiographs for the components; all of it also
+            where a fold or a source is left out.
     """
     false_alarms = real_number("false_alarms", false_alarms)
     if not 0 < false_alarms < 1:
@@ -124,12 +125,14 @@ def _gather(
         raise ValueError(f"kinds must be among {KINDS}, got {strange}")
     if not np.isfinite(features).all():
         raise ValueError("features must be finite; the network's weights overflow")
+    group_codes(patients)  # refuses gaps, which would be one patient
+    group_codes(sources, "source")
     descriptions = np.stack([describe(image) for image in pixels])
     return _Examples(
         inputs=np.concatenate([features, descriptions], axis=1),
         kinds=np.array([KINDS.index(kind) for kind in kinds]),
-        patients=np.array(patients),
-        sources=np.array(sources),
+        patients=np.array([str(patient) for patient in patients]),
+        sources=np.array([str(source) for source in sources]),
     )
 
 
