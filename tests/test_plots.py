@@ -380,3 +380,14 @@ def test_masks_that_do_not_fit_are_refused() -> None:
     for masks in ([], [np.ones((60, 40), bool)], cast(Any, [None])):
         with pytest.raises(ValueError, match="masks must have the shapes of the images"):
             plot_heatmaps([heatmap()], masks=masks)
+
+
+def test_masks_may_be_pictures_lists_or_come_one_by_one() -> None:
+    found, mask = heatmap(), np.zeros(heatmap().image.size[::-1], bool)
+    mask[10:20, 20:40] = True
+    drawn = []
+    for masks in ([mask], [Image.fromarray(mask)], [mask.tolist()], iter([mask])):
+        figure = plot_heatmaps([found], masks=cast(Any, masks))
+        drawn.append([path.vertices for path in figure.axes[1].collections[0].get_paths()])
+    for other in drawn[1:]:
+        np.testing.assert_array_equal(other, drawn[0])

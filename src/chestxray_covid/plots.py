@@ -282,7 +282,8 @@ def plot_heatmaps(
         raise ValueError(
             f"a gallery needs heatmaps and columns in 1 to 8, got {len(heatmaps)} and {columns}"
         )
-    if masks is not None and [np.shape(mask) for mask in masks] != shapes:
+    masks = None if masks is None else [np.asarray(mask) for mask in masks]
+    if masks is not None and [mask.shape for mask in masks] != shapes:
         raise ValueError(f"masks must have the shapes of the images {shapes}, one for each")
     columns = min(columns, len(heatmaps))
     rows = -(-len(heatmaps) // columns)
