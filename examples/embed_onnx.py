@@ -24,6 +24,11 @@ def pixels_of(path: Path, size: int) -> np.ndarray:
     with Image.open(path) as image:
         if image.mode not in ("1", "L", "RGB"):
             raise SystemExit(f"{path} has mode {image.mode}: make 8-bit grey or colour of it first")
+        # Their modes do not show it: Pillow cuts deep colour to 8 bits, and shows what is hidden.
+        if any("RGB;16" in str(tile[3]) for tile in image.tile) or "transparency" in image.info:
+            raise SystemExit(
+                f"{path} is 16-bit or transparent: make 8-bit grey or colour of it first"
+            )
         grey = ImageOps.exif_transpose(image).convert("L")
     return np.array(grey.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0))[None]
 

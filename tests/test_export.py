@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -330,10 +332,35 @@ def test_the_example_embeds_the_file_where_this_library_is_not(
 def test_the_example_refuses_what_it_would_decode_wrongly(
     exported: dict[str, Path], tmp_path: Path
 ) -> None:
-    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
-    command = [sys.executable, EXAMPLE, exported["onnx"], tmp_path / "deep.png"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "mode I;16: make 8-bit grey" in done.stderr
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(deep)
+    assert "mode I;16: make 8-bit grey" in refusal_of_the_example(exported["onnx"], deep)
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["deep", "transparent"])
+def test_the_example_refuses_colour_that_pillow_shows_otherwise(
+    hidden: bool, exported: dict[str, Path], tmp_path: Path
+) -> None:
+    image = tmp_path / "colour.png"
+    if hidden:
+        Image.new("RGB", (9, 9), "white").save(image, transparency=(255, 255, 255))
+    else:
+        rows = (b"\0" + b"\x0f\xff" * 27) * 9  # 12 bits of 16, as many detectors have
+        header = struct.pack(">IIBBBBB", 9, 9, 16, 2, 0, 0, 0)
+        chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows), b"IEND": b""}
+        parts = (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks.items()
+        )
+        image.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with Image.open(image) as opened:
+        assert opened.mode == "RGB"
+    assert "is 16-bit or transparent" in refusal_of_the_example(exported["onnx"], image)
+
+
+def refusal_of_the_example(folder: Path, image: Path) -> str:
+    command = [sys.executable, EXAMPLE, folder, image]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
 
 def test_the_command_line_exports_and_shows_the_card(
