@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 Loader = Callable[[int], NDArray[np.uint8]]
 
 #: Raised when decoding or resizing changes, so that no cache of the older kind is taken.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 #: Where the ways of reading are that follow from what :meth:`Sample.content_hash` covers.
 _OWN_READS = ("chestxray_covid.datasets.base", "chestxray_covid.datasets.phantom")
 #: What a shard is called until it is complete.
