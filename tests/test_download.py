@@ -457,7 +457,9 @@ def test_a_root_that_is_a_file_is_told(github: GitHubServer, tmp_path: Path) -> 
         get(github, tmp_path / "root")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() == 0, reason="the superuser may write everywhere"
+)
 def test_complete_data_may_be_read_only(github: GitHubServer, tmp_path: Path) -> None:
     get(github, tmp_path)
     folders = [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]

@@ -371,8 +371,9 @@ class Repository:
                 write_file(blob, path.read_bytes())
 
     def _keep_commit(self, revision: str, commit: str) -> None:
-        """Keep where a branch is for when the Hub cannot be asked, as huggingface_hub does."""
-        from huggingface_hub.file_download import _cache_commit_hash_for_specific_revision as keep
-
+        """Keep where a branch is, where huggingface_hub does, for when the Hub cannot be asked."""
+        ref = self._blobs.parent / "refs" / revision
         with suppress(OSError):  # a cache may be read-only
-            keep(str(self._blobs.parent), revision, commit)
+            if revision != commit and not (ref.is_file() and ref.read_bytes() == commit.encode()):
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                write_file(ref, commit.encode())

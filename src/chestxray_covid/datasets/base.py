@@ -362,8 +362,8 @@ def told_apart(datasets: Iterable[ChestXrayDataset], *, share: bool = False) -> 
                     "their patients would be taken for the same. Name them with source=, rename a "
                     "folder, or list the images in a CSV with a column source."
                 )
-        own = {resolved(s.path) for s in d.samples if s.is_file}
-        if (again := files & own) and not share:
+        own = {resolved(s.path) for s in d.samples if s.is_file and not share}
+        if again := files & own:
             raise DatasetError(f"{printable(min(again))} is in two data sets; add each only once.")
         files |= own
     return named
