@@ -615,10 +615,11 @@ def test_evaluate_refuses_rules_that_cannot_hold_before_the_slow_part(
     run: Path, phantoms: Path, tmp_path: Path
 ) -> None:
     arguments = ["evaluate", "--model", run, "--data", phantoms]
-    done = call(*arguments, "--threshold", "nan")
-    assert done.exit_code == 1
-    assert "threshold must be a finite number, got nan" in done.output
-    assert "predict" not in done.output
+    for threshold in ("nan", "1.5"):
+        done = call(*arguments, "--threshold", threshold)
+        assert done.exit_code == 1
+        assert f"threshold must be in [0, 1], as scores are, got {threshold}" in done.output
+        assert "predict" not in done.output
     data = json.loads((run / "evaluation.json").read_text())
     data["model"]["weights_sha256"] = "0" * 64
     other = tmp_path / "other.json"

@@ -142,9 +142,16 @@ def test_a_prevalence_is_a_number() -> None:
         op.decide([0, 1], [0.1, 0.9], "ab", threshold=0.5, prevalence="0.02")  # type: ignore[arg-type]
 
 
-def test_a_threshold_must_be_finite() -> None:
-    with pytest.raises(ValueError, match="threshold must be a finite number, got nan"):
-        op.choose_threshold([0, 1], [0.1, 0.9], threshold=math.nan)
+@pytest.mark.parametrize("threshold", [math.nan, math.inf, 1.5, 90, -0.1])
+def test_a_threshold_is_one_that_a_score_can_have(threshold: float) -> None:
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], as scores are, got"):
+        op.choose_threshold([0, 1], [0.1, 0.9], threshold=threshold)
+
+
+def test_a_threshold_that_a_specificity_gave_can_be_given() -> None:
+    chosen, _ = op.choose_threshold([0, 1], [1.0, 1.0], specificity=1)
+    assert chosen > 1
+    assert op.choose_threshold([0, 1], [0.1, 0.9], threshold=chosen)[0] == chosen
 
 
 @pytest.mark.parametrize("prevalence", [0, 1, -0.1, 2, math.nan])

@@ -236,7 +236,7 @@ class EvaluationReport(SavedReport):
         the target is met by construction, and the result says so in ``caution``.
 
         Args:
-            threshold: Take this one.
+            threshold: Take this one, in [0, 1].
             sensitivity: Take the highest that reaches this, in (0, 1].
             specificity: Take the lowest that reaches this, in (0, 1].
             prevalence: Share of positives where the model would be used, in (0, 1), for the

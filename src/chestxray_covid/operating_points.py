@@ -110,8 +110,8 @@ def choose_threshold(
 
     Args:
         y_true: ``(N,)`` 0 or 1.
-        y_score: ``(N,)`` scores.
-        threshold: Take this one.
+        y_score: ``(N,)`` scores in [0, 1].
+        threshold: Take this one, in [0, 1].
         sensitivity: Take the highest that reaches this, in (0, 1].
         specificity: Take the lowest that reaches this, in (0, 1].
 
@@ -134,8 +134,9 @@ def choose_threshold(
     if name == "specificity":
         chosen = m.threshold_at_specificity(y_true, y_score, specificity=value)
         return chosen, f"specificity of at least {value:g}"
-    if not math.isfinite(value):
-        raise ValueError(f"threshold must be a finite number, got {value}")
+    # The next number above 1, of which no case is positive, is what a specificity may give.
+    if not 0 <= value <= math.nextafter(1, 2):
+        raise ValueError(f"threshold must be in [0, 1], as scores are, got {value}")
     return value, "threshold as given"
 
 
