@@ -245,6 +245,23 @@ def test_a_curve_without_interval_is_drawn_and_says_so() -> None:
     assert words(plot_reliability(perfect.reliability("covid19")))
 
 
+@pytest.mark.parametrize("sure", [[0.99] * 8, np.linspace(0.9, 0.99, 8)])
+def test_a_risk_of_0_can_be_seen(sure: Any) -> None:
+    perfect = evaluate_probabilities(
+        ["covid19"] * 8,
+        np.stack([1 - np.asarray(sure), sure], axis=1),
+        classes=("normal", "covid19"),
+        patients=range(8),
+        sources=["a"] * 8,
+        views=["PA"] * 8,
+        n_resamples=20,
+    )
+    figure = plot_risk_coverage(perfect.risk_coverage_curve())
+    cast("Any", figure.axes[0].get_legend()).remove()
+    drawn = np.asarray(Image.open(io.BytesIO(pixels(figure))).convert("RGB"))
+    assert (drawn == (0, 114, 178)).all(-1).any(), "in its own colour, not under the frame"
+
+
 def test_the_reliability_diagram_shows_bins_intervals_and_counts(report: EvaluationReport) -> None:
     found = report.reliability("covid19", n_bins=5)
     figure = plot_reliability(found)

@@ -95,7 +95,8 @@ def plot_risk_coverage(*curves: RiskCoverageCurve) -> Figure:
     check_kinds(curves, RiskCoverageCurve, "report.risk_coverage_curve()")
     axes = _curves(curves, "mean risk", step="pre")
     highest = max(float(np.nanmax([*curve.y, *curve.high])) for curve in curves)
-    axes.set_ylim(0, min(1.0, max(0.1, 1.4 * highest)))
+    top = min(1.0, max(0.1, 1.4 * highest))
+    axes.set_ylim(-0.01 * top, 1.01 * top)  # a risk of 0 would lie under the frame
     axes.set_aspect("auto")
     axes.set_xlabel("coverage (share of images decided)", fontsize=_TEXT)
     axes.set_ylabel("risk (share of those wrong)", fontsize=_TEXT)
@@ -328,7 +329,9 @@ def _curves(curves: Sequence[Curve], area: str, *, step: Any) -> Axes:
         axes.fill_between(
             curve.grid, curve.low, curve.high, step=step, color=colour, alpha=0.18, linewidth=0
         )
-        axes.plot(curve.x, curve.y, label=label, drawstyle=shape, **style)
+        # A single point, as of images that are all as sure, is no line.
+        marker = "." if len(curve.x) == 1 else ""
+        axes.plot(curve.x, curve.y, label=label, drawstyle=shape, marker=marker, **style)
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(-0.01, 1.01)
     axes.set_aspect("equal")
