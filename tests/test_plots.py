@@ -175,6 +175,24 @@ def test_names_from_data_are_text_and_never_a_formula(name: str) -> None:
     assert HOSTILE not in shown, "control characters are escaped"
 
 
+def test_long_names_that_differ_in_their_end_are_told_apart() -> None:
+    names = [f"interstitial pneumonia of unknown origin, group {k}" for k in "AB"]
+    report = evaluate_probabilities(
+        names * 4,
+        np.eye(2)[[0, 1] * 4] * 0.8 + 0.1,
+        classes=names,
+        patients=range(8),
+        sources=["a"] * 8,
+        views=["PA"] * 8,
+        n_resamples=20,
+    )
+    labels = [text.get_text() for text in plot_confusion(report).axes[0].get_xticklabels()]
+    assert [label[-9:] for label in labels] == [", group A", ", group B"]
+    shown = words(plot_roc(report.roc_curve(names[1], versus=names[0]), report.roc_curve(names[1])))
+    assert "group A\n" in shown
+    assert " against all others\n" in shown
+
+
 def test_nothing_is_shown_and_no_global_state_is_touched() -> None:
     code = (
         "import sys, matplotlib; before = matplotlib.rcParams.copy()\n"

@@ -230,9 +230,16 @@ def told_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def short_name(name: str, limit: int = 24) -> str:
-    """Return a name from data as a label: printable, and not longer than there is room."""
+    """Return a name from data as a label: printable, and not longer than there is room.
+
+    It is cut in the middle, for names that are alike often differ at their ends.
+
+    >>> short_name("Pneumonia/Bacterial/Streptococcus")
+    'Pneumonia/Ba…reptococcus'
+    """
     text = name if name.isprintable() else ascii(name)[1:-1]
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    tail = limit // 2 - 1
+    return text if len(text) <= limit else f"{text[: limit - 1 - tail]}…{text[-tail:]}"
 
 
 def foreign_text(value: Any, max_chars: int = 1000) -> str:
