@@ -83,6 +83,7 @@ def test_it_is_that_of_a_gradient_descent_in_torch() -> None:
         ([2], [[1.0, 2.0]], None, "y_true"),
         ([0], [[1.0, 2.0]], [0.0], "not all 0"),
         ([0, 1], [[1.0, 2.0], [0.0, 0.0]], [1.0, -1.0], "at least 0"),
+        ([0, 1], [[1.0, 2.0], [0.0, 0.0]], [[1.0], [1.0]], r"sample_weight must be \(N,\)"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(
