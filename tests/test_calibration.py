@@ -73,6 +73,15 @@ def test_it_is_that_of_a_gradient_descent_in_torch() -> None:
     assert found == pytest.approx(float(log.detach().exp()), rel=1e-4)
 
 
+@pytest.mark.parametrize(("temperature", "end"), [(0.01, 0.05), (60.0, 20.0)])
+def test_a_temperature_beyond_what_is_looked_for_becomes_the_end(
+    temperature: float, end: float
+) -> None:
+    labels, logits = drawn(1.0)
+    assert fit_temperature(labels, temperature * logits) == pytest.approx(end, rel=1e-4)
+    assert str(end).removesuffix(".0") in str(fit_temperature.__doc__)
+
+
 @pytest.mark.parametrize(
     ("y_true", "logits", "weights", "message"),
     [
