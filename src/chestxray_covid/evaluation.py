@@ -75,7 +75,8 @@ def evaluate(
 
     A patient counts once, also where two collections hold images of theirs
     (:func:`~chestxray_covid.patient_groups`, by what the collections say; copies that nothing says
-    are copies are not looked for). Sex and age come from the metadata ``sex`` and ``age``.
+    are copies are not looked for). Every image counts, also one of which the classifier abstains.
+    Sex and age come from the metadata ``sex`` and ``age``.
 
     Args:
         classifier: Has ``classes`` and ``predict_proba``; the report names its ``weights_sha256``
