@@ -134,8 +134,9 @@ def delong_test(
 
     confidence = check_resampling(n_resamples=1, confidence=confidence)["confidence"]
     truth = m.check_labels(y_true, "y_true", 2).astype(bool)
-    scores = np.stack([np.asarray(first, np.float64), np.asarray(second, np.float64)])
-    m.check_lengths(y_true=truth, first=scores[0], second=scores[1], patients=patients)
+    given = [np.asarray(one, np.float64) for one in (first, second)]
+    m.check_lengths(y_true=truth, first=given[0], second=given[1], patients=patients)
+    scores = np.stack(given)
     codes = group_codes(patients)
     for name, rows in (("positive", truth), ("negative", ~truth)):
         if len(np.unique(codes[rows])) < 2:
