@@ -114,6 +114,13 @@ def test_a_view_that_nobody_wrote_down_is_unknown_however_a_table_says_so() -> N
     assert list(judge(BINARY, P, views=["PA", None, np.nan, ""]).by_view) == ["PA", "unknown"]
 
 
+@pytest.mark.parametrize("name", ["patients", "sources", "views"])
+def test_what_is_no_list_is_refused_by_name(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be a list with one for each"):
+        judge(BINARY, P, **{name: None})
+    assert judge(BINARY, P, **{name: iter("abab")}).n_images == 4
+
+
 # ---- the numbers
 
 

@@ -27,6 +27,7 @@ from chestxray_covid.judged_images import (
     IDENTITY,
     UNKNOWN,
     default_positive,
+    lists_of,
     whole_characters,
 )
 from chestxray_covid.reporting import told_of
@@ -195,6 +196,7 @@ def evaluate_probabilities(
         positive, n_resamples, seed, confidence: As in :func:`evaluate`.
 
     Raises:
+        TypeError: If labels, patients, sources or views are no list.
         ValueError: If shapes, labels, probabilities or options are not as said, or a source is
             missing.
     """
@@ -202,6 +204,9 @@ def evaluate_probabilities(
 
     how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     names, p = check_classes(classes), m.check_probabilities(probabilities)
+    y_true, patients, sources, views = lists_of(
+        y_true=y_true, patients=patients, sources=sources, views=views
+    )
     _check_columns(probabilities, names)
     chosen = _positive(y_true, names, positive)
     unknown = [UNKNOWN] * len(p)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,18 @@ def whole_characters(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [whole_characters(item) for item in value]
     return value
+
+
+def lists_of(**columns: Iterable[Any]) -> list[list[Any]]:
+    """Return columns as lists.
+
+    Raises:
+        TypeError: If one is none, for example ``None``.
+    """
+    for name, values in columns.items():
+        if not isinstance(values, Iterable):
+            raise TypeError(f"{name} must be a list with one for each image, got {values!r}")
+    return [list(values) for values in columns.values()]
 
 
 def default_positive(classes: Sequence[str]) -> str:
