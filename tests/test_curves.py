@@ -173,6 +173,11 @@ def test_what_is_separated_has_no_slope_and_what_never_happened_no_intercept() -
     apart = curves.reliability([0, 0, 1, 1], [0.0, 0.2, 0.9, 1.0], range(4), **HOW)
     assert np.isnan(apart.slope.value)
     assert np.isfinite(apart.intercept.value)
+    # Here rounding ends Newton's steps far out, at a slope of some 120.
+    for truth in ([0, 0, 1, 1], [1, 1, 0, 0]):
+        p = np.array([0.08, 0.18, 0.29, 0.75])
+        assert np.isnan(curves.reliability(truth, p, range(4), **HOW).slope.value)
+        assert np.isnan(curves.reliability(truth, p.round(), range(4), **HOW).slope.value)
     never = curves.reliability([0, 0, 0], [0.1, 0.2, 0.9], range(3), **HOW)
     assert np.isnan([never.slope.value, never.intercept.value]).all()
     same = curves.reliability([0, 1, 1], [0.7, 0.7, 0.7], range(3), **HOW)

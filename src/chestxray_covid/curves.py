@@ -317,11 +317,16 @@ def _intercept(truth: Labels, p: Floats, *, sample_weight: Floats) -> Floats:
 def _slope(truth: Labels, p: Floats, *, sample_weight: Floats) -> Floats:
     """Return the ``(R,)`` slopes of logistic regressions on the logit of ``p``.
 
-    They are ``nan`` where Newton's steps do not end.
+    They are ``nan`` where what happened and what did not are separated, or the steps do not end.
     """
     from scipy.special import expit, logit
 
     x = logit(np.clip(p, _LEAST, 1 - _LEAST))
+    # Newton's steps alone do not tell: far out, where there is no answer, rounding may end them.
+    drawn = (sample_weight * truth > 0, sample_weight * (1 - truth) > 0)
+    high, other_high = (np.where(side, x, -np.inf).max(1) for side in drawn)
+    low, other_low = (np.where(side, x, np.inf).min(1) for side in drawn)
+    overlap = (high > other_low) & (other_high > low)
     a, b, moved = (np.full(len(sample_weight), start) for start in (0.0, 0.0, np.inf))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         for _ in range(_STEPS):
@@ -336,7 +341,7 @@ def _slope(truth: Labels, p: Floats, *, sample_weight: Floats) -> Floats:
             a, b, moved = a + in_a, b + in_b, np.abs(in_a) + np.abs(in_b)
             if not (moved > _ENDED).any():
                 break
-    return np.where(moved <= _ENDED, b, np.nan)
+    return np.where(overlap & (moved <= _ENDED), b, np.nan)
 
 
 def _check_both(positive: Floats, negative: Floats) -> None:
