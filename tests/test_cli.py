@@ -157,6 +157,11 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     assert done.exit_code == 2
     folder = command in ("train", "export")
     assert ("is a file" if folder else f"{tmp_path / 'stdout'} is a device") in done.output
+    (tmp_path / "drive").symlink_to(tmp_path / "taken out")
+    if folder:
+        done = call(command, *given, "--output", "drive")
+        assert done.exit_code == 2
+        assert f"{tmp_path / 'drive'} cannot be written: it is a link to nothing." in done.output
     (tmp_path / "own").mkdir()
     assert HomePath(path_type=Path).convert("own", None, None) == Path("own")
 

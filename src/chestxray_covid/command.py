@@ -64,6 +64,8 @@ class HomePath(click.Path):
         above = (p for p in path.parents if os.path.lexists(p))
         # Of a drive of Windows that is not there, nothing is.
         place = path if is_folder(path) else next(above, path.parent)
+        if not self.file_okay and os.path.islink(path) and not is_folder(path):  # noqa: PTH114
+            self.fail(f"{path} cannot be written: it is a link to nothing.", param, ctx)
         if not is_folder(place):
             self.fail(f"{path} cannot be written: {place} is no folder.", param, ctx)
         if not os.access(place, os.W_OK):
