@@ -527,6 +527,9 @@ def test_a_report_replaces_nothing_that_it_is_made_from(
         assert f"{name} is named like a table or an image, and a report is neither." in " ".join(
             done.output.split()
         )
+    (tmp_path / "loop").symlink_to("loop")  # which would be replaced
+    done = call(*common, "--output", tmp_path / "loop")
+    assert isinstance(done.exception, SystemExit), "the table names no image from there"
     page = tmp_path / "page"
     done = call(*common, "--output", page / "index.html", "--report", page)
     assert done.exit_code == 2

@@ -172,14 +172,15 @@ def check_reports(
 
     saved = place_of_split(model)
     own = [saved.with_name(n) for n in (CONFIG_NAME, WEIGHTS_NAME, SPLIT_NAME)] if saved else []
-    kept = {path.resolve() for path in (*read, *own) if path is not None}
-    taken = set()
+    # realpath, for Path.resolve() of older Pythons raises where a link leads to itself.
+    kept = {os.path.realpath(path) for path in (*read, *own) if path is not None}
+    taken = set[str]()
     if page is not None:
         from chestxray_covid.report import EVALUATION_NAME, PAGE_NAME, check_page
 
         check_page(page)
-        taken.add((page / PAGE_NAME).resolve())
-        if (page / EVALUATION_NAME).resolve() in kept:
+        taken.add(os.path.realpath(page / PAGE_NAME))
+        if os.path.realpath(page / EVALUATION_NAME) in kept:
             raise click.UsageError(
                 f"--report {page} would replace {EVALUATION_NAME} in it, which this command reads. "
                 "Give it another folder."
@@ -192,16 +193,16 @@ def check_reports(
                 f"{option} {path} is named like a table or an image, and a report is neither. "
                 "Expected a name that ends in .json, or in .md for Markdown."
             )
-        if path.resolve() in kept:
+        if (place := os.path.realpath(path)) in kept:
             raise click.UsageError(
                 f"{option} {path} would replace what the report is made from. Give it another name."
             )
-        if path.resolve() in taken:
+        if place in taken:
             raise click.UsageError(
                 f"{option} {path} would be replaced by another report of this command. Give it "
                 "another name."
             )
-        taken.add(path.resolve())
+        taken.add(place)
 
 
 def check_new_checkpoint(output: Path, model: Path) -> None:
