@@ -531,9 +531,12 @@ def test_a_report_replaces_nothing_that_it_is_made_from(
     done = call(*common, "--output", tmp_path / "loop")
     assert isinstance(done.exception, SystemExit), "the table names no image from there"
     page = tmp_path / "page"
-    done = call(*common, "--output", page / "index.html", "--report", page)
-    assert done.exit_code == 2
-    assert "would be replaced by another report of this command" in done.output
+    for name in ("index.html", "audit.json" if command == "evaluate" else "evaluation.json"):
+        done = call(*common, "--output", page / name, "--report", page)
+        assert done.exit_code == 2
+        assert "is the place of another report, of this command or on its page." in " ".join(
+            done.output.split()
+        )
     page.mkdir()
     (page / "index.html").write_text("<p>my site", encoding="utf-8")
     done = call(*common, "--report", page)
@@ -561,9 +564,16 @@ def test_one_report_of_an_evaluation_does_not_replace_another(
     common = ["evaluate", "--model", run, "--data", phantoms]
     page = tmp_path / "page"
     same = tmp_path / "page" / ".." / "report"
-    done = call(*common, "--output", tmp_path / "report", "--markdown", same)
-    assert done.exit_code == 2
-    assert "would be replaced by another report of this command" in done.output
+    for output, markdown in (
+        (tmp_path / "report", same),
+        (page / "evaluation.json", page / "evaluation.json"),
+        (page / "other.json", page / "audit.json"),
+    ):
+        done = call(*common, "--output", output, "--markdown", markdown, "--report", page)
+        assert done.exit_code == 2
+        assert "is the place of another report, of this command or on its page." in " ".join(
+            done.output.split()
+        )
 
     first = page / "evaluation.json"
     assert call(*common, "--split", "val", "--output", first, "--report", page).exit_code == 0

@@ -93,7 +93,7 @@ def audit(
     from chestxray_covid.audit import audit_shortcuts
     from chestxray_covid.classifier import Classifier
 
-    check_reports({"--output": output}, page, (*data, *train), model)
+    check_reports({"--output": output}, page, (*data, *train), model, name="audit.json")
     classifier = Classifier.from_pretrained(
         model, device=device, engine=engine, precision=precision
     )

@@ -162,10 +162,13 @@ def check_reports(
     page: Path | None,
     read: Iterable[Path | None],
     model: str | None,
+    *,
+    name: str,
 ) -> None:
     """Raise if a report would replace what it is made from or another one, or pass for a table.
 
-    ``written`` maps options to the files that they name, ``read`` is what else the command reads.
+    ``written`` maps options to the files that they name, ``read`` is what else the command reads,
+    and ``name`` is what the one of ``--output`` is called beside the page.
     """
     from chestxray_covid.checkpoint import CONFIG_NAME, WEIGHTS_NAME
     from chestxray_covid.image import IMAGE_SUFFIXES
@@ -176,10 +179,11 @@ def check_reports(
     kept = {os.path.realpath(path) for path in (*read, *own) if path is not None}
     taken = set[str]()
     if page is not None:
-        from chestxray_covid.report import EVALUATION_NAME, PAGE_NAME, check_page
+        from chestxray_covid.report import AUDIT_NAME, EVALUATION_NAME, PAGE_NAME, check_page
 
         check_page(page)
-        taken.add(os.path.realpath(page / PAGE_NAME))
+        beside = (PAGE_NAME, EVALUATION_NAME, AUDIT_NAME)
+        taken = {os.path.realpath(page / one) for one in beside}
         if os.path.realpath(page / EVALUATION_NAME) in kept:
             raise click.UsageError(
                 f"--report {page} would replace {EVALUATION_NAME} in it, which this command reads. "
@@ -197,10 +201,11 @@ def check_reports(
             raise click.UsageError(
                 f"{option} {path} would replace what the report is made from. Give it another name."
             )
-        if place in taken:
+        is_same = page and option == "--output" and place == os.path.realpath(page / name)
+        if place in taken and not is_same:
             raise click.UsageError(
-                f"{option} {path} would be replaced by another report of this command. Give it "
-                "another name."
+                f"{option} {path} is the place of another report, of this command or on its page. "
+                "Give it another name."
             )
         taken.add(place)
 

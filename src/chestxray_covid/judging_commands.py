@@ -122,7 +122,8 @@ def evaluate(
     from chestxray_covid.files import write_files
     from chestxray_covid.splits import Split
 
-    check_reports({"--output": output, "--markdown": markdown}, page, (*data, choose_on), model)
+    written = {"--output": output, "--markdown": markdown}
+    check_reports(written, page, (*data, choose_on), model, name="evaluation.json")
     classifier = Classifier.from_pretrained(
         model, device=device, engine=engine, precision=precision
     )
