@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -34,9 +35,10 @@ from chestxray_covid import (
     open_dataset,
     split_by_patient,
 )
+from chestxray_covid.calibration import fold_temperature
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.cli import NOT_A_DEVICE, main
-from chestxray_covid.command import HomePath, place_of_split
+from chestxray_covid.command import HomePath, check_new_checkpoint, place_of_split
 from chestxray_covid.confounders import Confounding
 from chestxray_covid.training_state import StateStore
 from conftest import random_checkpoint
@@ -556,6 +558,31 @@ def test_a_new_checkpoint_does_not_replace_another_run(
     assert done.exit_code == 2
     assert "already holds a checkpoint of another model, which would be replaced" in done.output
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_only_a_temperature_is_no_other_model(
+    dtype: type, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    """Runs that train the head alone share their features with each other, too."""
+    config, tensors = load_checkpoint(checkpoint_folder)
+    tensors = {n: t.astype(dtype) if t.dtype == np.float32 else t for n, t in tensors.items()}
+    own = tmp_path / "own"
+    save_checkpoint(own, config, tensors)
+    for temperature in (1.3, 19.0):
+        made, folded = tmp_path / f"at {temperature}", fold_temperature(tensors, temperature)
+        save_checkpoint(made, replace(config, provenance={"temperature": temperature}), folded)
+        check_new_checkpoint(made, own)
+        check_new_checkpoint(own, made)
+        check_new_checkpoint(made, tmp_path / "at 1.3")
+    for name in ("classifier.weight", "classifier.bias", "features.norm5.weight"):
+        other = tmp_path / name
+        save_checkpoint(other, config, {**tensors, name: tensors[name][::-1] + dtype(0.01)})
+        with pytest.raises(click.UsageError, match="already holds a checkpoint of another model"):
+            check_new_checkpoint(other, own)
+    save_checkpoint(tmp_path / "turned", replace(config, classes=config.classes[::-1]), tensors)
+    with pytest.raises(click.UsageError, match="already holds a checkpoint of another model"):
+        check_new_checkpoint(tmp_path / "turned", own)
 
 
 def test_one_report_of_an_evaluation_does_not_replace_another(
