@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from chestxray_covid import (
+    CheckpointError,
     ChestXrayDataset,
     Classifier,
     EvaluationReport,
@@ -583,6 +584,11 @@ def test_only_a_temperature_is_no_other_model(
     save_checkpoint(tmp_path / "turned", replace(config, classes=config.classes[::-1]), tensors)
     with pytest.raises(click.UsageError, match="already holds a checkpoint of another model"):
         check_new_checkpoint(tmp_path / "turned", own)
+    (tmp_path / "turned" / "model.safetensors").write_bytes(b"half")  # as when a process dies
+    with pytest.raises(click.UsageError, match="already holds a damaged checkpoint, or a config"):
+        check_new_checkpoint(tmp_path / "turned", own)
+    with pytest.raises(CheckpointError, match=r"turned.model\.safetensors is not the file"):
+        check_new_checkpoint(own, tmp_path / "turned")
 
 
 def test_one_report_of_an_evaluation_does_not_replace_another(

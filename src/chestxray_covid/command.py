@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from chestxray_covid._version import NOT_A_DEVICE as NOT_A_DEVICE
-from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
+from chestxray_covid.errors import CheckpointError, ChestXrayError, TrainingInterrupted
 from chestxray_covid.files import check_replaceable, expanded, is_folder
 
 if TYPE_CHECKING:
@@ -222,7 +222,14 @@ def check_new_checkpoint(output: Path, model: Path) -> None:
 
     if not (output / CONFIG_NAME).exists():
         return
-    (config, there), (original, own) = map(load_checkpoint, (output, model))
+    original, own = load_checkpoint(model)
+    try:
+        config, there = load_checkpoint(output)
+    except CheckpointError as error:  # whose advice is for who wants to load it
+        raise click.UsageError(
+            f"{output} already holds a damaged checkpoint, or a {CONFIG_NAME} of something else, "
+            "which would be replaced: use another folder, or remove it first."
+        ) from error
     scale = (temperature_of(original) or 1.0) / (temperature_of(config) or 1.0)
     # Runs that trained the head alone share all below it. A hundredth: it may be in half precision.
     is_same = config.classes == original.classes and all(
