@@ -725,6 +725,7 @@ from chestxray_covid import Classifier
 model = Classifier.from_pretrained(sys.argv[1])
 model.push_to_hub("user/pushed", token="hf_x")
 model.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="user/saved", token="hf_x")
+model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="user/moved", token="hf_x")
 part = Classifier.from_pretrained(sys.argv[1], classes=["covid19", "normal"])
 part.push_to_hub("user/some", token="hf_x", allow_unjudged=True)
 print(json.dumps("done"))
@@ -737,12 +738,16 @@ def test_a_classifier_publishes_the_card_that_somebody_wrote_for_it(
     mine = b"---\nlicense: cc-by-nc-sa-4.0\n---\n# Mine\n![drawn by hand](calibration.png)\n"
     (copied / "README.md").write_bytes(mine)
     (copied / "calibration.png").write_bytes(b"my figure")
-    assert run_python(OWN_CARD, hub_environment(server, tmp_path / "home"), copied) == "done"
-    for repo in ("user/pushed", "user/saved"):
+    environment, place = hub_environment(server, tmp_path / "home"), tmp_path / "elsewhere"
+    assert run_python(OWN_CARD, environment, copied, place) == "done"
+    for repo in ("user/pushed", "user/saved", "user/moved"):
         assert published(server, repo)["README.md"] == mine
         assert published(server, repo)["calibration.png"] == b"my figure"
         assert "notes.txt" not in published(server, repo)
     assert b"# user/some" in published(server, "user/some")["README.md"]
+    (place / "README.md").write_bytes(other := mine.replace(b"Mine", b"Other"))
+    Classifier.from_pretrained(copied).save_pretrained(place)
+    assert (place / "README.md").read_bytes() == other, "a card that is there stays"
     with pytest.raises(ReportError, match=r"states the licence cc-by-nc-sa-4\.0, but mit is asked"):
         Classifier.from_pretrained(copied).push_to_hub("user/pushed", license="mit")
 

@@ -48,8 +48,8 @@ def export(
         origin: Folder that it was loaded from. Its attachments go along, and its results if the
             classes are still the same.
         own: Attachments that are at hand, name → content, whatever the origin has.
-        card: Write a card if there is none. Without it the origin's goes along if it is somebody's
-            own and the classes are still the same; :func:`push` makes all others.
+        card: Write a card if there is none, and the origin's is not somebody's own, which goes
+            along if the classes are still the same; without it :func:`push` makes all others.
 
     Raises:
         CheckpointError: If an attachment is missing or damaged.
@@ -63,9 +63,11 @@ def export(
             attachments[name] = load_attachment(origin, config, name) or b""
         if load_config(origin).classes == config.classes:
             results = read_results(origin, config)
-            made = {} if card else _own_card(origin)
+            made = _own_card(origin)
     config_text(config)  # a provenance that is no JSON has a message of its own
-    if card and not _own_card(folder):
+    if _own_card(folder):
+        made = {}
+    elif card and not made:
         made = make_card(config, results, folder.absolute().name, None)  # "." has no name
     save_checkpoint(folder, config, tensors, {**attachments, **(own or {})})
     write_files(folder, {**results.contents, **made})
