@@ -1462,6 +1462,10 @@ def dicom_files() -> dict[str, tuple[bytes, np.ndarray]]:
             dicom(grey // 2, ModalityLUTSequence=words("<u2", 256)),
             stretched(grey // 2),
         ),
+        "modality lut of 8 bits as bytes": (
+            dicom(grey // 2, ModalityLUTSequence=words("u1", 256)),
+            stretched(grey // 2),
+        ),
         "multi-frame": (dicom(np.stack([grey, 255 - grey]), NumberOfFrames=2), grey),
         "enhanced": (
             dicom(

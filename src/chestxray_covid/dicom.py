@@ -219,7 +219,7 @@ def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:
     if window is not None:
         return stretch(_window(values, *window, function), 0, 1)
     # Also 8 bits that are kept in 16, unless a lookup table has made them other values.
-    is_grey = values.dtype == np.uint8 or (values is frame and values.dtype.kind == "u")
+    is_grey = values is frame and values.dtype.kind == "u"
     if is_grey and data.BitsStored == 8 and high <= 255:
         return values.astype(np.uint8)
     inside = _inside(frame, data)

@@ -90,7 +90,7 @@ def load_image(
       and greatest, is opaque.
     * A constant image without any of these scales becomes black.
     * DICOM: modality LUT or rescale first; then the VOI LUT or window if there is one, else 8-bit
-      pixels as they are and deeper ones by their own range. MONOCHROME1 is inverted.
+      pixels that nothing changed as they are, others by their own range. MONOCHROME1 is inverted.
 
     The result is a copy without metadata.
 
