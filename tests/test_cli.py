@@ -124,14 +124,15 @@ def test_the_sign_of_the_home_folder_is_understood_where_no_shell_has_replaced_i
     assert "Path '' does not exist" in done.output, "an empty variable is not the current folder"
 
 
-@pytest.mark.parametrize("command", ["predict", "evaluate", "audit"])
+@pytest.mark.parametrize("command", ["predict", "evaluate", "audit", "train"])
 def test_a_dash_is_no_name_of_a_file(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = call(command, *(["."] if command == "predict" else ["--data", "."]), "--output", "-")
     assert done.exit_code == 2
-    assert "- is no standard output here, but would be a file." in " ".join(done.output.split())
+    kind = "folder" if command == "train" else "file"
+    assert f"- is no standard output here, but would be a {kind}." in " ".join(done.output.split())
     assert not Path("-").exists()
 
 

@@ -45,8 +45,9 @@ class HomePath(click.Path):
             if not value:
                 self.fail("An empty path names no place to write.", param, ctx)
             if os.fspath(value) in ("-", b"-"):
+                kind = "file" if self.file_okay else "folder"
                 self.fail(
-                    "- is no standard output here, but would be a file. Name one, and copy it "
+                    f"- is no standard output here, but would be a {kind}. Name one, and copy it "
                     "there, or write ./- for that name.",
                     param,
                     ctx,
