@@ -797,6 +797,12 @@ def test_most_samples_have_no_lung_mask(dataset: FolderDataset) -> None:
     assert lung_mask(sample(metadata={"lung_mask": ""})) is None  # a table's empty cell
 
 
+def test_only_a_sample_has_a_lung_mask(dataset: FolderDataset) -> None:
+    for given in (dataset, dataset.samples[0].path, dataset[0]):  # nor is None said of the first
+        with pytest.raises(TypeError, match=r"expected Sample, as dataset.samples\[0\] gives it"):
+            lung_mask(given)  # type: ignore[arg-type]
+
+
 # Reports
 
 

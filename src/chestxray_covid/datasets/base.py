@@ -131,7 +131,9 @@ def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
 
     Raises:
         ImageError: If mask or image cannot be decoded, or the mask has labels, not black and white.
+        TypeError: If it is no sample, for example a path.
     """
+    check_kinds([sample], Sample, "dataset.samples[0]")
     if not (path := sample.metadata.get("lung_mask")):
         return None
     mask = load_image(path)
@@ -211,10 +213,8 @@ class ChestXrayDataset:
         Raises:
             ImageError: If the file cannot be decoded.
         """
-        sample = self.samples[index]
-        if self.transform is not None:
-            return self.transform(sample.read(sample, None))
-        return sample.read(sample, min_size)
+        sample, apply = self.samples[index], self.transform
+        return sample.read(sample, min_size) if apply is None else apply(sample.read(sample, None))
 
     @property
     def sources(self) -> tuple[str, ...]:
