@@ -401,8 +401,14 @@ def test_large_radiographs_are_reduced_so_that_a_gallery_stays_small() -> None:
 def test_a_gallery_of_one_needs_no_list_and_takes_nothing_else() -> None:
     one = heatmap()
     assert words(plot_heatmaps(one)) == words(plot_heatmaps([one]))
-    with pytest.raises(TypeError, match="expected Heatmap, as grad_cam"):
-        plot_heatmaps([one, one.image])
+    for other in ([one, one.image], None, "heat.png"):
+        with pytest.raises(TypeError, match="expected Heatmap, as grad_cam"):
+            plot_heatmaps(cast(Any, other))
+
+
+def test_heatmaps_may_come_one_by_one() -> None:
+    one = heatmap()
+    assert words(plot_heatmaps(iter([one, one]))) == words(plot_heatmaps([one, one]))
 
 
 @pytest.mark.parametrize(("count", "columns"), [(0, 4), (1, 0), (1, 9)])
@@ -412,7 +418,7 @@ def test_an_impossible_gallery_is_refused(count: int, columns: int) -> None:
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
-    for masks in ([], [np.ones((60, 40), bool)], cast(Any, [None])):
+    for masks in ([], [np.ones((60, 40), bool)], cast(Any, [None]), cast(Any, 5)):
         with pytest.raises(ValueError, match="masks must have the shapes of the images"):
             plot_heatmaps([heatmap()], masks=masks)
 

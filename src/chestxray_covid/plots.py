@@ -9,7 +9,7 @@ colour, and the colours are those of Okabe and Ito, which colour-blind readers c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -261,29 +261,30 @@ def plot_samples(dataset: ChestXrayDataset, *, per_class: int = 3, seed: int = 0
 
 
 def plot_heatmaps(
-    heatmaps: Heatmap | Sequence[Heatmap],
+    heatmaps: Heatmap | Iterable[Heatmap],
     *,
-    masks: Sequence[NDArray[np.bool_]] | None = None,
+    masks: Iterable[NDArray[np.bool_]] | None = None,
     columns: int = 4,
 ) -> Figure:
     """Return radiographs, and below each the same with its heat.
 
     Args:
-        heatmaps: One, or a list of at least one.
+        heatmaps: One, or a list or another iterable of at least one.
         masks: Lungs to outline, a list of ``(H, W)`` bool of the size of each image.
         columns: Most radiographs side by side, 1 to 8; up to four keep one size.
 
     Raises:
         TypeError, ValueError: If one is no heatmap, there is none, or columns or masks do not fit.
     """
-    heatmaps = [heatmaps] if isinstance(heatmaps, Heatmap) else heatmaps
+    heatmaps = [*heatmaps] if isinstance(heatmaps, Iterable) else [heatmaps]
     check_kinds(heatmaps, Heatmap, "grad_cam()")
     shapes = [heatmap.image.size[::-1] for heatmap in heatmaps]
     if not heatmaps or not 1 <= whole_number("columns", columns) <= 8:
         raise ValueError(
             f"a gallery needs heatmaps and columns in 1 to 8, got {len(heatmaps)} and {columns}"
         )
-    masks = None if masks is None else [np.asarray(mask) for mask in masks]
+    if masks is not None:  # whatever is no list of them has none of the shapes
+        masks = [np.asarray(mask) for mask in (masks if isinstance(masks, Iterable) else [masks])]
     if masks is not None and [mask.shape for mask in masks] != shapes:
         raise ValueError(f"masks must have the shapes of the images {shapes}, one for each")
     columns = min(columns, len(heatmaps))
