@@ -432,3 +432,12 @@ def test_masks_may_be_pictures_lists_or_come_one_by_one() -> None:
         drawn.append([path.vertices for path in figure.axes[1].collections[0].get_paths()])
     for other in drawn[1:]:
         np.testing.assert_array_equal(other, drawn[0])
+
+
+@pytest.mark.parametrize("size", [(60, 40), (60, 1), (1, 1)])
+def test_lungs_that_the_border_cuts_off_are_outlined_there_too(size: tuple[int, int]) -> None:
+    figure = plot_heatmaps([heatmap(size)], masks=[np.ones(size[::-1], bool)])
+    outline = figure.axes[1].collections[0].get_paths()[0].vertices
+    assert outline.min(0).tolist() == [-0.5, -0.5]
+    assert outline.max(0).tolist() == [size[0] - 0.5, size[1] - 0.5]
+    assert figure.axes[1].axis() == figure.axes[0].axis()

@@ -394,6 +394,8 @@ def _outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
     height, width = mask.shape
     right, left = axes.get_xlim()[1], axes.get_xlim()[0]
     bottom, top = axes.get_ylim()
-    x = left + (np.arange(width) + 0.5) / width * (right - left)
-    y = top + (np.arange(height) + 0.5) / height * (bottom - top)
-    axes.contour(x, y, mask, levels=[0.5], colors="white", linewidths=0.8)
+    x = left + (np.arange(-1, width + 1) + 0.5) / width * (right - left)
+    y = top + (np.arange(-1, height + 1) + 0.5) / height * (bottom - top)
+    # Within a frame of none, so that the outline is closed where lungs are cut off by the border.
+    axes.contour(x, y, np.pad(mask, 1), levels=[0.5], colors="white", linewidths=0.8)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
