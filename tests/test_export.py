@@ -370,6 +370,9 @@ def test_the_command_line_exports_and_shows_the_card(
     done = CliRunner().invoke(main, list(map(str, arguments)))
     assert done.exit_code == 0, done.output
     assert "# model.onnx" in done.output
+    (tmp_path / "none").mkdir()
+    done = CliRunner().invoke(main, [*map(str, arguments[:-1]), str(tmp_path / "none")])
+    assert f"images has none, got ['{tmp_path / 'none'}']; leave it out" in done.output
     assert json.loads((tmp_path / "out" / "card.json").read_text())["parity"]["images"] == 4
 
 

@@ -269,8 +269,12 @@ def test_wrong_arguments_are_named_before_anything_is_computed(
     checkpoint: Path, images: Path, tmp_path: Path
 ) -> None:
     dataset, out = FolderDataset(images), tmp_path / "out"
-    with pytest.raises(ValueError, match="calibration has no images; some 200"):
+    with pytest.raises(ValueError, match=r"calibration has no images; some 200 .* got \[\]"):
         quantize(checkpoint, [], evaluation=dataset, output=out)
+    (empty := tmp_path / "empty").mkdir()
+    arguments = ["--model", checkpoint, "--data", images, "--calibration", empty, "--output", out]
+    done = CliRunner().invoke(main, ["quantize", *map(str, arguments)])
+    assert f"some 200 radiographs are needed, got ['{empty}']" in done.output
     with pytest.raises(ValueError, match="positive and all labels must be among"):
         quantize(checkpoint, images, evaluation=dataset, output=out, positive="flu")
     one = dataset.filter(lambda sample: sample.label == "normal")

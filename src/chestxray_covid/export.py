@@ -180,7 +180,7 @@ def _pixels(images: Any, config: ModelConfig) -> NDArray[np.uint8]:
         images = SyntheticChestXray(_PHANTOMS)
     found = [read(image, config.preprocess)[0] for image in expand(images)]
     if not found:
-        raise ValueError("images has none; leave it out to compare on phantoms")
+        raise ValueError(f"images has none, got {images}; leave it out to compare on phantoms")
     return np.stack(found)
 
 

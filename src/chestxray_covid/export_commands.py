@@ -42,7 +42,7 @@ def export(images: tuple[Path, ...], model: str | None, kind: str, output: Path)
     """
     from chestxray_covid.export import export_model
 
-    place = export_model(model, output, format=kind, images=list(images) or None)
+    place = export_model(model, output, format=kind, images=[*map(str, images)] or None)
     click.echo((place / "README.md").read_text(encoding="utf-8"))
     click.echo(f"Everything is in {place}.")
 
@@ -74,6 +74,6 @@ def quantize(
     classes = load_config(folder).classes
     parts = [open_dataset(path, classes=classes) for path in data]
     evaluation = parts[0] if len(parts) == 1 else concatenate(parts)
-    report = quantise(model, list(calibration), evaluation=evaluation, output=output)
+    report = quantise(model, [*map(str, calibration)], evaluation=evaluation, output=output)
     carry_split(model, output)
     click.echo(f"{report}\nThe checkpoint is in {output}.")

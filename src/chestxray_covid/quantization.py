@@ -152,7 +152,9 @@ def quantize(
     attachments = {name: load_attachment(folder, config, name) or b"" for name in others}
     pixels = [read(image, config.preprocess)[0] for image in expand(calibration)]
     if not pixels:
-        raise ValueError("calibration has no images; some 200 radiographs are needed")
+        raise ValueError(
+            f"calibration has no images; some 200 radiographs are needed, got {calibration}"
+        )
     network = fold(tensors, config.preprocess)
     largest = largest_values(network, list(rounded_results(network)), np.stack(pixels))
     int8 = Int8(largest=largest)
