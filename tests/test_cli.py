@@ -99,6 +99,16 @@ def test_help_names_the_commands_and_says_what_this_is_not() -> None:
     assert NOT_A_DEVICE in " ".join(shown.split())
 
 
+def test_help_says_of_every_option_what_it_is_for() -> None:
+    silent = [
+        (name, option.name)
+        for name, command in main.commands.items()
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help
+    ]
+    assert not silent
+
+
 def test_a_run_holds_everything_that_judging_it_needs(run: Path) -> None:
     names = {p.name for p in run.iterdir()}
     assert names == {

@@ -62,7 +62,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Audit a random sample of so many images, of each source and label its share.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the sample, the folds and the bootstrap.",
+)
 @click.option("--output", type=HomePath(dir_okay=False, path_type=Path), help="JSON report.")
 @REPORT
 @click.option("--strict", is_flag=True, help="Exit with status 1 unless the verdict is pass.")

@@ -115,7 +115,13 @@ NEW_CHECKPOINT = click.option(
     type=HomePath(file_okay=False, path_type=Path),
     help="Folder of the new checkpoint.",
 )
-BATCH = click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+BATCH = click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Images computed at once.",
+)
 
 
 def is_first_process() -> bool:
