@@ -825,6 +825,7 @@ def _named(*labels: str) -> ChestXrayDataset:
         ({"seed": 2**32}, "seed must be from 0 to 4294967294, got 4294967296"),
         ({"n_resamples": 0}, "n_resamples must be a whole number from 1 to 1,000,000"),
         ({"masks": lambda s: np.zeros((4, 4))}, r"masks must return \(H, W\) bool"),
+        ({"masks": lambda s: "m.png"}, r"masks must return \(H, W\) bool or None, got \(\) <U5"),
         (
             {"masks": "masks/"},
             "masks must be a function that returns the lungs of a sample, got 'm",
@@ -888,6 +889,9 @@ def test_masks_are_the_users_then_the_annotated_ones_then_the_networks(tmp_path:
         assert found[i][network].all()
     own = find_lungs(data, lambda s: ~drawn, batch_size=3, progress=False)
     assert all(region is not None and region.mean() > 0.9 for region in own)
+    for convert in (Image.fromarray, np.ndarray.tolist):
+        same = find_lungs(data, lambda s, c=convert: c(~drawn), batch_size=3, progress=False)
+        assert np.array_equal(same, own)
     with pytest.raises(ValueError, match="the pixels are of 64 px, not 224"):
         data.as_dataset(replace(PREPROCESS, size_px=224))
 

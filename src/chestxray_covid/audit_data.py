@@ -247,14 +247,15 @@ def find_lungs(
         for batch in in_batches(range(len(data.samples)), batch_size):
             drawn = {}
             for i in batch:
-                mask = known(data.samples[i])
-                if mask is not None and (mask.ndim != 2 or mask.dtype != np.bool_):
+                if (mask := known(data.samples[i])) is None:
+                    continue
+                mask = np.asarray(mask)  # a picture or lists, too
+                if mask.ndim != 2 or mask.dtype != np.bool_:
                     raise ValueError(
                         f"masks must return (H, W) bool or None, got {mask.shape} {mask.dtype} for "
                         f"{data.samples[i].path}"
                     )
-                if mask is not None:
-                    drawn[i] = mask
+                drawn[i] = mask
             unknown = [i for i in batch if i not in drawn]
             images = [Image.fromarray(data.pixels[i, 0]) for i in unknown]
             drawn.update(zip(unknown, segment(images, batch_size=batch_size), strict=True))
