@@ -123,8 +123,10 @@ def test_a_mask_may_be_whatever_becomes_an_array(
 
 
 def test_a_mask_of_another_size_is_refused(model: Classifier, phantoms: SyntheticChestXray) -> None:
-    with pytest.raises(ValueError, match=r"mask must be \(96, 96\) bool like the image"):
-        lung_heat(model, phantoms, masks=lambda _: np.ones((10, 10), bool))
+    which = phantoms.samples[1]
+    expected = rf"masks returned for {which.path}: mask must be \(96, 96\) bool like the image"
+    with pytest.raises(ValueError, match=expected):
+        lung_heat(model, phantoms, masks=lambda s: np.ones((10, 10), bool) if s is which else None)
 
 
 def test_impossible_resampling_is_refused_before_anything_is_computed(

@@ -103,7 +103,10 @@ def lung_heat(
     for sample, group, heatmap in zip(dataset.samples, groups, shown, strict=True):
         drawn = known(sample)
         mask = segment(heatmap.image) if drawn is None else np.asarray(drawn)
-        share, area = heatmap.share_inside(mask), float(mask.mean())
+        try:
+            share, area = heatmap.share_inside(mask), float(mask.mean())
+        except ValueError as error:
+            raise ValueError(f"masks returned for {sample.path}: {error}") from error
         without_lungs += not area
         without_heat += bool(area) and share != share
         if area and share == share:
