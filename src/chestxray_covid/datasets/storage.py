@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import chain, zip_longest
-from operator import itemgetter
 from pathlib import Path
 
 from chestxray_covid.errors import (
@@ -244,6 +243,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) 
 def numbered_rows(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows of an open CSV, its header too, and the number of the line each begins in.
 
+    Empty lines are passed over, also before the header, where GitHub's web pages have some.
     A quote that nobody doubled makes a cell of all that follows, up to the next quote.
 
     Raises:
@@ -254,10 +254,9 @@ def numbered_rows(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     try:
         for row in reader:
             if reader.line_num > line and _holds_rows(row, width):
-                raise csv.Error(
-                    f"a cell holds {reader.line_num - line} more rows, or what looks so"
-                )
-            yield line, row
+                raise csv.Error(f"a cell holds {reader.line_num - line} more rows, or seems to")
+            if row:
+                yield line, row
             line, width = reader.line_num + 1, width or len(row)
     except csv.Error as error:
         raise csv.Error(
@@ -299,7 +298,7 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
             refuse_repeated(table, names)
             width, path = len(names), names.index("path") if "path" in names else None
             has_unnamed = "" in names
-            for line, row in filter(itemgetter(1), rows):  # without empty lines
+            for line, row in rows:
                 if len(row) > width and any(map(str.strip, row[width:])):
                     raise DatasetError(
                         f"{table}, line {line}: {len(row)} cells, but the header has "
@@ -375,11 +374,12 @@ def likely_cause(table: Path, names: Sequence[str]) -> str:
     head = "".join(names)
     if head.startswith(("PK\3\4", "\udcd0\udccf\x11", "PAR1")):  # the second of Excel until 2003
         return " It is a workbook or Parquet, which is no text: save the table as CSV."
+    if head.lstrip().startswith("<"):
+        return " It is an HTML or XML page: download the raw file, not its web page."
     if "\0" in head:
         return " It seems to be UTF-16: save it as UTF-8."
-    for mark in (";", "\t"):
-        if len(names) == 1 and mark in head:
-            return f" Its cells are separated by {mark!r}: save it with commas."
+    if len(names) == 1 and (mark := next((m for m in ";\t" if m in head), "")):
+        return f" Its cells are separated by {mark!r}: save it with commas."
     if table.name in {"metadata.csv", "data.csv"}:
         return " If it belongs to a public collection, pass its folder."
     return ""
