@@ -36,6 +36,7 @@ from chestxray_covid import (
 from chestxray_covid.card import compose, decisions, model_card
 from chestxray_covid.checkpoint import load_checkpoint, load_config, save_checkpoint
 from chestxray_covid.errors import CheckpointError, ConfigError, ReportError
+from chestxray_covid.evaluation import evaluate_probabilities
 from chestxray_covid.models import to_tensors
 from chestxray_covid.publish import push
 from chestxray_covid.reporting import markdown_text
@@ -846,8 +847,67 @@ def test_the_bytes_that_were_verified_are_those_that_are_published(
     run_python(MEANWHILE, hub_environment(server, tmp_path / "home"), copied)
     assert (copied / "model.safetensors").read_bytes() == b"{}"
     found = published(server, "user/meanwhile")
-    for name in ("config.json", "model.safetensors", "gate.json", "evaluation.json", "audit.json"):
+    for name in ("config.json", "model.safetensors", "gate.json", "audit.json"):
         assert found[name] == (run / name).read_bytes(), name
+    told, own = (
+        json.loads(data)
+        for data in (found["evaluation.json"], (run / "evaluation.json").read_bytes())
+    )
+    assert {**told, "predictions": None} == {**own, "predictions": None}
+    assert told["predictions"]["p_covid19"] == own["predictions"]["p_covid19"]
+
+
+PATIENTS = ["MRN-7001", "MRN-7001", "MRN-7002", "MRN-7003", "MRN-7001", "MRN-7004"]
+
+
+def test_no_patient_is_named_in_what_is_published(
+    copied: Path, server: HubServer, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    own = evaluate_probabilities(
+        [LABELS[i % 3] for i in range(6)],
+        rng.dirichlet((1, 1, 1), 6),
+        classes=LABELS,
+        patients=PATIENTS,
+        sources=["clinic"] * 4 + ["practice"] * 2,
+        views=["PA"] * 6,
+        groups=PATIENTS,
+        ids=[f"DOE_Jane_{i // 2 * 2}.dcm" for i in range(6)],
+        n_resamples=20,
+    )
+    excluded = {"folder outside the classes (DOE_Jane)": 2, "label outside the classes (DOE)": 1}
+    excluded |= {"folder outside the classes (ROE_Richard)": 3}
+    excluded |= {"label outside the classes (pneumonia)": 5, "no patient_id": 1}
+    weights = load_config(copied).weights_sha256
+    report = replace(own, excluded=excluded, model={"weights_sha256": weights})
+    report.save(copied / "evaluation.json")
+    before = (copied / "evaluation.json").read_bytes()
+    environment = hub_environment(server, tmp_path / "home")
+    run_python(OPTIONS, environment, copied, json.dumps([{"repo_id": "user/nameless"}]))
+    assert (copied / "evaluation.json").read_bytes() == before
+
+    files = published(server, "user/nameless")
+    for name, data in files.items():
+        assert not re.search(rb"DOE|ROE|MRN|7001", data) or name == "model.safetensors", name
+    (tmp_path / "evaluation.json").write_bytes(files["evaluation.json"])
+    told = EvaluationReport.load(tmp_path / "evaluation.json")
+    assert told.excluded == {
+        "folder outside the classes": 5,
+        "label outside the classes": 1,
+        "label outside the classes (pneumonia)": 5,
+        "no patient_id": 1,
+    }
+    assert own.predictions is not None
+    assert told.predictions is not None
+    kept = [c for c in own.predictions if c not in ("id", "patient_id", "patient_group")]
+    assert told.predictions[kept].equals(own.predictions[kept])
+    numbers = [text.rpartition("-")[2] for text in told.predictions["patient_id"]]
+    assert numbers == ["0", "0", "1", "2", "3", "4"], "a number is of a patient of a source"
+    assert list(told.predictions["patient_group"]) == ["0", "0", "1", "2", "0", "3"]
+    images = [text.rpartition("-")[2] for text in told.predictions["id"]]
+    assert images == ["0", "0", "1", "2", "3", "4"], "an image that is listed twice is one"
+    assert told.roc_curve().area == own.roc_curve().area
+    assert told.reliability().ece == own.reliability().ece
 
 
 def test_a_branch_a_proposal_and_a_private_repository(

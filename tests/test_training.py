@@ -30,6 +30,7 @@ from chestxray_covid import (
     Classifier,
     ConfoundingWarning,
     EpochRecord,
+    FolderDataset,
     History,
     Preprocess,
     Split,
@@ -872,6 +873,24 @@ def test_the_batch_that_fits_is_found_once_and_recorded(split: Split, tmp_path: 
     assert provenance["training"]["batch_size"] == 16
     finished = Trainer(network(), split.train, split.val, config, output=tmp_path)
     assert finished.fit(resume=True) == history
+
+
+def test_a_checkpoint_names_no_folder_that_was_left_out(tmp_path: Path) -> None:
+    drawn = SyntheticChestXray(12, image_size_px=64)
+    for folder in ("normal", "covid19", "DOE_Jane_1954"):
+        (tmp_path / "clinic" / folder).mkdir(parents=True)
+    for i, sample in enumerate(drawn.samples):
+        name = f"{sample.patient_id}_{i}.png"
+        drawn.image(i).save(tmp_path / "clinic" / sample.label / name)
+        drawn.image(i).save(tmp_path / "clinic" / "DOE_Jane_1954" / name)
+    data = FolderDataset(tmp_path / "clinic")
+    assert data.report().dropped == {"folder outside the classes (DOE_Jane_1954)": 12}
+    parts = split_by_patient(data, val=0.5, test=0)
+    config = replace(QUICK, epochs=1, samples_per_epoch=6)
+    Trainer(network(), parts.train, parts.val, config, output=tmp_path / "run").fit()
+    told = load_checkpoint(tmp_path / "run")[0].provenance["train"]
+    assert told["dropped"]["folder outside the classes"] == 12
+    assert "DOE" not in (tmp_path / "run" / "config.json").read_text()
 
 
 def test_frozen_blocks_keep_weights_and_statistics(split: Split, tmp_path: Path) -> None:

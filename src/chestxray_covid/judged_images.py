@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid import metrics as m
+from chestxray_covid.intervals import group_codes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,6 +153,21 @@ def share_patients(one: pd.DataFrame, other: pd.DataFrame) -> bool:
     """Return whether a patient of a source is in both."""
     pairs = [set(zip(t["source"], t["patient_id"], strict=True)) for t in (one, other)]
     return not pairs[0].isdisjoint(pairs[1])
+
+
+def without_names(table: pd.DataFrame) -> pd.DataFrame:
+    """Return predictions in which images and patients are numbered, in order, and have no names.
+
+    Rows of one image, or one patient, stay rows of one. Before a number stands a digest of labels
+    and probabilities, so that images of different reports are not taken for the same.
+    """
+    told = table.drop(columns=[name for name in IDENTITY if name != "label"]).to_csv(index=False)
+    mark, changed = hashlib.sha256(told.encode()).hexdigest()[:8], table.copy()
+    for name, of in (("patient_id", _IMAGE[:2]), ("id", _IMAGE[:3])):
+        codes = group_codes(table[of].itertuples(index=False, name=None))
+        changed[name] = [f"{mark}-{code}" for code in codes]
+    changed["patient_group"] = [str(code) for code in group_codes(table["patient_group"])]
+    return changed
 
 
 def read_predictions(data: Mapping[str, Any], classes: tuple[str, ...]) -> pd.DataFrame:

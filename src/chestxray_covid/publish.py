@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from chestxray_covid.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from chestxray_covid.datasets.labels import nameless
 from chestxray_covid.datasets.web import clean_token
 from chestxray_covid.errors import ReportError
 from chestxray_covid.files import expanded, write_files
 from chestxray_covid.hub_cache import hub_errors, request_headers
+from chestxray_covid.judged_images import without_names
 from chestxray_covid.results import JUDGED, RESULTS, Results, read_file, read_results
 
 CARD_NAME = "README.md"
@@ -92,6 +95,10 @@ def push(
     wrote or changed is published as it is; otherwise it is made from the results. Results of an
     earlier commit that the folder does not hold are deleted, since they may be of other weights.
 
+    No patient is named: in the published ``evaluation.json`` images and patients are numbered, with
+    the rows of one patient under one number, and labels and folders that were left out have no
+    names. The folder's own stays as it is.
+
     Args:
         folder: A checkpoint, for example the output of a training run.
         repo_id: ``"user/name"``, or a name alone for one of the token's account; made if missing.
@@ -119,7 +126,7 @@ def push(
     token = clean_token(token) if isinstance(token, str) else token
     source = expanded(folder)
     config, contents = read_checkpoint(source)
-    results = read_results(source, config)
+    results = _without_names(read_results(source, config))
     if not allow_unjudged:
         _require_judged(results)
     contents |= results.contents
@@ -148,6 +155,21 @@ def push(
             delete_patterns=[name for name in stale if name not in contents],
         )
     return str(commit.commit_url)
+
+
+def _without_names(results: Results) -> Results:
+    """Return results as they are published, without the names of patients and of their files."""
+    report = results.evaluation
+    if report is None:
+        return results
+    table = report.predictions
+    report = replace(
+        report,
+        predictions=None if table is None else without_names(table),
+        excluded=nameless(report.excluded),
+    )
+    contents = {**results.contents, "evaluation.json": report.to_json().encode()}
+    return replace(results, contents=contents, evaluation=report)
 
 
 def _require_judged(results: Results) -> None:

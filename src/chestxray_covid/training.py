@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.labels import nameless
 from chestxray_covid.datasets.loading import Loader, in_batches
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
 from chestxray_covid.files import expanded
@@ -329,16 +330,15 @@ class Trainer:
     def _save_best(self, record: EpochRecord) -> None:
         if not self._accelerator.is_main_process:
             return
-        # Without paths: this travels with the weights.
-        found = {"batch_size": self._batch_size, "precision": self._precision}
-        options = self.config.to_dict() | found | {"cache_dir": None}
-        data = {"train": self.train, "val": self.val}
+        # Without paths and names: this travels with the weights.
+        own = {"batch_size": self._batch_size, "precision": self._precision, "cache_dir": None}
+        data = ("train", self.train.report()), ("val", self.val.report())
         provenance = {
-            "training": options,
+            "training": self.config.to_dict() | own,
             "epoch": record.epoch,
             "identity": self._identity(),
             "sources": list(self.train.sources),
-            **{k: {**d.report().to_dict(), "root": ""} for k, d in data.items()},
+            **{k: replace(r, root="", dropped=nameless(r.dropped)).to_dict() for k, r in data},
         }
         config = ModelConfig(
             classes=self.train.classes, preprocess=self.config.preprocess, provenance=provenance

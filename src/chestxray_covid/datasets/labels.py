@@ -18,6 +18,9 @@ _NEGATIONS = frozenset({"no", "non", "not", "negative"})
 #: Signs that doubt or deny the word they are at: ``COVID?``, ``COVID (-)``.
 _DOUBTS = re.compile(r"[?!~¬]|[-−–—]\W*$")
 
+#: Why images were left out, with their label: whatever a folder, or a cell of a table, calls them.
+_OUTSIDE = re.compile(r"(\w+ outside the classes) \((.*)\)", re.DOTALL)
+
 
 def label_of_name(name: str, labels: Mapping[str, str], classes: Sequence[str]) -> str:
     """Return the label that a folder or a CSV means by a name."""
@@ -32,3 +35,19 @@ def promised_classes(classes: Sequence[str], labels: Collection[str]) -> Sequenc
     words = [set(re.findall("[a-z]+", name.lower())) for name in labels if name not in LABELS]
     likely = set[str]().union(*(w for w in words if w.isdisjoint(_NEGATIONS)))
     return [c for c in classes if c in labels or c.rstrip("0123456789") in likely] or classes
+
+
+def nameless(reasons: Mapping[str, int]) -> dict[str, int]:
+    """Return counts of why images were left out, without labels of other names than ours.
+
+    Such a label may be a free text, or a patient's folder: none is told where a model travels.
+
+    >>> nameless({"folder outside the classes (DOE_Jane)": 2, "no patient_id": 1})
+    {'folder outside the classes': 2, 'no patient_id': 1}
+    """
+    counts = dict[str, int]()
+    for reason, count in reasons.items():
+        found = _OUTSIDE.fullmatch(reason)
+        told = found[1] if found and found[2] not in (*LABELS, "empty") else reason
+        counts[told] = counts.get(told, 0) + count
+    return counts
