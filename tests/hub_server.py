@@ -88,6 +88,7 @@ class HubServer(LocalServer):
             (r"/api/models/([^/]+/[^/]+)/branch/([^/?]+)", self._branch),
             (r"/api/models/([^/]+/[^/]+)/tree/([^/?]+).*", self._tree),
             (r"/api/models/([^/]+/[^/]+)/commit/([^/?]+)(.*)", self._commit),
+            (r"/api/models/([^/]+/[^/?]+)", self._info),
         ):
             if match := re.fullmatch(pattern, request.path):
                 return answer(request, *match.groups())
@@ -158,6 +159,10 @@ class HubServer(LocalServer):
             return Reply(status=409)
         self.heads[repo, branch] = self.heads[repo, "main"]
         return _json({})
+
+    def _info(self, request: Request, repo: str) -> Reply:
+        sha = self.heads[repo, "main"]
+        return _json({"id": repo, "sha": sha, "private": repo in self.private, "siblings": []})
 
     def _tree(self, request: Request, repo: str, revision: str) -> Reply:
         files = self.commits[repo, self.heads.get((repo, revision), revision)]

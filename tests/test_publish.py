@@ -931,6 +931,38 @@ def test_a_branch_a_proposal_and_a_private_repository(
     assert "user/open" not in server.private
 
 
+PRIVATE = """
+import json, sys
+from chestxray_covid import Classifier
+from chestxray_covid.errors import DownloadError
+from chestxray_covid.publish import push
+found = []
+for private in (None, True):
+    for publish in (
+        lambda: push(sys.argv[1], "user/seen", token="hf_x", private=private),
+        lambda: Classifier.from_pretrained(sys.argv[1]).push_to_hub(
+            "user/seen", token="hf_x", private=private, branch="dev", commit_message="Second"
+        ),
+    ):
+        try:
+            found.append(publish())
+        except DownloadError as error:
+            found.append(str(error))
+print(json.dumps(found))
+"""
+
+
+def test_what_shall_be_private_is_not_published_where_all_can_see_it(
+    run: Path, server: HubServer, tmp_path: Path
+) -> None:
+    found = run_python(PRIVATE, hub_environment(server, tmp_path / "home"), run)
+    assert all("/commit/" in address for address in found[:2])
+    for message in found[2:]:
+        assert message.startswith("user/seen is public, expected a private repository; nothing was")
+        assert "publish without private=True (command line: --private)" in message
+    assert sum("user/seen/commit/" in r.path for r in server.requests) == 2
+
+
 @pytest.mark.slow
 def test_a_network_trained_on_phantoms_is_the_same_in_another_process(
     server: HubServer, tmp_path: Path

@@ -34,7 +34,9 @@ def models() -> None:
 @click.argument("run", type=HomePath(exists=True, file_okay=False, path_type=Path))
 @click.argument("repository")
 @click.option("--message", default=None, help="Of the commit.")
-@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option(
+    "--private", is_flag=True, help="Make a new repository private; a public one is refused."
+)
 @click.option("--branch", default=None, help="Instead of main.")
 @click.option("--create-pr", is_flag=True, help="Propose the commit instead of making it.")
 @click.option("--license", "licence", default=None, help="For the card, for example cc-by-4.0.")

@@ -23,7 +23,7 @@ from chestxray_covid.checkpoint import (
 )
 from chestxray_covid.datasets.labels import nameless
 from chestxray_covid.datasets.web import clean_token
-from chestxray_covid.errors import ReportError
+from chestxray_covid.errors import DownloadError, ReportError
 from chestxray_covid.files import expanded, write_files
 from chestxray_covid.hub_cache import hub_errors, request_headers
 from chestxray_covid.judged_images import without_names
@@ -103,7 +103,8 @@ def push(
         folder: A checkpoint, for example the output of a training run.
         repo_id: ``"user/name"``, or a name alone for one of the token's account; made if missing.
         commit_message: Of the commit.
-        private: Whether a new repository is private; the account's default if not given.
+        private: Whether a new repository is private; the account's default if not given. With
+            ``True`` nothing is published in a repository that is there and public.
         token: As for :func:`hub.resolve`.
         branch: Instead of ``main``.
         create_pr: Propose the commit instead of making it.
@@ -114,8 +115,9 @@ def push(
         CheckpointError: If the checkpoint is missing or damaged.
         ReportError: If ``evaluation.json`` or ``audit.json`` is missing, no report or of other
             weights, or somebody's own card states another licence.
-        DownloadError: If the Hub cannot be reached or says no; errors that have a name of their
-            own on the Hub come as they are, as from :func:`hub.resolve`.
+        DownloadError: If the Hub cannot be reached or says no, or the repository is public and a
+            private one is asked for; errors that have a name of their own on the Hub come as they
+            are, as from :func:`hub.resolve`.
         TypeError: If ``repo_id`` or ``license`` is no string.
         ValueError: If no header can hold ``token``.
     """
@@ -141,6 +143,12 @@ def push(
     with tempfile.TemporaryDirectory() as place, hub_errors(repo_id, "published"):
         request_headers(token)  # before a library shows a token that is none
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(repo).private:  # of one that was there, nobody asked
+            raise DownloadError(
+                f"{repo} is public, expected a private repository; nothing was published. Make it "
+                "private in its settings on the Hub, choose another name, or publish without "
+                "private=True (command line: --private)."
+            )
         if not card and repo != repo_id:  # the Hub put the account before it
             contents |= make_card(config, results, repo, license)
         write_files(Path(place), contents)
