@@ -196,6 +196,8 @@ def test_a_checkpoint_gets_the_temperature_and_the_threshold_of_the_validation_i
     patients = {s.patient_id for s in validation.samples}
     assert (report.n_images, report.n_patients) == (60, len(patients))
     assert f"Temperature {report.temperature:.4g}" in str(report)
+    foreign = replace(report, threshold_origin="a card\x1b[2J")  # of a checkpoint of somebody else
+    assert r"a card\x1b[2J." in str(foreign)
 
 
 def test_images_are_decoded_once(model: Path, validation: ChestXrayDataset, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -856,6 +857,24 @@ def test_errors_of_the_library_become_messages(
     no_model = call("predict", phantoms, "--model", tmp_path / "empty")
     assert no_model.exit_code == 1
     assert "config.json is missing" in no_model.output
+
+
+def test_no_name_in_an_error_steers_the_terminal(tmp_path: Path) -> None:
+    hostile = "\x1b]0;title\x07\x1b[2J"
+    rows = [f"{hostile}.png,{label},7" for label in ("covid", "normal")]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["path,label,patient_id", *rows]))
+    (tmp_path / f"{hostile}.png").write_bytes(b"")
+    (tmp_path / f"{hostile}.csv").write_text("path,label,patient_id\n")
+    for place, reason in (
+        (table, "lists .* twice"),
+        (tmp_path / f"{hostile}.csv", "has a header and no rows"),
+    ):
+        done = call("train", "--data", place, "--output", tmp_path / "o", *TRAIN)
+        assert done.exit_code == 1
+        assert re.search(reason, done.output)
+        assert r"\x1b]0;title\x07\x1b[2J" in done.output
+        assert all(c.isprintable() or c == "\n" for c in done.output)
 
 
 @pytest.mark.real_data

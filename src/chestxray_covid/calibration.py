@@ -21,6 +21,7 @@ from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.loading import decoder, pipeline
+from chestxray_covid.datasets.report import printable
 from chestxray_covid.engines import softmax
 from chestxray_covid.errors import real_number
 from chestxray_covid.files import expanded
@@ -73,7 +74,7 @@ class CalibrationReport:
             f"Temperature {self.temperature:.4g}, chosen on {self.n_images} images of "
             f"{self.n_patients} patients: expected calibration error {self.ece_before:.3f} before, "
             f"{self.ece_after:.3f} after, on the same images.",
-            f"Threshold {self.threshold!r}: {self.threshold_origin}.",
+            f"Threshold {self.threshold!r}: {printable(self.threshold_origin)}.",
         ]
         return "\n".join([*lines, *([self.caution] if self.caution else [])])
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from chestxray_covid._version import NOT_A_DEVICE as NOT_A_DEVICE
+from chestxray_covid.datasets.report import printable_lines
 from chestxray_covid.errors import CheckpointError, ChestXrayError, TrainingInterrupted
 from chestxray_covid.files import check_replaceable, expanded, is_folder
 
@@ -153,7 +154,8 @@ def translated(command: Command) -> Command:
             if getattr(error, "errno", None) == errno.EPIPE:
                 raise  # of "| head": whoever reads has enough, and click ends without a word
             notes = [str(error), *getattr(error, "__notes__", ())]
-            raise click.ClickException("\n".join(notes)) from error
+            # A name from data is not to steer a terminal.
+            raise click.ClickException(printable_lines("\n".join(notes))) from error
 
     return run  # type: ignore[return-value]
 
