@@ -40,6 +40,30 @@ def test_a_damaged_file_counts_as_none(folder: Path, damage: bytes) -> None:
     assert load_compiled(*KEY) == DATA
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="modes say nothing there")
+def test_a_file_that_another_user_may_write_counts_as_none(folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        keep_compiled(DATA, *KEY)
+    finally:
+        os.umask(before)
+    file = next(folder.iterdir())
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert load_compiled(*KEY) == DATA
+    for mode in (0o620, 0o602):
+        file.chmod(mode)
+        assert load_compiled(*KEY) is None, oct(mode)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="chown takes root")
+def test_a_file_that_another_user_made_counts_as_none(folder: Path) -> None:
+    keep_compiled(DATA, *KEY)
+    os.chown(next(folder.iterdir()), 12345, 12345)
+    assert load_compiled(*KEY) is None
+    keep_compiled(DATA, *KEY)
+    assert load_compiled(*KEY) == DATA
+
+
 def test_only_the_latest_files_stay(folder: Path) -> None:
     for number in range(MAX_FILES + 3):
         keep_compiled(DATA, number)

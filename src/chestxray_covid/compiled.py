@@ -41,10 +41,13 @@ def cache_folder() -> Path:
 def load_compiled(*key: object) -> bytes | None:
     """Return what was kept under a key; ``None`` if nothing was, or it cannot be read.
 
-    A damaged file counts as none: every file begins with the SHA-256 of what follows.
+    A damaged file counts as none: every file begins with the SHA-256 of what follows. So does one
+    that another user made or may write, since a compiled model is run like a program.
     """
     try:
         with (cache_folder() / _name(key)).open("rb") as file:
+            if not _is_own(os.fstat(file.fileno())):
+                return None
             digest, data = file.read(_DIGEST_BYTES), file.read()
     except (OSError, RuntimeError, ValueError):
         return None
@@ -61,11 +64,19 @@ def keep_compiled(data: bytes, *key: object) -> None:
         folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_files(folder, {_name(key): hashlib.sha256(data).digest() + data})
+        (folder / _name(key)).chmod(0o600)  # whatever the umask lets others do
         kept = sorted(folder.glob("*.compiled"), key=lambda path: path.stat().st_mtime)
         for path in kept[:-MAX_FILES]:
             path.unlink(missing_ok=True)
     except (OSError, RuntimeError, ValueError):
         return
+
+
+def _is_own(found: os.stat_result) -> bool:
+    """Return whether a file is this user's, or the system's, and no other user may write it."""
+    if sys.platform == "win32":
+        return True  # its modes say nothing of others
+    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & 0o022
 
 
 def _name(key: tuple[object, ...]) -> str:
