@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from itertools import chain, zip_longest
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 
 from chestxray_covid.errors import (
@@ -362,7 +362,7 @@ def refuse_repeated(table: Path, names: Sequence[str]) -> None:
     Raises:
         DatasetError: If it has not.
     """
-    if again := sorted({name for name in names if name and names.count(name) > 1}):
+    if again := sorted({a for a, b in pairwise(sorted(names)) if a and a == b}):
         raise DatasetError(
             f"{table} has more than one column {again}, and nothing says which is right. Remove "
             "or rename the others."
