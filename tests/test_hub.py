@@ -211,6 +211,16 @@ def test_a_subfolder_leads_nowhere_else(subfolder: str) -> None:
         resolve(REPO, subfolder=subfolder)
 
 
+@pytest.mark.parametrize(
+    "revision", ["../../evil", "..", "a/../../b", "/etc/x", "a//b", "x\0", "\n"]
+)
+def test_a_revision_is_no_path_out_of_the_cache(revision: str) -> None:
+    with pytest.raises(
+        ValueError, match='revision must be a branch, tag or commit, such as "main"'
+    ):
+        resolve(REPO, revision=revision)
+
+
 @pytest.mark.parametrize("option", [{"revision": 1.0}, {"subfolder": Path("sub")}])
 @pytest.mark.parametrize("name", [None, REPO])
 def test_a_revision_and_a_subfolder_are_text(name: str | None, option: dict[str, Any]) -> None:

@@ -68,8 +68,9 @@ def resolve(
         ConfigError: If ``config.json`` on the Hub is not one of this library.
         DownloadError: If a file cannot be fetched or written.
         IntegrityError: If a file has other bytes than its hash says, after one more download.
-        ValueError: If ``subfolder`` leads elsewhere, a bundled model is wanted by ``revision`` or
-            ``subfolder``, or no header can hold ``token``.
+        ValueError: If ``subfolder`` leads elsewhere, no branch can have the name ``revision``, a
+            bundled model is wanted by ``revision`` or ``subfolder``, or no header can hold
+            ``token``.
         TypeError: If it is neither text nor a path, for example a classifier, or ``revision`` or
             ``subfolder`` is no text.
         huggingface_hub.errors.HfHubHTTPError: In person: ``RepositoryNotFoundError``,
@@ -85,6 +86,12 @@ def resolve(
             raise TypeError(f"{argument} must be a string, got {value!r}")
     if subfolder and (problem := path_problem(subfolder)):
         raise ValueError(f"subfolder {problem}: {subfolder!r}")
+    if revision and not (
+        revision.isprintable() and {"", ".", ".."}.isdisjoint(revision.split("/"))
+    ):
+        raise ValueError(  # the cache has a file of this name, which must lie in it
+            f'revision must be a branch, tag or commit, such as "main", got {revision!r}'
+        )
     if name_or_path is None or _is_bundled(name_or_path):
         if revision or subfolder:
             raise ValueError(
