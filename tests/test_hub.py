@@ -212,12 +212,10 @@ def test_a_subfolder_leads_nowhere_else(subfolder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "revision", ["../../evil", "..", "a/../../b", "/etc/x", "a//b", "x\0", "\n"]
+    "revision", ["../../evil", "..", "a/../../b", "/etc/x", r"..\x", "a//b", "x\0", "\n"]
 )
 def test_a_revision_is_no_path_out_of_the_cache(revision: str) -> None:
-    with pytest.raises(
-        ValueError, match='revision must be a branch, tag or commit, such as "main"'
-    ):
+    with pytest.raises(ValueError, match=r"^revision (has a part|is absolute|holds)"):
         resolve(REPO, revision=revision)
 
 

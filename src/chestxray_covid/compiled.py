@@ -15,6 +15,8 @@ CACHE_VARIABLE = "CHESTXRAY_COVID_CACHE"
 #: Most files that are kept, the latest: one has some 30 MB.
 MAX_FILES = 8
 _DIGEST_BYTES = 32
+#: Group and others may write.
+_WRITABLE = 0o022
 
 
 def cache_folder() -> Path:
@@ -64,7 +66,8 @@ def keep_compiled(data: bytes, *key: object) -> None:
         folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_files(folder, {_name(key): hashlib.sha256(data).digest() + data})
-        (folder / _name(key)).chmod(0o600)  # whatever the umask lets others do
+        place = folder / _name(key)
+        place.chmod(place.stat().st_mode & ~_WRITABLE)  # whatever the umask lets others do
         kept = sorted(folder.glob("*.compiled"), key=lambda path: path.stat().st_mtime)
         for path in kept[:-MAX_FILES]:
             path.unlink(missing_ok=True)
@@ -76,7 +79,7 @@ def _is_own(found: os.stat_result) -> bool:
     """Return whether a file is this user's, or the system's, and no other user may write it."""
     if sys.platform == "win32":
         return True  # its modes say nothing of others
-    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & 0o022
+    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & _WRITABLE
 
 
 def _name(key: tuple[object, ...]) -> str:

@@ -84,14 +84,10 @@ def resolve(
     for argument, value in (("revision", revision), ("subfolder", subfolder)):
         if not isinstance(value, str | None):  # a tag that YAML took for a number, a Path
             raise TypeError(f"{argument} must be a string, got {value!r}")
-    if subfolder and (problem := path_problem(subfolder)):
-        raise ValueError(f"subfolder {problem}: {subfolder!r}")
-    if revision and not (
-        revision.isprintable() and {"", ".", ".."}.isdisjoint(revision.split("/"))
-    ):
-        raise ValueError(  # the cache has a file of this name, which must lie in it
-            f'revision must be a branch, tag or commit, such as "main", got {revision!r}'
-        )
+    # The cache has a file named after the revision, too, which must lie in it.
+    for argument, value in (("revision", revision), ("subfolder", subfolder)):
+        if value and (problem := path_problem(value)):
+            raise ValueError(f"{argument} {problem}: {value!r}")
     if name_or_path is None or _is_bundled(name_or_path):
         if revision or subfolder:
             raise ValueError(
