@@ -392,8 +392,7 @@ def _show(axes: Axes, picture: Any) -> None:
 
 def _outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
     height, width = mask.shape
-    right, left = axes.get_xlim()[1], axes.get_xlim()[0]
-    bottom, top = axes.get_ylim()
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     x = left + (np.arange(-1, width + 1) + 0.5) / width * (right - left)
     y = top + (np.arange(-1, height + 1) + 0.5) / height * (bottom - top)
     # Within a frame of none, so that the outline is closed where lungs are cut off by the border.
