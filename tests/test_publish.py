@@ -284,6 +284,19 @@ def test_a_part_of_the_classes_is_saved_without_results_of_the_whole(
         part.push_to_hub("user/part")
 
 
+def test_what_eight_bits_moved_is_saved_with_the_classes_that_it_was_measured_on(
+    run: Path, tmp_path: Path
+) -> None:
+    attachments = {"gate.json": b"{}", "int8.json": b"{}"}
+    save_checkpoint(tmp_path / "whole", *load_checkpoint(run), attachments)
+    for name, classes in (("same", None), ("part", ("normal", "covid19"))):
+        whole = Classifier.from_pretrained(tmp_path / "whole", classes=classes)
+        whole.save_pretrained(tmp_path / name)
+    assert set(load_config(tmp_path / "same").attachments) == {"gate.json", "int8.json"}
+    assert set(load_config(tmp_path / "part").attachments) == {"gate.json"}
+    assert not (tmp_path / "part" / "int8.json").exists()
+
+
 def test_a_card_that_cannot_be_made_leaves_nothing_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from chestxray_covid.engines import softmax
 from chestxray_covid.errors import real_number
 from chestxray_covid.files import expanded
 from chestxray_covid.hub import resolve
-from chestxray_covid.int8 import INT8_NAME
+from chestxray_covid.int8 import INT8_NAME, REPORT_NAME
 from chestxray_covid.metrics import (
     check_labels,
     check_lengths,
@@ -41,7 +41,7 @@ from chestxray_covid.subgroups import SMALL
 _TEMPERATURES = (0.05, 20.0)
 _MAX_TEMPERATURE = 1e6
 #: What eight bits move was measured with the probabilities of before: :func:`quantize` again.
-_OF_INT8 = (INT8_NAME, "int8.json")
+_OF_INT8 = (INT8_NAME, REPORT_NAME)
 _SIDES = ("covid19", "normal")
 
 

@@ -28,6 +28,8 @@ from chestxray_covid.graph import PIXELS, Network, Step
 from chestxray_covid.tensors import read_tensors
 
 INT8_NAME = "int8.safetensors"
+#: What it moved when a model was computed in eight bits, see :mod:`quantization`.
+REPORT_NAME = "int8.json"
 #: Largest whole number of a weight.
 _LARGEST_WEIGHT = 127
 #: Smallest share of a layer's largest value by which a channel is divided: a channel that was

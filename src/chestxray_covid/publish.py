@@ -26,6 +26,7 @@ from chestxray_covid.datasets.web import clean_token
 from chestxray_covid.errors import DownloadError, ReportError
 from chestxray_covid.files import expanded, write_files
 from chestxray_covid.hub_cache import hub_errors, request_headers
+from chestxray_covid.int8 import REPORT_NAME
 from chestxray_covid.judged_images import without_names
 from chestxray_covid.results import JUDGED, RESULTS, Results, read_file, read_results
 
@@ -48,8 +49,8 @@ def export(
         folder: Made if missing. A card that is there stays, unless it was generated.
         config: Its config.
         tensors: Its weights.
-        origin: Folder that it was loaded from. Its attachments go along, and its results if the
-            classes are still the same.
+        origin: Folder that it was loaded from. Its attachments go along; its results, and what
+            eight bits moved, if the classes are still the same.
         own: Attachments that are at hand, name → content, whatever the origin has.
         card: Write a card if there is none, and the origin's is not somebody's own, which goes
             along if the classes are still the same; without it :func:`push` makes all others.
@@ -62,9 +63,10 @@ def export(
     """
     attachments, results, made = {}, Results(contents={}), dict[str, bytes]()
     if origin is not None:
-        for name in config.attachments:
+        whole = load_config(origin).classes == config.classes
+        for name in {*config.attachments} - (set() if whole else {REPORT_NAME}):
             attachments[name] = load_attachment(origin, config, name) or b""
-        if load_config(origin).classes == config.classes:
+        if whole:
             results = read_results(origin, config)
             made = _own_card(origin)
     config_text(config)  # a provenance that is no JSON has a message of its own

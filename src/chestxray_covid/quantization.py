@@ -23,11 +23,10 @@ from chestxray_covid.files import expanded
 from chestxray_covid.graph import fold
 from chestxray_covid.hub import resolve
 from chestxray_covid.inputs import expand, read
-from chestxray_covid.int8 import INT8_NAME, Int8, rounded_results
+from chestxray_covid.int8 import INT8_NAME, REPORT_NAME, Int8, rounded_results
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
 from chestxray_covid.judged_images import default_positive
 
-REPORT_NAME = "int8.json"
 #: Largest change of an AUROC with which a quantised model is accepted.
 MAX_AUROC_CHANGE = 0.005
 _BATCH = 64
