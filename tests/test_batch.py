@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -316,6 +317,27 @@ def test_a_run_whose_parts_another_has_taken_says_so(
         predict_files(images, place, classifier=clf, shard_size=5)
     assert len(rows_of(output)) == FILES
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_runs_of_one_process_number_do_not_write_into_each_others_table(tmp_path: Path) -> None:
+    """As two containers that share a folder have it: in each the run is process 1."""
+    folder, output = tmp_path / ".o.csv.parts", tmp_path / "o.csv"
+    folder.mkdir()
+    options: dict[str, Any] = {"classes": ("a", "b"), "shard_size": 1}
+    one, other = (ShardedTable(output, model=model, **options) for model in ("one", "other"))
+    (folder / "head").write_bytes(b"of one\n")
+    os.mkfifo(folder / "slow")  # a part that its storage is slow to give
+    (folder / "whole").write_bytes(b"of the other\n")
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(one.complete, ["head", "slow"])
+        with (folder / "slow").open("wb") as slow:  # waits until it is read
+            other.complete(["whole"])
+            slow.write(b"of one, late\n" * 100)
+        with pytest.raises(DatasetError, match=r"o\.csv is being written by another run"):
+            found.result(timeout=60)
+    assert output.read_text().splitlines()[1:] == ["of the other"]
+    assert [*tmp_path.iterdir()] == [output]
 
 
 @pytest.mark.parametrize("is_full", [False, True])

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -172,8 +173,9 @@ class ShardedTable:
     def _joined(self, names: Sequence[str]) -> dict[str, str]:
         failed: dict[str, str] = {}
         output = Path(self.output)
-        # In the folder that goes in the end, so that nothing of it stays after a kill either.
-        partial = Path(self._folder, f".{output.name}.{os.getpid()}.partial")
+        # In the folder that goes in the end, so that nothing of it stays after a kill either. Not
+        # named by the process alone: in containers, two that share the folder are both number 1.
+        partial = Path(self._folder, f".{output.name}.{secrets.token_hex(4)}.partial")
         try:
             with partial.open("wb") as file:
                 file.write(self._format.head(self._classes))
