@@ -43,6 +43,7 @@ from chestxray_covid.errors import (
 from chestxray_covid.explain import grad_cam
 from chestxray_covid.export import export_model
 from chestxray_covid.image import Preprocess, load_image
+from chestxray_covid.models import to_tensors
 from chestxray_covid.prediction import FailedPrediction, Prediction
 from conftest import random_checkpoint, random_tensors
 
@@ -144,6 +145,17 @@ def test_probabilities_are_those_of_torchvision(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["a state", "a network", "a list"])
+def test_weights_that_are_no_arrays_are_refused_with_what_to_pass(
+    clf: Classifier, kind: str
+) -> None:
+    network = torchvision.models.densenet121(weights=None, num_classes=3)
+    given: Any = {"a state": network.state_dict(), "a network": network, "a list": [1.0]}[kind]
+    with pytest.raises(TypeError, match=r"names to NumPy arrays, got .*to_tensors\(network\)"):
+        Classifier(clf.config, given)
+    assert Classifier(clf.config, to_tensors(network), engine="torch").classes == clf.classes
+
+
 def test_three_ways_of_asking_agree_on_two_hundred_images(small: Classifier) -> None:
     batch = noise(200, 32)
     table = small.predict_proba(batch)

@@ -21,17 +21,10 @@ from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError
 from chestxray_covid.files import expanded
 from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
 from chestxray_covid.hub import resolve
-from chestxray_covid.inputs import (
-    ReadImage,
-    expand,
-    expand_any,
-    hold,
-    is_single,
-    name_of,
-    read,
-)
+from chestxray_covid.inputs import ReadImage, expand, expand_any, hold, is_single, name_of, read
 from chestxray_covid.int8 import INT8_NAME, Int8
 from chestxray_covid.prediction import FailedPrediction, Prediction, raising
+from chestxray_covid.tensors import own_copy
 
 #: Name of an image, and its pixels or why there are none.
 _Decoded: TypeAlias = tuple[str, ReadImage | ChestXrayError]
@@ -59,6 +52,7 @@ class Classifier:
 
     Raises:
         CheckpointError: If the weights are no DenseNet-121 of these classes, or not finite.
+        TypeError: If they are no NumPy arrays by name, for example a network.
     """
 
     def __init__(
@@ -73,7 +67,7 @@ class Classifier:
         engine: str = "auto",
         precision: str = "auto",
     ) -> None:
-        tensors = {n: t.copy() if isinstance(t, np.ndarray) else t for n, t in tensors.items()}
+        tensors = own_copy(tensors)
         config = known(config, tensors)
         if classes is not None:
             config, tensors = restrict_classes(config, tensors, classes)

@@ -83,6 +83,22 @@ def read_tensors(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
     return tensors
 
 
+def own_copy(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return copies of arrays by name, since a network's own may train on.
+
+    Raises:
+        TypeError: If these are none, for example a network or torch's tensors of one.
+    """
+    arrays = tensors.values() if isinstance(tensors, Mapping) else [tensors]
+    for array in arrays:
+        if not isinstance(array, np.ndarray):
+            raise TypeError(
+                f"tensors must map names to NumPy arrays, got {type(array).__name__} as one. "
+                "Of a network, pass what chestxray_covid.models.to_tensors(network) gives."
+            )
+    return {name: array.copy() for name, array in tensors.items()}
+
+
 def check_tensors(tensors: Mapping[str, NDArray[Any]], num_classes: int, where: Path) -> None:
     """Raise unless the tensors are those of a DenseNet-121, with finite values.
 
