@@ -245,7 +245,7 @@ class Classifier:
     ) -> NDArray[np.float64]:
         """Return ``(N, K)`` probabilities, rows summing to 1, columns in the order of ``classes``.
 
-        Errors are those of :meth:`predict`.
+        Errors are those of :meth:`predict`; the gate is not asked, so that nothing abstains.
 
         Args:
             images: One image; or a list, a folder, a data set or a batch of them. A data set's
@@ -282,7 +282,8 @@ class Classifier:
 
         Returns:
             For one image a list of ``{"label": str, "score": float}`` by falling score, for
-            several a list of such lists. Errors are those of :meth:`predict`.
+            several a list of such lists. Errors are those of :meth:`predict`; the gate is not
+            asked, so that nothing abstains.
         """
         check_positive("top_k", top_k, optional=True)
         found = self.predict_proba(images, batch_size=batch_size)
