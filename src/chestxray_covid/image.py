@@ -98,7 +98,8 @@ def load_image(
         source: Path (``~`` is the home folder), encoded bytes, binary stream (a seekable one is
             read from its start), PIL image, array, torch tensor, or :class:`Sample` of a data set.
             Arrays are ``(H, W)``, ``(1, H, W)``, ``(H, W, 1)``, or have 3 (RGB) or 4 (RGBA)
-            channels first or last. Encoded: PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM. Of several
+            channels first or last; MONAI's have columns before rows: pass those transposed.
+            Encoded: PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM. Of several
             frames the first is used, of a PIL image the one that it was turned to. Pass colour of
             16 bits a channel before Pillow loads it, which keeps 8 of them.
         min_size: ``(width, height)`` in pixels that the caller needs. A larger JPEG may be decoded
