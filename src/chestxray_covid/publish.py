@@ -64,8 +64,9 @@ def export(
     attachments, results, made = {}, Results(contents={}), dict[str, bytes]()
     if origin is not None:
         whole = load_config(origin).classes == config.classes
-        for name in {*config.attachments} - (set() if whole else {REPORT_NAME}):
-            attachments[name] = load_attachment(origin, config, name) or b""
+        for name in config.attachments:
+            if whole or name != REPORT_NAME:
+                attachments[name] = load_attachment(origin, config, name) or b""
         if whole:
             results = read_results(origin, config)
             made = _own_card(origin)
