@@ -40,6 +40,7 @@ from chestxray_covid.lungs import WEIGHTS
 def write_pages() -> None:
     """Write the lungs' and the model's numbers into README and documentation."""
     fill(DOCS / "lungs.md", {"lungs": lungs_block()})
+    fill(DOCS / "gate.md", {"reduction": reduction_block()})
     fill(DOCS.parent / "README.md", {"model": model_block()})
     (DOCS / "model.md").write_text(model_page(), encoding="utf-8")
     draw_reliability()
@@ -85,6 +86,26 @@ def gate_rows() -> list[tuple[Any, ...]]:
         (what, part["images"], rate(part["flagged"]), rate(part["abstained"]))
         for what, part in rows.items()
     ]
+
+
+def reduction_block() -> str:
+    """Return what the gate's page says of radiographs that were reduced first."""
+    found = read("reduction")
+    text = f"""
+        {found["images"]} held-out radiographs of the bundled model, whose input has a side of
+        {found["size_px"]} px; the AUROC is that of COVID-19 against normal
+        ({pair(found["n"])})."""
+    head = ("Shorter side", "Another label than whole", "Refused for something else", "AUROC")
+    rows = [
+        (
+            f"{row['side_px']} px ({row['share']:g})" if row["share"] else "whole",
+            f"{row['changed']:.0%}",
+            f"{row['refused']:.0%}",
+            estimate(row["auroc"]),
+        )
+        for row in found["rows"]
+    ]
+    return f"{wrapped(text)}\n\n{table(head, rows)}"
 
 
 def rate(found: Mapping[str, Any]) -> str:

@@ -15,6 +15,8 @@ python recipes/probe_inside.py --data "$data" --run "$run"
 python recipes/probe_inside.py --data "$data" --run "$run" --lungs
 python recipes/measure_fills.py --data "$data" --run "$run" \
   --checkpoint "$weights/densenet121-v1"
+python recipes/measure_reduction.py --data "$data" --run "$run" \
+  --checkpoint "$weights/densenet121-v1"
 python recipes/list_tried.py --data "$data" --run "$run" \
   --checkpoint "$weights/densenet121-v1"
 python recipes/audit_default.py --data "$data" --run "$run" \

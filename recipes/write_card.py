@@ -29,7 +29,10 @@ import generate_model as pages  # noqa: E402 - it lies beside the documentation
 import generate_relatives as results  # noqa: E402 - likewise
 
 #: Results of the weights themselves; the others are of relatives.
-OWN = ("evaluation", "evaluation_binary", "inside", "frame", "other_fills", "calibration", "gate")
+OWN = (
+    *("evaluation", "evaluation_binary", "inside", "frame", "other_fills", "calibration"),
+    *("gate", "reduction"),
+)
 
 
 def failures() -> list[str]:

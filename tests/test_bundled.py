@@ -103,7 +103,9 @@ def test_the_numbers_beside_the_weights_are_those_in_the_documentation() -> None
     assert ours == (ROOT / "docs" / "results" / "default" / "evaluation.json").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["inside", "frame", "other_fills", "calibration", "gate"])
+@pytest.mark.parametrize(
+    "name", ["inside", "frame", "other_fills", "calibration", "gate", "reduction"]
+)
 def test_what_was_measured_was_measured_on_these_weights(name: str) -> None:
     path = ROOT / "docs" / "results" / "default" / f"{name}.json"
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -126,6 +128,8 @@ def test_pages_hold_what_was_measured(pages: ModuleType) -> None:
     block = f"<!-- model:start -->\n{pages.model_block()}\n<!-- model:end -->"
     assert block in readme
     assert pages.lungs_block() in (ROOT / "docs" / "lungs.md").read_text(encoding="utf-8")
+    gate = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
+    assert f"<!-- reduction:start -->\n{pages.reduction_block()}\n<!-- reduction:end -->" in gate
     tried = importlib.import_module("generate_tried")
     assert tried.tried_block() in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 

@@ -24,6 +24,7 @@ from chestxray_covid.gate import (
     DESCRIPTORS,
     GATE_NAME,
     KINDS,
+    LEAST_SIDE,
     Flag,
     Gate,
     check_image,
@@ -144,6 +145,13 @@ def test_an_image_much_smaller_than_the_input_is_of_low_resolution(
         assert "200x25" in flag.reason
 
 
+@pytest.mark.parametrize(("side", "abstains"), [(25, False), (10, False), (9, True), (1, True)])
+def test_of_too_few_pixels_the_answer_is_worthless(side: int, abstains: bool) -> None:
+    (flag,) = check_image(radiograph(), ImageFacts(width_px=200, height_px=side))
+    assert flag.name == "low_resolution"
+    assert flag.abstains is abstains  # 0.15 of 64 pixels are 9.6
+
+
 def test_the_side_that_is_expected_is_one_that_passes() -> None:
     for size in range(32, 257):
         pixels = np.random.default_rng(0).integers(0, 256, (1, size, size), dtype=np.uint8)
@@ -164,8 +172,9 @@ def test_the_flags_that_abstain_are_those_that_are_documented() -> None:
     page = Path(__file__).parents[1] / "docs" / "gate.md"
     rows = [row for row in page.read_text(encoding="utf-8").splitlines() if row.startswith("| `")]
     said = {row.split("`")[1]: "yes" in row.split("|")[2] for row in rows}
-    assert {name for name, abstains in said.items() if abstains} == ABSTAINING
+    assert {name for name, abstains in said.items() if abstains} == ABSTAINING | {"low_resolution"}
     assert set(said) - ABSTAINING == {"low_resolution", "colour"}
+    assert f"below {LEAST_SIDE}: yes" in page.read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the mathematics

@@ -282,6 +282,7 @@ def published(
         patch.setattr(recipes["judge_default"], "MOST_PER_CLASS", 12)
         run_main(recipes["judge_default"], patch, {**judged, "what": "checkpoint"})
         run_main(recipes["measure_fills"], patch, {**judged, "limit": 6})
+        run_main(recipes["measure_reduction"], patch, {**judged, "limit": 6})
         run_main(recipes["list_tried"], patch, {**judged, "limit": 6})
         gate = {"checkpoint": place.weights, "split": place.run / "split.json", "data": data}
         patch.setattr(recipes["fit_gate"], "fit_gate", partial(fit_gate, components=4))
@@ -403,6 +404,21 @@ def test_what_was_tried_is_listed_out_of_the_runs(
     assert "rate 0.0005 to the end" in describe(stages[-1].config.to_dict())
 
 
+def test_what_is_left_of_reduced_radiographs_is_measured(
+    recipes: dict[str, Any], data: Path, published: Published
+) -> None:
+    found = published.read("reduction")
+    module = recipes["measure_reduction"]
+    assert found["weights_sha256"] == load_config(published.weights).weights_sha256
+    assert [row["side_px"] for row in found["rows"]] == [round(32 * s) for s in module.SHARES]
+    assert found["rows"][0]["changed"] == 0
+    assert found["images"] >= sum(found["n"]) > 0
+    image = Image.new("L", (300, 200))
+    sides = (0, 20, 200, 400)
+    sizes = [module.reduced(image, side).size for side in sides]
+    assert sizes == [(300, 200), (30, 20), (300, 200), (300, 200)]
+
+
 @pytest.fixture
 def write_card(
     recipes: dict[str, Any], published: Published, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -438,7 +454,9 @@ def test_the_card_holds_what_was_measured_and_leaves_the_weights(
     assert "noise: never" in " ".join(page.split())
 
 
-@pytest.mark.parametrize("name", ["evaluation", "evaluation_binary", "frame", "other_fills"])
+@pytest.mark.parametrize(
+    "name", ["evaluation", "evaluation_binary", "frame", "other_fills", "reduction"]
+)
 def test_a_card_is_not_written_with_numbers_of_other_weights(
     write_card: Callable[[], Path], recipes: dict[str, Any], name: str
 ) -> None:

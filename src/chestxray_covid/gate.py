@@ -43,10 +43,11 @@ _KIND_FLAGS = {
 ABSTAINING = frozenset(
     {"not_a_chest_radiograph", "lateral_view", "blank", "inverted", "out_of_distribution"}
 )
-#: Shorter side of an image, relative to that of the model's input, below which it is flagged. Of
-#: 263 held-out radiographs reduced to 0.4 of it, 12 % got another label than before; at 0.6 it was
-#: 6 %, at 0.2 31 %. The AUROC fell at 0.2 only, so that this flag warns and does not abstain.
-MIN_SIDE = 0.4
+#: Shorter side of an image, relative to that of the model's input, below which it is flagged, and
+#: below which the answer is worthless. Of the bundled model's held-out radiographs reduced to it
+#: (``docs/results/default/reduction.json``), few get another label at the first; the second is the
+#: least at which the AUROC keeps more than half of what it is above chance.
+MIN_SIDE, LEAST_SIDE = 0.4, 0.15
 #: Share of the pixels from which an image is coloured. Of the public radiographs 3 % of Cohen's
 #: are (arrows, stamps, tinted photographs of a screen) and none of the other three sources.
 MIN_COLOURED = 0.005
@@ -79,7 +80,12 @@ class Flag:
 
     @property
     def abstains(self) -> bool:
-        """Whether it makes the model's answer worthless; ``colour`` and ``low_resolution`` warn."""
+        """Whether it makes the model's answer worthless; ``colour`` warns.
+
+        So does ``low_resolution`` as long as the shorter side is at least 0.15 of the input's.
+        """
+        if self.name == "low_resolution":
+            return self.score > 1 - LEAST_SIDE / MIN_SIDE
         return self.name in ABSTAINING
 
     def to_dict(self) -> dict[str, Any]:
