@@ -48,13 +48,21 @@ def test_the_overlay_colours_the_heat_and_leaves_the_rest() -> None:
     assert (pixels[0, 0] == 100).all()
     red, green, blue = pixels[-1, -1]
     assert red > 150 > blue
-    assert green > 150  # the hottest colour is yellow
+    assert red > green > 110  # the hottest colour is orange
     assert (np.asarray(heatmap([[1, 1]]).overlay(opacity=0)) == 100).all()
 
 
 def test_brighter_means_hotter_for_readers_who_see_no_colour() -> None:
     ramp = np.asarray(heatmap([np.linspace(0, 1, 60)], grey=0).overlay(opacity=1).convert("L"))
     assert (np.diff(ramp[0].astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("grey", [0, 60, 120, 180, 230, 255])
+def test_the_hottest_place_differs_most_from_the_radiograph_below(grey: int) -> None:
+    ramp = np.asarray(heatmap([np.linspace(0, 1, 60)], grey=grey).overlay(), dtype=float)
+    far = np.linalg.norm(ramp[0] - grey, axis=-1)
+    assert far[-1] > 100
+    assert far[-1] > far.max() - 2
 
 
 def test_a_saved_heatmap_is_its_overlay(tmp_path: Path) -> None:

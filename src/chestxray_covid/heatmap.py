@@ -14,8 +14,9 @@ from PIL import Image
 from chestxray_covid.errors import real_number
 from chestxray_covid.files import expanded, write_files
 
-#: Runs from black to yellow by brightness alone, so that colour-blind readers see the same order.
-_COLORMAP = "inferno"
+#: Runs from black to orange by brightness alone, so that colour-blind readers see the same order.
+#: Its pale end is left out: over white, where letters and markers are, it could not be seen.
+_COLORMAP, _HOTTEST = "inferno", 0.8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,7 +70,7 @@ class Heatmap:
         from matplotlib import colormaps
 
         heat = self.values
-        colour = 255 * colormaps[_COLORMAP](heat)[..., :3]
+        colour = 255 * colormaps[_COLORMAP](_HOTTEST * heat)[..., :3]
         grey = np.asarray(self.image, dtype=np.float32)[..., np.newaxis]
         mixed = grey + opacity * heat[..., np.newaxis] * (colour - grey)
         return Image.fromarray(np.round(mixed).astype(np.uint8))
