@@ -145,12 +145,13 @@ def test_probabilities_are_those_of_torchvision(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["a state", "a network", "a list"])
+@pytest.mark.parametrize("kind", ["a state", "a network", "a list", "an array"])
 def test_weights_that_are_no_arrays_are_refused_with_what_to_pass(
     clf: Classifier, kind: str
 ) -> None:
     network = torchvision.models.densenet121(weights=None, num_classes=3)
-    given: Any = {"a state": network.state_dict(), "a network": network, "a list": [1.0]}[kind]
+    others = {"a list": [1.0], "an array": np.ones(2)}
+    given: Any = {"a state": network.state_dict(), "a network": network, **others}[kind]
     with pytest.raises(TypeError, match=r"names to NumPy arrays, got .*to_tensors\(network\)"):
         Classifier(clf.config, given)
     assert Classifier(clf.config, to_tensors(network), engine="torch").classes == clf.classes

@@ -89,12 +89,13 @@ def own_copy(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     Raises:
         TypeError: If these are none, for example a network or torch's tensors of one.
     """
-    arrays = tensors.values() if isinstance(tensors, Mapping) else [tensors]
-    for array in arrays:
-        if not isinstance(array, np.ndarray):
+    is_named = isinstance(tensors, Mapping)
+    for array in tensors.values() if is_named else [tensors]:
+        if not is_named or not isinstance(array, np.ndarray):
             raise TypeError(
-                f"tensors must map names to NumPy arrays, got {type(array).__name__} as one. "
-                "Of a network, pass what chestxray_covid.models.to_tensors(network) gives."
+                f"tensors must map names to NumPy arrays, got {type(array).__name__}"
+                f"{' as one' * is_named}. Of a network, pass what "
+                "chestxray_covid.models.to_tensors(network) gives."
             )
     return {name: array.copy() for name, array in tensors.items()}
 
