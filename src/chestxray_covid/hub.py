@@ -20,6 +20,8 @@ DEFAULT_MODEL = "densenet121-v1"
 BUNDLED = Path(str(importlib.resources.files("chestxray_covid"))) / "weights"
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+#: What git allows in no branch and no tag: the cache has a file of that name, which must lie in it.
+_NO_REVISION = re.compile(r"[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]|\.\.|//|^/|(^|/)\.|[./]$")
 
 
 def bundled_models() -> dict[str, ModelConfig]:
@@ -84,10 +86,12 @@ def resolve(
     for argument, value in (("revision", revision), ("subfolder", subfolder)):
         if not isinstance(value, str | None):  # a tag that YAML took for a number, a Path
             raise TypeError(f"{argument} must be a string, got {value!r}")
-    # The cache has a file named after the revision, too, which must lie in it.
-    for argument, value in (("revision", revision), ("subfolder", subfolder)):
-        if value and (problem := path_problem(value)):
-            raise ValueError(f"{argument} {problem}: {value!r}")
+    if revision and _NO_REVISION.search(revision):
+        raise ValueError(
+            f'revision must be a branch, tag or commit, such as "main", got {revision!r}'
+        )
+    if subfolder and (problem := path_problem(subfolder)):
+        raise ValueError(f"subfolder {problem}: {subfolder!r}")
     if name_or_path is None or _is_bundled(name_or_path):
         if revision or subfolder:
             raise ValueError(
