@@ -16,6 +16,7 @@ from chestxray_covid.errors import ReportError
 from chestxray_covid.evaluation import evaluate_probabilities
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.intervals import proportion
+from chestxray_covid.judged_images import without_names
 
 CLASSES = ("normal", "pneumonia", "covid19")
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -168,6 +169,19 @@ def test_a_target_is_chosen_on_other_images_if_they_are_given(report: Evaluation
 def test_other_images_of_the_same_patients_are_flagged(report: EvaluationReport) -> None:
     found = report.operating_point(specificity=0.9, chosen_on=judged(1, first=10))
     assert (found.chosen_on, found.caution) == ("other images", op.SHARED)
+
+
+def test_patients_without_names_may_be_the_same(report: EvaluationReport) -> None:
+    def published(own: EvaluationReport) -> EvaluationReport:
+        assert own.predictions is not None
+        return replace(own, predictions=without_names(own.predictions))
+
+    others, told = judged(1, first=1000), published(report)
+    for one, two in ((report, told), (told, report), (report, published(others))):
+        found = one.operating_point(sensitivity=0.9, chosen_on=two)
+        assert (found.chosen_on, found.caution) == ("other images", op.UNTOLD)
+    found = told.operating_point(sensitivity=0.9, chosen_on=told)
+    assert (found.chosen_on, found.caution) == ("the same images", op.OPTIMISTIC)
 
 
 def test_the_path_of_a_report_is_no_report(report: EvaluationReport) -> None:

@@ -21,6 +21,7 @@ from chestxray_covid.judged_images import (
     Question,
     aligned,
     ask,
+    is_nameless,
     probabilities_of,
     read_predictions,
     same_images,
@@ -32,6 +33,7 @@ from chestxray_covid.operating_points import (
     OTHER,
     SAME,
     SHARED,
+    UNTOLD,
     OperatingPoint,
     choose_threshold,
     decide,
@@ -268,10 +270,14 @@ class EvaluationReport(SavedReport):
         where, caution = (SAME, OPTIMISTIC) if chosen_on is None else (OTHER, "")
         if threshold is not None:
             where, caution = GIVEN, ""
-        elif chosen_on and same_images(self._predictions(), chosen_on._predictions()):
-            where, caution = SAME, OPTIMISTIC
-        elif chosen_on and share_patients(self._predictions(), chosen_on._predictions()):
-            caution = SHARED
+        elif chosen_on:
+            tables = self._predictions(), chosen_on._predictions()
+            if same_images(*tables):
+                where, caution = SAME, OPTIMISTIC
+            elif share_patients(*tables):
+                caution = SHARED
+            elif any(map(is_nameless, tables)):
+                caution = UNTOLD
         numbers = decide(
             q.truth, q.score, q.patients, threshold=chosen, prevalence=prevalence, **self._how
         )

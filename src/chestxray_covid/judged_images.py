@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ UNKNOWN = "unknown"
 IDENTITY = ("id", "label", "patient_id", "source", "view", "patient_group", "sex", "age_band")
 #: By which an image is recognised in another report.
 _IMAGE = ["source", "patient_id", "id", "label"]
+#: What stands for a name where there is none.
+_NUMBERED = re.compile(r"[0-9a-f]{8}-\d+")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,6 +171,11 @@ def without_names(table: pd.DataFrame) -> pd.DataFrame:
         changed[name] = [f"{mark}-{code}" for code in codes]
     changed["patient_group"] = [str(code) for code in group_codes(table["patient_group"])]
     return changed
+
+
+def is_nameless(table: pd.DataFrame) -> bool:
+    """Return whether patients are numbered as by :func:`without_names`: they may be anyone."""
+    return all(_NUMBERED.fullmatch(str(patient)) for patient in table["patient_id"])
 
 
 def read_predictions(data: Mapping[str, Any], classes: tuple[str, ...]) -> pd.DataFrame:

@@ -26,6 +26,9 @@ COMBINED = "combined intervals"
 GIVEN, SAME, OTHER = "given", "the same images", "other images"
 OPTIMISTIC = "The threshold was chosen on the images that it is judged on: expect worse on others."
 SHARED = "The threshold was chosen on images of patients who are judged here, too: expect worse."
+UNTOLD = (
+    "A report has no names: the threshold may have been chosen on patients who are judged here."
+)
 _ESTIMATES = ("sensitivity", "specificity", "ppv", "npv")
 
 
@@ -40,7 +43,7 @@ class OperatingPoint:
         threshold: The threshold.
         rule: How it came about, for example ``"sensitivity of at least 0.95"``.
         chosen_on: ``"given"``, ``"the same images"`` or ``"other images"``.
-        caution: Why these numbers flatter the model; empty if nothing says that they do.
+        caution: Why these numbers flatter the model, or may; empty if nothing says that they do.
         confusion: ``((TN, FP), (FN, TP))``; rows are the truth, columns the decision.
         sensitivity: Share of positive images called so.
         specificity: Share of other images not called so.
