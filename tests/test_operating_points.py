@@ -148,8 +148,9 @@ def test_a_threshold_is_one_that_a_score_can_have(threshold: float) -> None:
         op.choose_threshold([0, 1], [0.1, 0.9], threshold=threshold)
 
 
-def test_a_threshold_that_a_specificity_gave_can_be_given() -> None:
-    chosen, _ = op.choose_threshold([0, 1], [1.0, 1.0], specificity=1)
+@pytest.mark.parametrize("precision", [np.float16, np.float32, np.float64])
+def test_a_threshold_that_a_specificity_gave_can_be_given(precision: type) -> None:
+    chosen, _ = op.choose_threshold([0, 1], np.ones(2, precision), specificity=1)
     assert chosen > 1
     assert op.choose_threshold([0, 1], [0.1, 0.9], threshold=chosen)[0] == chosen
 

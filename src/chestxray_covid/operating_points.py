@@ -29,6 +29,8 @@ SHARED = "The threshold was chosen on images of patients who are judged here, to
 UNTOLD = (
     "A report has no names: the threshold may have been chosen on patients who are judged here."
 )
+#: The coarsest next number above 1, of which no case is positive: what a specificity may give.
+_ABOVE_ONE = float(np.nextafter(np.float16(1), np.float16(2)))
 _ESTIMATES = ("sensitivity", "specificity", "ppv", "npv")
 
 
@@ -137,8 +139,7 @@ def choose_threshold(
     if name == "specificity":
         chosen = m.threshold_at_specificity(y_true, y_score, specificity=value)
         return chosen, f"specificity of at least {value:g}"
-    # The next number above 1, of which no case is positive, is what a specificity may give.
-    if not 0 <= value <= math.nextafter(1, 2):
+    if not 0 <= value <= _ABOVE_ONE:
         raise ValueError(f"threshold must be in [0, 1], as scores are, got {value}")
     return value, "threshold as given"
 
