@@ -93,6 +93,7 @@ def test_a_temperature_beyond_what_is_looked_for_becomes_the_end(
         ([0], [[1.0, 2.0]], [0.0], "not all 0"),
         ([0, 1], [[1.0, 2.0], [0.0, 0.0]], [1.0, -1.0], "at least 0"),
         ([0, 1], [[1.0, 2.0], [0.0, 0.0]], [[1.0], [1.0]], r"sample_weight must be \(N,\)"),
+        ([0, 1], [[1.0, 2.0], [0.0, 0.0]], 1.0, r"sample_weight must be \(N,\)"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(

@@ -285,10 +285,10 @@ def fit_temperature(
         raise ValueError(f"logits must be finite, (N, K) with K of at least 2, got {table.shape}")
     truth = check_labels(y_true, "y_true", table.shape[1])
     weights = np.ones(len(table)) if sample_weight is None else np.asarray(sample_weight, float)
-    check_lengths(y_true=truth, logits=table, sample_weight=weights)
     usable = weights.ndim == 1 and (np.isfinite(weights) & (weights >= 0)).all()
     if not usable or not weights.sum() > 0:
         raise ValueError("sample_weight must be (N,), finite, at least 0, and not all 0")
+    check_lengths(y_true=truth, logits=table, sample_weight=weights)
 
     def cross_entropy(log_temperature: float) -> float:
         scaled = table / np.exp(log_temperature)
