@@ -877,6 +877,26 @@ def test_no_name_in_an_error_steers_the_terminal(tmp_path: Path) -> None:
         assert all(c.isprintable() or c == "\n" for c in done.output)
 
 
+def test_no_name_in_an_error_of_usage_steers_the_terminal(run: Path, tmp_path: Path) -> None:
+    hostile = "\x1b]0;title\x07\x1b[2J"
+    for label in ("covid", "normal"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        (tmp_path / "data" / label / f"{hostile}{label}.png").write_bytes(b"")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / f"{hostile}.csv").write_bytes(b"")
+    audit = ("audit", "--model", run, "--data", tmp_path / "data")
+    for option, value, reason in (
+        ("--masks", tmp_path / "masks", "holds no mask of these 2 images"),
+        ("--output", tmp_path / f"{hostile}.csv", "is named like a table"),
+        ("--output", tmp_path / f"{hostile}.csv" / "x", "is no folder"),
+    ):
+        done = call(*audit, option, value)
+        assert done.exit_code == 2
+        assert reason in done.output
+        assert r"\x1b]0;title\x07\x1b[2J" in done.output
+        assert all(c.isprintable() or c == "\n" for c in done.output)
+
+
 @pytest.mark.real_data
 def test_every_real_file_of_cohen_gets_a_row(
     real_data: Path, checkpoint_folder: Path, tmp_path: Path

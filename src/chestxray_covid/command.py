@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -55,6 +55,15 @@ class HomePath(click.Path):
                 )
             self._check_writable(Path(os.fsdecode(path)).absolute(), param, ctx)
         return path
+
+    def fail(
+        self,
+        message: str,
+        param: click.Parameter | None = None,
+        ctx: click.Context | None = None,
+    ) -> NoReturn:
+        """Raise what is wrong with a path, of which no name is to steer a terminal."""
+        super().fail(printable_lines(message), param, ctx)
 
     def _check_writable(
         self, path: Path, param: click.Parameter | None, ctx: click.Context | None
@@ -138,7 +147,10 @@ def is_first_process() -> bool:
 
 
 def translated(command: Command) -> Command:
-    """Turn the library's errors into a message and an exit status."""
+    """Turn the library's errors into a message and an exit status.
+
+    A name from data, in these or in those of the usage, is not to steer a terminal.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -150,11 +162,12 @@ def translated(command: Command) -> Command:
         except TrainingInterrupted as stop:
             click.echo(str(stop), err=True)
             sys.exit(128 + stop.signal_number)
+        except click.UsageError as error:
+            raise click.UsageError(printable_lines(error.message), error.ctx) from error
         except (ChestXrayError, ValueError, OSError) as error:
             if getattr(error, "errno", None) == errno.EPIPE:
                 raise  # of "| head": whoever reads has enough, and click ends without a word
             notes = [str(error), *getattr(error, "__notes__", ())]
-            # A name from data is not to steer a terminal.
             raise click.ClickException(printable_lines("\n".join(notes))) from error
 
     return run  # type: ignore[return-value]
