@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -71,6 +72,18 @@ def test_only_the_latest_files_stay(folder: Path) -> None:
             os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 1))
     found = [number for number in range(MAX_FILES + 3) if load_compiled(number)]
     assert found == list(range(3, MAX_FILES + 3))
+
+
+def test_only_so_many_files_stay_on_a_disk_that_knows_no_modes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # as FAT does
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    for number in range(MAX_FILES + 3):
+        keep_compiled(DATA, number)
+    assert len(list(folder.iterdir())) == MAX_FILES
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(

@@ -66,11 +66,12 @@ def keep_compiled(data: bytes, *key: object) -> None:
         folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_files(folder, {_name(key): hashlib.sha256(data).digest() + data})
-        place = folder / _name(key)
-        place.chmod(place.stat().st_mode & ~_WRITABLE)  # whatever the umask lets others do
         kept = sorted(folder.glob("*.compiled"), key=lambda path: path.stat().st_mtime)
         for path in kept[:-MAX_FILES]:
             path.unlink(missing_ok=True)
+        # Whatever the umask lets others do; last, since a disk without modes refuses it.
+        place = folder / _name(key)
+        place.chmod(place.stat().st_mode & ~_WRITABLE)
     except (OSError, RuntimeError, ValueError):
         return
 
