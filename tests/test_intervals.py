@@ -351,3 +351,12 @@ def test_a_band_refuses_other_lengths_and_options() -> None:
 def test_an_image_without_a_patient_is_refused_by_its_position(missing: Any) -> None:
     with pytest.raises(ValueError, match=r"needs a patient, got .* at position 2"):
         iv.group_codes(["a", "b", missing, missing])
+
+
+def test_patients_that_are_tensors_are_refused_as_each_would_count_as_another() -> None:
+    numbers = torch.tensor([0, 0, 1])
+    for groups in (numbers, list(numbers), [("clinic", number) for number in numbers]):
+        with pytest.raises(TypeError, match=r"patients must be text or numbers, got .*tensor\(0\)"):
+            iv.group_codes(groups)
+    for given in (numbers.tolist(), numbers.numpy(), list(numbers.numpy())):
+        assert iv.group_codes(given).tolist() == [0, 0, 1]

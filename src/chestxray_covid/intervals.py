@@ -359,17 +359,29 @@ def group_codes(groups: Iterable[Hashable], name: str = "patient") -> Labels:
         name: What they are, for the message.
 
     Raises:
+        TypeError: If a group is a tensor, which equals none of the same number.
         ValueError: If a group is missing (``None`` or not a number), alone or inside a tuple.
     """
     known: dict[Hashable, int] = {}
     codes = np.array([known.setdefault(g, len(known)) for g in groups], dtype=np.int64)
     for group, code in known.items():
-        if type(group) not in (int, str) and _is_missing(group):
+        if type(group) in (int, str):
+            continue
+        if _is_tensor(group):
+            raise TypeError(f"{name}s must be text or numbers, got {group!r}. Pass its tolist()")
+        if _is_missing(group):
             raise ValueError(
                 f"Every image needs a {name}, got {group!r} at position "
                 f"{int(np.argmax(codes == code))}. Give unknown {name}s names of their own"
             )
     return codes
+
+
+def _is_tensor(group: Any) -> bool:
+    """Return whether this is one, of torch for example, or a tuple with one."""
+    if isinstance(group, tuple):
+        return any(map(_is_tensor, group))
+    return hasattr(group, "__array__") and not isinstance(group, np.generic)
 
 
 def _is_missing(group: Any) -> bool:
