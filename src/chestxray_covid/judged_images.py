@@ -140,9 +140,11 @@ def aligned(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     one, two = own.set_index(_IMAGE), other.set_index(_IMAGE)
     if not (one.index.is_unique and two.index.is_unique and set(one.index) == set(two.index)):
         shared = len(one.index.intersection(two.index))
+        bare = ". One has no names, as all of the Hub: compare those that they were published from"
         raise ValueError(
             "Only reports on the same images, each once and with the same label, compare: got "
             f"{len(one)} and {len(two)} images, of which {shared} are the same"
+            f"{bare * any(map(is_nameless, (own, other)))}"
         )
     return two.loc[one.index].reset_index()
 
