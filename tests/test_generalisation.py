@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from audited import Linear, pixels_of
@@ -224,6 +226,37 @@ def test_what_is_no_way_to_train_is_refused() -> None:
     for fit in ({"epochs": 1}, None):
         with pytest.raises(TypeError, match="config must be a TrainingConfig, got"):
             leave_one_source_out(phantoms(), fit, **FEW)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (lambda p: np.log(p), r"probabilities must be in \[0, 1\]"),
+        (lambda p: 0.9 * p, "Each row of probabilities must sum to 1"),
+        (lambda p: p[:, 0], "must be a 2-dimensional array"),
+        (lambda p: p[1:], r"a row per image and a column for each of \['normal', 'covid19'\]"),
+        (lambda p: np.pad(p, ((0, 0), (0, 1))), r"\(240, 2\), got \(240, 3\)"),
+    ],
+)
+def test_what_are_no_probabilities_of_the_classes_gives_no_numbers(
+    said: Callable[[np.ndarray], np.ndarray], message: str
+) -> None:
+    class Strange(Oracle):
+        def predict_proba(self, images: Any, /, **options: Any) -> np.ndarray:
+            return said(super().predict_proba(images, **options))
+
+    model = Strange(("normal", "covid19"))
+    with pytest.raises(ValueError, match=message):
+        leave_one_source_out(phantoms(), model, **FEW)
+    assert leave_one_source_out(phantoms(), Oracle(model.classes), **FEW)[0].external.value == 1
+
+
+def test_an_estimator_that_does_not_say_its_classes_is_refused() -> None:
+    estimator = LogisticRegression().fit([[0], [1]], ["normal", "covid19"])
+    with pytest.raises(TypeError, match="classifier must be one, with classes and predict_proba"):
+        leave_one_source_out(phantoms(), estimator, **FEW)
+    with pytest.raises(TypeError, match="fit must return a classifier with classes and predict_"):
+        leave_one_source_out(phantoms(), lambda _: estimator, **FEW)
 
 
 def test_one_source_cannot_be_left_out() -> None:

@@ -17,7 +17,7 @@ from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.delong import DELONG_BY_PATIENT, auroc_by_group
-from chestxray_covid.errors import check_dataset, real_number
+from chestxray_covid.errors import check_classifier, check_dataset, real_number
 from chestxray_covid.evaluation import ProbabilisticClassifier
 from chestxray_covid.intervals import (
     Estimate,
@@ -107,8 +107,8 @@ def leave_one_source_out(
         progress: Show progress bars.
 
     Raises:
-        ValueError: If there is one source only, an option is impossible, or ``model`` returns the
-            same network twice.
+        ValueError: If there is one source only, an option is impossible, ``model`` returns the
+            same network twice, or what a classifier returns are no probabilities of its classes.
         TypeError: If ``dataset`` is none, ``fit`` is none of these, or returns no classifier, or
             ``model`` is a network instead of a function that returns one; or if ``test`` or
             ``confidence`` is no number.
@@ -125,7 +125,9 @@ def leave_one_source_out(
     # A class is a function that returns its instances, whatever these can do.
     is_ready = hasattr(fit, "predict_proba") and not isinstance(fit, type)
     ready = cast(ProbabilisticClassifier, fit) if is_ready else None
-    if ready is None:
+    if ready is not None:
+        check_classifier(ready)
+    else:
         check_seed(seed)
     if ready is None and not callable(fit):
         from chestxray_covid.models import check_maker
@@ -159,9 +161,22 @@ def leave_one_source_out(
         # In its own order, and maybe with classes that the data lack.
         own = Question.of(classifier.classes, dataset, question.positive, question.negative)
         found = classifier.predict_proba(both, batch_size=batch_size, progress=progress)
-        row = _row(source, own, both, own.score(found), len(inside), how)
+        row = _row(source, own, both, own.score(_checked(found, both, own)), len(inside), how)
         rows.append(replace(row, note=NOT_RETRAINED) if ready else row)
     return tuple(rows)
+
+
+def _checked(
+    found: ArrayLike, dataset: ChestXrayDataset, question: Question
+) -> NDArray[np.float64]:
+    """Return the probabilities of a classifier of anyone's: of logits, any score would be wrong."""
+    p, due = m.check_probabilities(found), (len(dataset), len(question.classes))
+    if p.shape != due:
+        raise ValueError(
+            "predict_proba must return a row per image and a column for each of "
+            f"{list(question.classes)}, {due}, got {p.shape}"
+        )
+    return p
 
 
 def _joined(first: ChestXrayDataset, second: ChestXrayDataset) -> ChestXrayDataset:
@@ -180,8 +195,10 @@ def _fitted(
     if not callable(fit):
         return _trained(train, val, fit, model)
     found = fit(train)
-    if not hasattr(found, "predict_proba"):
-        raise TypeError(f"fit must return a classifier with predict_proba, it returned {found!r}")
+    if not (hasattr(found, "predict_proba") and hasattr(found, "classes")):
+        raise TypeError(
+            f"fit must return a classifier with classes and predict_proba, it returned {found!r}"
+        )
     return found
 
 
