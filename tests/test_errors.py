@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chestxray_covid import (
@@ -192,3 +193,23 @@ def test_what_is_no_classifier_is_refused_in_words(ask: Any) -> None:
         said = rf"and predict_proba, got {name}\. Load a checkpoint with Classifier"
         with pytest.raises(TypeError, match=said):
             ask(wrong, phantoms)
+
+
+class Judged:
+    """Can be asked for probabilities, and for nothing else, as any model that somebody has."""
+
+    classes = ("normal", "covid19")
+
+    def predict_proba(self, images: Any, /, **_: Any) -> Any:
+        return np.full((len(images), 2), 0.5)
+
+
+@pytest.mark.parametrize(
+    "ask", [audit_shortcuts, grad_cam, occlusion_sensitivity, lung_heat, predict_to_table]
+)
+def test_a_model_that_shows_no_features_is_refused_where_they_are_asked_for(ask: Any) -> None:
+    phantoms = SyntheticChestXray(6, image_size_px=32)
+    assert evaluate(Judged(), phantoms, n_resamples=10).n_images == 6
+    said = r"must be a Classifier, whose pixels and features .* got Judged\..* with evaluate\("
+    with pytest.raises(TypeError, match=said):
+        ask(Judged(), phantoms)

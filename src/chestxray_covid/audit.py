@@ -29,10 +29,10 @@ from chestxray_covid.audit_report import AuditItem, AuditReport
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset, told_apart
 from chestxray_covid.errors import (
-    check_classifier,
     check_dataset,
     check_function,
     check_kinds,
+    check_network,
     check_positive,
 )
 from chestxray_covid.generalisation import LeftOutSource
@@ -92,15 +92,15 @@ def audit_shortcuts(
         progress: Show progress bars.
 
     Raises:
-        TypeError: If ``classifier`` is none, ``dataset`` or ``train`` no data set, ``masks`` no
-            function, or what ``left_out`` holds something else.
+        TypeError: If ``classifier`` is no :class:`Classifier`, ``dataset`` or ``train`` no data
+            set, ``masks`` no function, or what ``left_out`` holds something else.
         ValueError: If a side of the question has no image, a mask is no mask, or an option is
             impossible.
         ImageError: If a file cannot be decoded.
         DatasetError: If a file of ``train`` cannot be read, or ``train`` and ``dataset`` are of two
             folders that are called alike by default.
     """
-    check_classifier(classifier)
+    check_network(classifier)
     check_dataset(dataset)
     check_dataset(dataset if train is None else train, "train")
     check_positive("batch_size", batch_size)

@@ -18,7 +18,7 @@ from chestxray_covid.errors import (
     DatasetError,
     ImageError,
     ImageNotFoundError,
-    check_classifier,
+    check_network,
     first_of,
     require_extra,
 )
@@ -211,7 +211,7 @@ def ray_predict(
 
 
 def _table(classifier: Classifier, output: Place, shard_size: int) -> ShardedTable:
-    check_classifier(classifier)
+    check_network(classifier)
     config, gate = classifier.config, classifier.gate
     flags = "" if gate is None else hashlib.sha256(gate.to_bytes()).hexdigest()
     precision = classifier.engine.precision

@@ -243,6 +243,21 @@ def check_classifier(given: object) -> None:
         )
 
 
+def check_network(given: object) -> None:
+    """Do nothing if this is a classifier that also shows its pixels and features.
+
+    Raises:
+        TypeError: If it is something else, for example one that can only be judged.
+    """
+    if not (hasattr(given, "config") and hasattr(given, "_compute")):
+        check_classifier(given)
+        raise TypeError(
+            "classifier must be a Classifier, whose pixels and features are looked at, got "
+            f"{type(given).__name__}. Load a checkpoint with Classifier.from_pretrained(…); any "
+            "other model can be asked with evaluate(…) and leave_one_source_out(…)."
+        )
+
+
 def first_of(names: list[str]) -> str:
     """Return the first three names for a message, and how many more there are.
 

@@ -14,7 +14,7 @@ from chestxray_covid.datasets.loading import in_batches, map_ahead
 from chestxray_covid.engines import softmax
 from chestxray_covid.errors import (
     ForkedError,
-    check_classifier,
+    check_network,
     check_positive,
     real_number,
     whole_number,
@@ -196,7 +196,7 @@ def explained(
     classifier: Classifier, images: Any, target: str | Sequence[str] | None
 ) -> tuple[list[Any], list[str | None]]:
     """Return the single images, and the class to explain for each, ``None`` for the predicted."""
-    check_classifier(classifier)
+    check_network(classifier)
     # Read at once: of a file of several frames, the next one takes the place of the one before, and
     # the open files of an archive share one position.
     items = [
