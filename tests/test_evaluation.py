@@ -423,6 +423,20 @@ def test_a_third_class_does_not_hide_that_the_question_is_confounded() -> None:
     assert found.confounded
 
 
+def test_a_class_that_is_all_of_one_source_is_confounded_whatever_the_others_are_called() -> None:
+    labels = ["healthy", "tumour"] * 100 + ["tb"] * 100
+    asked: dict[str, Any] = {
+        "classes": ("healthy", "tumour", "tb"),
+        "patients": range(300),
+        "sources": ["a", "a", "c", "c"] * 50 + ["b"] * 100,
+        "views": ["PA"] * 300,
+        "n_resamples": 10,
+    }
+    shares = np.full((300, 3), 1 / 3)
+    assert CAUTION in str(evaluate_probabilities(labels, shares, **asked))
+    assert not evaluate_probabilities(labels, shares, **asked, positive="tumour").confounded
+
+
 # ---- refusals
 
 

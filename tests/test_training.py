@@ -33,6 +33,7 @@ from chestxray_covid import (
     FolderDataset,
     History,
     Preprocess,
+    Sample,
     Split,
     SyntheticChestXray,
     Trainer,
@@ -49,6 +50,7 @@ from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
 from chestxray_covid.models import load_tensors, to_tensors
 from chestxray_covid.training_feed import LateReader
 from chestxray_covid.training_network import TrainingNetwork
+from chestxray_covid.training_order import warn_if_confounded
 from chestxray_covid.training_state import StateStore
 
 pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
@@ -1263,3 +1265,21 @@ def test_sources_that_give_the_label_away_are_warned_of_once_and_silenced_knowin
     )
     Trainer(network(), mixed.train, mixed.val, QUICK, output=tmp_path)
     assert not recwarn
+
+
+def test_a_source_of_its_own_for_one_of_several_classes_is_warned_of() -> None:
+    places = {"healthy": "ab", "tumour": "ab", "tb": "c"}
+    samples = [
+        Sample(
+            path=Path(f"{label}-{i}.png"),
+            label=label,
+            finding="",
+            patient_id=str(i),
+            source=places[label][i % len(places[label])],
+            view="PA",
+        )
+        for label in places
+        for i in range(20)
+    ]
+    with pytest.warns(ConfoundingWarning, match=r"not tb +tb\n"):
+        warn_if_confounded(ChestXrayDataset(samples, classes=tuple(places)), stacklevel=1)

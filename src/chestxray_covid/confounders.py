@@ -161,17 +161,25 @@ def cramers_v(
     return found if found.ndim else float(found)
 
 
-def confounding_of_question(dataset: ChestXrayDataset) -> Confounding:
-    """Return the confounding of all labels, or of COVID-19 and normal alone where that is severe.
+def confounding_of_question(
+    sources: Sequence[str], labels: Sequence[str], positive: str
+) -> Confounding:
+    """Return the confounding of all labels, or that of the positive class where that is severe.
 
-    A third class that several sources share would hide that the question itself is confounded.
+    It is asked against normal, and against all others: classes that several sources share would
+    hide that the question itself is confounded.
     """
-    found = confounding(dataset)
-    question = dataset.filter(lambda s: s.label in ("covid19", "normal"))
-    if found.is_severe or len({s.label for s in question.samples}) < 2:
-        return found
-    narrow = confounding(question)
-    return narrow if narrow.is_severe else found
+    found = Confounding.of(sources, labels)
+    rows = list(zip(sources, labels, strict=True))
+    others = f"not {positive}"
+    for asked in (
+        [row for row in rows if row[1] in (positive, "normal")],
+        [(source, label if label == positive else others) for source, label in rows],
+    ):
+        if not found.is_severe and len({label for _, label in asked}) > 1:
+            narrow = Confounding.of(*zip(*asked, strict=True))
+            found = narrow if narrow.is_severe else found
+    return found
 
 
 def confounding(dataset: ChestXrayDataset) -> Confounding:

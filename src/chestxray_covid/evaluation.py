@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from chestxray_covid import metrics as m
 from chestxray_covid.checkpoint import ModelConfig
-from chestxray_covid.confounders import Confounding
+from chestxray_covid.confounders import confounding_of_question
 from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.storage import cell_text
@@ -35,7 +35,6 @@ from chestxray_covid.splits import check_divisible, divide, folds_by_patient
 from chestxray_covid.subgroups import GROUPS, age_band, judge, parts_of, sex_of
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torchvision
 
     from chestxray_covid.training_config import TrainingConfig
@@ -231,6 +230,7 @@ def evaluate_probabilities(
     texts = {name: [whole_characters(str(text)) for text in columns[name]] for name in IDENTITY}
     table = pd.DataFrame(texts)
     table[[f"p_{name}" for name in names]] = p
+    told = confounding_of_question(texts["source"], texts["label"], chosen)
     overall = judge("overall", "all", table, names, chosen, how)
     by: dict[str, Any] = {
         f"by_{group}": {
@@ -244,7 +244,7 @@ def evaluate_probabilities(
         positive=chosen,
         n_images=overall.n_images,
         n_patients=overall.n_patients,
-        confounded=_is_confounded(table, chosen),
+        confounded=told.is_severe,
         **how,
         overall=overall,
         **by,
@@ -264,18 +264,6 @@ def _check_columns(probabilities: Any, classes: tuple[str, ...]) -> None:
             f"probabilities have the columns {list(named)}, expected the order of the classes: "
             f"{list(classes)}"
         )
-
-
-def _is_confounded(table: pd.DataFrame, positive: str) -> bool:
-    """Return whether the source all but gives away the label, or the positive one against normal.
-
-    A third class that several sources share would hide that the question itself is confounded.
-    """
-    question = table[table["label"].isin([positive, "normal"])]
-    parts = [table, question] if question["label"].nunique() > 1 else [table]
-    return any(
-        Confounding.of(part["source"].tolist(), part["label"].tolist()).is_severe for part in parts
-    )
 
 
 def _positive(labels: Sequence[str], classes: Sequence[str], positive: str | None) -> str:

@@ -60,8 +60,8 @@ class EvaluationReport(SavedReport):
         n_images: Number of images.
         n_patients: Number of patients; one counts once, also with images in two collections.
         confounded: Whether the source all but gives the label (see
-            :attr:`Confounding.is_severe`), or the positive class against normal, so that these
-            numbers cannot tell disease from source.
+            :attr:`Confounding.is_severe`), or the positive class against normal or all others, so
+            that these numbers cannot tell disease from source.
         confidence: Level of all intervals.
         n_resamples: Resamples of the bootstrap.
         seed: Seed of the bootstrap.

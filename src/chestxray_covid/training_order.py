@@ -17,6 +17,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder
 from chestxray_covid.datasets.report import patient_key
 from chestxray_covid.errors import ChestXrayError, TrainingError
+from chestxray_covid.judged_images import default_positive
 
 if TYPE_CHECKING:  # it imports torch, which nothing here needs
     from chestxray_covid.training_config import Callback, TrainingConfig
@@ -241,7 +242,8 @@ def warn_if_confounded(train: ChestXrayDataset, *, stacklevel: int) -> None:
     Warns:
         ConfoundingWarning: If it does.
     """
-    found = confounding_of_question(train)
+    sources, labels = [s.source for s in train.samples], [s.label for s in train.samples]
+    found = confounding_of_question(sources, labels, default_positive(train.classes))
     if found.is_severe:
         warnings.warn(
             f"The source all but gives the label in the training data:\n{found}\n"
