@@ -887,13 +887,26 @@ def test_masks_are_the_users_then_the_annotated_ones_then_the_networks(tmp_path:
         network = segment(Image.fromarray(data.pixels[i, 0]))
         assert found[i] is not None
         assert found[i][network].all()
-    own = find_lungs(data, lambda s: ~drawn, batch_size=3, progress=False)
+    wide = np.pad(np.ones((56, 58), bool), ((4, 4), (3, 3)))
+    own = find_lungs(data, lambda s: wide, batch_size=3, progress=False)
     assert all(region is not None and region.mean() > 0.9 for region in own)
     for convert in (Image.fromarray, np.ndarray.tolist):
-        same = find_lungs(data, lambda s, c=convert: c(~drawn), batch_size=3, progress=False)
+        same = find_lungs(data, lambda s, c=convert: c(wide), batch_size=3, progress=False)
         assert np.array_equal(same, own)
     with pytest.raises(ValueError, match="the pixels are of 64 px, not 224"):
         data.as_dataset(replace(PREPROCESS, size_px=224))
+
+
+@pytest.mark.slow
+def test_masks_that_are_true_outside_the_lungs_do_not_let_a_model_pass(
+    in_lungs: tuple[Linear, ChestXrayDataset],
+) -> None:
+    """With the whole image hidden, any model needs the lungs."""
+    model, test = in_lungs
+    how = {**HOW, "masks": lambda sample: ~phantom_mask(sample)}
+    item = audit_shortcuts(model, test, **how).item("occlusion")
+    assert item.verdict == "not_assessable"
+    assert "lungs were found in 0 of 200 images" in item.reason
 
 
 def test_the_page_shows_every_verdict_and_every_number(passed: AuditReport) -> None:

@@ -65,3 +65,10 @@ def test_where_no_lung_is_there_is_no_region() -> None:
     line = np.zeros((200, 200), bool)
     line[100:104] = True  # wide enough, but without a second dimension at 64 px
     assert lung_region(line, 50) is None
+
+
+def test_where_nothing_is_outside_there_is_no_region() -> None:
+    mask = phantom_mask(SyntheticChestXray(2, image_size_px=128).samples[1])
+    assert lung_region(mask, 64) is not None
+    assert lung_region(~mask, 64) is None
+    assert lung_region(np.ones((50, 40), bool), 64) is None

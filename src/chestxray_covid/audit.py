@@ -78,9 +78,10 @@ def audit_shortcuts(
         negative: What it is told from, by default ``"normal"`` if there are such images, else
             ``"rest"``, which is everything but the positive class, labels that the classifier
             does not know among it.
-        masks: Returns the lungs of a sample, ``(H, W)`` bool, or ``None`` where they are not known;
-            by default the annotated ones, see :func:`lung_mask`. Where they are not known, the
-            bundled network draws them, see :func:`segment`.
+        masks: Returns the lungs of a sample, ``(H, W)`` bool, true inside, or ``None`` where they
+            are not known; by default the annotated ones, see :func:`lung_mask`. Where they are not
+            known, the bundled network draws them, see :func:`segment`. A mask whose hull is the
+            whole image, as of one that is true outside, counts as one without lungs.
         left_out: What :func:`leave_one_source_out` returned, for the question of generalisation.
         heat: Ask where the heat lies, too.
         limit: Audit a random sample of about so many images, of each source and label its share.

@@ -62,6 +62,9 @@ def corners(size_px: int) -> Region:
 def lung_region(mask: Region, size_px: int) -> Region | None:
     """Return the part of the image that holds the lungs, or ``None`` where there are none.
 
+    There are none in a part that is the whole image, either, as around a mask that was inverted:
+    with all of it hidden, every model would seem to need the lungs.
+
     It is the convex hull of the mask with a margin, so that neither the outline that a mask leaves
     where a dense opacity hides the lung, nor the lungs' shape, tells anything of what is hidden.
 
@@ -85,4 +88,4 @@ def lung_region(mask: Region, size_px: int) -> Region | None:
     ImageDraw.Draw(drawn).polygon([(int(x), int(y)) for x, y in outline], fill=1)
     steps = max(1, round(_MARGIN * size_px))
     region: Region = binary_dilation(np.asarray(drawn) | inside, iterations=steps)
-    return region
+    return None if region.all() else region
