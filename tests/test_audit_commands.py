@@ -19,6 +19,7 @@ from chestxray_covid import (
 )
 from chestxray_covid.audit_commands import _from_folder, _sides
 from chestxray_covid.cli import main
+from chestxray_covid.errors import ImageError
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,17 @@ def test_masks_are_read_whatever_their_white_is(tmp_path: Path, white: int) -> N
     assert (masks[0] == (drawn > 0)).all()
     assert not masks[1].any()
     assert find(samples[2]) is None
+
+
+def test_a_mask_that_tells_one_lung_from_the_other_is_refused(tmp_path: Path) -> None:
+    """Of a left lung in 1 and a right one in 2, only the latter was one."""
+    drawn = np.zeros((8, 6), np.uint8)
+    drawn[2:5, :2], drawn[2:5, 4:] = 1, 2
+    Image.fromarray(drawn).save(tmp_path / "x.png")
+    sample = replace(SyntheticChestXray(2, image_size_px=32).samples[0], path=Path("x.jpg"))
+    find = _from_folder(tmp_path, ChestXrayDataset([sample], classes=("normal", "covid19")))
+    with pytest.raises(ImageError, match=r"x\.png has labels from 0 to 2, .* lungs as 255"):
+        find(sample)
 
 
 def test_masks_of_other_images_or_of_two_are_refused(

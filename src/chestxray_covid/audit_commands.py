@@ -159,6 +159,7 @@ def _from_folder(folder: Path, dataset: ChestXrayDataset) -> MaskFunction:
     """Return what finds the masks of a data set, each by the name of its image."""
     import numpy as np
 
+    from chestxray_covid.errors import ImageError
     from chestxray_covid.image import load_image
 
     def find(stem: str) -> Path | None:
@@ -186,7 +187,13 @@ def _from_folder(folder: Path, dataset: ChestXrayDataset) -> MaskFunction:
         if found is None:
             return None
         drawn = np.asarray(load_image(found))
-        inside: NDArray[np.bool_] = drawn > drawn.max() / 2  # some are drawn in 1, not in 255
+        white = drawn.max()  # some are drawn in 1, not in 255
+        if white < 128 and not np.isin(drawn, (0, white)).all():
+            raise ImageError(
+                f"{found} has labels from 0 to {white}, of which half would be no lung. Save the "
+                "lungs as 255, and all else as 0."
+            )
+        inside: NDArray[np.bool_] = drawn > white / 2
         return inside
 
     return mask
