@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -236,13 +237,14 @@ def test_what_is_no_way_to_train_is_refused() -> None:
         (lambda p: p[:, 0], "must be a 2-dimensional array"),
         (lambda p: p[1:], r"a row per image and a column for each of \['normal', 'covid19'\]"),
         (lambda p: np.pad(p, ((0, 0), (0, 1))), r"\(240, 2\), got \(240, 3\)"),
+        (lambda p: pd.DataFrame(p, columns=["covid19", "normal"]), "expected the order of the cl"),
     ],
 )
 def test_what_are_no_probabilities_of_the_classes_gives_no_numbers(
-    said: Callable[[np.ndarray], np.ndarray], message: str
+    said: Callable[[np.ndarray], Any], message: str
 ) -> None:
     class Strange(Oracle):
-        def predict_proba(self, images: Any, /, **options: Any) -> np.ndarray:
+        def predict_proba(self, images: Any, /, **options: Any) -> Any:
             return said(super().predict_proba(images, **options))
 
     model = Strange(("normal", "covid19"))

@@ -206,7 +206,7 @@ def evaluate_probabilities(
     y_true, patients, sources, views = lists_of(
         y_true=y_true, patients=patients, sources=sources, views=views
     )
-    _check_columns(probabilities, names)
+    check_columns(probabilities, names)
     chosen = _positive(y_true, names, positive)
     unknown = [UNKNOWN] * len(p)
     columns: dict[str, Sequence[Any]] = {
@@ -252,7 +252,7 @@ def evaluate_probabilities(
     )
 
 
-def _check_columns(probabilities: Any, classes: tuple[str, ...]) -> None:
+def check_columns(probabilities: Any, classes: tuple[str, ...]) -> None:
     """Raise if columns are named after the classes, as a ``DataFrame``'s, in another order.
 
     A table of predictions names them ``p_covid19`` and so on; columns of other tables are no names.

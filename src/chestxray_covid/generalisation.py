@@ -18,7 +18,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.delong import DELONG_BY_PATIENT, auroc_by_group
 from chestxray_covid.errors import check_classifier, check_dataset, real_number
-from chestxray_covid.evaluation import ProbabilisticClassifier
+from chestxray_covid.evaluation import ProbabilisticClassifier, check_columns
 from chestxray_covid.intervals import (
     Estimate,
     bootstrap_by_group,
@@ -170,6 +170,7 @@ def _checked(
     found: ArrayLike, dataset: ChestXrayDataset, question: Question
 ) -> NDArray[np.float64]:
     """Return the probabilities of a classifier of anyone's: of logits, any score would be wrong."""
+    check_columns(found, question.classes)
     p, due = m.check_probabilities(found), (len(dataset), len(question.classes))
     if p.shape != due:
         raise ValueError(
