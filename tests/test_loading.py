@@ -23,7 +23,6 @@ from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.folder import FolderDataset
 from chestxray_covid.datasets.loading import (
     cached_decoder,
-    cores,
     decoder,
     in_batches,
     map_ahead,
@@ -335,16 +334,6 @@ def test_an_error_inside_a_pipeline_comes_out_and_ends_its_threads(fails: str) -
     with pytest.raises(ValueError, match="impossible"):
         list(found)
     assert not decoding_threads()
-
-
-def test_the_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    if hasattr(os, "sched_getaffinity"):
-        assert cores() == len(os.sched_getaffinity(0))
-        monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert cores() == 7
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert cores() == 1
 
 
 # Without a cache

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,9 +8,9 @@ import openvino
 import pytest
 import torch
 
-from chestxray_covid import engine_openvino, engine_torch
+from chestxray_covid import Classifier, engine_openvino, engine_torch, processor
 from chestxray_covid.engine_torch import native_bfloat16
-from chestxray_covid.processor import slow_bfloat16
+from chestxray_covid.processor import cores, quota, slow_bfloat16
 
 INTEL, AMD = "vendor_id\t: GenuineIntel\n", "vendor_id\t: AuthenticAMD\n"
 
@@ -53,3 +54,78 @@ def test_openvino_is_not_asked_for_a_slow_bfloat16(monkeypatch: pytest.MonkeyPat
     assert engine_openvino.native_precision() == "bfloat16"
     monkeypatch.setattr(engine_openvino, "slow_bfloat16", lambda: True)
     assert engine_openvino.native_precision() == "float32"
+
+
+# How much of it there is
+
+
+def test_the_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "quota", lambda: None)
+    if hasattr(os, "sched_getaffinity"):
+        assert cores() == len(os.sched_getaffinity(0))
+        monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert cores() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores() == 1
+    monkeypatch.setattr(processor, "quota", lambda: 3)
+    assert cores() == 3
+
+
+V1, V2 = "4:memory:/\n2:cpu,cpuacct:{}\n0::/elsewhere\n", "0::{}\n"
+QUOTA, PERIOD = "cpu/{}cpu.cfs_quota_us", "cpu/{}cpu.cfs_period_us"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        (V2.format("/"), {"cpu.max": "200000 100000\n"}, 2),
+        (V2.format("/"), {"cpu.max": "150000 100000\n"}, 2),
+        (V2.format("/"), {"cpu.max": "5000 100000\n"}, 1),
+        (V2.format("/"), {"cpu.max": "max 100000\n"}, None),
+        (V2.format("/"), {"cpu.max": "6400000 100000\n"}, None),
+        (V2.format("/"), {"cpu.max": "6350000 100000\n"}, None),
+        (V2.format("/"), {}, None),
+        # Of a service, and of the slice around it; a container that sees the machine's names.
+        (V2.format("/a/b"), {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "30000 10000\n"}, 3),
+        (V2.format("/a/b"), {"a/b/cpu.max": "20000 10000\n", "a/cpu.max": "30000 10000\n"}, 2),
+        (V2.format("/pod/of/the/machine"), {"cpu.max": "300000 100000\n"}, 3),
+        (V2.format("/../other"), {"cpu.max": "300000 100000\n"}, 3),
+        (V1.format("/"), {QUOTA.format(""): "400000\n", PERIOD.format(""): "100000\n"}, 4),
+        (V1.format("/pod/x"), {QUOTA.format(""): "400000\n", PERIOD.format(""): "100000\n"}, 4),
+        (V1.format("/x"), {QUOTA.format("x/"): "50000\n", PERIOD.format("x/"): "50000\n"}, 1),
+        (V1.format("/"), {QUOTA.format(""): "-1\n", PERIOD.format(""): "100000\n"}, None),
+        ("", {"cpu.max": "200000 100000\n"}, None),
+    ],
+)
+def test_a_quota_leaves_so_many_cores(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: str,
+    files: dict[str, str],
+    expected: int | None,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    (tmp_path / "cgroup").write_text(groups)
+    for name, text in files.items():
+        place = tmp_path / "mounted" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+    assert quota(tmp_path / "cgroup", tmp_path / "mounted") == expected
+
+
+def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:
+    assert quota(tmp_path / "cgroup", tmp_path) is None
+
+
+def test_openvino_computes_in_as_many_threads_as_a_quota_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_openvino, "quota", lambda: 1)
+    found = Classifier.from_pretrained(engine="openvino").engine
+    options = found._options(streams=1)  # type: ignore[attr-defined]
+    core = engine_openvino.openvino_core()
+    ops = openvino.opset13
+    pixels = ops.parameter([1, 1, 8, 8], openvino.Type.f32)
+    compiled = core.compile_model(openvino.Model([ops.relu(pixels)], [pixels], "m"), "CPU", options)
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1

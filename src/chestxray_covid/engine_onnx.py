@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from chestxray_covid._version import __version__
 from chestxray_covid.compiled import keep_compiled, load_compiled
-from chestxray_covid.datasets.loading import cores
 from chestxray_covid.errors import require_extra
 from chestxray_covid.graph import (
     FEATURES,
@@ -29,6 +28,7 @@ from chestxray_covid.graph import (
     fold,
 )
 from chestxray_covid.image import Preprocess
+from chestxray_covid.processor import cores
 from chestxray_covid.tensors import FEATURE_COUNT
 
 #: Opset 17 came with ONNX 1.12 in 2022; every runtime of today reads it.

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from chestxray_covid._version import __version__
 from chestxray_covid.compiled import keep_compiled, load_compiled
-from chestxray_covid.datasets.loading import cores
 from chestxray_covid.errors import require_extra
 from chestxray_covid.graph import (
     FEATURES,
@@ -31,7 +30,7 @@ from chestxray_covid.graph import (
 )
 from chestxray_covid.image import Preprocess
 from chestxray_covid.int8 import Int8
-from chestxray_covid.processor import slow_bfloat16
+from chestxray_covid.processor import cores, quota, slow_bfloat16
 from chestxray_covid.tensors import FEATURE_COUNT
 
 #: Our names of precisions → OpenVINO's.
@@ -218,8 +217,10 @@ class OpenVinoEngine:
 
     def _lanes(self, count: int) -> _Lanes:
         """Return the copy of the model for so many images."""
-        streams = min(cores(), _MAX_STREAMS)
-        if streams == 1 or (self._many is None and count < _MANY):
+        if self._many is not None:
+            return self._many
+        streams = 1 if count < _MANY else min(cores(), _MAX_STREAMS)
+        if streams == 1:
             return self._one
         with self._lock:
             if self._many is None:
@@ -231,7 +232,9 @@ class OpenVinoEngine:
         return self._many
 
     def _options(self, *, streams: int) -> dict[str, Any]:
+        limit = quota()  # of which OpenVINO knows nothing
         return {
+            **({} if limit is None else {"INFERENCE_NUM_THREADS": limit}),
             "INFERENCE_PRECISION_HINT": _HINTS.get(self.precision, _INT8_HINT),
             "NUM_STREAMS": streams,
             "ENABLE_CPU_PINNING": False,  # the cores are shared with threads that decode

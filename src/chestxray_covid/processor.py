@@ -1,11 +1,55 @@
-"""What there is to know of the processor before a number format is chosen."""
+"""How much of the processor there is, and what to know of it before a number format is chosen."""
 
 from __future__ import annotations
 
+import math
+import os
+from contextlib import suppress
 from itertools import takewhile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 _DESCRIPTION = Path("/proc/cpuinfo")
+_GROUPS, _MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def cores() -> int:
+    """Return how many cores this process may use, at least 1: see :func:`quota`."""
+    return quota() or _cores_to_run_on()
+
+
+def _cores_to_run_on() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def quota(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int | None:
+    """Return how many cores a quota leaves, as of a container's ``--cpus``; ``None`` if all.
+
+    With more threads than that, all of them stand still until the next period. Part of a core
+    counts as one.
+
+    Args:
+        groups: What Linux says of the control groups of this process. A quota of a group around
+            them counts, too; in a container, where their names may be those of the machine, it is
+            the only one that is seen.
+        mounted: Where control groups are, of either version.
+    """
+    found = math.inf
+    with suppress(OSError):  # no Linux
+        for line in groups.read_text(encoding="utf-8").splitlines():
+            _, kinds, name = line.split(":", 2)
+            if kinds and "cpu" not in kinds.split(","):
+                continue
+            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if kinds else ("cpu.max",)
+            own = PurePosixPath("/", name).relative_to("/")
+            for group in (own, *own.parents):
+                place = mounted / ("cpu" if kinds else "") / group
+                with suppress(OSError, ValueError):  # not there, or the word "max"
+                    limit, period = (int(n) for f in files for n in (place / f).read_text().split())
+                    if limit > 0:  # -1 is none
+                        found = min(found, limit / period)
+    return math.ceil(found) if found <= _cores_to_run_on() - 1 else None
 
 
 def slow_bfloat16(description: Path = _DESCRIPTION) -> bool:

@@ -26,6 +26,7 @@ from chestxray_covid.datasets.storage import remove_stale, resolver
 from chestxray_covid.errors import DatasetError
 from chestxray_covid.files import expanded, is_folder
 from chestxray_covid.image import IMAGE_SUFFIXES, Preprocess
+from chestxray_covid.processor import cores
 from chestxray_covid.progress import Bar
 
 Item = TypeVar("Item")
@@ -40,13 +41,6 @@ _CACHE_VERSION = 2
 _OWN_READS = ("chestxray_covid.datasets.base", "chestxray_covid.datasets.phantom")
 #: What a shard is called until it is complete.
 _PARTIAL = re.compile(r"\.[0-9a-f]{24}\.\w+\.partial(\.json)?")
-
-
-def cores() -> int:
-    """Return how many cores this process may run on, at least 1."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
 
 
 def map_ahead(
