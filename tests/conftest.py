@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
@@ -62,6 +63,20 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a valid checkpoint of three classes at 64 px with random weights; do not change it."""
     assert tensors.BLOCKS == (6, 12, 24, 16), "a module of shallow networks has its own"
     return random_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Let this process open no further file, as where a program around it keeps too many open."""
+    resource = pytest.importorskip("resource", reason="needs the limits of POSIX")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    last = os.open(os.devnull, os.O_RDONLY)  # the lowest number that was free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        os.close(last)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ from chestxray_covid import (
 from chestxray_covid.batch import judge_files
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.cli import main
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError, ResourceError
 from chestxray_covid.files import write_files
 from chestxray_covid.graph import fold
 from chestxray_covid.int8 import Int8, rounded_results
@@ -50,7 +50,7 @@ from chestxray_covid.places import Places
 from chestxray_covid.prediction import FailedPrediction, Prediction
 from chestxray_covid.prediction_table import heading, line
 from chestxray_covid.shards import Shard, ShardedTable
-from conftest import Elsewhere, random_checkpoint
+from conftest import Elsewhere, no_more_files, random_checkpoint
 from shallow import CODE, shallow_networks
 
 FILES = 12
@@ -935,3 +935,14 @@ def test_ray_finishes_after_kills_agrees_with_one_process_and_takes_a_data_set_w
     assert rows_of_parts(output) == rows_of_parts(alone)
     assert "The Ray data set needs a column path, it has ['name']" in shown
     assert [row["path"] for row in rows_of_parts(other)] == [*map(str, some)]
+
+
+@pytest.mark.parametrize("address", [False, True])
+def test_what_cannot_be_opened_for_want_of_room_has_no_row(
+    clf: Classifier, images: Path, address: bool
+) -> None:
+    names = [images / f"{number:02d}.png" for number in range(5)]
+    files = [name.as_uri() if address else str(name) for name in names]
+    assert len(list(judge_files(clf, files, batch_size=4))) == 5  # all is loaded
+    with no_more_files(), pytest.raises(ResourceError, match=r"0\.png: the machine, .*open files"):
+        list(judge_files(clf, files, batch_size=4))

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -39,13 +40,14 @@ from chestxray_covid.errors import (
     CheckpointNotFoundError,
     ImageError,
     ImageNotFoundError,
+    ResourceError,
 )
 from chestxray_covid.explain import grad_cam
 from chestxray_covid.export import export_model
 from chestxray_covid.image import Preprocess, load_image
 from chestxray_covid.models import to_tensors
 from chestxray_covid.prediction import FailedPrediction, Prediction
-from conftest import random_checkpoint, random_tensors
+from conftest import no_more_files, random_checkpoint, random_tensors
 
 pytestmark = pytest.mark.usefixtures("shallow")
 
@@ -734,6 +736,13 @@ def test_linked_folders_are_read_once_and_after_the_others(tmp_path: Path) -> No
     assert [*image_files(data)] == [data / "b" / "x.png", data / "c" / "deep" / "x.png"]
     (tmp_path / "whole").symlink_to("data", target_is_directory=True)
     assert len([*image_files(tmp_path / "whole")]) == 2
+
+
+def test_a_folder_that_is_not_listed_for_want_of_room_is_not_left_out(tmp_path: Path) -> None:
+    phantom(1).save(tmp_path / "a.png")
+    with no_more_files(), pytest.raises(ResourceError, match=re.escape(f"{tmp_path}: the mach")):
+        list(image_files(tmp_path))
+    assert [*image_files(tmp_path)] == [tmp_path / "a.png"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs directory descriptors")

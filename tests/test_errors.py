@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import inspect
 import multiprocessing
 import pickle
@@ -32,7 +33,12 @@ from chestxray_covid import (
     quantize,
     split_by_patient,
 )
-from chestxray_covid.errors import ChestXrayError, MissingExtraError, TrainingInterrupted
+from chestxray_covid.errors import (
+    ChestXrayError,
+    MissingExtraError,
+    ResourceError,
+    TrainingInterrupted,
+)
 
 FAMILY = [
     kind
@@ -87,6 +93,19 @@ def test_a_message_arrives_as_it_was_written_and_survives_pickling(kind: type[Ex
     error = pickled(kind("3 files are damaged: a.png, …"))
     assert type(error) is kind
     assert str(error) == "3 files are damaged: a.png, …"
+
+
+def test_want_of_resources_is_told_from_other_errors() -> None:
+    others = (OSError(errno.EIO, "input"), RuntimeError("cannot schedule"), ValueError("x"))
+    for other in others:
+        errors.check_resources(other, "a.png")
+    lacking = (MemoryError(), OSError(errno.ENFILE, "full"), RuntimeError("can't start new thread"))
+    for error in lacking:
+        with pytest.raises(ResourceError, match=r"a\.png: the machine, .*again") as found:
+            errors.check_resources(error, "a.png")
+        with pytest.raises(ResourceError) as same:  # on its way through what reads an image
+            errors.check_resources(found.value, "b.png")
+        assert same.value is found.value
 
 
 def test_an_interruption_names_signal_and_run_and_how_to_go_on(tmp_path: Path) -> None:

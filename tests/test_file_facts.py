@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from chestxray_covid import Sample, SyntheticChestXray
+from chestxray_covid.errors import ResourceError
 from chestxray_covid.file_facts import as_numbers, file_facts
+from conftest import no_more_files
 
 
 def sample(path: Path) -> Sample:
@@ -50,3 +52,11 @@ def test_what_has_no_header_has_no_facts(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         assert file_facts(sample(tmp_path / name)) is None
     assert file_facts(sample(tmp_path / "none.png")) is None
+
+
+def test_the_facts_of_a_file_that_cannot_be_opened_now_are_not_those_of_none(
+    tmp_path: Path,
+) -> None:
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    with no_more_files(), pytest.raises(ResourceError, match=r"a\.png: the machine"):
+        file_facts(sample(tmp_path / "a.png"))

@@ -30,7 +30,13 @@ from urllib3 import HTTPResponse
 
 import chestxray_covid
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
-from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError, MissingExtraError
+from chestxray_covid.errors import (
+    ConfigError,
+    ImageError,
+    ImageNotFoundError,
+    MissingExtraError,
+    ResourceError,
+)
 from chestxray_covid.image import (
     ImageWarning,
     Preprocess,
@@ -43,7 +49,7 @@ from chestxray_covid.pixels import (
     MAX_JPEG_SCANS,
     check_jpeg,
 )
-from conftest import Elsewhere
+from conftest import Elsewhere, no_more_files
 
 pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
@@ -1966,6 +1972,57 @@ def test_without_pydicom_the_error_names_the_extra(tmp_path: Path) -> None:
     )
     assert 'pip install "chestxray-covid[dicom]"' in done.stderr
     assert issubclass(MissingExtraError, ImportError)
+
+
+# ---------------------------------------------------------------- what the machine lacks
+
+
+def test_too_many_open_files_are_not_the_images_fault(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(encode(colours(9, 9), "PNG"))
+    with no_more_files(), pytest.raises(ResourceError, match=r"x\.png: the machine, .*open files"):
+        load_image(tmp_path / "x.png")
+    assert load_image(tmp_path / "x.png").size == (9, 9)
+
+
+LIMITED = """
+import sys
+import numpy as np, pydicom.pixels, resource
+from chestxray_covid.datasets.loading import map_ahead
+from chestxray_covid.errors import ResourceError
+from chestxray_covid.image import load_image
+
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 6_000_000,) * 2)
+for path in sys.argv[1:]:
+    try:
+        load_image(path)
+    except ResourceError as error:
+        assert "x." in str(error) and "fetch" not in str(error).lower(), error
+    else:
+        raise SystemExit("there was memory")
+try:
+    list(map_ahead(abs, [1], workers=1))
+except ResourceError as error:
+    assert "start new thread" in str(error), error
+else:
+    raise SystemExit("there was a thread")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs to know how much memory is held")
+def test_no_memory_and_no_threads_are_not_the_images_fault(tmp_path: Path) -> None:
+    whole = Image.new("L", (6000, 6000))
+    names = [str(tmp_path / f"x.{suffix}") for suffix in ("png", "jpg", "tif", "bmp", "gif")]
+    for name in names:
+        whole.save(name)
+    (tmp_path / "x.dcm").write_bytes(dicom(np.zeros((6000, 6000), np.uint16)))
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *names, str(tmp_path / "x.dcm")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- Preprocess

@@ -67,6 +67,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.errors import IntegrityError as IntegrityError
     from chestxray_covid.errors import MissingExtraError as MissingExtraError
     from chestxray_covid.errors import ReportError as ReportError
+    from chestxray_covid.errors import ResourceError as ResourceError
     from chestxray_covid.errors import SplitError as SplitError
     from chestxray_covid.errors import TrainingError as TrainingError
     from chestxray_covid.errors import TrainingInterrupted as TrainingInterrupted
@@ -159,6 +160,7 @@ _MODULES = {
         "IntegrityError",
         "MissingExtraError",
         "ReportError",
+        "ResourceError",
         "SplitError",
         "TrainingError",
         "TrainingInterrupted",

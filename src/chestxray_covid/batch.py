@@ -19,6 +19,7 @@ from chestxray_covid.errors import (
     ImageError,
     ImageNotFoundError,
     check_network,
+    check_resources,
     first_of,
     require_extra,
 )
@@ -98,6 +99,8 @@ def predict_files(
             the contrary, or it is one of the inputs, a device, an address that pathlib took a
             slash of, or named like an image or another kind of table.
         OSError: If the output cannot be written; what was finished is kept.
+        ResourceError: If memory, threads or open files run out, of which no image is at fault; what
+            was finished is kept.
         MissingExtraError: If Parquet or an address needs pyarrow, which is not installed.
     """
     from chestxray_covid.progress import Bar
@@ -346,6 +349,7 @@ def _sources(
             try:
                 return file, places.read(file)
             except (OSError, ValueError) as error:  # ValueError: a kind that pyarrow does not know
+                check_resources(error, file)
                 return file, ImageError(f"{file} cannot be fetched: {error}")
         path = os.path.join(root, file)  # noqa: PTH118 - a million of them
         if is_folder(path):  # which would stand for the images below it

@@ -332,6 +332,7 @@ class Classifier:
 
         Raises:
             ImageError: If an image cannot be decoded and ``on_error="raise"``.
+            ResourceError: If there is no memory to decode it, or too many files are open.
             TypeError: If something is no image.
             ValueError: If ``on_error`` is unknown, ``batch_size`` or ``workers`` not positive, or a
                 list contains itself.

@@ -69,7 +69,8 @@ def decode_dicom(
     except (*DECODE_ERRORS, errors.BytesLengthException, errors.InvalidDicomError) as error:
         # pydicom's warnings and some errors quote the file: a patient's name must not get out.
         quotes_nothing = isinstance(error, AttributeError | RuntimeError | ValueError)
-        said = reason(error) if quotes_nothing else type(error).__name__
+        why = reason(error, name)
+        said = why if quotes_nothing else type(error).__name__
         raise ImageError(
             f"{name} is a DICOM file that cannot be read: {said}. Fetch or export it again."
         ) from error

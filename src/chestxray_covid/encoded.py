@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from chestxray_covid.errors import ImageError
+from chestxray_covid.errors import ImageError, check_resources
 from chestxray_covid.pixels import (
     DECODE_ERRORS,
     MAX_STREAM_BYTES,
@@ -135,7 +135,7 @@ def decode_image(
         raise
     except DECODE_ERRORS as error:
         raise ImageError(
-            f"{name} is damaged, or not a {plugin.format} that can be read: {reason(error)}. "
+            f"{name} is damaged, or not a {plugin.format} that can be read: {reason(error, name)}. "
             "Fetch or save it again."
         ) from error
     return grey, facts, _has_more_frames(image)
@@ -245,7 +245,8 @@ def open_header(path: Path) -> ImageFile | None:
         data = io.BytesIO(path.read_bytes())
         plugin = next(kind for magic, kind in _PLUGINS if data.getvalue().startswith(magic))
         return plugin(cast(IO[bytes], data))
-    except (StopIteration, *DECODE_ERRORS):
+    except (StopIteration, *DECODE_ERRORS) as error:
+        check_resources(error, str(path))
         return None
 
 
@@ -275,7 +276,8 @@ def read_stream(stream: Stream) -> bytes:
     except UnicodeDecodeError as error:  # text is decoded as it is read
         raise _not_binary("text") from error
     except _stream_errors() as error:
-        raise ImageError(f"<stream> cannot be read: {reason(error)}") from error
+        why = reason(error, "<stream>")
+        raise ImageError(f"<stream> cannot be read: {why}") from error
     return b"".join(parts)
 
 

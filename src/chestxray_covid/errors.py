@@ -21,6 +21,7 @@ missing package) is a :class:`ChestXrayError` and also the builtin that a caller
     ├── TrainingError (ValueError)
     ├── TrainingInterrupted
     ├── ForkedError (RuntimeError)
+    ├── ResourceError (RuntimeError)
     └── MissingExtraError (ImportError)
 
 A wrong argument is a plain ``ValueError`` or ``TypeError``.
@@ -28,6 +29,7 @@ A wrong argument is a plain ``ValueError`` or ``TypeError``.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import math
 import operator
@@ -35,6 +37,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import SupportsFloat, SupportsIndex, cast
+
+#: Too many open files, of the process and of the machine, and no memory.
+_RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class ChestXrayError(Exception):
@@ -128,8 +133,35 @@ class ForkedError(ChestXrayError, RuntimeError):
     """A process was forked from one in which torch had computed, and could wait for ever."""
 
 
+class ResourceError(ChestXrayError, RuntimeError):
+    """Memory, threads or open files have run out; what was to be read may be whole."""
+
+
 class MissingExtraError(ChestXrayError, ImportError):
     """An optional package is not installed; the message holds the pip command."""
+
+
+def check_resources(error: BaseException, name: str) -> None:
+    """Raise if an exception tells of the machine, and not of what was read or computed.
+
+    Args:
+        error: What came up.
+        name: What could not be done or read, for the message.
+
+    Raises:
+        ResourceError: If memory, threads or open files have run out.
+    """
+    if isinstance(error, ResourceError):
+        raise error
+    ran_out = isinstance(error, MemoryError) or getattr(error, "errno", None) in _RAN_OUT
+    # Nothing but Python's words tells this one from others.
+    if ran_out or (isinstance(error, RuntimeError) and "start new thread" in str(error)):
+        said = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise ResourceError(
+            f"{name}: the machine, or a limit of this process, allows no more memory, threads or "
+            f"open files ({said}). Use fewer workers, close what is open, or raise the limit; then "
+            "do it again."
+        ) from error
 
 
 def whole_number(name: str, value: SupportsIndex) -> int:

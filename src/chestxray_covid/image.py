@@ -110,6 +110,7 @@ def load_image(
         ImageNotFoundError: If the path is empty, does not exist or is no regular file.
         ImageError: If the source cannot be decoded, is too large, has an impossible shape, or
             holds NaN or infinite values; the message names the source and the reason.
+        ResourceError: If there is no memory for it, or too many files are open.
         MissingExtraError: If the source is DICOM and pydicom is not installed.
         TypeError: If the source is none of the above.
         ValueError: If ``min_size`` or ``max_pixels`` is not positive.
@@ -173,7 +174,7 @@ def _from_pil(source: Image.Image, max_pixels: int) -> tuple[Image.Image, ImageF
         if getattr(source, "tile", None) and getattr(source, "fp", None) is None:
             way = "Call its load() before its file is closed, or pass the path."
             raise ImageError(f"{name} was closed before it was loaded. {way}") from error
-        raise ImageError(f"{name} cannot be converted to grey: {reason(error)}") from error
+        raise ImageError(f"{name} cannot be converted to grey: {reason(error, name)}") from error
 
 
 def _from_path(
@@ -200,7 +201,7 @@ def _from_path(
         what = "is a link to nothing" if path.is_symlink() else "does not exist"
         raise ImageNotFoundError(f"{name} {what}. Check the path.") from error
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
-        raise ImageError(f"{name} cannot be opened: {reason(error)}") from error
+        raise ImageError(f"{name} cannot be opened: {reason(error, name)}") from error
 
 
 def _as_array(source: object) -> NDArray[Any]:
@@ -214,7 +215,8 @@ def _as_array(source: object) -> NDArray[Any]:
             if array.dtype != object or isinstance(source, np.ndarray):
                 return array
     except DECODE_ERRORS as error:  # what lies in a file is read only now
-        raise ImageError(f"<array> cannot become a NumPy array: {reason(error)}") from error
+        why = reason(error, "<array>")
+        raise ImageError(f"<array> cannot become a NumPy array: {why}") from error
     raise TypeError(
         "expected a path, bytes, a binary stream, a PIL image, an array or a tensor, "
         f"got {type(source).__name__}. Of a table, pass the column of paths; of a pydicom data "

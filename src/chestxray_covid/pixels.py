@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
-from chestxray_covid.errors import ImageError
+from chestxray_covid.errors import ImageError, check_resources
 
 #: Largest stream that is read, in bytes: an endless one must not fill the memory.
 MAX_STREAM_BYTES = 1 << 30
@@ -284,7 +284,8 @@ def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) where EXIF is absent or broken."""
     try:
         return int(image.getexif().get(0x0112, 1))
-    except DECODE_ERRORS:
+    except DECODE_ERRORS as error:
+        check_resources(error, "The orientation of an image")
         return 1
 
 
@@ -293,6 +294,11 @@ def is_sideways(orientation: int) -> bool:
     return orientation in (5, 6, 7, 8)
 
 
-def reason(error: BaseException) -> str:
-    """Return an exception as text for the end of a message."""
+def reason(error: BaseException, name: str) -> str:
+    """Return why an image cannot be read as text for the end of a message.
+
+    Raises:
+        ResourceError: If that is for want of memory or open files, with its name.
+    """
+    check_resources(error, name)
     return f"{type(error).__name__}: {error}".removesuffix(": ")

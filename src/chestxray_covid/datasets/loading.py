@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.storage import remove_stale, resolver
-from chestxray_covid.errors import DatasetError
+from chestxray_covid.errors import DatasetError, check_resources
 from chestxray_covid.files import expanded, is_folder
 from chestxray_covid.image import IMAGE_SUFFIXES, Preprocess
 from chestxray_covid.processor import cores
@@ -82,6 +82,7 @@ def _begun(pool: Executor, function: Callable[[Item], Result], item: Item) -> Ca
     try:
         return pool.submit(function, item).result
     except RuntimeError as error:
+        check_resources(error, "No thread to compute in")
         # Once the main thread has ended, no pool takes anything, while other threads work on. Not
         # so daemon threads: one that computes while the process ends aborts it.
         if "cannot schedule" not in str(error) or threading.current_thread().daemon:
@@ -283,9 +284,14 @@ def image_files(folder: Path) -> Iterator[Path]:
     yielded itself, last: decoding it is an error that names it.
     """
     unlisted: list[OSError] = []
+
+    def note(error: OSError) -> None:
+        check_resources(error, str(error.filename))
+        unlisted.append(error)
+
     starts, seen = deque([folder]), set[str]()
     while starts:
-        for here, folders, files in os.walk(starts.popleft(), onerror=unlisted.append):
+        for here, folders, files in os.walk(starts.popleft(), onerror=note):
             if (real := os.path.realpath(here)) in seen:
                 folders.clear()
                 continue
