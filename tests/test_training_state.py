@@ -449,9 +449,21 @@ def test_a_full_disk_is_a_typed_error_and_keeps_the_older_state(tmp_path: Path, 
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "state of step 2 cannot be saved" in done.stdout
-    assert "Make room" in done.stdout
+    assert "Make room or mend the folder, then continue with resume=True." in done.stdout
     assert StateStore(tmp_path).load()[0] == 1
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["step-000000001"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
+def test_where_no_state_could_be_saved_yet_the_way_is_to_train_again(tmp_path: Path) -> None:
+    first = "".join(line for line in FULL_DISK.splitlines(True) if "save(1" not in line)
+    command = [sys.executable, "-c", first, str(tmp_path), "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "mend the folder, then train again: there is no state yet." in done.stdout
+    with pytest.raises(TrainingError, match="There is no state to resume from"):
+        StateStore(tmp_path).load()
+    with StateStore(tmp_path).claimed(resume=False, make=True):  # nor does it hold a run
+        StateStore(tmp_path).save(2, {"a": np.ones(10, np.float32)}, {"step": 2})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

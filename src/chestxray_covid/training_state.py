@@ -230,7 +230,7 @@ class StateStore:
         text = json.dumps(values, allow_nan=False)
         # safetensors takes the bytes as they lie in memory, whatever the order of the axes.
         ordered = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
-        with saving(f"state of step {step}", self._folder):
+        with saving(f"state of step {step}", self._folder, is_first=not self.steps()):
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir(parents=True)
@@ -322,14 +322,21 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def saving(what: str, folder: Path) -> Iterator[None]:
-    """Turn what the system says of a file that cannot be written into a :class:`TrainingError`."""
+def saving(what: str, folder: Path, *, is_first: bool = False) -> Iterator[None]:
+    """Turn what the system says of a file that cannot be written into a :class:`TrainingError`.
+
+    Args:
+        what: What is written.
+        folder: Where to.
+        is_first: Whether there is nothing yet that a run could go on from.
+    """
     try:
         yield
     except OSError as error:
+        then = "train again: there is no state yet" if is_first else "continue with resume=True"
         raise TrainingError(
             f"The {what} cannot be saved in {folder}: {error}. Make room or mend the folder, then "
-            "continue with resume=True."
+            f"{then}."
         ) from error
 
 
