@@ -738,6 +738,11 @@ def test_linked_folders_are_read_once_and_after_the_others(tmp_path: Path) -> No
     assert len([*image_files(tmp_path / "whole")]) == 2
 
 
+def test_a_checkpoint_is_not_to_be_fetched_again_for_want_of_room(checkpoint_folder: Path) -> None:
+    with no_more_files(), pytest.raises(ResourceError, match=r"config\.json: the machine"):
+        Classifier.from_pretrained(checkpoint_folder)
+
+
 def test_a_folder_that_is_not_listed_for_want_of_room_is_not_left_out(tmp_path: Path) -> None:
     phantom(1).save(tmp_path / "a.png")
     with no_more_files(), pytest.raises(ResourceError, match=re.escape(f"{tmp_path}: the mach")):

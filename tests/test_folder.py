@@ -17,7 +17,8 @@ from chestxray_covid.datasets.folder import (
 )
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError, ResourceError
+from conftest import no_more_files
 from sources import (
     SHARED_IMAGE_ID,
     cohen_row,
@@ -774,3 +775,10 @@ def test_labels_that_do_not_map_text_to_text_are_refused(tmp_path: Path, labels:
     ):
         with pytest.raises(TypeError, match=f"{argument} must map text to text, such as"):
             open_()
+
+
+def test_a_folder_is_not_to_be_moved_away_for_want_of_open_files(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    with no_more_files(), pytest.raises(ResourceError, match=r"the machine, .*open files"):
+        FolderDataset(tmp_path)
+    assert len(FolderDataset(tmp_path))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chestxray_covid.errors import ConfigError, DatasetNotFoundError
+from chestxray_covid.errors import ConfigError, DatasetNotFoundError, check_resources
 
 #: A config of this library has about 1 kB; more is no config.
 MAX_JSON_BYTES = 1_000_000
@@ -35,11 +35,13 @@ def read_limited(path: Path, limit: int) -> bytes:
 
     Raises:
         ConfigError: If it cannot be read.
+        ResourceError: If that is for want of open files.
     """
     try:
         with path.open("rb") as file:
             return file.read(limit + 1)
     except OSError as error:
+        check_resources(error, str(path))
         raise ConfigError(f"cannot be read: {error}") from error
 
 

@@ -315,6 +315,7 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as found:
             return sorted((e for e in found if e.name[0] != "."), key=lambda entry: entry.name)
     except OSError as error:
+        check_resources(error, str(folder))
         raise DatasetError(
             f"{folder} cannot be listed: {error}. Mend its permissions, or move it away."
         ) from error
