@@ -42,13 +42,22 @@ WORDS = (
 
 
 def find(pictures: dict[str, tuple[str, tuple[str, ...]]]) -> dict[str, Path]:
-    """Return name → file of those pictures whose package is installed."""
+    """Return name → file of pictures inside packages.
+
+    Raises:
+        SystemExit: If one is not there: a gate that was fitted without it would not show that.
+    """
     found = {}
     for package, (folder, names) in pictures.items():
         spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin is not None:
-            place = Path(spec.origin).parent / folder
-            found.update({name: place / name for name in names if (place / name).is_file()})
+        place = Path(spec.origin).parent / folder if spec and spec.origin else None
+        lacking = [name for name in names if place is None or not (place / name).is_file()]
+        if place is None or lacking:
+            raise SystemExit(
+                f"{package} lacks {', '.join(lacking)}, which a gate is fitted on or measured "
+                "with. Install what has them: pip install --upgrade scikit-image"
+            )
+        found.update({name: place / name for name in names})
     return found
 
 

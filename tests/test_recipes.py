@@ -286,6 +286,10 @@ def published(
         run_main(recipes["list_tried"], patch, {**judged, "limit": 6})
         gate = {"checkpoint": place.weights, "split": place.run / "split.json", "data": data}
         patch.setattr(recipes["fit_gate"], "fit_gate", partial(fit_gate, components=4))
+        photographs = dict(recipes["gate_examples"].PHOTOGRAPHS)
+        del photographs["skimage"]  # which only the recipe needs
+        patch.setattr(recipes["gate_examples"], "PHOTOGRAPHS", photographs)
+        patch.setattr(recipes["gate_examples"], "UNSEEN", {})
         words = {**gate, "results": place.results / "gate.json", "limit": 20, "count": 4}
         recipes["fit_gate"].main([str(w) for k, v in words.items() for w in (f"--{k}", v)])
     return place
@@ -318,6 +322,16 @@ def test_a_gate_is_fitted_measured_and_put_beside_the_weights(published: Publish
         exact = binomtest(flagged["count"], part["images"]).proportion_ci(method="wilson")
         assert (flagged["low"], flagged["high"]) == pytest.approx(tuple(exact), abs=1e-9)
     assert set(found["source_left_out"]) == {"cohen", "hannover", "kermany", "nih"}
+
+
+def test_a_gate_is_not_fitted_without_some_of_its_photographs(recipes: dict[str, Any]) -> None:
+    pictures = recipes["counter_examples"]
+    folder, names = pictures.PHOTOGRAPHS["sklearn"]
+    assert [*pictures.find({"sklearn": (folder, names)})] == [*names]
+    with pytest.raises(SystemExit, match=r"sklearn lacks none\.jpg, which .*scikit-image"):
+        pictures.find({"sklearn": (folder, (*names, "none.jpg"))})
+    with pytest.raises(SystemExit, match=r"no_package lacks a\.png, b\.png, which"):
+        pictures.find({"no_package": ("data", ("a.png", "b.png"))})
 
 
 def test_pieces_are_parts_of_the_first_radiograph_and_all_of_the_others(
