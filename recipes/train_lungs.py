@@ -24,6 +24,7 @@ from tqdm import trange
 from chestxray_covid import ChestXrayDataset, CohenCovidDataset, Preprocess, lung_mask
 from chestxray_covid.datasets.base import LABELS
 from chestxray_covid.engine_torch import native_bfloat16
+from chestxray_covid.files import read_json
 from chestxray_covid.intervals import bootstrap_by_group
 from chestxray_covid.lung_network import LungNetwork
 from chestxray_covid.lungs import SIZE_PX, draw_masks, load_network, save_network
@@ -174,7 +175,8 @@ def main() -> None:
     path = options.output / "lungs.safetensors"
     if not options.measure_only:
         images, masks = load_pairs(split.train)
-        save_network(path, train(images, masks, steps=options.steps), {})
+        network = train(images, masks, steps=options.steps)
+        save_network(path, network, {"steps": options.steps})
     network = load_network(path)  # measured as it is shipped, in half precision
     scores = dice_scores(network, split.test)
     patients = [s.patient_id for s in split.test.samples]
@@ -186,7 +188,7 @@ def main() -> None:
         "test_images": len(split.test),
         "test_patients": len(set(patients)),
         "train_licences": count_by_licence(split.train),
-        "steps": options.steps,
+        "steps": read_json(path.with_suffix(".json"))["steps"],
     }
     save_network(path, network, about)
     draw_sheet(network, options.data, options.output / "overlays.png")

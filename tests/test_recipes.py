@@ -507,6 +507,8 @@ def test_lungs_are_trained_measured_on_others_and_drawn(
     assert about["dice"]["value"] == pytest.approx(np.mean(scores))
     with Image.open(tmp_path / "overlays.png") as sheet:
         assert sheet.size == (160, 160 * 8), "a row per source and label"
+    run_main(lungs, monkeypatch, {"data": data, "output": tmp_path, "measure-only": []})
+    assert json.loads((tmp_path / "lungs.json").read_text()) == about, "also how long it trained"
 
 
 # ---------------------------------------------------------------- relatives
