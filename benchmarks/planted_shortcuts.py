@@ -74,9 +74,15 @@ class Linear:
     def __init__(self, train: ChestXrayDataset, sight: Sight) -> None:
         self.classes, self.weights_sha256, self.sight = train.classes, "", sight
         self.config = SimpleNamespace(preprocess=Preprocess(size_px=SIZE_PX))
-        pixels = np.stack([self.config.preprocess(train.image(i)) for i in range(len(train))])
         self.model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        self.model.fit(self._seen(pixels), train.targets)
+        self.model.fit(self._seen(self._pixels(train)), train.targets)
+
+    def predict_proba(self, images: ChestXrayDataset) -> Floats:
+        """Return ``(N, K)`` probabilities of a data set's images."""
+        return self._compute(self._pixels(images))[0]
+
+    def _pixels(self, images: ChestXrayDataset) -> NDArray[np.uint8]:
+        return np.stack([self.config.preprocess(images.image(i)) for i in range(len(images))])
 
     def _seen(self, pixels: NDArray[np.uint8]) -> Floats:
         return self.sight(pixels[:, 0].astype(float))

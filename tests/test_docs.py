@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -248,6 +249,16 @@ def test_the_page_on_audits_says_what_became_of_planted_shortcuts(generate: Modu
     assert verdicts("blur, 70%", "occlusion") == {"warn"}
     weak = [row["sets"] for row in found["rows"] if row["kind"] == "weak" and row["right"] == 0.7]
     assert {"pass", "not_assessable"} < {one["overall"] for sets in weak for one in sets}
+
+
+@pytest.mark.slow
+def test_shortcuts_can_still_be_planted_and_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    planted = importlib.import_module("planted_shortcuts")
+    monkeypatch.setattr(planted, "TRAIN", 40)
+    found = planted.audited(replace(planted.CORNER, test=40), 0)
+    assert found["auroc"]["value"] == found["lungs_hidden"]["value"] == 1
+    assert found["items"]["occlusion"] == found["overall"] == "fail"
 
 
 def test_the_classic_design_fails_and_the_page_says_so(generate: ModuleType) -> None:
