@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -111,6 +112,13 @@ def run_main(module: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, ob
     words = [word for name, values in lists for word in (f"--{name}", *map(str, values))]
     monkeypatch.setattr(sys, "argv", [module.__name__, *words])
     module.main()
+
+
+def test_the_table_of_recipes_has_all_that_is_run_in_the_order_of_running() -> None:
+    table = (RECIPES / "README.md").read_text(encoding="utf-8").partition("## The recipe")[0]
+    listed = re.findall(r"^\| `(\w+\.py)`", table, re.MULTILINE)
+    run = re.findall(r"recipes/(\w+\.py)", (RECIPES / "run.sh").read_text(encoding="utf-8"))
+    assert [name for name in listed if name in run] == list(dict.fromkeys(run))
 
 
 def test_what_may_not_be_trained_on_stays_out(recipes: dict[str, Any], data: Path) -> None:
