@@ -1,6 +1,6 @@
 """Write how time and memory grow with the number of files, and what a million of them cost.
 
-Called by ``generate.py``; reads what ``benchmarks/growth.py`` leaves.
+Called by ``generate.py``; reads what ``benchmarks/growth.py`` and ``predict_memory.py`` leave.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from generate import DOCS, SOURCE_KEY, digest, fill, table, wrapped
 
 RESULT = DOCS.parent / "benchmarks" / "results" / "growth.json"
 SPEED = RESULT.with_name("predict.json")
+STREAM = RESULT.with_name("predict_memory.json")
 FIGURE = DOCS / "growth.png"
 WHAT = {
     "predict": "predictions, from files to a CSV",
@@ -82,7 +83,17 @@ def growth_block(result: Mapping[str, Any]) -> str:
         "core, others used the machine. The split's memory includes the data set itself."
     )
     figure = "![Seconds and memory by number of files](growth.png)"
-    return "\n" + "\n\n".join([intro, table(head, cells), figure]) + "\n"
+    return "\n" + "\n\n".join([intro, table(head, cells), figure, wrapped(_stream())]) + "\n"
+
+
+def _stream() -> str:
+    """Return in words how much memory a stream of predictions takes, of few files and of many."""
+    found = json.loads(STREAM.read_text(encoding="utf-8"))
+    said = " and ".join(f"{run['peak_mib']:.0f} MiB for {run['files']:,}" for run in found["runs"])
+    return (
+        f"`{found['what']}` took, with random weights at 64 px, {said} files "
+        "(`python benchmarks/predict_memory.py`)."
+    )
 
 
 def draw(result: Mapping[str, Any], source: Path, target: Path) -> None:

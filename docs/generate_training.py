@@ -1,7 +1,7 @@
 """Write what a training step costs in time and memory, from measured results.
 
-Called by ``generate.py``; reads what ``benchmarks/training_step.py``, ``time_to_auroc.py`` and
-``training_memory.py`` leave, and ``training_gpu.py`` where there was a GPU.
+Called by ``generate.py``; reads what ``benchmarks/training_step.py``, ``time_to_auroc.py``,
+``training_memory.py`` and ``cache.py`` leave, and ``training_gpu.py`` where there was a GPU.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def blocks() -> dict[str, str]:
     names = ("training_step", "time_to_auroc", "training_memory")
     return {
         "training": training_block(*(load(name) for name in names)),
+        "cache": "\n" + cache_paragraph(load("cache")) + "\n",
         "plain-training": "\n" + step_paragraph(load("training_step_float32")) + "\n",
         "gpu": gpu_block(load(GPU.stem) if GPU.is_file() else None),
     }
@@ -72,6 +73,15 @@ def training_block(
         "\n"
         + "\n\n".join([step_paragraph(step), wrapped(_time_to(auroc)), intro, table(head, cells)])
         + "\n"
+    )
+
+
+def cache_paragraph(found: Mapping[str, Any]) -> str:
+    """Return how long training waits for pixels, with and without the cache."""
+    return wrapped(
+        f"On {found['machine']['cores']} cores ({found['machine']['processor']}), training on "
+        f"large phantoms waits for pixels in {found['decoding']:.2%} of the second epoch when it "
+        f"decodes, in {found['cached']:.2%} with the cache (`python benchmarks/cache.py`)."
     )
 
 

@@ -287,6 +287,13 @@ def test_what_is_said_of_growth_is_what_was_measured(generate: ModuleType) -> No
     assert f"{1e6 / 100 * cores / 3600:.1f} core-hours per million" in " ".join(cost.split())
 
 
+def test_every_result_is_read_by_what_writes_the_pages() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in DOCS.glob("generate*.py"))
+    results = [*(DOCS / "results").rglob("*.json"), *(ROOT / "benchmarks/results").glob("*.json")]
+    names = {path.stem for path in results} - {"folds_evaluation"}  # probe_inside.py reads that
+    assert [name for name in sorted(names) if not re.search(rf'"{name}(\.json)?"', code)] == []
+
+
 # ---------------------------------------------------------------- what is written by hand
 
 
