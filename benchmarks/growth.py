@@ -6,7 +6,8 @@
 
 Each number comes from a process of its own: wall-clock time, processor time, and the peak of its
 memory (VmHWM). ``predict`` links real files into a folder per count and judges them with the
-bundled model through ``predict_files``.
+bundled model through ``predict_files``. What the other command measured stays in the result, if it
+was on the same processor.
 """
 
 from __future__ import annotations
@@ -124,12 +125,15 @@ def main() -> None:
         found = tables()
     else:
         found = predictions(options.data, [int(n) for n in options.counts.split(",")])
-    from common import RESULTS, write  # it imports torch, which is none of the memory measured
+    # It imports torch, which is none of the memory measured.
+    from common import RESULTS, machine, write
 
     place = RESULTS / f"{NAME}.json"
     before = json.loads(place.read_text()) if place.is_file() else {}
-    kept = {k: v for k, v in before.items() if k not in ("machine", "date")}
-    write(NAME, {**kept, **found})
+    measured_on, here = before.pop("machine", {}), machine()
+    # One machine is named for all of it, so that what another one measured cannot stay.
+    same = all(measured_on.get(key) == here[key] for key in ("processor", "cores"))
+    write(NAME, {**(before if same else {}), **found})
 
 
 if __name__ == "__main__":
