@@ -464,6 +464,20 @@ def test_a_server_that_is_no_hub_cannot_choose_where_its_bytes_go(
     assert not any(p.is_file() for p in tmp_path.rglob("*"))
 
 
+def test_a_password_in_the_endpoint_is_in_no_error(published: HubServer, tmp_path: Path) -> None:
+    published.faults["HEAD", "config.json"] = lambda request, good: replace(
+        good, headers={**good.headers, "X-Repo-Commit": ""}
+    )
+    place = published.url.replace("://", "://me:secret@")
+    worker = Worker(published, tmp_path / "home", "installed", HF_ENDPOINT=place)
+    try:
+        _, message = worker.refused(tmp_path / "cache")
+    finally:
+        worker.close()
+    assert f"{published.url} answers for {REPO}, config.json" in message
+    assert "secret" not in message
+
+
 # ---------------------------------------------------------------- row 1: cut downloads
 
 

@@ -220,7 +220,8 @@ class Repository:
         good = re.fullmatch(r"[0-9a-f]{40}", found.commit_hash or "")
         if not good or not _OID.fullmatch(found.etag or "") or found.size is None:
             return DownloadError(
-                f"{url} is answered without commit, hash or size: this is no Hub. Check HF_ENDPOINT"
+                f"{origin(url)} answers for {self.repo_id}, {name} without commit, hash or size: "
+                "this is no Hub. Check HF_ENDPOINT"
             )
         return found
 
