@@ -2025,6 +2025,36 @@ def test_no_memory_and_no_threads_are_not_the_images_fault(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
 
 
+DAMAGED = """
+import sys
+import pydicom.pixels, resource
+from chestxray_covid.errors import ImageError
+from chestxray_covid.image import load_image
+
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (1 << 30),) * 2)
+try:
+    load_image(sys.argv[1])
+except ImageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs to know how much memory is held")
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"])
+def test_a_damaged_length_is_the_files_fault_whatever_memory_there_is(
+    tmp_path: Path, syntax: str
+) -> None:
+    """It would end a run over many files, and every one that goes on with it."""
+    whole = dicom(ramp(), syntax=syntax)
+    at = whole.index(b"\x28\0\x10\0")  # Rows
+    damaged = whole[:at] + b"\x28\0\x09\0" + b"OB\0\0" * (syntax[-2:] == ".1") + b"\xfe" * 4
+    (tmp_path / "x.dcm").write_bytes(damaged + whole[at:])
+    command = [sys.executable, "-c", DAMAGED, str(tmp_path / "x.dcm")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "x.dcm is a DICOM file without an image (no Rows and Columns)" in done.stdout
+
+
 # ---------------------------------------------------------------- Preprocess
 
 

@@ -55,7 +55,7 @@ def decode_dicom(
     """
     errors = require_extra("pydicom.errors", "dicom")
     try:
-        data, frame = _read_dicom(file, name, max_pixels)
+        data, frame = _read_dicom(_Clipped(file), name, max_pixels)
         photometric = data.PhotometricInterpretation
         if photometric == "PALETTE COLOR":
             frame = require_extra("pydicom.pixels", "dicom").apply_color_lut(frame, data)
@@ -76,7 +76,23 @@ def decode_dicom(
         ) from error
 
 
-def _read_dicom(file: io.BufferedIOBase, name: str, max_pixels: int) -> tuple[Any, NDArray[Any]]:
+class _Clipped:
+    """Reads no more than there is.
+
+    Python reserves what a file is asked for, 4 GiB where a length is damaged: if the machine has
+    less, that would seem to be its fault.
+    """
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+        self._end = file.seek(0, io.SEEK_END)
+
+    def read(self, size: int | None = None) -> bytes:
+        rest = max(0, self._end - self.tell())
+        return self._read(rest if size is None else min(size, rest))
+
+
+def _read_dicom(file: _Clipped, name: str, max_pixels: int) -> tuple[Any, NDArray[Any]]:
     """Return the data set and its first frame, decoded only after every limit was checked."""
     # Not `dcmread`: it inflates a deflated data set before anything can be looked at.
     read = require_extra("pydicom.filereader", "dicom").read_dataset
