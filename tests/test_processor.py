@@ -96,6 +96,11 @@ QUOTA, PERIOD = "cpu/{}cpu.cfs_quota_us", "cpu/{}cpu.cfs_period_us"
         (V1.format("/x"), {QUOTA.format("x/"): "50000\n", PERIOD.format("x/"): "50000\n"}, 1),
         (V1.format("/"), {QUOTA.format(""): "-1\n", PERIOD.format(""): "100000\n"}, None),
         ("", {"cpu.max": "200000 100000\n"}, None),
+        # Names are bytes; and what no Linux has said so far.
+        (V2.format("/M\udcfcnchen"), {"M\udcfcnchen/cpu.max": "200000 100000\n"}, 2),
+        (V2.format("/") + "\n", {"cpu.max": "200000 100000\n"}, 2),
+        ("none", {"cpu.max": "200000 100000\n"}, None),
+        (V2.format("/"), {"cpu.max": "200000 0\n"}, None),
     ],
 )
 def test_a_quota_leaves_so_many_cores(
@@ -106,7 +111,7 @@ def test_a_quota_leaves_so_many_cores(
     expected: int | None,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
-    (tmp_path / "cgroup").write_text(groups)
+    (tmp_path / "cgroup").write_bytes(os.fsencode(groups))
     for name, text in files.items():
         place = tmp_path / "mounted" / name
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,8 @@ def quota(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int | None:
         mounted: Where control groups are, of either version.
     """
     found = math.inf
-    with suppress(OSError):  # no Linux
-        for line in groups.read_text(encoding="utf-8").splitlines():
+    with suppress(OSError, ValueError):  # no Linux, or one that says it otherwise
+        for line in os.fsdecode(groups.read_bytes()).splitlines():
             _, kinds, name = line.split(":", 2)
             if kinds and "cpu" not in kinds.split(","):
                 continue
@@ -45,7 +45,7 @@ def quota(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int | None:
             own = PurePosixPath("/", name).relative_to("/")
             for group in (own, *own.parents):
                 place = mounted / ("cpu" if kinds else "") / group
-                with suppress(OSError, ValueError):  # not there, or the word "max"
+                with suppress(OSError, ValueError, ZeroDivisionError):  # not there, or "max"
                     limit, period = (int(n) for f in files for n in (place / f).read_text().split())
                     if limit > 0:  # -1 is none
                         found = min(found, limit / period)
