@@ -158,15 +158,22 @@ def test_masks_are_read_whatever_their_white_is(tmp_path: Path, white: int) -> N
     assert find(samples[2]) is None
 
 
-def test_a_mask_that_tells_one_lung_from_the_other_is_refused(tmp_path: Path) -> None:
-    """Of a left lung in 1 and a right one in 2, only the latter was one."""
+@pytest.mark.parametrize(("one", "other"), [(1, 2), (127, 255), (200, 100)])
+def test_a_mask_that_tells_one_lung_from_the_other_is_refused(
+    tmp_path: Path, one: int, other: int
+) -> None:
+    """Only that of the higher number was one."""
     drawn = np.zeros((8, 6), np.uint8)
-    drawn[2:5, :2], drawn[2:5, 4:] = 1, 2
+    drawn[2:5, :2], drawn[2:5, 4:] = one, other
     Image.fromarray(drawn).save(tmp_path / "x.png")
     sample = replace(SyntheticChestXray(2, image_size_px=32).samples[0], path=Path("x.jpg"))
     find = _from_folder(tmp_path, ChestXrayDataset([sample], classes=("normal", "covid19")))
-    with pytest.raises(ImageError, match=r"x\.png has labels from 0 to 2, .* lungs as 255"):
+    with pytest.raises(ImageError, match=rf"x\.png has labels from 0 to {max(one, other)}, .* 255"):
         find(sample)
+    soft = Image.fromarray(255 * (drawn > 0).astype(np.uint8)).resize((60, 80))
+    soft = soft.point(lambda level: max(level, 2))  # as where a JPEG was in between
+    soft.save(tmp_path / "x.png")
+    assert np.array_equal(find(sample), np.asarray(soft) > 127)
 
 
 def test_masks_of_other_images_or_of_two_are_refused(

@@ -187,8 +187,11 @@ def _from_folder(folder: Path, dataset: ChestXrayDataset) -> MaskFunction:
         if found is None:
             return None
         drawn = np.asarray(load_image(found))
-        white = drawn.max()  # some are drawn in 1, not in 255
-        if white < 128 and not np.isin(drawn, (0, white)).all():
+        white = int(drawn.max())  # some are drawn in 1, not in 255
+        is_of_few = white < 128 and not np.isin(drawn, (0, white)).all()
+        # A label covers much. Of soft edges no level does, and what is all but black is no label.
+        drawn_in = np.bincount(drawn[drawn > white / 8], minlength=1)
+        if is_of_few or 4 * drawn_in[: white // 2 + 1].max() > drawn_in.sum() > 0:
             raise ImageError(
                 f"{found} has labels from 0 to {white}, of which half would be no lung. Save the "
                 "lungs as 255, and all else as 0."
