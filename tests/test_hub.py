@@ -465,17 +465,24 @@ def test_a_server_that_is_no_hub_cannot_choose_where_its_bytes_go(
 
 
 def test_a_password_in_the_endpoint_is_in_no_error(published: HubServer, tmp_path: Path) -> None:
-    published.faults["HEAD", "config.json"] = lambda request, good: replace(
-        good, headers={**good.headers, "X-Repo-Commit": ""}
-    )
     place = published.url.replace("://", "://me:secret@")
     worker = Worker(published, tmp_path / "home", "installed", HF_ENDPOINT=place)
+    said = []
     try:
-        _, message = worker.refused(tmp_path / "cache")
+        published.faults["HEAD", "config.json"] = lambda request, good: replace(
+            good, headers={**good.headers, "X-Repo-Commit": ""}
+        )
+        said += [worker.refused(tmp_path / "cache")[1]]
+        for status in (401, 403, 404, 500):
+            published.faults["HEAD", "config.json"] = lambda *_, s=status: Reply(status=s)
+            said += [worker.refused(tmp_path / "cache")[1]]
+        del published.faults["HEAD", "config.json"]
+        published.faults["GET", "config.json"] = lambda request, good: Reply(status=403)
+        said += [worker.refused(tmp_path / "cache")[1]]
     finally:
         worker.close()
-    assert f"{published.url} answers for {REPO}, config.json" in message
-    assert "secret" not in message
+    assert f"{published.url} answers for {REPO}, config.json" in said[0]
+    assert all(published.url in one and "secret" not in one for one in said), said
 
 
 # ---------------------------------------------------------------- row 1: cut downloads

@@ -41,6 +41,7 @@ BACKOFF_S = 0.5
 
 _LIBRARY = "chestxray_covid"
 _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_USER = re.compile(r"(?<=://)[^/?#\s]+@")
 _ADVICE = {
     "fetched": "Check the network, its proxies and HF_ENDPOINT; and that the cache can be "
     "written, or choose another one with cache_dir or in the environment, HF_HOME or HF_HUB_CACHE.",
@@ -71,13 +72,26 @@ def hub_errors(repo_id: str, what: str = "fetched") -> Iterator[None]:
         errors.HFValidationError,  # of ../name, for example
     )
     try:
-        with _translated(repo_id, what):
+        with _without_password(), _translated(repo_id, what):
             yield
     except nothing_came as error:
         if what == "fetched" and not isinstance(error, IntegrityError):
             error.add_note(
                 f"There is no folder {repo_id} either; paths are relative to {Path.cwd()}."
             )
+        raise
+
+
+@contextmanager
+def _without_password() -> Iterator[None]:
+    """Take name and password, as HF_ENDPOINT may have them, out of addresses in errors."""
+    try:
+        yield
+    except Exception as error:
+        one: BaseException | None = error
+        while one is not None:  # also out of those that a traceback shows before it
+            one.args = tuple(_USER.sub("", a) if isinstance(a, str) else a for a in one.args)
+            one = one.__cause__ or one.__context__
         raise
 
 
