@@ -39,17 +39,23 @@ def quota(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int | None:
     with suppress(OSError, ValueError):  # no Linux, or one that says it otherwise
         for line in os.fsdecode(groups.read_bytes()).splitlines():
             _, kinds, name = line.split(":", 2)
-            if kinds and "cpu" not in kinds.split(","):
-                continue
-            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if kinds else ("cpu.max",)
             own = PurePosixPath("/", name).relative_to("/")
             for group in (own, *own.parents):
-                place = mounted / ("cpu" if kinds else "") / group
-                with suppress(OSError, ValueError, ZeroDivisionError):  # not there, or "max"
-                    limit, period = (int(n) for f in files for n in (place / f).read_text().split())
-                    if limit > 0:  # -1 is none
-                        found = min(found, limit / period)
+                if not kinds:
+                    found = min(found, _share(mounted / group / "cpu.max"))
+                elif "cpu" in kinds.split(","):
+                    place = mounted / "cpu" / group
+                    files = (place / f"cpu.cfs_{what}_us" for what in ("quota", "period"))
+                    found = min(found, _share(*files))
     return math.ceil(found) if found <= _cores_to_run_on() - 1 else None
+
+
+def _share(*files: Path) -> float:
+    """Return quota over period, in cores, from the files of a control group; infinite if none."""
+    with suppress(OSError, ValueError, ZeroDivisionError):  # not there, or "max"
+        limit, period = (int(n) for file in files for n in file.read_text().split())
+        return limit / period if limit > 0 else math.inf  # -1 is none
+    return math.inf
 
 
 def slow_bfloat16(description: Path = _DESCRIPTION) -> bool:
