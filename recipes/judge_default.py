@@ -40,6 +40,7 @@ from chestxray_covid.delong import auroc_by_group
 from chestxray_covid.evaluation import evaluate_probabilities
 from chestxray_covid.files import write_files
 from chestxray_covid.generalisation import within_sources
+from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
 from chestxray_covid.splits import folds_by_patient
 
@@ -315,6 +316,28 @@ def said(made: str | None) -> dict[str, str]:
 def write(output: Path, name: str, content: dict[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_files(output, {f"{name}.json": (json.dumps(content, indent=1) + "\n").encode()})
+
+
+def judge_held_out(
+    description: str | None, name: str, measure: Callable[..., dict[str, Any]]
+) -> None:
+    """Run a script that measures the weights on held-out patients, each image once.
+
+    Args:
+        description: What its ``--help`` says.
+        name: Of the result.
+        measure: Classifier, data set and ``limit=``, per source and label → content of the result.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--run", type=Path, default=Path("runs/default"))
+    parser.add_argument("--checkpoint", type=Path, default=BUNDLED / DEFAULT_MODEL)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
+    parser.add_argument("--limit", type=int, default=MOST_PER_CLASS, help="per source and label")
+    options = parser.parse_args()
+    classifier = Classifier.from_pretrained(options.checkpoint)
+    held = once(held_out(open_split(options.data, options.run)))
+    write(options.output, name, measure(classifier, held, limit=options.limit))
 
 
 def main() -> None:

@@ -8,28 +8,16 @@ others tells whether the frame was unlearned or only that way of hiding.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collection import once
 from frame import hide
-from judge_default import (
-    MOST_PER_CLASS,
-    estimate_auroc,
-    held_out,
-    origin_of,
-    score,
-    write,
-)
+from judge_default import estimate_auroc, judge_held_out, origin_of, score
 from PIL import Image
-from train_default import open_split
 
 from chestxray_covid import ChestXrayDataset, Classifier, Sample
 from chestxray_covid.datasets.loading import in_batches
-from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
 
 PARTS = (0.7, 0.9)
 #: What hides the centre, and where the weights have met it.
@@ -145,16 +133,7 @@ def measure(classifier: Classifier, dataset: ChestXrayDataset, *, limit: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--run", type=Path, default=Path("runs/default"))
-    parser.add_argument("--checkpoint", type=Path, default=BUNDLED / DEFAULT_MODEL)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
-    parser.add_argument("--limit", type=int, default=MOST_PER_CLASS, help="per source and label")
-    options = parser.parse_args()
-    classifier = Classifier.from_pretrained(options.checkpoint)
-    held = once(held_out(open_split(options.data, options.run)))
-    write(options.output, "other_fills", measure(classifier, held, limit=options.limit))
+    judge_held_out(__doc__, "other_fills", measure)
 
 
 if __name__ == "__main__":

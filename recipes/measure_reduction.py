@@ -9,20 +9,15 @@ for what they look like then, whatever ``low_resolution`` says of them.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collection import once
-from judge_default import MOST_PER_CLASS, estimate_auroc, held_out, origin_of, write
+from judge_default import estimate_auroc, judge_held_out, origin_of
 from PIL import Image
-from train_default import open_split
 
 from chestxray_covid import ChestXrayDataset, Classifier, Prediction, concatenate
 from chestxray_covid.datasets.loading import in_batches
-from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
 
 #: Shorter sides, relative to that of the model's input; 0 stands for the whole image.
 SHARES = (0, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.075, 0.05)
@@ -78,16 +73,7 @@ def measure(classifier: Classifier, dataset: ChestXrayDataset, *, limit: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--run", type=Path, default=Path("runs/default"))
-    parser.add_argument("--checkpoint", type=Path, default=BUNDLED / DEFAULT_MODEL)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
-    parser.add_argument("--limit", type=int, default=MOST_PER_CLASS, help="per source and label")
-    options = parser.parse_args()
-    classifier = Classifier.from_pretrained(options.checkpoint)
-    held = once(held_out(open_split(options.data, options.run)))
-    write(options.output, "reduction", measure(classifier, held, limit=options.limit))
+    judge_held_out(__doc__, "reduction", measure)
 
 
 if __name__ == "__main__":
