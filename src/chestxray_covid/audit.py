@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from chestxray_covid.audit_data import (
     AuditData,
     MaskFunction,
     Question,
+    as_nameless,
     find_lungs,
     read_data,
     run_classifier,
@@ -29,20 +30,23 @@ from chestxray_covid.audit_report import AuditItem, AuditReport
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset, told_apart
 from chestxray_covid.errors import (
+    check_classifier,
     check_dataset,
     check_function,
+    check_kind,
     check_kinds,
-    check_network,
     check_positive,
 )
-from chestxray_covid.generalisation import LeftOutSource
+from chestxray_covid.evaluation import ProbabilisticClassifier
+from chestxray_covid.generalisation import LeftOutSource, checked_probabilities
 from chestxray_covid.heat_shares import lung_heat
 from chestxray_covid.hiding import Region
+from chestxray_covid.image import Preprocess
 from chestxray_covid.intervals import check_resampling, check_seed
 
 
 def audit_shortcuts(
-    classifier: Classifier,
+    classifier: ProbabilisticClassifier,
     dataset: ChestXrayDataset,
     train: ChestXrayDataset | None = None,
     *,
@@ -50,6 +54,7 @@ def audit_shortcuts(
     negative: str | None = None,
     masks: MaskFunction | None = None,
     left_out: Sequence[LeftOutSource] = (),
+    preprocess: Preprocess | None = None,
     heat: bool = True,
     limit: int | None = None,
     batch_size: int = 32,
@@ -68,7 +73,11 @@ def audit_shortcuts(
     in memory: 50 kB each at 224 px.
 
     Args:
-        classifier: What is audited.
+        classifier: What is audited. Any model with ``classes`` and ``predict_proba``, as
+            :func:`evaluate` asks for them, will do; it is shown the pixels as a data set in which
+            names, labels and patients are made up. One that is no :class:`Classifier` is not asked
+            for its heat, and for its features only if it has ``predict_features``, which takes
+            what ``predict_proba`` takes and returns ``(N, D)`` numbers.
         dataset: Images that it was not trained on, of both sides of the question.
         train: What it was trained on, if known: its design is judged instead of the audited
             data's, and sources that are not in it are external. A patient of it who is audited, by
@@ -83,6 +92,8 @@ def audit_shortcuts(
             known, the bundled network draws them, see :func:`segment`. A mask whose hull is the
             whole image, as of one that is true outside, counts as one without lungs.
         left_out: What :func:`leave_one_source_out` returned, for the question of generalisation.
+        preprocess: How images become the pixels that a model that is no :class:`Classifier` is
+            shown, as grey images of 8 bits; 224 px if not given. A :class:`Classifier` has its own.
         heat: Ask where the heat lies, too.
         limit: Audit a random sample of about so many images, of each source and label its share.
         batch_size: Images computed at once.
@@ -93,15 +104,19 @@ def audit_shortcuts(
         progress: Show progress bars.
 
     Raises:
-        TypeError: If ``classifier`` is no :class:`Classifier`, ``dataset`` or ``train`` no data
-            set, ``masks`` no function, or what ``left_out`` holds something else.
-        ValueError: If a side of the question has no image, a mask is no mask, or an option is
-            impossible.
+        TypeError: If ``classifier`` is none, ``dataset`` or ``train`` no data set, ``masks`` no
+            function, or what ``left_out`` holds something else.
+        ValueError: If a side of the question has no image, a mask is no mask, an option is
+            impossible, or what the model returns are no probabilities of its classes.
         ImageError: If a file cannot be decoded.
         DatasetError: If a file of ``train`` cannot be read, or ``train`` and ``dataset`` are of two
             folders that are called alike by default.
     """
-    check_network(classifier)
+    check_classifier(classifier)
+    network = cast(Classifier, classifier) if hasattr(classifier, "_compute") else None
+    if network is not None and preprocess is not None:
+        raise ValueError("preprocess must be None: the classifier has its own, in its config")
+    check_kind(preprocess or Preprocess(), Preprocess, "Preprocess(size_px=224)")
     check_dataset(dataset)
     check_dataset(dataset if train is None else train, "train")
     check_positive("batch_size", batch_size)
@@ -123,14 +138,20 @@ def audit_shortcuts(
     if train is not None:  # read before the slow part
         told_apart([train, dataset], share=True)
         train = with_hashes(train)
-    preprocess = classifier.config.preprocess
-    data = read_data(chosen, question, preprocess, how=how, workers=workers, progress=progress)
+    size = network.config.preprocess if network else preprocess or Preprocess()
+    data = read_data(chosen, question, size, how=how, workers=workers, progress=progress)
     lungs = find_lungs(data, masks, batch_size=batch_size, progress=progress)
 
     def run(pixels: NDArray[np.uint8], name: str) -> tuple[NDArray[np.float64], Any]:
-        found, features = run_classifier(
-            classifier, pixels, name=name, batch_size=batch_size, progress=progress
-        )
+        if network is None:
+            seen = as_nameless(pixels, question.classes)
+            found, features = _ask(
+                classifier, seen, batch_size, progress, features=pixels is data.pixels
+            )
+        else:
+            found, features = run_classifier(
+                network, pixels, name=name, batch_size=batch_size, progress=progress
+            )
         return question.score(found), features
 
     whole, features = run(data.pixels, "whole image")
@@ -143,8 +164,8 @@ def audit_shortcuts(
         features_item(data, features, design),
         generalisation_item(data, whole, train, left_out),
     ]
-    if heat:
-        items.append(_heat(classifier, data, lungs, batch_size=batch_size, progress=progress))
+    if heat and network is not None:
+        items.append(_heat(network, data, lungs, batch_size=batch_size, progress=progress))
     return AuditReport(
         classes=question.classes,
         positive=question.positive,
@@ -152,10 +173,33 @@ def audit_shortcuts(
         n_images=len(data.samples),
         n_patients=len(set(data.groups.tolist())),
         sources=data.dataset.sources,
-        weights_sha256=classifier.weights_sha256,
+        weights_sha256=str(getattr(classifier, "weights_sha256", "")),
         items=tuple(items),
         **how,
     )
+
+
+def _ask(
+    classifier: ProbabilisticClassifier,
+    images: ChestXrayDataset,
+    batch_size: int,
+    progress: bool,
+    *,
+    features: bool,
+) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
+    """Return ``(N, K)`` probabilities and, if asked for and given, ``(N, D)`` features."""
+    found = classifier.predict_proba(images, batch_size=batch_size, progress=progress)
+    probabilities = checked_probabilities(found, len(images), images.classes)
+    look = getattr(classifier, "predict_features", None) if features else None
+    if look is None:
+        return probabilities, None
+    seen = np.asarray(look(images, batch_size=batch_size, progress=progress), np.float32)
+    if seen.ndim != 2 or len(seen) != len(images) or not np.isfinite(seen).all():
+        raise ValueError(
+            f"predict_features must return finite numbers, a row for each of {len(images)} images, "
+            f"got shape {seen.shape}"
+        )
+    return probabilities, seen
 
 
 def _heat(

@@ -209,16 +209,20 @@ def most_telling(findings: Sequence[AuditFinding], verdict: str) -> AuditFinding
 # ---------------------------------------------------------------- 4. what the features know
 
 
-def features_item(data: AuditData, features: NDArray[np.float32], design: AuditItem) -> AuditItem:
+def features_item(
+    data: AuditData, features: NDArray[np.float32] | None, design: AuditItem
+) -> AuditItem:
     """Return how well source, view, age and sex can be read from the features inside one label.
 
     Args:
         data: The samples.
-        features: ``(N, D)`` penultimate features.
+        features: ``(N, D)`` penultimate features; ``None`` if the model gives none.
         design: The answer to the first question: what goes with the label can be a shortcut.
     """
-    findings = []
+    findings: list[AuditFinding] = []
     for label in (data.question.positive, data.question.negative):
+        if features is None:
+            break
         inside = np.array([side(s, data.question) == label for s in data.samples])
         findings += [
             _knowledge(data, features, inside, label, name, values)
@@ -239,7 +243,9 @@ def features_item(data: AuditData, features: NDArray[np.float32], design: AuditI
         FAIL: "The features tell what goes with the label in the data: a shortcut is there to use.",
         WARN: "The features tell source or view, which here say little of the label.",
         PASS: "Inside one label, the features hardly tell source or view apart.",
-        NOT_ASSESSABLE: "Too few images or patients to tell how well source or view can be read."
+        NOT_ASSESSABLE: "The model gives no features."
+        if features is None
+        else "Too few images or patients to tell how well source or view can be read."
         if sources
         else "No label has two sources with enough images to tell.",
     }[verdict]

@@ -286,7 +286,7 @@ def check_network(given: object) -> None:
         raise TypeError(
             "classifier must be a Classifier, whose pixels and features are looked at, got "
             f"{type(given).__name__}. Load a checkpoint with Classifier.from_pretrained(…); any "
-            "other model can be asked with evaluate(…) and leave_one_source_out(…)."
+            "other model can be asked with evaluate(…) and audit_shortcuts(…)."
         )
 
 

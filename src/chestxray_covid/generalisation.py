@@ -161,21 +161,26 @@ def leave_one_source_out(
         # In its own order, and maybe with classes that the data lack.
         own = Question.of(classifier.classes, dataset, question.positive, question.negative)
         found = classifier.predict_proba(both, batch_size=batch_size, progress=progress)
-        row = _row(source, own, both, own.score(_checked(found, both, own)), len(inside), how)
+        p = checked_probabilities(found, len(both), own.classes)
+        row = _row(source, own, both, own.score(p), len(inside), how)
         rows.append(replace(row, note=NOT_RETRAINED) if ready else row)
     return tuple(rows)
 
 
-def _checked(
-    found: ArrayLike, dataset: ChestXrayDataset, question: Question
+def checked_probabilities(
+    found: ArrayLike, images: int, classes: tuple[str, ...]
 ) -> NDArray[np.float64]:
-    """Return the probabilities of a classifier of anyone's: of logits, any score would be wrong."""
-    check_columns(found, question.classes)
-    p, due = m.check_probabilities(found), (len(dataset), len(question.classes))
+    """Return the probabilities of a classifier of anyone's: of logits, any score would be wrong.
+
+    Raises:
+        ValueError: If they are none, or not ``(images, len(classes))``.
+    """
+    check_columns(found, classes)
+    p, due = m.check_probabilities(found), (images, len(classes))
     if p.shape != due:
         raise ValueError(
             "predict_proba must return a row per image and a column for each of "
-            f"{list(question.classes)}, {due}, got {p.shape}"
+            f"{list(classes)}, {due}, got {p.shape}"
         )
     return p
 

@@ -1,0 +1,125 @@
+"""An audit of a model that is no :class:`Classifier`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from audited import PREPROCESS, SIZE, Linear, pixels_of
+from chestxray_covid import ChestXrayDataset, Preprocess, SyntheticChestXray, audit_shortcuts
+from chestxray_covid.datasets.phantom import phantom_mask
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
+HOW: dict[str, Any] = {"n_resamples": 50, "masks": phantom_mask}
+
+
+class Other:
+    """A model of anyone's: it sees images, and says what it thinks of them."""
+
+    def __init__(self, model: Linear) -> None:
+        self.model, self.classes = model, list(model.classes)
+        self.shown: list[ChestXrayDataset] = []
+
+    def predict_proba(
+        self, images: ChestXrayDataset, /, *, batch_size: int, progress: bool
+    ) -> np.ndarray:
+        self.shown.append(images)
+        return self.model._compute(pixels_of(images))[0]
+
+
+class Featured(Other):
+    def predict_features(
+        self, images: ChestXrayDataset, /, *, batch_size: int, progress: bool
+    ) -> np.ndarray:
+        return self.model._compute(pixels_of(images))[1]
+
+
+@pytest.fixture(scope="module")
+def known() -> tuple[Linear, ChestXrayDataset]:
+    options: dict[str, Any] = {"sources": ("a", "b"), "marker": "corner", "image_size_px": SIZE}
+    train, test = (SyntheticChestXray(80, patients=80, seed=seed, **options) for seed in (1, 2))
+    return Linear(train), test
+
+
+def test_another_model_is_judged_as_the_same_network_is(
+    known: tuple[Linear, ChestXrayDataset],
+) -> None:
+    model, test = known
+    network = audit_shortcuts(model, test, heat=False, **HOW)
+    for other in (Featured(model), Other(model)):
+        found = audit_shortcuts(other, test, preprocess=PREPROCESS, **HOW)
+        assert found.verdict == "fail"
+        assert found.weights_sha256 == ""
+        assert (found.classes, found.n_images) == (network.classes, 80)
+        features = isinstance(other, Featured)
+        same = [item for item in network.items if item.name != "features" or features]
+        assert [item for item in found.items if item in same] == same
+    unseen = found.item("features")
+    assert (unseen.verdict, unseen.reason) == ("not_assessable", "The model gives no features.")
+    assert not unseen.findings
+    assert "heat" not in {item.name for item in found.items}
+    assert "The model gives no features." in str(found)
+
+
+def test_another_model_is_shown_pixels_and_no_names(
+    known: tuple[Linear, ChestXrayDataset],
+) -> None:
+    model, test = known
+    other = Other(model)
+    audit_shortcuts(other, test, **HOW)
+    whole, *changed = other.shown
+    assert len(changed) == 5
+    for images in other.shown:
+        assert images.classes == test.classes
+        assert {s.label for s in images.samples} == {test.classes[0]}
+        assert not {s.path.name for s in images.samples} & {s.path.name for s in test.samples}
+        assert {s.source for s in images.samples} == {"audit"}
+        assert len({s.patient_id for s in images.samples}) == len(images)
+        assert {images.image(i).size for i in range(len(images))} == {(224, 224)}
+    expected = Preprocess()(test.image(3))[0]
+    assert np.array_equal(np.asarray(whole.image(3)), expected)
+    assert not np.array_equal(np.asarray(changed[0].image(3)), expected)
+
+
+class Odd(Other):
+    def __init__(self, model: Linear, found: Any, features: Any = None) -> None:
+        super().__init__(model)
+        self.found = found
+        if features is not None:
+            self.predict_features = lambda images, **_: features
+
+    def predict_proba(
+        self, images: ChestXrayDataset, /, *, batch_size: int, progress: bool
+    ) -> np.ndarray:
+        return np.asarray(self.found)
+
+
+@pytest.mark.parametrize(
+    ("found", "features", "reason"),
+    [
+        ([[2.0, -1.0]] * 80, None, "probabilities must be in"),
+        ([[0.5, 0.5]] * 79, None, r"predict_proba must return a row per image .* got \(79, 2\)"),
+        ([[0.5, 0.5]] * 80, [1.0] * 80, r"predict_features must return finite .* \(80,\)"),
+        ([[0.5, 0.5]] * 80, [[1.0]] * 79, r"a row for each of 80 images, got shape \(79, 1\)"),
+        ([[0.5, 0.5]] * 80, [[np.nan]] * 80, "predict_features must return finite numbers"),
+    ],
+)
+def test_what_another_model_returns_is_checked(
+    known: tuple[Linear, ChestXrayDataset], found: Any, features: Any, reason: str
+) -> None:
+    model, test = known
+    with pytest.raises(ValueError, match=reason):
+        audit_shortcuts(Odd(model, found, features), test, **HOW)
+
+
+def test_a_network_has_its_own_preprocessing_and_a_path_is_no_model(
+    known: tuple[Linear, ChestXrayDataset],
+) -> None:
+    model, test = known
+    with pytest.raises(ValueError, match="preprocess must be None: the classifier has its own"):
+        audit_shortcuts(model, test, preprocess=PREPROCESS)
+    with pytest.raises(TypeError, match="with classes and predict_proba, got str"):
+        audit_shortcuts("runs/first", test)  # type: ignore[arg-type]
