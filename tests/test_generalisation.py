@@ -128,6 +128,8 @@ def test_a_ready_classifier_is_judged_and_not_trained_again() -> None:
     item = audit_shortcuts(model, one, left_out=[retrained], **how).item("generalisation")
     assert item.verdict == "fail"
     assert "Trained without a, it is" in item.reason
+    with pytest.raises(ValueError, match="left_out tells 'covid19' from 'normal', the audit 'cov"):
+        audit_shortcuts(model, one, left_out=rows, negative="rest", **how)
 
 
 def test_a_ready_classifier_is_not_said_to_be_trained_again_where_images_are_few() -> None:
@@ -329,5 +331,6 @@ def test_a_class_whose_last_patients_choose_the_epoch_is_a_row_without_numbers()
     assert by_source["a"].external.value == by_source["a"].external.value
     plain = json.loads(json.dumps(by_source["b"].to_dict(), allow_nan=False))
     assert plain["note"] == by_source["b"].note
+    assert (plain["positive"], plain["negative"]) == ("covid19", "normal")
     assert plain["external"]["value"] is None
     assert Estimate.from_dict(by_source["a"].to_dict()["change"]) == by_source["a"].change

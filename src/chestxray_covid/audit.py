@@ -91,7 +91,8 @@ def audit_shortcuts(
             are not known; by default the annotated ones, see :func:`lung_mask`. Where they are not
             known, the bundled network draws them, see :func:`segment`. A mask whose hull is the
             whole image, as of one that is true outside, counts as one without lungs.
-        left_out: What :func:`leave_one_source_out` returned, for the question of generalisation.
+        left_out: What :func:`leave_one_source_out` returned of the same two sides, for the
+            question of generalisation.
         preprocess: How images become the pixels that a model that is no :class:`Classifier` is
             shown, as grey images of 8 bits; 224 px if not given. A :class:`Classifier` has its own.
         heat: Ask where the heat lies, too.
@@ -127,6 +128,13 @@ def audit_shortcuts(
     how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     check_seed(seed)
     question = Question.of(classifier.classes, dataset, positive, negative)
+    for row in left_out:
+        if (row.positive, row.negative) != (question.positive, question.negative):
+            raise ValueError(
+                f"left_out tells {row.positive!r} from {row.negative!r}, the audit "
+                f"{question.positive!r} from {question.negative!r}: give both the same positive= "
+                "and negative="
+            )
     if train is not None and not len(question.asked(train)):
         raise ValueError(
             f"train holds neither {question.positive!r} nor {question.negative!r}: it cannot be "

@@ -51,6 +51,8 @@ class LeftOutSource:
 
     Attributes:
         source: Which one.
+        positive: The class in question.
+        negative: What it was told from: a class, or ``"rest"``.
         n_images: Its images that were asked about.
         internal: AUROC on held-out patients of the other sources.
         external: AUROC in the source; ``nan`` if it has one class only.
@@ -59,6 +61,8 @@ class LeftOutSource:
     """
 
     source: str
+    positive: str
+    negative: str
     n_images: int
     internal: Estimate
     external: Estimate
@@ -68,7 +72,8 @@ class LeftOutSource:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able data; ``nan`` becomes ``None``."""
         numbers = {n: getattr(self, n).to_dict() for n in ("internal", "external", "change")}
-        return {"source": self.source, "n_images": self.n_images, **numbers, "note": self.note}
+        told = {n: getattr(self, n) for n in ("source", "positive", "negative", "n_images")}
+        return {**told, **numbers, "note": self.note}
 
 
 def leave_one_source_out(
@@ -153,7 +158,7 @@ def leave_one_source_out(
         lacking = held - {dataset.samples[i].label for i in rest}
         if lacking and ready is None:
             note = f"Without {source}, no image of {sorted(lacking)} is left to train on."
-            rows.append(_missing(source, len(outside), confidence, note))
+            rows.append(_missing(source, question, len(outside), confidence, note))
             continue
         train, val = dataset.subset(rest), dataset.subset(chooses)
         classifier = ready or _fitted(cast(Any, fit), train, val, model)
@@ -226,10 +231,19 @@ def _trained(
         return Classifier.from_pretrained(run)
 
 
-def _missing(source: str, n: int, confidence: float, note: str) -> LeftOutSource:
+def _missing(
+    source: str, question: Question, n: int, confidence: float, note: str
+) -> LeftOutSource:
     none = Estimate(value=float("nan"), n=0, method=DELONG_BY_PATIENT, confidence=confidence)
     return LeftOutSource(
-        source=source, n_images=n, internal=none, external=none, change=none, note=note
+        source=source,
+        positive=question.positive,
+        negative=question.negative,
+        n_images=n,
+        internal=none,
+        external=none,
+        change=none,
+        note=note,
     )
 
 
@@ -253,6 +267,8 @@ def _row(
     few = not all(has_enough(truth[part], groups[part]) for part in (outside, ~outside))
     return LeftOutSource(
         source=source,
+        positive=question.positive,
+        negative=question.negative,
         n_images=int(outside.sum()),
         internal=auroc_of(~outside),
         external=auroc_of(outside),
