@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,8 @@ def test_another_model_is_shown_pixels_and_no_names(
         assert {images.image(i).size for i in range(len(images))} == {(224, 224)}
     expected = Preprocess()(test.image(3))[0]
     assert np.array_equal(np.asarray(whole.image(3)), expected)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # as the workers of a DataLoader
+        assert np.array_equal(np.asarray(pool.submit(whole.image, 3).result()), expected)
     assert not np.array_equal(np.asarray(changed[0].image(3)), expected)
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +178,10 @@ class AuditData:
         """
         if preprocess.size_px != self.size_px:
             raise ValueError(f"the pixels are of {self.size_px} px, not {preprocess.size_px}")
-
-        def shown(position: int) -> Callable[..., Image.Image]:
-            return lambda sample, min_size: Image.fromarray(self.pixels[position, 0])
-
-        samples = [replace(s, read=shown(i)) for i, s in enumerate(self.samples)]
+        samples = [
+            replace(s, read=partial(_image_of, pixels))
+            for s, pixels in zip(self.samples, self.pixels, strict=True)
+        ]
         whole = ChestXrayDataset(samples, classes=self.dataset.classes)
         return _known_by_pixels(whole, self.pixels)
 
@@ -270,18 +269,23 @@ def as_nameless(pixels: NDArray[np.uint8], classes: Sequence[str]) -> ChestXrayD
 
     Names, labels and patients are made up: no model can know by them what it is shown.
     """
-
-    def nameless(position: int) -> Sample:
-        return Sample(
-            path=Path(f"audited-{position}"),
+    samples = [
+        Sample(
+            path=Path(f"audited-{i}"),
             label=classes[0],
             finding="",
-            patient_id=str(position),
+            patient_id=str(i),
             source="audit",
-            read=lambda sample, min_size: Image.fromarray(pixels[position, 0]),
+            read=partial(_image_of, one),
         )
+        for i, one in enumerate(pixels)
+    ]
+    return ChestXrayDataset(samples, classes=classes)
 
-    return ChestXrayDataset(map(nameless, range(len(pixels))), classes=classes)
+
+def _image_of(pixels: NDArray[np.uint8], *_: object) -> Image.Image:
+    """Return ``(1, S, S)`` pixels, for the ``read`` of a sample that may go to other processes."""
+    return Image.fromarray(pixels[0])
 
 
 def run_classifier(
