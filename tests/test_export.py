@@ -187,6 +187,19 @@ def test_the_torch_file_holds_no_pickle(exported: dict[str, Path]) -> None:
     assert not [data[:9] for data in contents if data[:2] == b"PK"]
 
 
+@pytest.mark.parametrize("format", ["onnx", "openvino", "torch"])
+def test_no_file_says_where_the_library_is_installed(
+    exported: dict[str, Path], format: str
+) -> None:
+    place = str(Path(export.__file__).parent).encode()
+    for path in exported[format].iterdir():
+        contents = [path.read_bytes()]
+        if path.suffix == ".pt2":
+            with zipfile.ZipFile(path) as archive:
+                contents += [archive.read(name) for name in archive.namelist()]
+        assert not [path for data in contents if place in data]
+
+
 def test_the_onnx_file_passes_its_checker_and_needs_no_other_domain(
     exported: dict[str, Path],
 ) -> None:

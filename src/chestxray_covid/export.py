@@ -270,6 +270,8 @@ def _to_torch(network: Network, folder: Path) -> tuple[str, _Run]:
         example = torch.zeros(2, 1, network.size_px, network.size_px, dtype=torch.uint8)
         program = torch.export.export(module, (example,), dynamic_shapes=shapes)
         program.example_inputs = None  # the one thing that would be pickled
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # names the folder that this is installed in
         buffer = io.BytesIO()  # where the disk is full, torch would end the process
         torch.export.save(program, buffer)
         path.write_bytes(buffer.getbuffer())
