@@ -33,8 +33,7 @@ def inside_block() -> str:
         f"Pairs of one website, {pair(read('folds')['all']['same_website_n'])}"
     )
     rows = [[row["relatives"], *(estimate(row[key]) for key in columns)] for row in found["rows"]]
-    if exists("folds_lungs"):
-        rows.append(lungs_row())
+    rows += [row_of(name, what) for name, what in AGAIN.items() if exists(name)]
     before = found["before"]
     note = f"""
         {found["note"]} Where a row does not say otherwise, they were trained on {found["made"]}.
@@ -53,14 +52,21 @@ def inside_block() -> str:
     )
 
 
-def lungs_row() -> list[str]:
-    """Return what relatives that see crops to the lungs alone reach, and how they were made."""
-    found = read("folds_lungs")
+#: Results of the same folds, trained in another way or once more, and what is shown.
+AGAIN = {
+    "folds_again": "whole radiographs at {size} px, another run from the start on (seed {seed})",
+    "folds_lungs": "crops to the lungs at {size} px, also in the start",
+}
+
+
+def row_of(result: str, what: str) -> list[str]:
+    """Return what other relatives reach in the same folds, and how they were made."""
+    found = read(result)
     training, everything = found["training"], found["all"]
     how = f", on {found['made']}" if "made" in found else ""
+    shown = what.format(size=training["preprocess"]["size_px"], seed=training["seed"])
     name = (
-        f"Cohen's rows alone, crops to the lungs at {training['preprocess']['size_px']} px, also "
-        f"in the start, mild augmentation, {training['epochs']} epochs of "
+        f"Cohen's rows alone, {shown}, mild augmentation, {training['epochs']} epochs of "
         f"{training['samples_per_epoch']}{how}; DeLong's intervals but for pairs"
     )
     values = everything["auroc"], found["without Hannover's"]["auroc"], everything["same_website"]

@@ -8,8 +8,9 @@ judged on. All start from a network that saw no image of Cohen's or Hannover's, 
 bacterial and viral pneumonia apart, which COVID-19 is one of. For ``hannover`` three short epochs
 at 160 px follow; for the other two, which ask for COVID-19 against other findings of Cohen's, four
 epochs on Cohen's rows alone. ``folds-lungs``, which only runs if it is asked for, does as ``folds``
-on crops to the lungs. What ``--made`` says of the machine and of the files is kept in their
-results.
+on crops to the lungs. ``--seed`` does the folds once more, start and all, with other chance; the
+result stands beside the first. What ``--made`` says of the machine and of the files is kept in the
+results of relatives.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,15 +189,32 @@ def answer_folds(
 
 def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
     """COVID-19 against other findings inside Cohen, out-of-fold, by patient."""
-    answers = answer_folds(relatives, "fold", INSIDE, folds)
-    write_folds(*answers, output, made=relatives.made)
+    *where, found = answer_folds(relatives, "fold", INSIDE, folds)
+    if relatives.seed:
+        write_again(relatives, output, "folds_again", INSIDE, *where, found)
+    else:
+        write_folds(*where, found, output, made=relatives.made)
 
 
 def judge_lung_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
     """As :func:`judge_folds`, of networks that see crops to the lungs alone."""
-    *where, found = answer_folds(relatives, "lungs", INSIDE_LUNGS, folds, lungs=True)
-    about = {"folds": folds, **said(relatives.made), "training": INSIDE_LUNGS.to_dict()}
-    write(output, "folds_lungs", {**about, **judge_parts(*where, found[:, 2])})
+    answers = answer_folds(relatives, "lungs", INSIDE_LUNGS, folds, lungs=True)
+    write_again(relatives, output, "folds_lungs", INSIDE_LUNGS, *answers)
+
+
+def write_again(
+    relatives: Relatives,
+    output: Path,
+    name: str,
+    config: Any,
+    inside: ChestXrayDataset,
+    pairs: Sequence[Any],
+    found: np.ndarray,
+) -> None:
+    """Write what another way, or another run, of training in the same folds gives."""
+    config = replace(config, seed=relatives.seed)
+    about = {"folds": len(pairs), **said(relatives.made), "training": config.to_dict()}
+    write(output, name, {**about, **judge_parts(inside, pairs, found[:, 2])})
 
 
 def in_mixed(groups: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -350,14 +369,15 @@ def main() -> None:
     parser.add_argument("--what", choices=(*parts, "folds-lungs"), action="append")
     made = "machine, software and files of this run, kept in the results of relatives"
     parser.add_argument("--made", metavar="TEXT", help=made)
+    parser.add_argument("--seed", type=int, default=0, help="of another run of the folds")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    what = options.what or parts
+    what = ["folds"] if options.seed else options.what or parts
     if "checkpoint" in what:
         place = options.checkpoint or options.run / STAGES[-1].name
         judge_checkpoint(options.data, options.run, options.output, place)
     if set(what) - {"checkpoint"}:
-        relatives = Relatives(options.data, options.run, options.made)
+        relatives = Relatives(options.data, options.run, options.made, options.seed)
         for name, judge in (
             ("folds", judge_folds),
             ("folds-lungs", judge_lung_folds),

@@ -66,7 +66,7 @@ def train_network(
 ) -> None:
     """Train from a checkpoint, or from random weights; a finished run is left as it is."""
     model = build_densenet121(
-        str(start) if start else False, num_classes=len(train.classes), seed=0
+        str(start) if start else False, num_classes=len(train.classes), seed=config.seed
     )
     trainer = Trainer(model, train, val, config, output=folder)
     trainer.fit(resume=StateStore(folder).holds_run())
@@ -84,12 +84,12 @@ def train_relative(
 class Relatives:
     """Data with groups of patients, and the network that all relatives start from."""
 
-    def __init__(self, data: Path, run: Path, made: str | None = None) -> None:
-        self.made = made
+    def __init__(self, data: Path, run: Path, made: str | None = None, seed: int = 0) -> None:
+        self.made, self.seed = made, seed
         self.split = open_split(data, run)
         self.dataset = self.split.dataset
         self.groups = np.array(patient_groups(self.dataset, progress=True))
-        self.folder = run / "relatives"
+        self.folder = run / (f"relatives-{seed}" if seed else "relatives")
         self.cache = run / "cache"
 
     def without(self, held_out: np.ndarray) -> np.ndarray:
@@ -126,7 +126,7 @@ class Relatives:
             self.groups[chosen].tolist(),
             base,
             self.folder / name,
-            replace(config, cache_dir=self.cache),
+            replace(config, cache_dir=self.cache, seed=self.seed),
         )
         return classifier.predict_proba(judged, progress=True)
 
@@ -147,7 +147,8 @@ class Relatives:
         if lungs:
             train, val = (cropped_to_lungs(d, self.folder / "crops") for d in (train, val))
             folder = self.folder / "base-lungs"
-        train_network(train, val, None, folder, replace(BASE, cache_dir=self.cache))
+        config = replace(BASE, cache_dir=self.cache, seed=self.seed)
+        train_network(train, val, None, folder, config)
         return folder
 
     def held_out_nih(self) -> np.ndarray:

@@ -759,6 +759,14 @@ def test_a_relative_is_trained_and_read_again(
     found = json.loads((tmp_path / "folds_lungs.json").read_text())
     assert sum(found["all"]["n"]) == len(cohen)
     assert found["training"] == own.INSIDE_LUNGS.to_dict()
+    monkeypatch.setattr(judge, "INSIDE", own.INSIDE)
+    again = own.Relatives(tmp_path / "data", relatives.folder.parent, seed=2)
+    judge.judge_folds(again, tmp_path, folds=2)
+    assert not (tmp_path / "folds.json").exists()
+    second = json.loads((tmp_path / "folds_again.json").read_text())
+    assert second["training"] == replace(own.INSIDE, seed=2).to_dict()
+    starts = [r.folder / "base" / "model.safetensors" for r in (relatives, again)]
+    assert starts[0].read_bytes() != starts[1].read_bytes()
     rest, _ = judge.folds_inside(relatives, cohen, 2)[1][0]
     seen = load_config(relatives.folder / "lungs-0").provenance
     sides = (Counter(seen[side]["images"]) for side in ("train", "val"))
