@@ -115,6 +115,7 @@ def without(name: str) -> dict[str, Any]:
         (changed(n_images="forty"), "cannot have the n_images 'forty'"),
         (changed(n_images=True), "cannot have the n_images True"),
         (changed(classes="covid19"), "must be a sequence of names"),
+        (changed(sources=["a", None]), "cannot have the sources"),
         (changed(verdict="fail"), "verdict 'fail', the items say 'pass'"),
         (changed(items=[{}]), "findings"),
         (changed_item(verdict="fine"), "verdict must be one of"),

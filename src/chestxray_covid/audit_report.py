@@ -171,6 +171,8 @@ class AuditReport(SavedReport):
             own |= {k: v for k, v in data.items() if k not in ("format_version", "verdict")}
             own["classes"] = check_classes(own["classes"])
             own["sources"] = tuple(own["sources"])
+            if not all(isinstance(source, str) for source in own["sources"]):
+                raise ValueError(f"{cls.__name__} cannot have the sources {own['sources']!r}")
             own["items"] = tuple(_item_from(item) for item in own["items"])
             report = _made(cls, own)
             if report.verdict != data["verdict"]:
