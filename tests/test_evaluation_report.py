@@ -329,3 +329,10 @@ def test_predictions_of_unknown_labels_are_refused(report: EvaluationReport) -> 
     data["predictions"]["label"][0] = "flu"
     with pytest.raises(ReportError, match=r"predictions have the labels \{'flu'\}"):
         EvaluationReport.from_dict(data)
+
+
+def test_predictions_with_gaps_are_refused(report: EvaluationReport) -> None:
+    data = report.to_dict()
+    data["predictions"]["view"][0] = None
+    with pytest.raises(ReportError, match=r"predictions have gaps in \['view'\]"):
+        EvaluationReport.from_dict(data)

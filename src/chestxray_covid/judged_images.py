@@ -196,4 +196,6 @@ def read_predictions(data: Mapping[str, Any], classes: tuple[str, ...]) -> pd.Da
     m.check_probabilities(table[scores])
     if strange := set(table["label"]) - set(classes):
         raise ValueError(f"predictions have the labels {strange}, expected {list(classes)}")
+    if gaps := [name for name in IDENTITY if table[name].isna().any()]:
+        raise ValueError(f"predictions have gaps in {gaps}, expected text")
     return table
