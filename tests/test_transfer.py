@@ -359,7 +359,7 @@ def test_progress_is_shown_only_when_wanted(
 
 def test_only_our_own_old_parts_are_removed(tmp_path: Path) -> None:
     old, new = ".0123456789abcdef-01234567.part", ".fedcba9876543210-01234567.part"
-    for name in (old, new, "x.part", ".hidden", "a.png"):
+    for name in (old, new, ".0123456789abcdef.tmp", "x.part", ".hidden", "a.png"):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - 25 * 3600,) * 2)
     os.utime(tmp_path / new, (time.time() - 23 * 3600,) * 2)

@@ -20,7 +20,8 @@ from chestxray_covid.datasets.web import Client, TransientError
 from chestxray_covid.errors import DownloadError, IntegrityError
 from chestxray_covid.progress import Bar
 
-_PART = re.compile(r"\.[0-9a-f]{16}-[0-9a-f]{8}\.part")
+#: What a process that was killed leaves of a file that was fetched, or written.
+_PART = re.compile(r"\.[0-9a-f]{16}(-[0-9a-f]{8}\.part|\.tmp)")
 #: A part that nobody has written for so long has lost its process: longer than any pause.
 _QUIET_S = 300
 
@@ -117,7 +118,7 @@ def fetch(client: Client, file: RemoteFile, *, alone: bool = False) -> bool:
 
 
 def remove_stale_parts(folder: Path) -> None:
-    """Remove the ``.part`` files in a folder that nobody has touched for 24 hours."""
+    """Remove the ``.part`` and ``.tmp`` files of a folder that nobody has touched for 24 hours."""
     remove_stale(folder, _PART)
 
 
