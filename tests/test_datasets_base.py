@@ -227,6 +227,13 @@ def test_classes_must_not_be_a_set_whose_order_changes_from_run_to_run(kind: typ
     assert check_classes(numbers.keys()) == ("normal", "covid19")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("given", [{"covid19": 1, "normal": 0}, {0: "normal"}, None, len])
+def test_classes_must_not_be_a_dict_or_nothing(given: Any) -> None:
+    kind = type(given).__name__
+    with pytest.raises(TypeError, match=f"must be a sequence of names, got the {kind} "):
+        check_classes(given)
+
+
 def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data").mkdir()

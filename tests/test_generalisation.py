@@ -22,6 +22,7 @@ from chestxray_covid import (
     TrainingConfig,
     audit_shortcuts,
     build_densenet121,
+    evaluate,
     leave_one_source_out,
     patient_groups,
 )
@@ -261,6 +262,16 @@ def test_an_estimator_that_does_not_say_its_classes_is_refused() -> None:
         leave_one_source_out(phantoms(), estimator, **FEW)
     with pytest.raises(TypeError, match="fit must return a classifier with classes and predict_"):
         leave_one_source_out(phantoms(), lambda _: estimator, **FEW)
+
+
+@pytest.mark.parametrize("classes", [{"covid19", "normal"}, {"normal": 1, "covid19": 0}, None])
+@pytest.mark.parametrize("judge", [audit_shortcuts, evaluate, leave_one_source_out])
+def test_classes_without_an_order_are_refused(judge: Callable[..., Any], classes: Any) -> None:
+    model = Oracle(("normal", "covid19"))
+    model.classes = classes
+    given = (phantoms(), model) if judge is leave_one_source_out else (model, phantoms())
+    with pytest.raises(TypeError, match="classes must be a sequence of names, got the"):
+        judge(*given)
 
 
 def test_one_source_cannot_be_left_out() -> None:

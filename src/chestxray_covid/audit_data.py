@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from chestxray_covid.classifier import Classifier
-from chestxray_covid.datasets.base import ChestXrayDataset, Sample, lung_mask
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample, check_classes, lung_mask
 from chestxray_covid.datasets.duplicates import FILE_HASH, patient_groups
 from chestxray_covid.datasets.loading import decoder, in_batches, map_ahead
 from chestxray_covid.delong import auroc_by_group
@@ -59,9 +59,10 @@ class Question:
         """Return the question, by default COVID-19 (or the last class) against normal, if it can.
 
         Raises:
+            TypeError: If the classes have no order.
             ValueError: If a class is unknown, or the data set lacks one of the two sides.
         """
-        names = tuple(classes)
+        names = check_classes(classes)
         chosen = positive or default_positive(names)
         held = {sample.label for sample in dataset.samples}
         normal = "normal" in names and "normal" in held and chosen != "normal"

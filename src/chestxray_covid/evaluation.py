@@ -91,7 +91,7 @@ def evaluate(
         progress: Show a progress bar.
 
     Raises:
-        TypeError: If one is no classifier, or the other no data set.
+        TypeError: If one is no classifier, or its classes have no order, or the other no data set.
         ValueError: If the data set is empty or has a label that the classifier does not know, or
             an option is impossible.
         ImageError: If a file cannot be decoded.
@@ -100,12 +100,13 @@ def evaluate(
     check_dataset(dataset)
     labels = [sample.label for sample in dataset.samples]
     # Before the slow part, so that a wrong argument is not found out an hour later.
-    chosen = _positive(labels, classifier.classes, positive)
+    classes = check_classes(classifier.classes)
+    chosen = _positive(labels, classes, positive)
     how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     report = evaluate_probabilities(
         labels,
         classifier.predict_proba(dataset, batch_size=batch_size, progress=progress),
-        classes=classifier.classes,
+        classes=classes,
         **_provenance(dataset, patient_groups(dataset, find_copies=False)),
         ids=_names(dataset),
         positive=chosen,

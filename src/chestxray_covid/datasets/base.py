@@ -389,11 +389,11 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     """Return ``classes`` as a tuple.
 
     Raises:
-        TypeError: If it is a single string, or a set: its order is another in every process.
+        TypeError: If it is one string, has no order, as a set, or maybe another, as a dict.
         ValueError: If it is empty or names a class twice.
     """
-    if isinstance(classes, str | set | frozenset):
-        kind = "string" if isinstance(classes, str) else "set"
+    if isinstance(classes, str | set | frozenset | Mapping) or not isinstance(classes, Iterable):
+        kind = {str: "string", frozenset: "set"}.get(type(classes), type(classes).__name__)
         raise TypeError(f"classes must be a sequence of names, got the {kind} {classes!r}")
     if not (names := tuple(classes)) or len(set(names)) != len(names) or not all(names):
         raise ValueError(f"classes must be one or more different names, got {list(names)}")
