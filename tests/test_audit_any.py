@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from audited import PREPROCESS, SIZE, Linear, pixels_of
 from chestxray_covid import ChestXrayDataset, Preprocess, SyntheticChestXray, audit_shortcuts
@@ -88,6 +89,11 @@ def test_another_model_is_shown_pixels_and_no_names(
     assert not np.array_equal(np.asarray(changed[0].image(3)), expected)
 
 
+#: Of a network that was asked without ``inference_mode``, or in half precision.
+GRAD = torch.full((80, 2), 0.5, requires_grad=True)
+HALF = torch.full((80, 2), 0.5, dtype=torch.bfloat16)
+
+
 class Odd(Other):
     def __init__(self, model: Linear, found: Any, features: Any = None) -> None:
         super().__init__(model)
@@ -98,7 +104,7 @@ class Odd(Other):
     def predict_proba(
         self, images: ChestXrayDataset, /, *, batch_size: int, progress: bool
     ) -> np.ndarray:
-        return np.asarray(self.found)
+        return self.found
 
 
 @pytest.mark.parametrize(
@@ -106,9 +112,14 @@ class Odd(Other):
     [
         ([[2.0, -1.0]] * 80, None, "probabilities must be in"),
         ([[0.5, 0.5]] * 79, None, r"predict_proba must return a row per image .* got \(79, 2\)"),
-        ([[0.5, 0.5]] * 80, [1.0] * 80, r"predict_features must return finite .* \(80,\)"),
+        (GRAD, None, r"of a tensor .float\(\).numpy\(force=True\): .* requires grad"),
+        (HALF, None, r"probabilities must be .* of a tensor .float\(\).* BFloat16"),
+        ([[0.5, 0.5]] * 80, [1.0] * 80, r"predict_features returns must be a 2-d.* \(80,\)"),
         ([[0.5, 0.5]] * 80, [[1.0]] * 79, r"a row for each of 80 images, got shape \(79, 1\)"),
-        ([[0.5, 0.5]] * 80, [[np.nan]] * 80, "predict_features must return finite numbers"),
+        ([[0.5, 0.5]] * 80, [[]] * 80, r"array of numbers that is not empty, got shape \(80, 0\)"),
+        ([[0.5, 0.5]] * 80, [["a"]] * 80, "predict_features returns must be a 2-dimensional"),
+        ([[0.5, 0.5]] * 80, [[np.nan]] * 80, r"predict_features returns must be finite, got nan"),
+        ([[0.5, 0.5]] * 80, GRAD, "predict_features returns must be .* requires grad"),
     ],
 )
 def test_what_another_model_returns_is_checked(

@@ -43,6 +43,7 @@ from chestxray_covid.heat_shares import lung_heat
 from chestxray_covid.hiding import Region
 from chestxray_covid.image import Preprocess
 from chestxray_covid.intervals import check_resampling, check_seed
+from chestxray_covid.metrics import check_numbers
 
 
 def audit_shortcuts(
@@ -201,13 +202,14 @@ def _ask(
     look = getattr(classifier, "predict_features", None) if features else None
     if look is None:
         return probabilities, None
-    seen = np.asarray(look(images, batch_size=batch_size, progress=progress), np.float32)
-    if seen.ndim != 2 or len(seen) != len(images) or not np.isfinite(seen).all():
+    given = look(images, batch_size=batch_size, progress=progress)
+    seen = check_numbers(given, "what predict_features returns", 2)
+    if len(seen) != len(images):
         raise ValueError(
-            f"predict_features must return finite numbers, a row for each of {len(images)} images, "
+            f"what predict_features returns must have a row for each of {len(images)} images, "
             f"got shape {seen.shape}"
         )
-    return probabilities, seen
+    return probabilities, seen.astype(np.float32)
 
 
 def _heat(

@@ -306,7 +306,7 @@ def check_probabilities(probabilities: ArrayLike) -> Floats:
         ValueError: If they are not two-dimensional, not finite, outside [0, 1], or a row does not
             sum to 1 within 0.001.
     """
-    p = _numbers(probabilities, "probabilities", 2)
+    p = check_numbers(probabilities, "probabilities", 2)
     if p.min() < 0 or p.max() > 1:  # with all digits: 1.0000001 is not 1
         raise ValueError(f"probabilities must be in [0, 1], got {p.min()} to {p.max()}")
     sums = p.sum(1)
@@ -316,11 +316,13 @@ def check_probabilities(probabilities: ArrayLike) -> Floats:
     return p
 
 
-def _numbers(values: ArrayLike, name: str, ndim: int) -> Floats:
+def check_numbers(values: ArrayLike, name: str, ndim: int) -> Floats:
+    """Return an array as float64; raise ``ValueError`` unless it has so many axes, and numbers."""
     try:
         array = np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name} must be a rectangular array of numbers: {error}") from error
+    except (RuntimeError, TypeError, ValueError) as error:  # the first two of torch
+        way = "" if isinstance(error, ValueError) else ", of a tensor .float().numpy(force=True)"
+        raise ValueError(f"{name} must be a rectangular array of numbers{way}: {error}") from error
     if array.ndim != ndim or array.dtype.kind not in "biuf" or not array.size:
         raise ValueError(
             f"{name} must be a {ndim}-dimensional array of numbers that is not empty, "
@@ -339,7 +341,7 @@ def check_labels(values: ArrayLike, name: str, n_classes: int) -> Labels:
     Raises:
         ValueError: If they are not whole numbers from 0 to ``n_classes - 1``.
     """
-    numbers = _numbers(values, name, 1)
+    numbers = check_numbers(values, name, 1)
     if (strange := (numbers < 0) | (numbers >= n_classes) | (numbers % 1 != 0)).any():
         place = int(np.argmax(strange))
         raise ValueError(
@@ -362,7 +364,7 @@ def scored(y_true: ArrayLike, y_score: ArrayLike) -> tuple[Labels, Floats]:
     Raises:
         ValueError: If they are anything else.
     """
-    truth, score = check_labels(y_true, "y_true", 2), _numbers(y_score, "y_score", 1)
+    truth, score = check_labels(y_true, "y_true", 2), check_numbers(y_score, "y_score", 1)
     check_lengths(y_true=truth, y_score=score)
     return truth, score
 
@@ -377,7 +379,7 @@ def _label_probabilities(y_true: ArrayLike, probabilities: ArrayLike) -> tuple[L
 def _weights(sample_weight: Weights, n: int) -> Floats:
     if sample_weight is None:
         return np.ones(n)
-    weight = _numbers(sample_weight, "sample_weight", 2 if np.ndim(sample_weight) == 2 else 1)
+    weight = check_numbers(sample_weight, "sample_weight", 2 if np.ndim(sample_weight) == 2 else 1)
     if weight.shape[-1] != n or weight.min() < 0:
         raise ValueError(
             f"sample_weight must be ({n},) or (R, {n}) without negative values, "
