@@ -223,12 +223,11 @@ class Judged:
         return np.full((len(images), 2), 0.5)
 
 
-@pytest.mark.parametrize(
-    "ask", [audit_shortcuts, grad_cam, occlusion_sensitivity, lung_heat, predict_to_table]
-)
+@pytest.mark.parametrize("ask", [grad_cam, occlusion_sensitivity, lung_heat, predict_to_table])
 def test_a_model_that_shows_no_features_is_refused_where_they_are_asked_for(ask: Any) -> None:
     phantoms = SyntheticChestXray(6, image_size_px=32)
-    assert evaluate(Judged(), phantoms, n_resamples=10).n_images == 6
-    said = r"must be a Classifier, whose pixels and features .* got Judged\..* with evaluate\("
+    for judge in (evaluate, audit_shortcuts):
+        assert judge(Judged(), phantoms, n_resamples=10).n_images == 6
+    said = r"must be a Classifier, whose pixels and .* got Judged\..* evaluate\(…\) and audit_"
     with pytest.raises(TypeError, match=said):
         ask(Judged(), phantoms)
