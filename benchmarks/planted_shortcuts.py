@@ -13,7 +13,6 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,7 @@ Cue = Callable[[Floats, bool, np.random.Generator], Floats]
 Sight = Callable[[Floats], Floats]
 
 SIZE_PX = 64
+PREPROCESS = Preprocess(size_px=SIZE_PX)
 SOURCES = ("a", "b")
 SETS = 3  # of phantoms, in each of which every cue is planted
 TRAIN, TEST, TEST_WEAK, TEST_SMALL = 200, 200, 300, 60
@@ -69,27 +69,21 @@ class Case:
 
 
 class Linear:
-    """Has what an audit asks of a classifier: a logistic regression on what it sees."""
+    """Has what an audit asks of a model: a logistic regression on what it sees."""
 
     def __init__(self, train: ChestXrayDataset, sight: Sight) -> None:
-        self.classes, self.weights_sha256, self.sight = train.classes, "", sight
-        self.config = SimpleNamespace(preprocess=Preprocess(size_px=SIZE_PX))
+        self.classes, self.sight = train.classes, sight
         self.model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        self.model.fit(self._seen(self._pixels(train)), train.targets)
+        self.model.fit(self.predict_features(train), train.targets)
 
-    def predict_proba(self, images: ChestXrayDataset) -> Floats:
+    def predict_proba(self, images: ChestXrayDataset, /, **_: Any) -> Floats:
         """Return ``(N, K)`` probabilities of a data set's images."""
-        return self._compute(self._pixels(images))[0]
+        return self.model.predict_proba(self.predict_features(images))
 
-    def _pixels(self, images: ChestXrayDataset) -> NDArray[np.uint8]:
-        return np.stack([self.config.preprocess(images.image(i)) for i in range(len(images))])
-
-    def _seen(self, pixels: NDArray[np.uint8]) -> Floats:
-        return self.sight(pixels[:, 0].astype(float))
-
-    def _compute(self, pixels: NDArray[np.uint8]) -> tuple[Floats, NDArray[np.float32]]:
-        seen = self._seen(pixels)
-        return self.model.predict_proba(seen), seen.astype(np.float32)
+    def predict_features(self, images: ChestXrayDataset, /, **_: Any) -> Floats:
+        """Return ``(N, D)`` numbers, what it sees of them."""
+        pixels = np.stack([PREPROCESS(images.image(i))[0] for i in range(len(images))])
+        return self.sight(pixels.astype(float))
 
 
 def square(top: int, bottom: int, left: int, right: int) -> Cue:
@@ -254,8 +248,9 @@ def audited(case: Case, seed: int) -> dict[str, Any]:
     both = phantoms(case, seed)
     train, test = both.subset(range(TRAIN)), both.subset(range(TRAIN, len(both)))
     masks = None if case.drawn else phantom_mask
-    model: Any = Linear(train, case.sight)
-    report = audit_shortcuts(model, test, train, masks=masks, heat=False, n_resamples=N_RESAMPLES)
+    model = Linear(train, case.sight)
+    how: dict[str, Any] = {"preprocess": PREPROCESS, "n_resamples": N_RESAMPLES}
+    report = audit_shortcuts(model, test, train, masks=masks, **how)
     occlusion, data = report.item("occlusion"), report.item("without_lungs")
     left = occlusion.finding("lungs_hidden")
     return {

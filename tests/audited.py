@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from chestxray_covid import ChestXrayDataset, Preprocess
+from chestxray_covid import ChestXrayDataset, Classifier, Preprocess
 
 SIZE = 64
 PREPROCESS = Preprocess(size_px=SIZE)
@@ -24,8 +25,8 @@ def thumbnail(pixels: np.ndarray, side: int = 8) -> np.ndarray:
     return np.stack(small).reshape(len(pixels), -1) / 255.0
 
 
-class Linear:
-    """Has what an audit asks of a classifier; ``features`` says what it sees of the pixels."""
+class Linear(Classifier):
+    """A classifier without a network; ``features`` says what it sees of the pixels."""
 
     def __init__(
         self,
@@ -33,8 +34,9 @@ class Linear:
         features: Callable[[np.ndarray], np.ndarray] = thumbnail,
         strength: float = 0.05,
     ) -> None:
-        self.classes, self.weights_sha256 = train.classes, "0" * 64
-        self.config = SimpleNamespace(preprocess=PREPROCESS)
+        self.config = cast(Any, SimpleNamespace(classes=train.classes, preprocess=PREPROCESS))
+        self.engine = cast(Any, SimpleNamespace(calls=1))
+        self._file_sha256 = "0" * 64
         self.features = features
         self.trained_on = train
         model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
@@ -43,11 +45,6 @@ class Linear:
     def _compute(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = self.features(pixels)
         return self.model.predict_proba(found), found.astype(np.float32)
-
-    def predict_proba(
-        self, images: ChestXrayDataset, *, batch_size: int = 16, progress: bool = False
-    ) -> np.ndarray:
-        return self._compute(pixels_of(images))[0]
 
 
 def pixels_of(dataset: ChestXrayDataset) -> np.ndarray:

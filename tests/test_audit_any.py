@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -11,7 +12,13 @@ import pytest
 import torch
 
 from audited import PREPROCESS, SIZE, Linear, pixels_of
-from chestxray_covid import ChestXrayDataset, Preprocess, SyntheticChestXray, audit_shortcuts
+from chestxray_covid import (
+    ChestXrayDataset,
+    Preprocess,
+    SyntheticChestXray,
+    audit_shortcuts,
+    evaluate,
+)
 from chestxray_covid.datasets.phantom import phantom_mask
 
 pytestmark = pytest.mark.usefixtures("drawn_once")
@@ -87,6 +94,43 @@ def test_another_model_is_shown_pixels_and_no_names(
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # as the workers of a DataLoader
         assert np.array_equal(np.asarray(pool.submit(whole.image, 3).result()), expected)
     assert not np.array_equal(np.asarray(changed[0].image(3)), expected)
+
+
+class Turned(Linear):
+    """Says the opposite of its network."""
+
+    def predict_proba(self, images: Any, **options: Any) -> np.ndarray:
+        return 1 - super().predict_proba(images, **options)
+
+
+class Passing:
+    """Says the opposite of a classifier; all else is that one's."""
+
+    def __init__(self, model: Linear) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def predict_proba(self, images: Any, **options: Any) -> np.ndarray:
+        return 1 - self.model.predict_proba(images, **options)
+
+
+class Private(Other):
+    def _compute(self, numbers: Any) -> Any:
+        raise AssertionError("nobody but the model knows what this is")
+
+
+@pytest.mark.parametrize("kind", [Turned, Passing, Private])
+def test_a_model_is_judged_by_what_it_answers_not_by_a_network_in_it(
+    known: tuple[Linear, ChestXrayDataset], kind: Callable[[Any], Any]
+) -> None:
+    model, test = known
+    other = kind(model.trained_on if kind is Turned else model)
+    found = audit_shortcuts(other, test, preprocess=PREPROCESS, **HOW)
+    judged = evaluate(other, test, n_resamples=2).overall.per_class["covid19"]["auroc"]
+    assert found.item("occlusion").finding("whole").estimate.value == judged.value
+    assert (judged.value < 0.5) is (kind is not Private)
 
 
 #: Of a network that was asked without ``inference_mode``, or in half precision.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,9 +76,10 @@ def audit_shortcuts(
     Args:
         classifier: What is audited. Any model with ``classes`` and ``predict_proba``, as
             :func:`evaluate` asks for them, will do; it is shown the pixels as a data set in which
-            names, labels and patients are made up. One that is no :class:`Classifier` is not asked
-            for its heat, and for its features only if it has ``predict_features``, which takes
-            what ``predict_proba`` takes and returns ``(N, D)`` numbers.
+            names, labels and patients are made up. One that is no :class:`Classifier`, or has
+            another ``predict_proba``, is not asked for its heat, and for its features only if it
+            has ``predict_features``, which takes what ``predict_proba`` takes and returns
+            ``(N, D)`` numbers.
         dataset: Images that it was not trained on, of both sides of the question.
         train: What it was trained on, if known: its design is judged instead of the audited
             data's, and sources that are not in it are external. A patient of it who is audited, by
@@ -115,7 +116,9 @@ def audit_shortcuts(
             folders that are called alike by default.
     """
     check_classifier(classifier)
-    network = cast(Classifier, classifier) if hasattr(classifier, "_compute") else None
+    # One that answers otherwise, as of turned copies, too, is judged by its answers.
+    own = getattr(classifier.predict_proba, "__func__", None) is Classifier.predict_proba
+    network = classifier if isinstance(classifier, Classifier) and own else None
     if network is not None and preprocess is not None:
         raise ValueError("preprocess must be None: the classifier has its own, in its config")
     check_kind(preprocess or Preprocess(), Preprocess, "Preprocess(size_px=224)")
