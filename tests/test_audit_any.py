@@ -19,6 +19,7 @@ from chestxray_covid import (
     audit_shortcuts,
     evaluate,
 )
+from chestxray_covid.datasets.base import Sample
 from chestxray_covid.datasets.phantom import phantom_mask
 
 pytestmark = pytest.mark.usefixtures("drawn_once")
@@ -94,6 +95,27 @@ def test_another_model_is_shown_pixels_and_no_names(
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # as the workers of a DataLoader
         assert np.array_equal(np.asarray(pool.submit(whole.image, 3).result()), expected)
     assert not np.array_equal(np.asarray(changed[0].image(3)), expected)
+
+
+@pytest.mark.parametrize("key", [lambda s: s.path, lambda s: s.content_hash()])
+def test_a_model_that_keeps_its_answers_is_not_asked_by_the_same_name(
+    known: tuple[Linear, ChestXrayDataset], key: Callable[[Sample], Any]
+) -> None:
+    class Keeping(Other):
+        def predict_proba(
+            self, images: ChestXrayDataset, /, *, batch_size: int, progress: bool
+        ) -> np.ndarray:
+            names = [key(sample) for sample in images.samples]
+            if not set(names) <= set(kept):
+                found = super().predict_proba(images, batch_size=batch_size, progress=progress)
+                kept.update(zip(names, found, strict=True))
+            return np.stack([kept[name] for name in names])
+
+    (model, test), kept = known, dict[Any, Any]()
+    how = {"preprocess": PREPROCESS, **HOW}
+    found, plain = (audit_shortcuts(kind(model), test, **how) for kind in (Keeping, Other))
+    assert found == plain
+    assert len(kept) == 6 * len(test)
 
 
 class Turned(Linear):
