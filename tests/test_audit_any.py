@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from chestxray_covid import (
 )
 from chestxray_covid.datasets.base import Sample
 from chestxray_covid.datasets.phantom import phantom_mask
+from chestxray_covid.report import extend_report
 
 pytestmark = pytest.mark.usefixtures("drawn_once")
 
@@ -116,6 +118,21 @@ def test_a_model_that_keeps_its_answers_is_not_asked_by_the_same_name(
     found, plain = (audit_shortcuts(kind(model), test, **how) for kind in (Keeping, Other))
     assert found == plain
     assert len(kept) == 6 * len(test)
+
+
+@pytest.mark.parametrize("said", [None, ""])
+def test_no_report_names_weights_that_a_model_does_not_know(
+    known: tuple[Linear, ChestXrayDataset], said: str | None, tmp_path: Path
+) -> None:
+    model, test = known
+    one, two = Other(model), Other(model)
+    one.weights_sha256 = two.weights_sha256 = said
+    audit = audit_shortcuts(one, test, preprocess=PREPROCESS, **HOW)
+    evaluation = evaluate(two, test, n_resamples=2)
+    assert (audit.weights_sha256, evaluation.weights_sha256, evaluation.model) == ("", "", {})
+    extend_report(tmp_path, audit=audit)
+    page = extend_report(tmp_path, evaluation=evaluation).read_text(encoding="utf-8")
+    assert "shortcut" not in page, "one page of two models"
 
 
 class Turned(Linear):

@@ -185,7 +185,7 @@ def audit_shortcuts(
         n_images=len(data.samples),
         n_patients=len(set(data.groups.tolist())),
         sources=data.dataset.sources,
-        weights_sha256=str(getattr(classifier, "weights_sha256", "")),
+        weights_sha256=str(getattr(classifier, "weights_sha256", None) or ""),
         items=tuple(items),
         **how,
     )

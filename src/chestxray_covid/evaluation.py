@@ -120,7 +120,7 @@ def _model_of(classifier: ProbabilisticClassifier) -> dict[str, Any]:
     """Return what a classifier with a config says of itself, without the paths of its training."""
     config = getattr(classifier, "config", None)
     # Of the weights that were judged: a config may be that of others.
-    weights = {"weights_sha256": str(getattr(classifier, "weights_sha256", ""))}
+    weights = {"weights_sha256": str(getattr(classifier, "weights_sha256", None) or "")}
     if not isinstance(config, ModelConfig):
         return weights if weights["weights_sha256"] else {}
     told, data = told_of(config.provenance), config.to_dict() | weights
