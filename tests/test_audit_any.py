@@ -202,6 +202,10 @@ class Odd(Other):
         ([[0.5, 0.5]] * 80, [[]] * 80, r"array of numbers that is not empty, got shape \(80, 0\)"),
         ([[0.5, 0.5]] * 80, [["a"]] * 80, "predict_features returns must be a 2-dimensional"),
         ([[0.5, 0.5]] * 80, [[np.nan]] * 80, r"predict_features returns must be finite, got nan"),
+        pytest.param(
+            *([[0.5, 0.5]] * 80, [[1e300]] * 80, r"in float32, must be finite, got inf"),
+            marks=pytest.mark.filterwarnings("ignore:overflow"),
+        ),
         ([[0.5, 0.5]] * 80, GRAD, "predict_features returns must be .* requires grad"),
     ],
 )

@@ -206,13 +206,14 @@ def _ask(
     if look is None:
         return probabilities, None
     given = look(images, batch_size=batch_size, progress=progress)
-    seen = check_numbers(given, "what predict_features returns", 2)
+    seen = check_numbers(given, "what predict_features returns", 2).astype(np.float32)
+    check_numbers(seen, "what predict_features returns, in float32,", 2)
     if len(seen) != len(images):
         raise ValueError(
             f"what predict_features returns must have a row for each of {len(images)} images, "
             f"got shape {seen.shape}"
         )
-    return probabilities, seen.astype(np.float32)
+    return probabilities, seen
 
 
 def _heat(
