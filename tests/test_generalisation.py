@@ -256,6 +256,15 @@ def test_what_are_no_probabilities_of_the_classes_gives_no_numbers(
     assert leave_one_source_out(phantoms(), Oracle(model.classes), **FEW)[0].external.value == 1
 
 
+def test_a_model_without_length_is_one_all_the_same() -> None:
+    class Sequence(torch.nn.Sequential):  # that keeps its layers elsewhere, and is false
+        classes = ("normal", "covid19")
+        predict_proba = Oracle.predict_proba
+
+    rows = leave_one_source_out(phantoms(), Sequence(), **FEW)
+    assert {(row.external.value, row.note) for row in rows} == {(1.0, NOT_RETRAINED)}
+
+
 def test_an_estimator_that_does_not_say_its_classes_is_refused() -> None:
     estimator = LogisticRegression().fit([[0], [1]], ["normal", "covid19"])
     with pytest.raises(TypeError, match="classifier must be one, with classes and predict_proba"):

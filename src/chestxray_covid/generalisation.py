@@ -139,7 +139,8 @@ def leave_one_source_out(
 
         check_options(cast(Any, fit), ())
         check_maker(model)
-    question = Question.of((ready or dataset).classes, dataset, positive, negative)
+    names = (dataset if ready is None else ready).classes
+    question = Question.of(names, dataset, positive, negative)
     # A copy elsewhere of an image that is trained on would be judged from memory.
     groups = np.array(patient_groups(dataset, find_copies=ready is None, progress=progress))
     sources = np.array([sample.source for sample in dataset.samples])
@@ -161,14 +162,14 @@ def leave_one_source_out(
             rows.append(_missing(source, question, len(outside), confidence, note))
             continue
         train, val = dataset.subset(rest), dataset.subset(chooses)
-        classifier = ready or _fitted(cast(Any, fit), train, val, model)
+        classifier = _fitted(cast(Any, fit), train, val, model) if ready is None else ready
         both = _joined(inside, outside)
         # In its own order, and maybe with classes that the data lack.
         own = Question.of(classifier.classes, dataset, question.positive, question.negative)
         found = classifier.predict_proba(both, batch_size=batch_size, progress=progress)
         p = checked_probabilities(found, len(both), own.classes)
         row = _row(source, own, both, own.score(p), len(inside), how)
-        rows.append(replace(row, note=NOT_RETRAINED) if ready else row)
+        rows.append(row if ready is None else replace(row, note=NOT_RETRAINED))
     return tuple(rows)
 
 
