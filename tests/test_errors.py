@@ -231,3 +231,23 @@ def test_a_model_that_shows_no_features_is_refused_where_they_are_asked_for(ask:
     said = r"must be a Classifier, whose pixels and .* got Judged\..* evaluate\(…\) and audit_"
     with pytest.raises(TypeError, match=said):
         ask(Judged(), phantoms)
+
+
+class Uncalled(Judged):
+    predict_proba = np.zeros((6, 2))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("judge", [evaluate, audit_shortcuts])
+@pytest.mark.parametrize(
+    ("given", "came"),
+    [(Judged, "the class Judged"), (Classifier, "the class Classifier"), (Uncalled(), "Uncalled")],
+)
+def test_the_class_of_a_model_is_none(judge: Any, given: Any, came: str) -> None:
+    with pytest.raises(TypeError, match=f"with classes and predict_proba, got {came}. Load"):
+        judge(given, SyntheticChestXray(6, image_size_px=32))
+
+
+@pytest.mark.parametrize("rows", [None, object()])
+def test_sources_left_out_are_a_list(rows: Any) -> None:
+    with pytest.raises(TypeError, match="expected a list of LeftOutSource, as leave_one_source_"):
+        audit_shortcuts(Judged(), SyntheticChestXray(6, image_size_px=32), left_out=rows)

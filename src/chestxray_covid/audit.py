@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,7 @@ def audit_shortcuts(
     check_positive("batch_size", batch_size)
     check_positive("workers", workers)
     check_function("masks", masks, "the lungs of a sample")
-    left_out = tuple(left_out)
+    left_out = tuple(left_out) if isinstance(left_out, Iterable) else left_out
     check_kinds(left_out, LeftOutSource, "leave_one_source_out(…)")
     how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     check_seed(seed)

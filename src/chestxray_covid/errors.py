@@ -226,8 +226,11 @@ def check_kinds(given: Iterable[object], kind: type, origin: str) -> None:
     """Do nothing if each of these is what a function of that name gives.
 
     Raises:
-        TypeError: If one is something else, for example a row of a table.
+        TypeError: If one is something else, for example a row of a table, or there is no list.
     """
+    if not isinstance(given, Iterable):
+        came = type(given).__name__
+        raise TypeError(f"expected a list of {kind.__name__}, as {origin} gives it, got {came}")
     for one in given:
         if not isinstance(one, kind):
             check_kind(one, kind, origin)
@@ -268,9 +271,11 @@ def check_classifier(given: object) -> None:
     Raises:
         TypeError: If it is something else, for example the folder of a checkpoint.
     """
-    if not (hasattr(given, "classes") and hasattr(given, "predict_proba")):
+    is_one = hasattr(given, "classes") and callable(getattr(given, "predict_proba", None))
+    if not is_one or isinstance(given, type):
+        came = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
         raise TypeError(
-            f"classifier must be one, with classes and predict_proba, got {type(given).__name__}. "
+            f"classifier must be one, with classes and predict_proba, got {came}. "
             "Load a checkpoint with Classifier.from_pretrained(…)."
         )
 
