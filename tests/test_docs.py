@@ -9,7 +9,6 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import click
 import numpy as np
@@ -19,12 +18,10 @@ from PIL import Image
 
 import chestxray_covid
 from chestxray_covid import (
-    CohenCovidDataset,
     Confounding,
     EpochRecord,
     EvaluationReport,
     History,
-    KermanyPneumoniaDataset,
 )
 from chestxray_covid.cli import main
 from chestxray_covid.evaluation import evaluate_probabilities
@@ -182,6 +179,16 @@ def test_readme_baseline_page_and_figure_are_those_of_the_committed_results(
     with Image.open(generate.RESULTS / "history.png") as image:
         source = image.text[generate.SOURCE_KEY]
     assert source == generate.digest(generate.RESULTS / "history.json")
+
+
+def test_the_page_on_shortcuts_has_the_measured_aurocs_of_thumbnails(generate: ModuleType) -> None:
+    page = (DOCS / "shortcuts.md").read_text(encoding="utf-8")
+    block = generate.thumbnail_block()
+    assert generate.with_blocks(page, {"thumbnails": block}) == page
+    rows = json.loads(generate.THUMBNAILS.read_text(encoding="utf-8"))["rows"]
+    for row, line in zip(rows, block.splitlines()[2:5], strict=True):
+        assert ("90 %" in line, "inside" in line) == (row["hidden"] > 0, "inside" in row.values())
+        assert line.endswith(f"| {row['n'][0]} against {row['n'][1]:,} | {row['auroc']:.3f} |")
 
 
 def test_the_pages_about_audits_are_those_of_the_committed_results(generate: ModuleType) -> None:
@@ -391,15 +398,6 @@ def test_every_page_is_in_the_contents() -> None:
     assert {page.stem for page in DOCS.glob("*.md")} - set(listed) == {"index"}
 
 
-def snippet(page: str, containing: str) -> dict[str, Any]:
-    """Return the names that the Python block of a page defines."""
-    text = (DOCS / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(next(block for block in blocks if containing in block), names)
-    return names
-
-
 def test_snippets_say_how_text_is_encoded() -> None:
     """Windows takes another encoding than UTF-8, in which the library reads and writes."""
     silent = []
@@ -416,10 +414,12 @@ def test_snippets_say_how_text_is_encoded() -> None:
 
 @pytest.mark.real_data
 @pytest.mark.slow
-def test_on_the_real_collections_the_frame_of_a_thumbnail_gives_the_label_away(
-    real_data: Path,
+def test_on_the_real_collections_a_linear_classifier_gives_the_numbers_of_the_page_again(
+    generate: ModuleType, real_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cohen = CohenCovidDataset(real_data / "covid-chestxray-dataset")
-    design = cohen.filter(lambda s: s.label == "covid19") + KermanyPneumoniaDataset(real_data)
-    auroc = snippet("shortcuts.md", "def thumbnail_auroc")["thumbnail_auroc"]
-    assert auroc(design, hidden=0.9) == pytest.approx(0.993, abs=0.003)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    committed = json.loads(generate.THUMBNAILS.read_text(encoding="utf-8"))["rows"]
+    for now, then in zip(
+        importlib.import_module("thumbnails").measured(real_data), committed, strict=True
+    ):
+        assert now == {**then, "auroc": pytest.approx(then["auroc"], abs=0.003)}
