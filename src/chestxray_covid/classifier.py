@@ -150,7 +150,7 @@ class Classifier:
         push_to_hub: bool = False,
         **options: Any,
     ) -> str | None:
-        """Write the checkpoint with its attachments, results and, if there is none, a card.
+        """Write the checkpoint with its attachments, results and, unless you wrote one, a card.
 
         Args:
             folder: Made if missing; other files in it stay.
