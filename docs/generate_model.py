@@ -240,8 +240,9 @@ two = Classifier.from_pretrained(classes=("normal", "covid19"))  # the same netw
 
 AUROC on held-out patients with nothing, the central 70 % and the central 90 % of the side hidden
 under the image's mean. Where the centre is hidden, 0.5 is what a model should reach that looks at
-lungs alone. The frame was unlearned in this very way, and the last step of it was chosen with these
-patients in sight.
+lungs alone; but the mean is that of the whole image, so that its grey says a little of what is
+hidden, which the [audit](audit.md)'s, the mean of what is left, does not. The frame was unlearned
+in this very way, and the last step of it was chosen with these patients in sight.
 
 {table(("Pairing", "Images", "whole", "70 % hidden", "90 % hidden"), frame_rows())}
 
