@@ -319,6 +319,29 @@ def test_a_run_whose_parts_another_has_taken_says_so(
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("is_address", [False, True])
+def test_shards_of_two_runs_in_one_folder_do_not_say_that_they_are_one_table(
+    clf: Classifier, images: Path, tmp_path: Path, is_address: bool
+) -> None:
+    output, files = tmp_path / "o.parquet", [*map(str, sorted(images.iterdir()))]
+    place = output.as_uri() if is_address else output
+    options: dict[str, Any] = {"classes": clf.classes, "model": "", "shard_size": 2}
+    slow = ShardedTable(place, **options)
+    first, second = slow.shards(files[:4])
+    rows = [*judge_files(clf, files[:4], batch_size=2)]
+    slow.write(first, rows[:2])
+    predict_files(files[4:], place, classifier=clf, shard_size=4)  # the other run
+    assert (output / "_SUCCESS").exists()
+    slow.write(second, rows[2:])
+    assert not (output / "_SUCCESS").exists()
+    with pytest.raises(DatasetError, match=r"o\.parquet is being written by another run"):
+        slow.complete([first.name, second.name])
+    assert not (output / "_SUCCESS").exists()
+    predict_files(files[4:], place, classifier=clf, shard_size=4)
+    assert [row["path"] for row in rows_of(output)] == files[4:]
+    ShardedTable(place, **options).places.remove(str(place), "not there")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 def test_runs_of_one_process_number_do_not_write_into_each_others_table(tmp_path: Path) -> None:
     """As two containers that share a folder have it: in each the run is process 1."""

@@ -99,12 +99,13 @@ class Places:
             raise
 
     def remove(self, folder: str, name: str) -> None:
-        """Delete a file."""
+        """Delete a file, if it is there."""
         if not is_address(folder):
             Path(folder, name).unlink(missing_ok=True)
             return
         fs, path = self._opened(folder)
-        fs.delete_file(f"{path}/{name}")
+        with suppress(FileNotFoundError):
+            fs.delete_file(f"{path}/{name}")
 
     def _opened(self, address: str) -> tuple[Any, str]:
         """Return file system and path; a client is made once per bucket."""

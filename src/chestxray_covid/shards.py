@@ -130,12 +130,15 @@ class ShardedTable:
             finished.discard(_DONE)
 
     def write(self, shard: Shard, rows: Sequence[Row]) -> None:
-        """Write a shard.
+        """Write a shard; a folder of Parquet that does not have it yet is not whole.
 
         Raises:
             OSError: If it cannot be written; nothing is left behind.
         """
         try:
+            # Another run may have declared the folder whole since this one began.
+            if self.is_parquet and shard.name not in (there := self.finished()):
+                self.begin(there)
             self.places.write(self._folder, shard.name, self._format.encode(rows, self._classes))
         except OSError:
             if not self.is_parquet:
