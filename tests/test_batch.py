@@ -307,16 +307,43 @@ def test_a_run_whose_parts_another_has_taken_says_so(
     complete, output = ShardedTable.complete, tmp_path / name
     place = output.as_uri() if is_address else output
 
-    def overtaken(self: ShardedTable, names: list[str]) -> Any:
+    def overtaken(self: ShardedTable, sizes: dict[str, int]) -> Any:
         monkeypatch.undo()
         predict_files(images, place, classifier=clf, shard_size=4)  # the other run
-        return complete(self, names)
+        return complete(self, sizes)
 
     monkeypatch.setattr(ShardedTable, "complete", overtaken)
     with pytest.raises(DatasetError, match=rf"{name} is being written by another run"):
         predict_files(images, place, classifier=clf, shard_size=5)
     assert len(rows_of(output)) == FILES
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("kept", [0, 50, -1, "half the rows"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_shard_that_is_damaged_is_named_and_computed_again_when_it_is_deleted(
+    clf: Classifier, images: Path, tmp_path: Path, suffix: str, kept: int | str
+) -> None:
+    output = tmp_path / f"o{suffix}"
+    files, table = [*map(str, sorted(images.iterdir()))], batch._table(clf, output, 4)
+    _, own, _ = table.shards(files)
+    table.write(own, [*judge_files(clf, own.files, batch_size=4)])
+    folder = output if suffix == ".parquet" else tmp_path / f".o{suffix}.parts"
+    (part,) = folder.iterdir()
+    if isinstance(kept, int):
+        part.write_bytes(part.read_bytes()[:kept])
+    elif suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(part).slice(0, 2), part)
+    else:
+        part.write_bytes(b"".join(part.read_bytes().splitlines(keepends=True)[:2]))
+    with pytest.raises(DatasetError, match=rf"{part.name} is damaged: .*Delete it, and run"):
+        predict_files(files, output, classifier=clf, shard_size=4)
+    assert suffix == ".parquet" or not output.exists()
+    assert not (folder / "_SUCCESS").exists()
+    part.unlink()
+    done = predict_files(files, output, classifier=clf, shard_size=4)
+    assert (done.count, [*done.failed]) == (FILES, [files[5]])
+    assert [row["path"] for row in rows_of(output)] == files
 
 
 @pytest.mark.parametrize("is_address", [False, True])
@@ -335,7 +362,7 @@ def test_shards_of_two_runs_in_one_folder_do_not_say_that_they_are_one_table(
     slow.write(second, rows[2:])
     assert not (output / "_SUCCESS").exists()
     with pytest.raises(DatasetError, match=r"o\.parquet is being written by another run"):
-        slow.complete([first.name, second.name])
+        slow.complete({first.name: 2, second.name: 2})
     assert not (output / "_SUCCESS").exists()
     predict_files(files[4:], place, classifier=clf, shard_size=4)
     assert [row["path"] for row in rows_of(output)] == files[4:]
@@ -349,14 +376,14 @@ def test_runs_of_one_process_number_do_not_write_into_each_others_table(tmp_path
     folder.mkdir()
     options: dict[str, Any] = {"classes": ("a", "b"), "shard_size": 1}
     one, other = (ShardedTable(output, model=model, **options) for model in ("one", "other"))
-    (folder / "head").write_bytes(b"of one\n")
+    (folder / "head").write_bytes(b"of one\r\n")
     os.mkfifo(folder / "slow")  # a part that its storage is slow to give
-    (folder / "whole").write_bytes(b"of the other\n")
+    (folder / "whole").write_bytes(b"of the other\r\n")
     with ThreadPoolExecutor() as pool:
-        found = pool.submit(one.complete, ["head", "slow"])
+        found = pool.submit(one.complete, {"head": 1, "slow": 100})
         with (folder / "slow").open("wb") as slow:  # waits until it is read
-            other.complete(["whole"])
-            slow.write(b"of one, late\n" * 100)
+            other.complete({"whole": 1})
+            slow.write(b"of one, late\r\n" * 100)
         with pytest.raises(DatasetError, match=r"o\.csv is being written by another run"):
             found.result(timeout=60)
     assert output.read_text().splitlines()[1:] == ["of the other"]

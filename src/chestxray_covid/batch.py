@@ -93,7 +93,8 @@ def predict_files(
 
     Raises:
         DatasetNotFoundError: If there is no image file.
-        DatasetError: If a CSV of paths cannot be read, or another run writes the output.
+        DatasetError: If a CSV of paths cannot be read, another run writes the output, or a part of
+            it is damaged.
         TypeError: If something is neither a path nor an address, or the classifier is none.
         ValueError: If a size is not positive, the output is a file where a folder is expected or
             the contrary, or it is one of the inputs, a device, an address that pathlib took a
@@ -124,7 +125,7 @@ def predict_files(
 
         for shard in judge.write_all(missing()):
             bar.update(len(shard.files))
-    return _complete(table, [*sizes], sum(sizes.values()), images)
+    return _complete(table, sizes, images)
 
 
 def ray_predict(
@@ -162,7 +163,8 @@ def ray_predict(
 
     Raises:
         DatasetNotFoundError: If there is no image file.
-        DatasetError: If a CSV of paths cannot be read, or another run writes the output.
+        DatasetError: If a CSV of paths cannot be read, another run writes the output, or a part of
+            it is damaged.
         TypeError: As :func:`predict_files`.
         ValueError: If the output is no Parquet, or a file, or one of the inputs, a size is not
             positive, or the data set has no column ``path``.
@@ -210,7 +212,7 @@ def ray_predict(
         with Bar(desc="predict", total=count, initial=done, disable=not progress) as bar:
             for row in judged.iter_rows():
                 bar.update(row["count"])
-    return _complete(table, [shard.name for shard in shards], count, images)
+    return _complete(table, {shard.name: len(shard.files) for shard in shards}, images)
 
 
 def _table(classifier: Classifier, output: Place, shard_size: int) -> ShardedTable:
@@ -231,15 +233,16 @@ def _table(classifier: Classifier, output: Place, shard_size: int) -> ShardedTab
     )
 
 
-def _complete(table: ShardedTable, names: list[str], count: int, images: Any) -> PredictedFiles:
-    if not names:
+def _complete(table: ShardedTable, sizes: Mapping[str, int], images: Any) -> PredictedFiles:
+    if not sizes:
         shown = str(images)
         if isinstance(images, (list, tuple)):
             shown = first_of([*map(str, images)]) if images else "an empty list"
         elif isinstance(images, Iterator):
             shown = "what was given"
         raise no_image_file(shown)
-    return PredictedFiles(output=table.output, count=count, failed=table.complete(names))
+    failed = table.complete(sizes)
+    return PredictedFiles(output=table.output, count=sum(sizes.values()), failed=failed)
 
 
 def _column(dataset: Any) -> list[str]:

@@ -19,19 +19,20 @@ _LAST = ("score", "is_positive", "abstained", "flags", "error")
 
 @dataclass(frozen=True)
 class TableFormat:
-    """How predictions become a file, and which of its rows are failures.
+    """How predictions become a file, and what became of the files that have its rows.
 
     Attributes:
         suffix: Of the file's name.
         head: From classes to what the file begins with.
         encode: From predictions and classes to their rows; rows behind a head are a file.
-        failures: From rows to path and reason of those that failed.
+        reasons: From rows to path and reason of each, ``""`` where it did not fail; a
+            ``ValueError`` where they are no such rows.
     """
 
     suffix: str
     head: Callable[[Sequence[str]], bytes]
     encode: Callable[[Sequence[Row], Sequence[str]], bytes]
-    failures: Callable[[bytes], list[tuple[str, str]]]
+    reasons: Callable[[bytes], list[tuple[str, str]]]
 
 
 def format_of(name: str) -> TableFormat:
@@ -71,14 +72,21 @@ def _cells(result: Row, classes: Sequence[str]) -> list[Any]:
     return [result.source, *answer, result.abstained, flags, ""]
 
 
-def _csv_failures(data: bytes) -> list[tuple[str, str]]:
+def _check_end(data: bytes, end: bytes) -> None:
+    if data and not data.endswith(end):
+        raise ValueError("its last row is cut off")
+
+
+def _csv_reasons(data: bytes) -> list[tuple[str, str]]:
+    _check_end(data, b"\r\n")
     text = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")
-    return [(row[0], row[-1]) for row in csv.reader(text) if row[-1]]
+    return [(row[0], row[-1]) for row in csv.reader(text)]
 
 
-def _json_failures(data: bytes) -> list[tuple[str, str]]:
+def _json_reasons(data: bytes) -> list[tuple[str, str]]:
+    _check_end(data, b"\n")
     rows = (json.loads(line) for line in data.splitlines())
-    return [(row["source"], row["error"]) for row in rows if "error" in row]
+    return [(row["source"], row.get("error", "")) for row in rows]
 
 
 def _parquet(results: Sequence[Row], classes: Sequence[str]) -> bytes:
@@ -111,20 +119,23 @@ def _readable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _parquet_failures(data: bytes) -> list[tuple[str, str]]:
+def _parquet_reasons(data: bytes) -> list[tuple[str, str]]:
     parquet = require_extra("pyarrow.parquet", "parquet")
-    table = parquet.read_table(io.BytesIO(data), columns=["path", "error"])
+    try:
+        table = parquet.read_table(io.BytesIO(data), columns=["path", "error"])
+    except OSError as error:  # of some damage; there is no file that could be out of reach
+        raise ValueError(str(error)) from error
     pairs = zip(table["path"].to_pylist(), table["error"].to_pylist(), strict=True)
-    return [(path, error) for path, error in pairs if error is not None]
+    return [(path, error or "") for path, error in pairs]
 
 
 def _json_rows(results: Sequence[Row], classes: Sequence[str]) -> bytes:
     return "".join(f"{result.to_json()}\n" for result in results).encode()
 
 
-CSV = TableFormat(".csv", _csv_head, _csv_rows, _csv_failures)
-JSON_LINES = TableFormat(".jsonl", lambda classes: b"", _json_rows, _json_failures)
-PARQUET = TableFormat(".parquet", lambda classes: b"", _parquet, _parquet_failures)
+CSV = TableFormat(".csv", _csv_head, _csv_rows, _csv_reasons)
+JSON_LINES = TableFormat(".jsonl", lambda classes: b"", _json_rows, _json_reasons)
+PARQUET = TableFormat(".parquet", lambda classes: b"", _parquet, _parquet_reasons)
 
 
 def heading(classes: Sequence[str]) -> str:

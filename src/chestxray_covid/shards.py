@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -146,34 +146,49 @@ class ShardedTable:
                     Path(self._folder).rmdir()
             raise
 
-    def complete(self, names: Sequence[str]) -> dict[str, str]:
+    def complete(self, sizes: Mapping[str, int]) -> dict[str, str]:
         """Make the shards the table, and return path → reason of the rows that failed.
 
+        Args:
+            sizes: Name of a shard → its number of files, in the order of the table.
+
         Raises:
-            DatasetError: If another run has taken the shards away.
+            DatasetError: If another run has taken the shards away, or one is damaged.
             OSError: If a shard cannot be read or the table not be written.
         """
         try:
-            return self._declared(names) if self.is_parquet else self._joined(names)
+            return self._declared(sizes) if self.is_parquet else self._joined(sizes)
         except FileNotFoundError as error:
             raise DatasetError(
                 f"{self.output} is being written by another run, which has taken files of this one "
                 f"away: {error}. Wait until that has ended, and run this again."
             ) from error
 
-    def _declared(self, names: Sequence[str]) -> dict[str, str]:
+    def _declared(self, sizes: Mapping[str, int]) -> dict[str, str]:
         failed: dict[str, str] = {}
-        for name in names:
-            failed.update(self._format.failures(self.places.read(f"{self._folder}/{name}")))
+        for name, count in sizes.items():
+            place = f"{self._folder}/{name}"
+            failed.update(self._failures(place, self.places.read(place), count))
         there = self.finished()
-        for name in there - {*names}:
+        for name in there - {*sizes}:
             if _SHARD_NAME.fullmatch(name):  # of an older list of files, or not finished
                 self.begin(there)
                 self.places.remove(self._folder, name)
         self.places.write(self._folder, _DONE, b"")
         return failed
 
-    def _joined(self, names: Sequence[str]) -> dict[str, str]:
+    def _failures(self, place: str, rows: bytes, count: int) -> Iterator[tuple[str, str]]:
+        try:
+            reasons = self._format.reasons(rows)
+            if len(reasons) != count:
+                raise ValueError(f"it has {len(reasons)} rows, expected {count}")
+        except (ValueError, LookupError, TypeError, csv.Error) as error:
+            raise DatasetError(
+                f"{place} is damaged: {error}. Delete it, and run this again: it is computed anew."
+            ) from error
+        return ((path, reason) for path, reason in reasons if reason)
+
+    def _joined(self, sizes: Mapping[str, int]) -> dict[str, str]:
         failed: dict[str, str] = {}
         output = Path(self.output)
         # In the folder that goes in the end, so that nothing of it stays after a kill either. Not
@@ -182,9 +197,10 @@ class ShardedTable:
         try:
             with partial.open("wb") as file:
                 file.write(self._format.head(self._classes))
-                for name in names:
-                    rows = Path(self._folder, name).read_bytes()
-                    failed.update(self._format.failures(rows))
+                for name, count in sizes.items():
+                    part = Path(self._folder, name)
+                    rows = part.read_bytes()
+                    failed.update(self._failures(str(part), rows, count))
                     file.write(rows)
                 file.flush()
                 os.fsync(file.fileno())
