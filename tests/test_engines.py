@@ -4,6 +4,7 @@ import hashlib
 import importlib.resources
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -516,6 +517,18 @@ def test_lower_precision_is_taken_only_for_weights_that_keep_their_probabilities
     assert chosen({"torch-bfloat16": KEPT}) == "float32"
     monkeypatch.setattr(engine_openvino, "native_precision", lambda: "float32")
     assert chosen({"openvino-bfloat16": KEPT}) == "float32", "not native"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("own", "other"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_copy_computes_in_the_same_precision_where_another_is_faster(
+    own: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_openvino, "native_precision", lambda: own)
+    clf = Classifier.from_pretrained(engine="openvino")
+    monkeypatch.setattr(engine_openvino, "native_precision", lambda: other)
+    copy = pickle.loads(pickle.dumps(clf))  # noqa: S301 - our own bytes
+    assert [clf.engine.precision, copy.engine.precision] == [own, own]
 
 
 @pytest.mark.slow

@@ -74,9 +74,10 @@ class Classifier:
         self.config, self.gate, self.int8 = config, gate, int8
         self._tensors, self._file_sha256 = tensors, ""
         self._origin: Path | None = None
-        opened = partial(open_engine, int8=int8)
-        self._open = partial(opened, engine=engine, device=device, precision=precision)
-        self.engine = self._open(config, tensors)
+        opened = partial(open_engine, engine=engine, device=device, int8=int8)
+        self.engine = opened(config, tensors, precision=precision)
+        # A copy in another process, maybe on another processor, computes in what this one does.
+        self._open = partial(opened, precision=self.engine.precision)
 
     @classmethod
     def from_pretrained(
