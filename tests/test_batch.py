@@ -934,6 +934,10 @@ try:
     ray_predict(ray.data.from_items([{"name": "x"}]), sys.argv[5], **options)
 except ValueError as error:
     print(error)
+try:
+    ray_predict([sys.argv[2]], sys.argv[2] + "/00.png/o.parquet", **options)
+except NotADirectoryError as error:
+    print("of a worker:", error)
 table = ray.data.from_items([{"path": p} for p in [*reversed(sys.argv[6:]), None]])
 print(ray_predict(table, sys.argv[5], **options))
 """
@@ -984,6 +988,7 @@ def test_ray_finishes_after_kills_agrees_with_one_process_and_takes_a_data_set_w
     predict_files([images] * repeats, alone, classifier=clf, shard_size=2, batch_size=2)
     assert rows_of_parts(output) == rows_of_parts(alone)
     assert "The Ray data set needs a column path, it has ['name']" in shown
+    assert "of a worker: [Errno 20] Not a directory: " in shown
     assert [row["path"] for row in rows_of_parts(other)] == [*map(str, some)]
 
 

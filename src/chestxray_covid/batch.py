@@ -15,6 +15,7 @@ from typing import Any, cast
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.loading import map_ahead
 from chestxray_covid.errors import (
+    ChestXrayError,
     DatasetError,
     ImageError,
     ImageNotFoundError,
@@ -168,8 +169,9 @@ def ray_predict(
         TypeError: As :func:`predict_files`.
         ValueError: If the output is no Parquet, or a file, or one of the inputs, a size is not
             positive, or the data set has no column ``path``.
-        OSError: If the output cannot be listed.
-        ray.exceptions.RayError: If a worker cannot write its shard.
+        OSError: If the output cannot be listed, or a worker cannot write its shard.
+        ResourceError: As :func:`predict_files`.
+        ray.exceptions.RayError: If workers cannot start, or die again and again.
         MissingExtraError: If Ray is not installed.
     """
     from chestxray_covid.progress import Bar
@@ -210,9 +212,19 @@ def ray_predict(
         )
         done = count - sum(len(shard["files"]) for shard in missing)
         with Bar(desc="predict", total=count, initial=done, disable=not progress) as bar:
-            for row in judged.iter_rows():
-                bar.update(row["count"])
+            error = _first_error(judged.iter_rows(), bar)
+        if error is not None:
+            raise error
     return _complete(table, {shard.name: len(shard.files) for shard in shards}, images)
+
+
+def _first_error(rows: Iterable[Mapping[str, Any]], bar: Any) -> Exception | None:
+    """Return what ended a shard; the rest is let go with the rows, before the error is raised."""
+    for row in rows:
+        if row["error"] is not None:
+            return cast(Exception, row["error"])
+        bar.update(row["count"])
+    return None
 
 
 def _table(classifier: Classifier, output: Place, shard_size: int) -> ShardedTable:
@@ -280,10 +292,13 @@ class _Judge:
         self._root = root
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Compute a shard, as Ray asks for it."""
+        """Compute a shard, as Ray asks for it; an error goes back as it is, not as Ray's text."""
         files = [str(file) for file in row["files"]]
-        deque(self.write_all([Shard(row["name"], files)]), maxlen=0)
-        return {"count": len(files)}
+        try:
+            deque(self.write_all([Shard(row["name"], files)]), maxlen=0)
+        except (ChestXrayError, OSError) as error:
+            return {"count": 0, "error": error}
+        return {"count": len(files), "error": None}
 
     def write_all(self, shards: Iterable[Shard]) -> Iterator[Shard]:
         """Compute and write shards, in one stream, and yield each of them when it is written.
