@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torchvision
 from numpy.typing import NDArray
+from PIL import Image
 
 from chestxray_covid import Classifier, engine_onnx, engine_openvino, engines
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
@@ -584,6 +586,39 @@ def test_the_command_line_offers_every_engine_and_precision(command: str) -> Non
 
 
 # ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.slow
+def test_files_that_cannot_be_read_in_a_zip_archive_say_so(tmp_path: Path) -> None:
+    package = Path(str(importlib.resources.files("chestxray_covid")))
+    archive = tmp_path / "package.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for path in package.rglob("*.py"):
+            packed.write(path, path.relative_to(package.parent))
+    code = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import chestxray_covid as c
+
+assert c.__file__.startswith(sys.argv[1]), c.__file__
+for opened in (
+    c.Classifier.from_pretrained,
+    lambda: c.Classifier.from_pretrained(sys.argv[2], engine="openvino"),
+    lambda: c.segment(sys.argv[3]),
+):
+    try:
+        opened()
+    except c.CheckpointError as error:
+        print(error)
+"""
+    image = tmp_path / "image.png"
+    Image.fromarray(pixels()[0, 0]).save(image)
+    command = [sys.executable, "-c", code, *map(str, (archive, resolve(), image))]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line, name in zip(found, ("densenet121-v1", "engines.json", "lungs."), strict=True):
+        assert name in line
+        assert "not into a zip archive; in a program that PyInstaller made" in line
 
 
 @pytest.mark.parametrize("engine", ["", "Torch", "tensorrt", "os.system", None])

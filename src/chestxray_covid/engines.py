@@ -15,7 +15,12 @@ from numpy.typing import NDArray
 from chestxray_covid import engine_openvino
 from chestxray_covid.checkpoint import ModelConfig, weights_digest
 from chestxray_covid.engine_onnx import OnnxEngine
-from chestxray_covid.errors import CheckpointError, MissingExtraError
+from chestxray_covid.errors import (
+    INSTALL_AGAIN,
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+)
 from chestxray_covid.files import read_json
 from chestxray_covid.int8 import INT8_NAME, Int8
 from chestxray_covid.tensors import check_tensors
@@ -83,7 +88,7 @@ def open_engine(
         ValueError: If engine or precision is unknown, they do not go together, or the device is
             not there.
         CheckpointError: If the weights are no DenseNet-121 of these classes, or ``"int8"`` is
-            wanted of a checkpoint that was not quantised.
+            wanted of a checkpoint that was not quantised; or if this installation lacks files.
         MissingExtraError: If the engine that was asked for is not installed.
         ForkedError: Of torch, in a process that was forked after torch had begun to compute here,
             unless it computes on the CPU in one thread.
@@ -157,13 +162,20 @@ def _open(
 
 def _trusted(config: ModelConfig, name: str, precision: str) -> str:
     """Return the precision if these weights keep their probabilities with it, else float32."""
-    judged = read_json(_JUDGED).get(config.weights_sha256, {}).get(f"{name}-{precision}")
+    judged = _judged().get(config.weights_sha256, {}).get(f"{name}-{precision}")
     return precision if judged is not None and keeps_probabilities(**judged) else "float32"
+
+
+def _judged() -> Any:
+    try:
+        return read_json(_JUDGED)
+    except ConfigError as error:
+        raise ConfigError(f"{_JUDGED} {error}. {INSTALL_AGAIN}.") from error
 
 
 def known(config: ModelConfig, tensors: Mapping[str, NDArray[Any]]) -> ModelConfig:
     """Return the config; without its hash if that is of judged weights, and these are others."""
-    judged = config.weights_sha256 in read_json(_JUDGED)
+    judged = config.weights_sha256 in _judged()
     others = judged and weights_digest(tensors) != config.weights_sha256
     return replace(config, weights_sha256="") if others else config
 

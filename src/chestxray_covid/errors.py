@@ -40,6 +40,12 @@ from typing import SupportsFloat, SupportsIndex, cast
 
 #: Too many open files, of the process and of the machine, and no memory.
 _RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+#: What to do where a file of this package is not there: it is also left out of a program that was
+#: frozen without its data, and cannot be read in a zip archive.
+INSTALL_AGAIN = (
+    "Install chestxray-covid from its wheel again, not into a zip archive; in a program that "
+    "PyInstaller made, add --collect-data chestxray_covid"
+)
 
 
 class ChestXrayError(Exception):

@@ -10,7 +10,7 @@ from pathlib import Path
 from chestxray_covid.checkpoint import CONFIG_NAME, ModelConfig, load_config
 from chestxray_covid.datasets.storage import path_problem
 from chestxray_covid.datasets.web import clean_token
-from chestxray_covid.errors import CheckpointNotFoundError
+from chestxray_covid.errors import INSTALL_AGAIN, CheckpointNotFoundError
 from chestxray_covid.files import expanded, is_folder, looks_like_address
 from chestxray_covid.hub_cache import Repository, hub_errors
 
@@ -137,7 +137,7 @@ def _bundled(name: str) -> Path:
     if not _is_bundled(name):
         raise CheckpointNotFoundError(
             f"This installation has no bundled model {name!r} ({BUNDLED / name} is missing). "
-            "Install chestxray-covid from its wheel again, or name a folder or a repository."
+            f"{INSTALL_AGAIN}; or name a folder or a repository."
         )
     return BUNDLED / name
 

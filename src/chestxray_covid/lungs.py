@@ -17,6 +17,7 @@ from PIL import Image
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.errors import (
+    INSTALL_AGAIN,
     CheckpointError,
     CheckpointNotFoundError,
     check_positive,
@@ -221,11 +222,11 @@ def load_network(path: str | os.PathLike[str]) -> LungNetwork:
         expected = about["sha256"]
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(
-            f"The weights of the lung network are missing: {error.filename}. Install the package "
-            "again, or train them with recipes/train_lungs.py."
+            f"The weights of the lung network are missing: {error.filename}. "
+            f"{INSTALL_AGAIN}; or train them with recipes/train_lungs.py."
         ) from error
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{target} cannot be read: {error!r}. Install it again.") from error
+        raise CheckpointError(f"{target} cannot be read: {error!r}. {INSTALL_AGAIN}.") from error
     if hashlib.sha256(data).hexdigest() != expected:
         raise CheckpointError(
             f"{target} is not the file that {target.stem}.json describes: its SHA-256 differs. "
