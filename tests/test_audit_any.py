@@ -136,9 +136,10 @@ def test_no_report_names_weights_that_a_model_does_not_know(
 
 
 class Turned(Linear):
-    """Says the opposite of its network."""
+    """Says the opposite of its network, and keeps the sizes of what it is shown."""
 
     def predict_proba(self, images: Any, **options: Any) -> np.ndarray:
+        self.sizes = {images.image(i).size for i in range(len(images))}
         return 1 - super().predict_proba(images, **options)
 
 
@@ -166,7 +167,8 @@ def test_a_model_is_judged_by_what_it_answers_not_by_a_network_in_it(
 ) -> None:
     model, test = known
     other = kind(model.trained_on if kind is Turned else model)
-    found = audit_shortcuts(other, test, preprocess=PREPROCESS, **HOW)
+    preprocess = None if kind is Turned else PREPROCESS  # a Classifier has its own
+    found = audit_shortcuts(other, test, preprocess=preprocess, **HOW)
     judged = evaluate(other, test, n_resamples=2).overall.per_class["covid19"]["auroc"]
     assert found.item("occlusion").finding("whole").estimate.value == judged.value
     assert (judged.value < 0.5) is (kind is not Private)
@@ -217,11 +219,15 @@ def test_what_another_model_returns_is_checked(
         audit_shortcuts(Odd(model, found, features), test, **HOW)
 
 
-def test_a_network_has_its_own_preprocessing_and_a_path_is_no_model(
+def test_a_classifier_has_its_own_preprocessing_and_a_path_is_no_model(
     known: tuple[Linear, ChestXrayDataset],
 ) -> None:
     model, test = known
-    with pytest.raises(ValueError, match="preprocess must be None: the classifier has its own"):
-        audit_shortcuts(model, test, preprocess=PREPROCESS)
+    turned = Turned(model.trained_on)
+    for one in (model, turned):
+        with pytest.raises(ValueError, match="preprocess must be None: the classifier has its own"):
+            audit_shortcuts(one, test, preprocess=PREPROCESS)
+    audit_shortcuts(turned, test, **HOW)
+    assert turned.sizes == {(SIZE, SIZE)}
     with pytest.raises(TypeError, match="with classes and predict_proba, got str"):
         audit_shortcuts("runs/first", test)  # type: ignore[arg-type]

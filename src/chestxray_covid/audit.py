@@ -119,9 +119,12 @@ def audit_shortcuts(
     # One that answers otherwise, as of turned copies, too, is judged by its answers.
     own = getattr(classifier.predict_proba, "__func__", None) is Classifier.predict_proba
     network = classifier if isinstance(classifier, Classifier) and own else None
-    if network is not None and preprocess is not None:
-        raise ValueError("preprocess must be None: the classifier has its own, in its config")
-    check_kind(preprocess or Preprocess(), Preprocess, "Preprocess(size_px=224)")
+    if isinstance(classifier, Classifier):
+        if preprocess is not None:
+            raise ValueError("preprocess must be None: the classifier has its own, in its config")
+        preprocess = classifier.config.preprocess
+    size = preprocess or Preprocess()
+    check_kind(size, Preprocess, "Preprocess(size_px=224)")
     check_dataset(dataset)
     check_dataset(dataset if train is None else train, "train")
     check_positive("batch_size", batch_size)
@@ -150,7 +153,6 @@ def audit_shortcuts(
     if train is not None:  # read before the slow part
         told_apart([train, dataset], share=True)
         train = with_hashes(train)
-    size = network.config.preprocess if network else preprocess or Preprocess()
     data = read_data(chosen, question, size, how=how, workers=workers, progress=progress)
     lungs = find_lungs(data, masks, batch_size=batch_size, progress=progress)
 
