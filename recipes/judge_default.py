@@ -369,10 +369,12 @@ def main() -> None:
     parser.add_argument("--what", choices=(*parts, "folds-lungs"), action="append")
     made = "machine, software and files of this run, kept in the results of relatives"
     parser.add_argument("--made", metavar="TEXT", help=made)
-    parser.add_argument("--seed", type=int, default=0, help="of another run of the folds")
+    parser.add_argument("--seed", type=int, default=0, help="of another run of --what folds")
     options = parser.parse_args()
+    if options.seed and options.what != ["folds"]:
+        parser.error("--seed is of another run of the folds: give --what folds, and nothing else.")
     options.output.mkdir(parents=True, exist_ok=True)
-    what = ["folds"] if options.seed else options.what or parts
+    what = options.what or parts
     if "checkpoint" in what:
         place = options.checkpoint or options.run / STAGES[-1].name
         judge_checkpoint(options.data, options.run, options.output, place)

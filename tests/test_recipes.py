@@ -714,6 +714,17 @@ def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str,
     assert recipes["write_card"].tables()[0]["note"].endswith(about)
 
 
+@pytest.mark.parametrize("what", [[], ["--what", "folds-lungs"]])
+def test_a_seed_is_of_another_run_of_the_folds_alone(
+    recipes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: list[str]
+) -> None:
+    given = ["--data", str(tmp_path), "--output", str(tmp_path / "out"), "--seed", "2", *what]
+    monkeypatch.setattr("sys.argv", ["judge_default.py", *given])
+    with pytest.raises(SystemExit, match="2"):
+        recipes["judge_default"].main()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_relative_is_trained_and_read_again(
     recipes: dict[str, Any], relatives: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
