@@ -42,6 +42,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def named_by_processor(name: str) -> str:
+    """Return the name of a result that depends on whether bfloat16 is fast, and how fast.
+
+    The name alone is that of a processor with AMX.
+    """
+    found = machine()
+    if not found["native_bfloat16"]:
+        return f"{name}_float32"
+    return name if "amx_bf16" in found["units"] else f"{name}_no_amx"
+
+
 def write(name: str, result: dict[str, Any]) -> None:
     """Write one benchmark's numbers and the machine they are from, and show them."""
     RESULTS.mkdir(exist_ok=True)

@@ -350,10 +350,9 @@ def main() -> None:
     if options.quick:
         print(json.dumps({**result["summary"], "latency_ms": result["latency_ms"]}, indent=1))
         return
-    from common import write
+    from common import named_by_processor, write
 
-    native = any("bfloat16" in name for name in compared)
-    write("predict" if native else "predict_float32", result)
+    write(named_by_processor("predict"), result)
 
 
 if __name__ == "__main__":

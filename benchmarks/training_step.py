@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import write
+from common import named_by_processor, write
 
 from chestxray_covid import (
     Augmentation,
@@ -194,9 +194,8 @@ def main() -> None:
     gains = over(found["plain"], found["recommended"])
     small_gains = over(found["plain"], found["recommended, without huge pages"])
     compiled_gains = over(found["plain"], found["recommended, compiled"])
-    native = native_bfloat16(torch.device("cpu"))
     write(
-        "training_step" if native else "training_step_float32",
+        named_by_processor("training_step"),
         {
             "what": "images/s: trainer / bare loop; recommended settings / float32 NCHW",
             "size_px": {"trainer": CONFIG.preprocess.size_px, "recommended": FULL_SIZE_PX},

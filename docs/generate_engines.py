@@ -2,7 +2,8 @@
 
 Called by ``generate.py``; reads what ``recipes/judge_engines.py`` leaves beside the bundled
 weights, and what ``benchmarks/predict.py`` leaves in ``benchmarks/results``: ``predict.json`` of a
-processor that is faster in bfloat16, ``predict_float32.json`` of one that is not.
+processor with AMX, ``predict_no_amx.json`` of one that is faster in bfloat16 without it, and
+``predict_float32.json`` of one that is not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from chestxray_covid import bundled_models
 
 JUDGED = DOCS.parent / "src" / "chestxray_covid" / "weights" / "engines.json"
 SPEED = DOCS.parent / "benchmarks" / "results" / "predict.json"
+NO_AMX = SPEED.with_name("predict_no_amx.json")
 PLAIN = SPEED.with_name("predict_float32.json")
 FIGURE = DOCS / "speed.png"
 BARE = "bare engine"
@@ -37,6 +39,7 @@ def blocks() -> dict[str, str]:
     return {
         "engines": precision_block(_read(JUDGED)),
         "speed": speed_block(_read(SPEED), figure=True),
+        "no-amx": speed_block(_read(NO_AMX)),
         "plain": speed_block(_read(PLAIN)),
     }
 

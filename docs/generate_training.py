@@ -34,6 +34,7 @@ def blocks() -> dict[str, str]:
     return {
         "training": training_block(*(load(name) for name in names)),
         "cache": "\n" + cache_paragraph(load("cache")) + "\n",
+        "no-amx-training": "\n" + step_paragraph(load("training_step_no_amx")) + "\n",
         "plain-training": "\n" + step_paragraph(load("training_step_float32")) + "\n",
         "gpu": gpu_block(load(GPU.stem) if GPU.is_file() else None),
     }
