@@ -22,6 +22,8 @@ from generate import (
     wrapped,
 )
 from generate_relatives import (
+    FRAME_CAVEAT,
+    GATE_INTERVALS,
     RESULTS,
     about_relatives,
     estimate,
@@ -127,10 +129,8 @@ def model_block() -> str:
     frame = f"""
         With the central 70 % or 90 % of the side hidden under the image's mean, the weights tell
         COVID-19 of one source from normals of another, on held-out patients, with an AUROC of
-        {frame_range()} (0.5 is chance). That is the way in which the frame was unlearned; under
-        something else it still tells some sources apart ({other_fills()}).{unmeasured()} All
-        numbers are in
-        [The bundled model](docs/model.md)."""
+        {frame_range()}. {FRAME_CAVEAT} Under something else it still tells some sources apart
+        ({other_fills()}).{unmeasured()} All numbers are in [The bundled model](docs/model.md)."""
     return paragraphs(wrapped(text), ours, wrapped(about_relatives()), wrapped(frame))
 
 
@@ -172,6 +172,10 @@ def model_page() -> str:
     report = EvaluationReport.load(RESULTS / "evaluation.json")
     binary = EvaluationReport.load(RESULTS / "evaluation_binary.json")
     calibration = read("calibration")
+    frame = f"""
+        AUROC on held-out patients with nothing, the central 70 % and the central 90 % of the side
+        hidden under the image's mean. {FRAME_CAVEAT} The [audit](audit.md) hides the lungs under
+        the mean of what is left, which says nothing of their greys."""
     fills = read("other_fills")["fills"]
     met = "; ".join(f"{name}: {where}" for name, where in fills.items())
     fills_text = f"""
@@ -183,7 +187,7 @@ def model_page() -> str:
     fitted = f"""
         [The input gate](gate.md) says what each flag means. It was fitted on other images of the
         kinds that the table names, but for these, which it never met:
-        {", ".join(read("gate")["never_fitted"])}."""
+        {", ".join(read("gate")["never_fitted"])}. {GATE_INTERVALS}"""
     temperature = f"""
         The temperature {calibration["temperature"]:.3f} was fitted on validation patients and is
         folded into the last layer, so that every engine and every other library sees the same
@@ -238,11 +242,7 @@ two = Classifier.from_pretrained(classes=("normal", "covid19"))  # the same netw
 
 ## Does it read the frame?
 
-AUROC on held-out patients with nothing, the central 70 % and the central 90 % of the side hidden
-under the image's mean. Where the centre is hidden, 0.5 is what a model should reach that looks at
-lungs alone; but the mean is that of the whole image, so that its grey says a little of what is
-hidden, which the [audit](audit.md)'s, the mean of what is left, does not. The frame was unlearned
-in this very way, and the last step of it was chosen with these patients in sight.
+{wrapped(frame)}
 
 {table(("Pairing", "Images", "whole", "70 % hidden", "90 % hidden"), frame_rows())}
 

@@ -1,7 +1,7 @@
 """Say what relatives of the bundled weights and other readouts reach where a source helps less.
 
-Used by ``generate_model.py``, ``generate_tried.py`` and the card; reads
-``docs/results/default/*.json``.
+And what has to be said beside some numbers of the weights. Used by ``generate_model.py``,
+``generate_tried.py`` and the card; reads ``docs/results/default/*.json``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,19 @@ OF_RELATIVES = {
     "subsources": "websites left out",
     "hannover": "Hannover unseen",
 }
+#: What has to stand beside every AUROC with the centre hidden.
+FRAME_CAVEAT = (
+    "With the centre hidden, 0.5 is what a model should reach that looks at lungs alone; but the "
+    "mean is that of the whole image, so that its grey says something of what is hidden. The frame "
+    "was unlearned in this very way, and which weights to publish was chosen with these patients "
+    "in sight."
+)
+#: What has to stand beside the shares that the gate flags and refuses.
+GATE_INTERVALS = (
+    "Intervals are Wilson's, in which every image counts as if it were alone: images of one "
+    "patient and crops of one photograph are alike, and of Hannover's radiographs Cohen's copies "
+    "count, too, so that these intervals are too narrow."
+)
 
 
 def read(name: str) -> Any:

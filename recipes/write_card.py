@@ -80,8 +80,7 @@ def tables() -> list[dict[str, Any]]:
             "title": "Does it read the frame?",
             "note": "AUROC, on held-out patients, of COVID-19 of one source against normals of "
             "another, with nothing, the central 70% and the central 90% of the side hidden under "
-            "the image's mean. With the centre hidden, 0.5 is what a model reaches that looks at "
-            "lungs alone; the frame was unlearned in this very way.",
+            f"the image's mean. {results.FRAME_CAVEAT}",
             "head": ["Pairing", "Images", "whole", "70% hidden", "90% hidden"],
             "rows": [list(row) for row in pages.frame_rows()],
         },
@@ -95,7 +94,8 @@ def tables() -> list[dict[str, Any]]:
         {
             "title": "Input gate",
             "note": "Held-out images; refused means that the prediction abstains. No gate was "
-            f"fitted on any of these: {', '.join(results.read('gate')['never_fitted'])}.",
+            f"fitted on any of these: {', '.join(results.read('gate')['never_fitted'])}. "
+            f"{results.GATE_INTERVALS}",
             "head": ["Images", "N", "flagged", "refused"],
             "rows": [list(map(str, row)) for row in pages.gate_rows()],
         },

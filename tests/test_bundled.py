@@ -98,6 +98,20 @@ def test_the_tables_of_the_card_are_those_that_its_recipe_makes_of_the_results(
     assert bundled_models()[DEFAULT_MODEL].provenance["known_failures"] == recipe.failures()
 
 
+@pytest.mark.parametrize(
+    ("caveat", "names"),
+    [
+        ("its grey says something of what is hidden", ("README.md", "docs/model.md", "card")),
+        ("which weights to publish was chosen", ("README.md", "docs/model.md", "card")),
+        ("every image counts as if it were alone", ("docs/model.md", "card")),
+    ],
+)
+def test_what_weakens_a_number_stands_beside_it(caveat: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        path = FOLDER / "README.md" if name == "card" else ROOT / name
+        assert caveat in " ".join(path.read_text(encoding="utf-8").split()), name
+
+
 def test_the_numbers_beside_the_weights_are_those_in_the_documentation() -> None:
     ours = (FOLDER / "evaluation.json").read_bytes()
     assert ours == (ROOT / "docs" / "results" / "default" / "evaluation.json").read_bytes()
