@@ -4,7 +4,9 @@
 
 A row for each finished stage of the run, for further runs that ``--also`` names, and for the
 published weights, all on the same held-out patients. What a row was trained with comes from its own
-config; what a directory does not hold (an idea that left no weights) cannot be listed.
+config; what a directory does not hold (an idea that left no weights) cannot be listed. Rows of
+further runs that an earlier table has stay if it was measured on the same, as its note and columns
+say: the run is not asked for again.
 """
 
 from __future__ import annotations
@@ -110,6 +112,24 @@ def finished(run: Path, also: Sequence[Path]) -> list[Path]:
     return [place for place in places if (place / CONFIG_NAME).is_file()]
 
 
+def kept(earlier: Path, table: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of further runs that an earlier table has and a new one has not.
+
+    Args:
+        earlier: Its file, which need not be there.
+        table: The new one; a table of other images or columns keeps no row.
+    """
+    found = read_json(earlier) if earlier.is_file() else {}
+    if any(found.get(key) != table[key] for key in ("note", "columns")):
+        return []
+    own = {*(stage.name for stage in STAGES), *(name_of(row) for row in table["rows"])}
+    return [row for row in found["rows"] if name_of(row) not in own]
+
+
+def name_of(row: Sequence[str]) -> str:
+    return row[0].partition(":")[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
@@ -123,6 +143,7 @@ def main() -> None:
     places = [*finished(options.run, options.also), options.checkpoint]
     rows = [row(place, held, limit=options.limit) for place in places]
     content = {"note": note(held, options.limit), "columns": list(COLUMNS), "rows": rows}
+    rows[-1:-1] = kept(options.output / "tried.json", content)
     write(options.output, "tried", content)
 
 

@@ -426,6 +426,35 @@ def test_what_was_tried_is_listed_out_of_the_runs(
     assert "rate 0.0005 to the end" in describe(stages[-1].config.to_dict())
 
 
+@pytest.mark.parametrize("other", ["", "note", "columns"])
+def test_rows_of_further_runs_stay_if_they_were_measured_on_the_same(
+    recipes: dict[str, Any], tmp_path: Path, other: str
+) -> None:
+    kept, place = recipes["list_tried"].kept, tmp_path / "tried.json"
+    new = {"note": "80", "columns": ["a"], "rows": [["160px: now"], ["short: now"], ["v1: now"]]}
+    assert kept(place, new) == []
+    names = ("160px", "swap", "short", "long", "v1")
+    earlier = {**new, "rows": [[f"{name}: then"] for name in names]}
+    place.write_text(json.dumps({**earlier, other: "else"} if other else earlier))
+    assert kept(place, new) == ([] if other else [["long: then"]])
+
+
+def test_a_table_without_further_runs_leaves_theirs_in_it(
+    recipes: dict[str, Any], data: Path, published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = published.read("tried")
+    further = ["long: a run of its own", *before["rows"][0][1:]]
+    more = {**before, "rows": [before["rows"][0], further, before["rows"][1]]}
+    place = published.results / "tried.json"
+    try:
+        place.write_text(json.dumps(more))
+        options = {"data": data, "run": published.run, "output": published.results, "limit": 6}
+        run_main(recipes["list_tried"], monkeypatch, {**options, "checkpoint": published.weights})
+        assert published.read("tried") == more
+    finally:
+        place.write_text(json.dumps(before))
+
+
 def test_what_is_left_of_reduced_radiographs_is_measured(
     recipes: dict[str, Any], data: Path, published: Published
 ) -> None:
