@@ -137,7 +137,7 @@ def held_out(split: Split) -> ChestXrayDataset:
 def judge_inside(classifier: Classifier, split: Split) -> dict[str, Any]:
     """Return COVID-19 against other findings of Cohen's, on validation and test patients.
 
-    Training saw neither; validation chose temperature and threshold, but no weights.
+    Training saw neither; but which weights to publish was chosen with such numbers in sight.
     """
     cohen = held_out(split).filter(lambda s: s.source == "cohen")
     found = classifier.predict_proba(cohen, progress=True)
@@ -310,7 +310,7 @@ def judge_subsources(relatives: Relatives, output: Path) -> None:
 
 
 def judge_hannover(relatives: Relatives, output: Path) -> None:
-    """Cohen, Kermany and half of NIH's patients, tested on Hannover against the other half."""
+    """Relatives without Hannover and NIH's held-out quarter of patients, tested on these two."""
     samples = relatives.dataset.samples
     hannover = np.array([i for i, s in enumerate(samples) if s.source == "hannover"])
     held_out = np.concatenate([hannover, relatives.held_out_nih()])

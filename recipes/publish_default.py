@@ -3,7 +3,7 @@
     python recipes/publish_default.py --data ../shared/data --run runs/default
 
 Temperature and threshold are fitted on the validation patients, whom training never saw and who
-chose nothing (the schedule's last weights are kept), without Cohen's copies of Hannover's
+chose no epoch (the schedule's last weights are kept), without Cohen's copies of Hannover's
 radiographs; the gate is fitted by ``fit_gate.py`` after.
 """
 
