@@ -992,6 +992,39 @@ def test_ray_finishes_after_kills_agrees_with_one_process_and_takes_a_data_set_w
     assert [row["path"] for row in rows_of_parts(other)] == [*map(str, some)]
 
 
+RAY_DEATHS = """
+import os, sys
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+import ray
+from chestxray_covid import Classifier, ray_predict
+from chestxray_covid.cli import main
+class Mortal(Classifier):
+    def __setstate__(self, state):
+        os.kill(os.getpid(), 9)
+ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100_000_000)
+Classifier.from_pretrained = Mortal.from_pretrained
+try:
+    ray_predict(sys.argv[2], sys.argv[3], classifier=Mortal.from_pretrained(sys.argv[1]), actors=1)
+except ray.exceptions.RayError as error:
+    print("ended:", type(error).__name__)
+main(["predict", "--model", sys.argv[1], sys.argv[2], "--ray", "--output", sys.argv[3]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_workers_of_ray_that_die_again_and_again_end_the_call(
+    images: Path, tmp_path: Path, checkpoint_folder: Path
+) -> None:
+    output = tmp_path / "ray.parquet"
+    command = [sys.executable, "-c", RAY_DEATHS, *map(str, (checkpoint_folder, images, output))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert "ended: ActorDiedError" in done.stdout, done.stderr
+    assert done.returncode == 1
+    assert "Error: Ray gave up, and what was finished is kept: The actor died" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("address", [False, True])
 def test_what_cannot_be_opened_for_want_of_room_has_no_row(
     clf: Classifier, images: Path, address: bool

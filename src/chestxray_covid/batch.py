@@ -39,6 +39,9 @@ from chestxray_covid.shards import (
 
 #: Objects that are fetched at once; waiting for object storage costs no processor.
 _FETCHES = 16
+#: How often a worker of Ray that died is replaced, and a shard that it died over is begun again;
+#: of itself, Ray does both without end.
+_RESTARTS = 8
 #: Raised when what a shard holds changes, so that none of an older version is taken.
 _VERSION = 2
 
@@ -145,7 +148,7 @@ def ray_predict(
 
     Each worker holds one model, which travels to it from here, and writes whole shards. Ray is
     started on this machine unless it was before, or ``RAY_ADDRESS`` names a cluster. A worker that
-    dies is replaced, and a call that was stopped is continued by the next one.
+    dies is replaced, eight times at most, and a call that was stopped is continued by the next one.
 
     Args:
         images: As for :func:`predict_files`, under names that hold on every machine; or a Ray data
@@ -209,6 +212,8 @@ def ray_predict(
             compute=data.ActorPoolStrategy(min_size=1, max_size=actors),
             num_cpus=num_cpus,
             num_gpus=num_gpus,
+            max_restarts=_RESTARTS,
+            max_task_retries=_RESTARTS,
         )
         done = count - sum(len(shard["files"]) for shard in missing)
         with Bar(desc="predict", total=count, initial=done, disable=not progress) as bar:

@@ -18,6 +18,7 @@ from chestxray_covid.command import (
     HomePath,
     translated,
 )
+from chestxray_covid.datasets.report import printable, printable_lines
 from chestxray_covid.files import looks_like_address
 
 if TYPE_CHECKING:
@@ -78,7 +79,6 @@ def predict(
     Exits with status 1 if a file could not be judged, and names it.
     """
     from chestxray_covid.classifier import Classifier
-    from chestxray_covid.datasets.report import printable
 
     if on_ray and output is None:
         raise click.UsageError("--ray needs --output, a folder whose name ends in .parquet.")
@@ -143,7 +143,12 @@ def _on_ray(paths: tuple[str, ...], output: str, **options: Any) -> PredictedFil
 
     # Ray reports its use to its makers unless told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray = require_extra("ray", "ray")
     try:
         return ray_predict(paths, output, **options)
+    except ray.exceptions.RayError as error:
+        raise click.ClickException(
+            f"Ray gave up, and what was finished is kept: {printable_lines(str(error))}"
+        ) from error
     finally:
-        require_extra("ray", "ray").shutdown()
+        ray.shutdown()
