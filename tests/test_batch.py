@@ -697,7 +697,7 @@ def test_a_folder_lists_addresses_that_can_be_read(tmp_path: Path, root: str) ->
 def test_options_of_an_address_are_refused_not_lost(tmp_path: Path, place: str) -> None:
     places = Buckets(tmp_path)
     for ask in (lambda a: list(places.images(a)), places.read, places.names):
-        with pytest.raises(ValueError, match="must have no options, got some after s3://bucket"):
+        with pytest.raises(ValueError, match=r"no options, got .* s3://b.*AWS_ENDPOINT_URL"):
             ask(f"s3://bucket{place}")
 
 

@@ -113,7 +113,7 @@ class Places:
             raise ValueError(
                 f"an address must have no options, got some after {address.partition('?')[0]}. "
                 "Leave out the question mark and what follows; the region, for example, comes "
-                "from AWS_DEFAULT_REGION."
+                "from AWS_DEFAULT_REGION, the address of a store of your own from AWS_ENDPOINT_URL."
             )
         scheme, _, rest = address.partition("://")
         host, _, key = rest.partition("/")
