@@ -519,6 +519,15 @@ def test_a_larger_loss_when_mirrored_is_no_better() -> None:
     assert found == ["pass", "not_assessable", "not_assessable", "warn"]
 
 
+def test_a_loss_on_lungs_alone_is_a_warning_from_a_fifth_on_and_a_gain_none() -> None:
+    one = AuditFinding(
+        name="only_lungs", what="only lungs", metric="auroc", estimate=_estimate(0.7, 0.6, 0.8)
+    )
+    changes = [(-0.19, -0.199, -0.1), (-0.2, -0.25, -0.1), (-0.19, -0.3, -0.1), (0.2, 0.1, 0.3)]
+    found = [_judge(replace(one, change=_estimate(*change))) for change in changes]
+    assert found == ["pass", "warn", "not_assessable", "pass"]
+
+
 def test_a_gain_when_mirrored_is_called_a_gain() -> None:
     perfect = np.arange(80) % 2.0
     half = np.where(np.arange(80) % 4 < 2, perfect, 0.5)

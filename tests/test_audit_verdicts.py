@@ -26,6 +26,8 @@ def number(value: float, low: float = math.nan, high: float = math.nan) -> Estim
         (0.72, 0.60, 0.79, "warn", "warn"),
         (0.85, 0.80, 0.90, "fail", "fail"),
         (0.80, 0.70, 0.90, "fail", "fail"),
+        (0.70, 0.60, 0.79, "warn", "warn"),
+        (0.60, 0.45, 0.80, "not_assessable", "not_assessable"),
         (0.75, 0.48, 0.95, "not_assessable", "not_assessable"),  # chance is not excluded
         (0.75, 0.48, 0.79, "pass", "pass"),
         (0.60, 0.40, 0.81, "not_assessable", "not_assessable"),  # failure is not excluded
@@ -49,7 +51,9 @@ def test_an_auroc_without_lungs_is_judged_with_its_interval(
     ("value", "low", "high", "verdict"),
     [
         (-0.01, -0.03, 0.02, "pass"),
-        (-0.06, -0.09, -0.01, "warn"),
+        (-0.05, -0.09, -0.01, "warn"),
+        (-0.04, -0.09, -0.01, "pass"),
+        (-0.10, -0.19, -0.05, "fail"),
         (-0.20, -0.30, -0.10, "fail"),
         (-0.08, -0.20, 0.05, "not_assessable"),
         (-0.08, -0.09, 0.01, "pass"),

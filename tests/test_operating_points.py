@@ -95,6 +95,7 @@ def test_without_a_false_positive_the_interval_still_does_not_claim_certainty() 
     assert found.low == pytest.approx(hit * 0.02 / (hit * 0.02 + (1 - spared) * 0.98))
     assert found.low < 0.1
     assert (found.high, found.method) == (1, "combined intervals")
+    assert (found.confidence, found.n) == (0.9, 40), "as asked for, of both ends together"
 
 
 def test_with_one_kind_only_predictive_values_at_a_prevalence_are_undefined() -> None:
