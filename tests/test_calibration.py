@@ -144,6 +144,7 @@ def model(
     tensors["classifier.weight"] = (weight / scale).astype(np.float32)
     tensors["classifier.bias"] = -(weight / scale @ middle).astype(np.float32)
     attachments = {"note.json": b"{}", "int8.safetensors": b"x", "int8.json": b"{}"}
+    config = replace(config, provenance={"author": "me", "headline": {"AUROC": "0.99"}})
     save_checkpoint(folder, config, tensors, attachments)
     return folder
 
@@ -245,8 +246,20 @@ def test_attachments_come_along_but_for_those_of_int8(
     old, new = load_checkpoint(model)[0], load_checkpoint(tmp_path)[0]
     assert set(new.attachments) == {"note.json"}
     assert load_attachment(tmp_path, new, "note.json") == b"{}"
+    assert set(new.provenance) == {"author", "temperature"}, "no number of the model before"
     assert (new.threshold, new.threshold_origin) == (old.threshold, old.threshold_origin)
     assert new.weights_sha256 != old.weights_sha256
+
+
+def test_a_threshold_that_few_images_chose_says_so(
+    model: Path, validation: ChestXrayDataset, tmp_path: Path
+) -> None:
+    by_label = {label: validation.filter(lambda s: s.label == label) for label in LABELS}  # noqa: B023
+    few = by_label["normal"].subset(range(5)) + by_label["pneumonia"] + by_label["covid19"]
+    assert len(by_label["covid19"]) >= 20
+    report = calibrate(model, few, output=tmp_path)
+    assert str(report).endswith("\nCaution: so few images say next to nothing.")
+    assert not calibrate(model, few, output=tmp_path, sensitivity=None).caution
 
 
 @pytest.mark.parametrize("shared", [0.25, 0.75])
@@ -296,6 +309,15 @@ def test_what_cannot_calibrate_is_refused_and_nothing_is_written(
         assert {s.label for s in samples} == {*LABELS}
         refused(match, ChestXrayDataset(samples, classes=LABELS))
     config, tensors = load_checkpoint(model)
+    save_checkpoint(tmp_path / "unsure", config, fold_temperature(tensors, 100.0))
+    with pytest.raises(ValueError, match=r"still too unsure at a temperature of 0\.05"):
+        calibrate(tmp_path / "unsure", validation, output=tmp_path / "new")
+    save_checkpoint(tmp_path / "saturated", config, fold_temperature(tensors, 1e-4))
+    labels[labels.index("normal")] = "covid19"  # of which it says exactly 0
+    samples = [replace(s, label=str(n)) for s, n in zip(validation.samples, labels, strict=True)]
+    data = ChestXrayDataset(samples, classes=LABELS)
+    with pytest.raises(ValueError, match=r"scores are saturated, a threshold would be 0\.0"):
+        calibrate(tmp_path / "saturated", data, output=tmp_path / "new", sensitivity=1)
     other = replace(config, classes=("healthy", "pneumonia", "covid19"))
     save_checkpoint(tmp_path / "other", other, tensors)
     with pytest.raises(ValueError, match="tells healthy, pneumonia, covid19 apart: pass sens"):
