@@ -27,7 +27,6 @@ from chestxray_covid.datasets.base import (
     MANIFEST_COLUMNS,
     ChestXrayDataset,
     Sample,
-    check_classes,
     concatenate,
     lung_mask,
 )
@@ -47,6 +46,7 @@ from chestxray_covid.errors import (
     DatasetNotFoundError,
     ImageError,
     ImageNotFoundError,
+    check_classes,
 )
 from chestxray_covid.files import existing_folder, expanded
 from chestxray_covid.models import build_densenet121
@@ -164,7 +164,7 @@ def test_a_reduced_image_is_decoded_only_where_no_transform_asks_for_all(tmp_pat
 
 def test_torch_loads_batches_of_it(dataset: FolderDataset) -> None:
     chosen = FolderDataset(Path(dataset.report().root), transform=np.array)
-    loader: DataLoader[Any] = DataLoader(chosen, batch_size=2, num_workers=0)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(chosen, batch_size=2, num_workers=0)
     batches = list(loader)
     assert [tuple(pixels.shape) for pixels, _ in batches] == [(2, 40, 48)] * 2 + [(1, 40, 48)]
     assert [int(t) for _, targets in batches for t in targets] == dataset.targets

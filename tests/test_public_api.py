@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -116,6 +117,33 @@ def test_star_import_gives_all_names_and_nothing_connects_or_logs() -> None:
 def test_an_unknown_name_is_an_attribute_error(name: str) -> None:
     with pytest.raises(AttributeError, match=f"module 'chestxray_covid' has no attribute '{name}'"):
         getattr(chestxray_covid, name)
+
+
+@pytest.mark.slow
+def test_a_type_checker_takes_a_data_set_for_one_of_torch_and_iterates_over_it(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(
+        "from torch.utils.data import DataLoader, Subset\n"
+        "from chestxray_covid import SyntheticChestXray\n"
+        "phantoms = SyntheticChestXray(6)\n"
+        "loader = DataLoader(phantoms, batch_size=2)\n"
+        "part = Subset(phantoms + phantoms, [0])\n"
+        "for image, target in phantoms:\n"
+        "    image.size\n"
+        "both = list(zip(phantoms, phantoms.samples))\n",
+        encoding="utf-8",
+    )
+    options = ["--strict", "--follow-imports=silent", "--ignore-missing-imports", "--cache-dir"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, str(tmp_path / "cache"), str(script)],
+        env={**os.environ, "MYPYPATH": str(SOURCE.parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_an_unknown_name_cannot_be_imported() -> None:

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self, TypeVar
 
-from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.datasets.report import printable, printable_lines
-from chestxray_covid.errors import ReportError
+from chestxray_covid.errors import ReportError, check_classes
 from chestxray_covid.files import plain_json
 from chestxray_covid.intervals import Estimate
 from chestxray_covid.judged_images import whole_characters

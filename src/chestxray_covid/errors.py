@@ -33,7 +33,7 @@ import errno
 import importlib
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import SupportsFloat, SupportsIndex, cast
@@ -256,6 +256,21 @@ def text_mapping(name: str, given: Mapping[str, str] | None) -> Mapping[str, str
     if not texts:
         raise TypeError(f"{name} must map text to text, such as {{'0': 'normal'}}, got {given!r}")
     return given
+
+
+def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return ``classes`` as a tuple.
+
+    Raises:
+        TypeError: If it is one string, has no order, as a set, or maybe another, as a dict.
+        ValueError: If it is empty or names a class twice.
+    """
+    if isinstance(classes, str | set | frozenset | Mapping) or not isinstance(classes, Iterable):
+        kind = {str: "string", frozenset: "set"}.get(type(classes), type(classes).__name__)
+        raise TypeError(f"classes must be a sequence of names, got the {kind} {classes!r}")
+    if not (names := tuple(classes)) or len(set(names)) != len(names) or not all(names):
+        raise ValueError(f"classes must be one or more different names, got {list(names)}")
+    return names
 
 
 def check_dataset(given: object, name: str = "dataset") -> None:

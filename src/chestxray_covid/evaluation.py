@@ -16,10 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from chestxray_covid import metrics as m
 from chestxray_covid.checkpoint import ModelConfig
 from chestxray_covid.confounders import confounding_of_question
-from chestxray_covid.datasets.base import ChestXrayDataset, check_classes
+from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.storage import cell_text
-from chestxray_covid.errors import check_classifier, check_dataset, real_number
+from chestxray_covid.errors import check_classes, check_classifier, check_dataset, real_number
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.files import expanded
 from chestxray_covid.intervals import check_resampling, group_codes

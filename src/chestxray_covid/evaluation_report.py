@@ -12,9 +12,8 @@ from chestxray_covid import curves
 from chestxray_covid._version import __version__
 from chestxray_covid.checklists import report_markdown
 from chestxray_covid.comparison import Comparison, compare_scores
-from chestxray_covid.datasets.base import check_classes
 from chestxray_covid.datasets.report import printable_lines
-from chestxray_covid.errors import ReportError, check_kind
+from chestxray_covid.errors import ReportError, check_classes, check_kind
 from chestxray_covid.files import plain_json
 from chestxray_covid.intervals import check_resampling
 from chestxray_covid.judged_images import (

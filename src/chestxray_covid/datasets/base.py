@@ -21,12 +21,23 @@ from PIL import Image
 
 from chestxray_covid.datasets.report import DatasetReport, identity, printable, summarise_taken
 from chestxray_covid.datasets.storage import cell_text, resolver, write_csv, writing_to
-from chestxray_covid.errors import DatasetError, ImageError, check_kinds, check_positive
+from chestxray_covid.errors import (
+    DatasetError,
+    ImageError,
+    check_classes,
+    check_kinds,
+    check_positive,
+)
 from chestxray_covid.files import expanded, expanded_copy
 from chestxray_covid.image import load_image
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # to type checkers it is a data set of torch, which is not imported here
     import pandas as pd
+    from torch.utils.data import Dataset
+
+    _Base = Dataset[tuple[Any, Any]]
+else:
+    _Base = object
 
 #: Canonical labels, in canonical order. ``pneumonia`` is any pneumonia other than COVID-19.
 LABELS = ("normal", "pneumonia", "covid19")
@@ -142,7 +153,7 @@ def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
     return np.asarray(mask.resize(sample.read(sample, None).size, Image.Resampling.BILINEAR)) > 127
 
 
-class ChestXrayDataset:
+class ChestXrayDataset(_Base):
     """Radiographs with labels and provenance; ``dataset[i]`` is ``(PIL image mode L, int)``.
 
     Parts and sums share the samples and copy no pixels; all of them can be sent to other processes.
@@ -193,7 +204,11 @@ class ChestXrayDataset:
         target = self.targets[position]
         return self.image(position), target if change is None else change(target)
 
-    def __add__(self, other: ChestXrayDataset) -> ChestXrayDataset:
+    if TYPE_CHECKING:  # Python iterates by position, which type checkers do not know
+
+        def __iter__(self) -> Iterator[tuple[Any, Any]]: ...
+
+    def __add__(self, other: ChestXrayDataset) -> ChestXrayDataset:  # type: ignore[override]
         return concatenate([self, other])
 
     def __repr__(self) -> str:
@@ -383,18 +398,3 @@ def _counted_to_origin(sample: Sample, loaded: set[str]) -> Sample:
         return sample
     numbered_by = sample.metadata.get("numbered_by") or sample.source
     return replace(sample, source=origin, metadata={**sample.metadata, "numbered_by": numbered_by})
-
-
-def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
-    """Return ``classes`` as a tuple.
-
-    Raises:
-        TypeError: If it is one string, has no order, as a set, or maybe another, as a dict.
-        ValueError: If it is empty or names a class twice.
-    """
-    if isinstance(classes, str | set | frozenset | Mapping) or not isinstance(classes, Iterable):
-        kind = {str: "string", frozenset: "set"}.get(type(classes), type(classes).__name__)
-        raise TypeError(f"classes must be a sequence of names, got the {kind} {classes!r}")
-    if not (names := tuple(classes)) or len(set(names)) != len(names) or not all(names):
-        raise ValueError(f"classes must be one or more different names, got {list(names)}")
-    return names

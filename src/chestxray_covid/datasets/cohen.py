@@ -19,13 +19,17 @@ from chestxray_covid.datasets.base import (
     UNKNOWN_VIEW,
     ChestXrayDataset,
     Sample,
-    check_classes,
 )
 from chestxray_covid.datasets.download import download_cohen, recorded_commit
 from chestxray_covid.datasets.loading import entries
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.datasets.storage import numbered_rows, refuse_repeated
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError, text_mapping
+from chestxray_covid.errors import (
+    DatasetError,
+    DatasetNotFoundError,
+    check_classes,
+    text_mapping,
+)
 from chestxray_covid.files import existing_folder, expanded, is_folder
 
 #: Views as the metadata spells them (lower case) → canonical view.

@@ -19,7 +19,6 @@ from chestxray_covid.datasets.base import (
     UNKNOWN_VIEW,
     ChestXrayDataset,
     Sample,
-    check_classes,
 )
 from chestxray_covid.datasets.cohen import CohenCovidDataset, canonical_view
 from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layout
@@ -27,7 +26,12 @@ from chestxray_covid.datasets.labels import label_of_name, promised_classes
 from chestxray_covid.datasets.loading import entries, images_of, may_hold_images, why_no_image
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.datasets.storage import nothing_collected, path_maker, read_csv, resolver
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError, text_mapping
+from chestxray_covid.errors import (
+    DatasetError,
+    DatasetNotFoundError,
+    check_classes,
+    text_mapping,
+)
 from chestxray_covid.files import existing_folder, expanded, is_folder
 
 #: Folders, in lower case, that divide a collection and hold class folders themselves.

@@ -11,17 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from chestxray_covid.datasets.base import (
-    DEFAULT_CLASSES,
-    ChestXrayDataset,
-    Sample,
-    check_classes,
-)
+from chestxray_covid.datasets.base import DEFAULT_CLASSES, ChestXrayDataset, Sample
 from chestxray_covid.datasets.download import download_kermany
 from chestxray_covid.datasets.loading import entries, why_no_image
 from chestxray_covid.datasets.report import summarise
 from chestxray_covid.datasets.storage import resolver
-from chestxray_covid.errors import DatasetError, DatasetNotFoundError
+from chestxray_covid.errors import DatasetError, DatasetNotFoundError, check_classes
 from chestxray_covid.files import existing_folder, expanded, is_folder
 
 SPLITS = ("train", "val", "test")

@@ -22,12 +22,11 @@ from chestxray_covid.datasets.base import (
     LABELS,
     ChestXrayDataset,
     Sample,
-    check_classes,
     read_file,
 )
 from chestxray_covid.datasets.phantom import VISITS, Recipe, render_phantom
 from chestxray_covid.datasets.storage import is_current
-from chestxray_covid.errors import DatasetError, whole_number
+from chestxray_covid.errors import DatasetError, check_classes, whole_number
 from chestxray_covid.files import expanded
 from chestxray_covid.progress import Bar
 
