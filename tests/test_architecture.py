@@ -21,7 +21,7 @@ MAX_LINES = 400
 #: Row by row from the bottom; a module imports only from rows above its own in this list. The
 #: package's ``__init__`` loads names lazily, so it imports the version alone.
 ROWS = (
-    ("_version", "errors", "progress", "processor"),
+    ("_version", "errors", "notebook", "progress", "processor"),
     ("files",),
     ("pixels", "hiding", "metrics", "datasets.report", "datasets.storage", "datasets.web"),
     ("dicom", "encoded", "intervals", "tensors", "compiled"),

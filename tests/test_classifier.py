@@ -136,6 +136,11 @@ def rows(predictions: list[Prediction]) -> NDArray[np.float64]:
 # ---------------------------------------------------------------- probabilities
 
 
+def test_its_repr_says_classes_and_what_computes(clf: Classifier) -> None:
+    computing = f"{clf.engine.name}, {clf.engine.precision}"
+    assert repr(clf) == f"Classifier(normal, pneumonia, covid19; {computing})"
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("real_depth")
 def test_probabilities_are_those_of_torchvision(tmp_path: Path) -> None:

@@ -161,6 +161,10 @@ def test_other_lengths_and_an_impossible_confidence_are_refused() -> None:
         c.delong_test([0, 1], [0.1, 0.2], [0.1, 0.2], "ab", confidence=95)
     with pytest.raises(ValueError, match="same length"):
         c.delong_test([0, 1, 1], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3], ["a"])
+    with pytest.raises(ValueError, match=r"first must be a 1-dimensional .* got shape \(2, 1\)"):
+        c.delong_test([0, 1], [[0.1], [0.2]], [0.1, 0.2], "ab")
+    with pytest.raises(ValueError, match="second must be finite, got nan at"):
+        c.delong_test([0, 1], [0.1, 0.2], [0.1, np.nan], (name for name in "ab"))
     with pytest.raises(ValueError, match="same length, got y_true 2, first 1, second 2"):
         c.delong_test([0, 1], [0.1], [0.1, 0.2], "ab")
 

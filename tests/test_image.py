@@ -409,6 +409,8 @@ def test_an_array_that_is_read_only_now_may_break(error: Exception) -> None:
 def test_a_limit_of_pixels_that_is_text_is_refused_in_words() -> None:
     with pytest.raises(TypeError, match="max_pixels must be a number, got '10'"):
         load_image(ramp(), max_pixels=cast(int, "10"))
+    with pytest.raises(TypeError, match="min_size must be a number, got 'a'"):
+        load_image(ramp(), min_size=cast("tuple[int, int]", ("a", "b")))
 
 
 @pytest.mark.parametrize("options", [{"max_pixels": 0}, {"min_size": (0, 5)}])

@@ -33,6 +33,7 @@ from chestxray_covid.metrics import (
     expected_calibration_error,
     threshold_at_sensitivity,
 )
+from chestxray_covid.notebook import ShownAsText
 from chestxray_covid.progress import Bar
 from chestxray_covid.subgroups import SMALL
 
@@ -46,7 +47,7 @@ _SIDES = ("covid19", "normal")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationReport:
+class CalibrationReport(ShownAsText):
     """What :func:`calibrate` chose, and what it did to the images that it was chosen on.
 
     Attributes:

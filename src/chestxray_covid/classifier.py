@@ -201,6 +201,9 @@ class Classifier:
         given = {GATE_NAME: self.gate, INT8_NAME: self.int8}
         return {name: made.to_bytes() for name, made in given.items() if made is not None}
 
+    def __repr__(self) -> str:
+        return f"Classifier({', '.join(self.classes)}; {self.engine.name}, {self.engine.precision})"
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Labels in the order of the probabilities."""

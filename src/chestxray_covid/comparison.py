@@ -28,6 +28,7 @@ from chestxray_covid.intervals import (
     proportion,
 )
 from chestxray_covid.metrics import Floats, Labels, Value
+from chestxray_covid.notebook import ShownAsText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class DeLongTest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(ShownAsText):
     """Two models on the same images.
 
     Attributes:
@@ -134,10 +135,10 @@ def delong_test(
 
     confidence = check_resampling(n_resamples=1, confidence=confidence)["confidence"]
     truth = m.check_labels(y_true, "y_true", 2).astype(bool)
-    given = [np.asarray(one, np.float64) for one in (first, second)]
-    m.check_lengths(y_true=truth, first=given[0], second=given[1], patients=patients)
-    scores = np.stack(given)
+    given = m.check_numbers(first, "first", 1), m.check_numbers(second, "second", 1)
     codes = group_codes(patients)
+    m.check_lengths(y_true=truth, first=given[0], second=given[1], patients=codes)
+    scores = np.stack(given)
     for name, rows in (("positive", truth), ("negative", ~truth)):
         if len(np.unique(codes[rows])) < 2:
             raise ValueError(f"DeLong's test needs two patients with a {name} image")

@@ -15,6 +15,7 @@ from chestxray_covid.datasets.report import printable_lines
 from chestxray_covid.errors import check_dataset
 from chestxray_covid.judged_images import whole_characters
 from chestxray_covid.metrics import Value
+from chestxray_covid.notebook import ShownAsText
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,7 @@ class ConfoundingWarning(UserWarning):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Confounding:
+class Confounding(ShownAsText):
     """How far the source alone gives the label.
 
     Attributes:

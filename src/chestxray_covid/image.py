@@ -137,7 +137,8 @@ def read_image(
     >>> read_image(np.zeros((2, 3), np.uint8))[1]
     ImageFacts(width_px=3, height_px=2, colour=0.0)
     """
-    sizes = (real_number("max_pixels", max_pixels), *(min_size or ()))
+    sides = (real_number("min_size", side) for side in min_size or ())
+    sizes = (real_number("max_pixels", max_pixels), *sides)
     if not min(sizes) > 0:
         raise ValueError(
             f"max_pixels and min_size must be positive, got {max_pixels} and {min_size}"

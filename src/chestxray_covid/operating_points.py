@@ -20,6 +20,7 @@ from chestxray_covid.intervals import (
     proportion,
 )
 from chestxray_covid.metrics import Floats, Value, Weights
+from chestxray_covid.notebook import ShownAsText
 
 #: Ends of the intervals of sensitivity and specificity put together, where resamples agree.
 COMBINED = "combined intervals"
@@ -35,7 +36,7 @@ _ESTIMATES = ("sensitivity", "specificity", "ppv", "npv")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OperatingPoint:
+class OperatingPoint(ShownAsText):
     """Decisions of a model at one threshold.
 
     Attributes:

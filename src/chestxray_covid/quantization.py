@@ -26,6 +26,7 @@ from chestxray_covid.inputs import expand, read
 from chestxray_covid.int8 import INT8_NAME, REPORT_NAME, Int8, rounded_results
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
 from chestxray_covid.judged_images import default_positive
+from chestxray_covid.notebook import ShownAsText
 
 #: Largest change of an AUROC with which a quantised model is accepted.
 MAX_AUROC_CHANGE = 0.005
@@ -50,7 +51,7 @@ class AurocChange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizationReport:
+class QuantizationReport(ShownAsText):
     """What moved when a model was computed in eight bits.
 
     Attributes:

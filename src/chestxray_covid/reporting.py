@@ -14,6 +14,7 @@ from chestxray_covid._version import NOT_A_DEVICE
 from chestxray_covid.errors import ReportError
 from chestxray_covid.files import expanded, parse_json, write_files
 from chestxray_covid.intervals import Estimate
+from chestxray_covid.notebook import ShownAsText
 from chestxray_covid.subgroups import SMALL, Subgroup
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ CAUTION = "The source all but gives the label here: these numbers cannot tell di
 _BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?: |$))|(?=[#=~]|[-+](?:[ -]|$)))")
 
 
-class SavedReport(ABC):
+class SavedReport(ShownAsText, ABC):
     """A report that can be kept as a file of strict JSON."""
 
     #: What it is, with its article, for messages.

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from chestxray_covid.notebook import ShownAsText
+
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import Sample
 
@@ -20,7 +22,7 @@ _MOST_REASONS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetReport:
+class DatasetReport(ShownAsText):
     """What a data set found, kept and dropped, and why.
 
     Attributes:
