@@ -323,6 +323,8 @@ def test_what_cannot_calibrate_is_refused_and_nothing_is_written(
     with pytest.raises(ValueError, match="tells healthy, pneumonia, covid19 apart: pass sens"):
         calibrate(tmp_path / "other", validation, output=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    refused("already holds a checkpoint of another model", output=tmp_path / "other")
+    assert load_checkpoint(tmp_path / "other")[0].classes[0] == "healthy"
 
 
 def test_the_command_line_says_in_its_own_words_where_a_sensitivity_means_nothing(

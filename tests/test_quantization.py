@@ -227,6 +227,19 @@ def test_openvino_that_is_missing_is_named_first(
         quantize(tmp_path, images, evaluation=FolderDataset(images), output=tmp_path)
 
 
+def test_a_checkpoint_of_another_model_is_not_replaced(
+    checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    config, tensors = load_checkpoint(checkpoint)
+    save_checkpoint(own, config, tensors)
+    save_checkpoint(other, config, {**tensors, "classifier.bias": tensors["classifier.bias"] + 1})
+    before = (other / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="already holds a checkpoint of another model"):
+        quantize(own, images, evaluation=FolderDataset(images), output=other)
+    assert (other / "model.safetensors").read_bytes() == before
+
+
 def test_a_model_that_answers_otherwise_is_refused_and_nothing_is_written(
     checkpoint: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from chestxray_covid.checkpoint import (
+    CONFIG_NAME,
     ModelConfig,
     load_attachment,
     load_checkpoint,
@@ -23,7 +24,7 @@ from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.loading import decoder, pipeline
 from chestxray_covid.datasets.report import printable
 from chestxray_covid.engines import softmax
-from chestxray_covid.errors import real_number
+from chestxray_covid.errors import CheckpointError, real_number
 from chestxray_covid.files import expanded
 from chestxray_covid.hub import resolve
 from chestxray_covid.int8 import INT8_NAME, REPORT_NAME
@@ -114,10 +115,10 @@ def calibrate(
         CheckpointError: If the checkpoint is missing or damaged.
         ImageError: If an image cannot be decoded.
         TypeError: If ``validation`` is no data set, or ``sensitivity`` no number.
-        ValueError: If ``output`` is the checkpoint itself or a file, ``sensitivity`` is outside
-            (0, 1], the model lacks one of ``"covid19"`` and ``"normal"``, the images lack a class
-            of the model, no temperature or threshold can be told from them, or the device is not
-            there.
+        ValueError: If ``output`` is the checkpoint itself, a file, or a folder with a checkpoint of
+            another model, ``sensitivity`` is outside (0, 1], the model lacks one of ``"covid19"``
+            and ``"normal"``, the images lack a class of the model, no temperature or threshold can
+            be told from them, or the device is not there.
         OSError: If the folder cannot be written.
     """
     folder, target = resolve(checkpoint), expanded(output)
@@ -125,6 +126,7 @@ def calibrate(
     if sensitivity is not None:
         sensitivity = real_number("sensitivity", sensitivity)
     _check(config, validation, folder, target, sensitivity)
+    check_replaced(target, config, tensors)
     kept = {*config.attachments} - {*_OF_INT8}
     attachments = {name: load_attachment(folder, config, name) or b"" for name in kept}
     truth = np.array([config.classes.index(s.label) for s in validation.samples])
@@ -180,6 +182,40 @@ def _check(
         raise ValueError(
             f"validation must have images of every class of the model, {list(config.classes)}, "
             f"and of no other, got {sorted(found)}"
+        )
+
+
+def check_replaced(
+    output: Path, original: ModelConfig, tensors: Mapping[str, NDArray[Any]]
+) -> None:
+    """Raise if a checkpoint made of a model would replace one of another network.
+
+    What was made of this one before, whose last layer a temperature may have changed, is replaced.
+
+    Raises:
+        ValueError: If the folder holds another model, or what is not known to be this one.
+    """
+    if not (output / CONFIG_NAME).exists():
+        return
+    try:
+        config, there = load_checkpoint(output)
+    except CheckpointError as error:  # whose advice is for who wants to load it
+        raise ValueError(
+            f"{output} already holds a damaged checkpoint, or a {CONFIG_NAME} of something else, "
+            "which would be replaced: use another folder, or remove it first."
+        ) from error
+    scale = (temperature_of(original) or 1.0) / (temperature_of(config) or 1.0)
+    # Runs that trained the head alone share all below it. A hundredth: it may be in half precision.
+    is_same = config.classes == original.classes and all(
+        np.array_equal(there[name], mine)
+        if name.startswith("features.")
+        else np.allclose(there[name], mine.astype(np.float64) * scale, rtol=0.01, atol=1e-5)
+        for name, mine in tensors.items()
+    )
+    if not is_same:
+        raise ValueError(
+            f"{output} already holds a checkpoint of another model, which would be replaced: use "
+            "another folder, or remove it first."
         )
 
 

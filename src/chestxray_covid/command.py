@@ -16,7 +16,7 @@ import click
 
 from chestxray_covid._version import NOT_A_DEVICE as NOT_A_DEVICE
 from chestxray_covid.datasets.report import printable_lines
-from chestxray_covid.errors import CheckpointError, ChestXrayError, TrainingInterrupted
+from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
 from chestxray_covid.files import check_replaceable, expanded, is_folder
 
 if TYPE_CHECKING:
@@ -233,38 +233,15 @@ def check_reports(
 
 
 def check_new_checkpoint(output: Path, model: Path) -> None:
-    """Raise if a checkpoint made of a model would replace one of another network.
+    """Raise if a checkpoint made of a model would replace one of another network."""
+    from chestxray_covid.calibration import check_replaced
+    from chestxray_covid.checkpoint import load_checkpoint
 
-    What was made of this one before, whose last layer a temperature may have changed, is replaced.
-    """
-    import numpy as np
-
-    from chestxray_covid.calibration import temperature_of
-    from chestxray_covid.checkpoint import CONFIG_NAME, load_checkpoint
-
-    if not (output / CONFIG_NAME).exists():
-        return
-    original, own = load_checkpoint(model)
+    original = load_checkpoint(model)
     try:
-        config, there = load_checkpoint(output)
-    except CheckpointError as error:  # whose advice is for who wants to load it
-        raise click.UsageError(
-            f"{output} already holds a damaged checkpoint, or a {CONFIG_NAME} of something else, "
-            "which would be replaced: use another folder, or remove it first."
-        ) from error
-    scale = (temperature_of(original) or 1.0) / (temperature_of(config) or 1.0)
-    # Runs that trained the head alone share all below it. A hundredth: it may be in half precision.
-    is_same = config.classes == original.classes and all(
-        np.array_equal(there[name], mine)
-        if name.startswith("features.")
-        else np.allclose(there[name], mine.astype(np.float64) * scale, rtol=0.01, atol=1e-5)
-        for name, mine in own.items()
-    )
-    if not is_same:
-        raise click.UsageError(
-            f"{output} already holds a checkpoint of another model, which would be replaced: use "
-            "another folder, or remove it first."
-        )
+        check_replaced(output, *original)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def carry_split(model: str | None, output: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from chestxray_covid import metrics as m
+from chestxray_covid.calibration import check_replaced
 from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
@@ -138,14 +139,15 @@ def quantize(
         ImageError: If an image cannot be decoded.
         MissingExtraError: If OpenVINO is not installed.
         TypeError: If ``evaluation`` is no data set.
-        ValueError: If there are no calibration images, a label is unknown to the model, or the
-            labelled images have one class only.
+        ValueError: If there are no calibration images, a label is unknown to the model, the
+            labelled images have one class only, or ``output`` holds a checkpoint of another model.
         OSError: If the folder cannot be written.
     """
     check_dataset(evaluation, "evaluation")
     import_openvino()
     folder = resolve(checkpoint)
     config, tensors = load_checkpoint(folder)
+    check_replaced(expanded(output), config, tensors)
     chosen = positive or default_positive(config.classes)
     _check_labels(evaluation, config.classes, chosen)
     others = {*config.attachments} - {INT8_NAME, REPORT_NAME}  # these are made anew
