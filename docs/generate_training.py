@@ -88,7 +88,9 @@ def cache_paragraph(found: Mapping[str, Any]) -> str:
 
 def step_paragraph(step: Mapping[str, Any]) -> str:
     """Return how fast a step is, against plain loops."""
-    compiled = ""
+    kept = compiled = ""
+    if "memory_kept_over_plain_pairs" in step:  # asked since 2026-11-29
+        kept = f", {_ratio(step['memory_kept_over_plain_pairs'])} times with memory kept as well"
     if "compiled_over_plain_pairs" in step:  # asked since 2026-11-28
         begun = step["seconds_to_begin"]
         more = begun["recommended, compiled"] - begun["recommended"]
@@ -103,8 +105,8 @@ def step_paragraph(step: Mapping[str, Any]) -> str:
         f"{_ratio(step['recommended_over_plain_pairs'])} times as fast as float32 in torch's own "
         f"order at {step['size_px']['recommended']} px, "
         f"{_ratio(step['without_huge_pages_over_plain_pairs'])} times without huge pages"
-        f"{compiled}; the trainer reaches {_ratio(step['trainer_over_bare_pairs'])} of a bare loop "
-        f"of the same steps at {step['size_px']['trainer']} px."
+        f"{kept}{compiled}; the trainer reaches {_ratio(step['trainer_over_bare_pairs'])} of a "
+        f"bare loop of the same steps at {step['size_px']['trainer']} px."
     )
 
 

@@ -56,7 +56,7 @@ ROWS = (
         *("transforms", "models", "lung_network", "training_memory", "inputs"),
         *("engine_torch", "engine_openvino", "engine_onnx"),
     ),
-    ("augment",),
+    ("augment", "training_speed"),
     ("engines", "training_config", "lungs"),
     (
         *("training_feed", "training_network", "training_order", "training_processes"),
@@ -90,6 +90,7 @@ TORCH = {"torch", "torchvision", "accelerate"}
 TORCH_AT_IMPORT = {
     *("transforms", "augment", "models", "training", "training_config", "training_network"),
     *("lung_network", "engine_torch", "training_memory", "training_feed", "training_processes"),
+    "training_speed",
 }
 
 #: Distribution → the name that is imported, where they differ.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ from chestxray_covid.training_memory import (
     gradient_checkpointing,
     largest_batch_size,
 )
+from chestxray_covid.training_speed import faster_on_cpu
 from chestxray_covid.transforms import to_device
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -146,16 +147,18 @@ class TrainingNetwork:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Compute as the run asks while this is entered, and with a GPU's fastest convolutions."""
-        cudnn = torch.backends.cudnn
+        cudnn, config = torch.backends.cudnn, self._config
         before = cudnn.benchmark
-        checkpoints = self._config.gradient_checkpointing
-        checkpointing = gradient_checkpointing(self._model) if checkpoints else nullcontext()
-        with checkpointing, torch.enable_grad():
+        with torch.enable_grad(), ExitStack() as ways:
+            if config.gradient_checkpointing:
+                ways.enter_context(gradient_checkpointing(self._model))
+            if config.compile_backend is None and self.device.type == "cpu":
+                ways.enter_context(faster_on_cpu(self._model, self.best))
             try:
                 cudnn.benchmark = before or not cudnn.deterministic
                 yield
             except RuntimeError as error:
-                backend = self._config.compile_backend
+                backend = config.compile_backend
                 kinds = (kind.__module__ for kind in type(error).__mro__)
                 if backend is None or "torch._dynamo.exc" not in kinds:
                     raise
@@ -383,14 +386,12 @@ def validation_numbers(
 
     predicted = probabilities.argmax(1)
     classes = probabilities.shape[1]
-    several = len(np.unique(targets)) > 1
-    whole = len(np.unique(targets)) == classes
+    present = len(np.unique(targets))
     auroc = kappa = None
-    if whole and classes == 2:
-        auroc = float(roc_auc_score(targets, probabilities[:, 1]))
-    elif whole:
-        auroc = float(roc_auc_score(targets, probabilities, multi_class="ovr"))
-    if several:
+    if present == classes:
+        scores = probabilities[:, 1] if classes == 2 else probabilities
+        auroc = float(roc_auc_score(targets, scores, multi_class="ovr"))
+    if present > 1:
         kappa = float(cohen_kappa_score(targets, predicted))
     return {
         "val_accuracy": float((predicted == targets).mean()),
