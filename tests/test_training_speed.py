@@ -51,7 +51,8 @@ def numbers_of(
     """Return logits, gradients and statistics of one forward and backward pass."""
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         logits = model(batch)
-    torch.nn.functional.cross_entropy(logits.float(), torch.tensor([0, 1, 1])).backward()
+    loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor([0, 1, 1]))
+    torch.autograd.backward(loss)
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **gradients, **dict(model.named_buffers())}
 
@@ -138,3 +139,29 @@ def test_hooks_of_layers_still_see_what_they_saw() -> None:
             hook.remove()
     assert seen[0] == seen[1]
     assert len(seen[0]) > 400
+
+
+class OwnReLU(torch.nn.ReLU):
+    """A ReLU of somebody's own."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return super().forward(value)
+
+
+def test_what_somebody_made_their_own_stays() -> None:
+    model = build_densenet121(pretrained=False, seed=0)
+    blocks = model.features
+    blocks.relu0 = OwnReLU(inplace=True)
+    layer = blocks.denseblock1.denselayer1
+    layer.relu1, layer.relu2.inplace = OwnReLU(inplace=True), False
+    blocks.denseblock1.forward = own = blocks.denseblock1.forward
+    with faster_on_cpu(model):
+        assert blocks.denseblock1.forward is own
+        assert "bn_function" not in vars(layer)
+        assert not any("forward" in vars(m) for m in (blocks.relu0, layer.relu1, layer.relu2))
+        assert "forward" in vars(blocks.denseblock1.denselayer2.relu1)
+        assert "bn_function" in vars(blocks.denseblock2.denselayer1)
+        del blocks.denseblock3.forward
+    assert blocks.denseblock1.forward is own
+    del blocks.denseblock1.forward
+    assert replaced(model) == set()
