@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 import torchvision
 from accelerate import Accelerator
 from torch import Tensor
+from torchvision.models.densenet import _DenseLayer
 
-from chestxray_covid import Preprocess, TrainingConfig, build_densenet121
+from chestxray_covid import Preprocess, TrainingConfig, build_densenet121, training_speed
 from chestxray_covid.engine_torch import relu_
 from chestxray_covid.models import set_training_mode
 from chestxray_covid.training_network import TrainingNetwork
@@ -55,6 +57,22 @@ def numbers_of(
     torch.autograd.backward(loss)
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **gradients, **dict(model.named_buffers())}
+
+
+def test_the_gradient_is_torchs_for_every_number_of_16_bits() -> None:
+    values = all_of_16_bits()
+    gradient = values.flip(0).nan_to_num()
+    found = []
+    for relu in (torch.relu, lambda value: training_speed._relu(value.clone())):
+        given = values.clone().requires_grad_()
+        torch.autograd.backward(relu(given), gradient)
+        assert given.grad is not None
+        found.append(given.grad)
+    expected, own = found
+    negative_nan = values.isnan() & (values.view(torch.int16) < 0)
+    assert torch.equal(own[~negative_nan], expected[~negative_nan])
+    assert not own[negative_nan].any()
+    assert expected[negative_nan].any()
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -106,6 +124,8 @@ def test_a_run_is_faster_and_leaves_the_network_as_it_was(
     def compute() -> None:
         with net.computing():
             assert replaced(model) == expected
+            # What is validated has no gradient to compute again.
+            assert replaced(net.best) == (ALL if expected else set())
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -123,22 +143,32 @@ def test_what_is_validated_is_faster_without_an_average_too() -> None:
     assert replaced(model) == set()
 
 
-def test_hooks_of_layers_still_see_what_they_saw() -> None:
+def test_hooks_see_layers_take_a_list_and_make_what_they_made() -> None:
     model = build_densenet121(pretrained=False, seed=0).eval()
     batch = torch.ones(1, 3, 32, 32)
-    seen: list[list[torch.Size]] = [[], []]
+    seen: list[list[tuple[type, torch.Size]]] = [[], []]
     ways: list[AbstractContextManager[None]] = [nullcontext(), faster_on_cpu(model)]
-    for shapes, way in zip(seen, ways, strict=True):
-        hooks = [
-            m.register_forward_hook(lambda _, __, made, own=shapes: own.append(made.shape))
-            for m in model.features.modules()
-        ]
+    for found, way in zip(seen, ways, strict=True):
         with way:
+            hooks = [
+                m.register_forward_hook(
+                    lambda _, given, made, own=found: own.append((type(given[0]), made.shape))
+                )
+                for m in model.features.modules()
+            ]
             model(batch)
         for hook in hooks:
             hook.remove()
     assert seen[0] == seen[1]
     assert len(seen[0]) > 400
+
+
+def test_a_layer_that_is_called_by_itself_takes_several_parts() -> None:
+    layer = build_densenet121(pretrained=False, seed=0).eval().features.denseblock1.denselayer2
+    parts = [torch.ones(1, 64, 8, 8), torch.ones(1, 32, 8, 8)]
+    expected = layer(parts)
+    assert torch.equal(training_speed._bottleneck(layer, parts), layer.bn_function(parts))
+    assert torch.equal(layer(torch.cat(parts, 1)), expected)
 
 
 class OwnReLU(torch.nn.ReLU):
@@ -148,20 +178,69 @@ class OwnReLU(torch.nn.ReLU):
         return super().forward(value)
 
 
-def test_what_somebody_made_their_own_stays() -> None:
-    model = build_densenet121(pretrained=False, seed=0)
-    blocks = model.features
-    blocks.relu0 = OwnReLU(inplace=True)
-    layer = blocks.denseblock1.denselayer1
-    layer.relu1, layer.relu2.inplace = OwnReLU(inplace=True), False
-    blocks.denseblock1.forward = own = blocks.denseblock1.forward
+class OwnLayer(_DenseLayer):
+    """A layer that computes something else."""
+
+    def bn_function(self, inputs: list[Tensor]) -> Tensor:
+        return super().bn_function(inputs) * 0
+
+
+def own_class(block: Any) -> None:
+    block.denselayer1.__class__ = OwnLayer
+
+
+def own_forward(block: Any) -> None:
+    block.denselayer1.forward = block.denselayer1.forward
+
+
+def own_bottleneck(block: Any) -> None:
+    block.denselayer1.bn_function = block.denselayer1.bn_function
+
+
+def own_block(block: Any) -> None:
+    block.forward = block.forward
+
+
+def own_norm(block: Any) -> None:
+    block.denselayer1.norm1 = torch.nn.Identity()
+
+
+def hooked(block: Any) -> None:
+    block.denselayer1.norm1.register_forward_pre_hook(lambda _, given: given[0].mul_(2))
+
+
+def checkpointed(block: Any) -> None:
+    block.denselayer1.memory_efficient = True
+
+
+OWN = (own_class, own_forward, own_bottleneck, own_block, own_norm, hooked, checkpointed)
+
+
+@pytest.mark.parametrize("change", OWN)
+def test_a_block_that_somebody_made_their_own_stays(change: Callable[[Any], None]) -> None:
+    model = build_densenet121(pretrained=False, seed=0).eval()
+    block = model.features.denseblock2
+    change(block)
+    before = {name: dict(vars(m)) for name, m in block.named_modules() if name.count(".") == 0}
+    batch = torch.ones(1, 3, 64, 64)
+    expected = model(batch)
     with faster_on_cpu(model):
-        assert blocks.denseblock1.forward is own
-        assert "bn_function" not in vars(layer)
-        assert not any("forward" in vars(m) for m in (blocks.relu0, layer.relu1, layer.relu2))
-        assert "forward" in vars(blocks.denseblock1.denselayer2.relu1)
-        assert "bn_function" in vars(blocks.denseblock2.denselayer1)
-        del blocks.denseblock3.forward
-    assert blocks.denseblock1.forward is own
-    del blocks.denseblock1.forward
+        for name, own in before.items():
+            assert vars(block.get_submodule(name)) == own
+        assert "bn_function" in vars(model.features.denseblock3.denselayer1)
+        assert torch.equal(model(batch), expected)
+
+
+def test_other_relus_stay_and_what_is_set_meanwhile_too() -> None:
+    model = build_densenet121(pretrained=False, seed=0)
+    layer, block = model.features.denseblock1.denselayer1, model.features.denseblock3
+    model.features.relu0 = OwnReLU(inplace=True)
+    layer.relu1.inplace = False
+    with faster_on_cpu(model):
+        assert not any("forward" in vars(m) for m in (model.features.relu0, layer.relu1))
+        assert "forward" in vars(layer.relu2)
+        del layer.relu2.forward
+        own = block.forward = lambda features: features
+    assert block.forward is own
+    del block.forward
     assert replaced(model) == set()

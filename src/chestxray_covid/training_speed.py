@@ -29,7 +29,8 @@ class _ReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (value,) = ctx.saved_tensors
-        # What is above 0 is so as a whole number, too, and a gradient is taken over or is 0.
+        # What is above 0 is so as a whole number, too, and a gradient is taken over or is 0. Only
+        # NaN of negative sign, to which torch passes it on, get 0.
         bits = gradient.view(torch.int16), value.view(torch.int16)
         kept: Tensor = torch.ops.aten.threshold_backward(*bits, 0)
         return kept.view(torch.bfloat16)
@@ -42,32 +43,39 @@ def _relu(value: Tensor) -> Tensor:
 
 
 def _grow(block: _DenseBlock, features: Tensor) -> Tensor:
-    """Do as the block does, which for each layer puts all parts together anew."""
+    """Do as the block does, which for each layer joins all parts again, one by one."""
     for layer in block.values():
-        features = torch.cat([features, layer(features)], 1)
+        features = torch.cat([features, layer([features])], 1)
     return features
 
 
 def _bottleneck(layer: _DenseLayer, inputs: Sequence[Tensor]) -> Tensor:
-    """Do as the layer's ``bn_function`` does, which copies even what is in one piece."""
-    (features,) = inputs
+    """Do as the layer's ``bn_function`` does, which copies what is in one piece already."""
+    features = inputs[0] if len(inputs) == 1 else torch.cat(list(inputs), 1)
     made: Tensor = layer.conv1(layer.relu1(layer.norm1(features)))
     return made
 
 
-def _is_torchvisions(block: _DenseBlock) -> bool:
-    """Return whether block and layers compute as torchvision made them, and keep what they made."""
-    return _computes_as(block, _DenseBlock) and all(
-        _computes_as(layer, _DenseLayer)
-        and "bn_function" not in vars(layer)
-        and not layer.memory_efficient
-        for layer in block.values()
+def _computes_as(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
+    """Return whether a module's functions are those of its kind, and nobody's own."""
+    return all(
+        getattr(type(module), name, None) is getattr(kind, name) and name not in vars(module)
+        for name in ("forward", *names)
     )
 
 
-def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a module's ``forward`` is that of its kind, and nobody's own."""
-    return type(module).forward is kind.forward and "forward" not in vars(module)
+def _is_torchvisions(block: _DenseBlock) -> bool:
+    """Return whether block and layers compute as torchvision made them, and keep what they made.
+
+    A layer's first norm gets what the next layers get, too, not a copy: nobody may change it.
+    """
+    return _computes_as(block, _DenseBlock) and all(
+        _computes_as(layer, _DenseLayer, "bn_function")
+        and _computes_as(layer.norm1, nn.BatchNorm2d)
+        and not any(m._forward_pre_hooks or m._forward_hooks for m in (layer, layer.norm1))
+        and not layer.memory_efficient
+        for layer in block.values()
+    )
 
 
 @contextlib.contextmanager
@@ -75,20 +83,21 @@ def faster_on_cpu(*models: torchvision.models.DenseNet) -> Iterator[None]:
     """Let networks compute the same logits and gradients in less time, while this is entered.
 
     Measured against torchvision's own steps in ``benchmarks/training_step.py``. Blocks with
-    gradient checkpointing stay as they are: what they put together would be kept.
+    gradient checkpointing stay as they are: what they join would be kept.
 
     Args:
-        models: On the CPU. Functions of their modules are replaced, and given back at the end.
+        models: On the CPU. Functions of their modules are replaced, and given back at the end;
+            copies that are made meanwhile keep them.
     """
-    replaced: list[tuple[nn.Module, str]] = []
+    replaced: list[tuple[nn.Module, str, Callable[..., Tensor]]] = []
 
     def replace(module: nn.Module, name: str, function: Callable[..., Tensor]) -> None:
-        replaced.append((module, name))
+        replaced.append((module, name, function))
         setattr(module, name, function)
 
     try:
         for module in {module for model in models for module in model.features.modules()}:
-            if _computes_as(module, nn.ReLU) and module.inplace:
+            if isinstance(module, nn.ReLU) and module.inplace and _computes_as(module, nn.ReLU):
                 replace(module, "forward", _relu)
             elif isinstance(module, _DenseBlock) and _is_torchvisions(module):
                 replace(module, "forward", partial(_grow, module))
@@ -96,5 +105,6 @@ def faster_on_cpu(*models: torchvision.models.DenseNet) -> Iterator[None]:
                     replace(layer, "bn_function", partial(_bottleneck, layer))
         yield
     finally:
-        for module, name in replaced:
-            vars(module).pop(name, None)
+        for module, name, function in replaced:
+            if vars(module).get(name) is function:
+                delattr(module, name)
