@@ -57,10 +57,14 @@ def test_medians_come_with_ranges_and_missed_targets_are_told(generate: ModuleTy
         memory["runs"].append(run)
     block = generate.training_block(step, auroc, memory)
     text = " ".join(block.split())
-    assert "are 2.50 (2.00–3.00) times as fast as float32" in text
+    assert "are 2.50 (2.00–3.00) times as fast as a plain loop, of float32" in text
+    assert "memory kept" not in text
     assert "1.10 (1.00–1.20) times without huge pages" in text
     assert "reaches 0.95 (0.90–1.00) of a bare loop" in text
     assert "of a bare loop of the same steps at 160 px." in text
+    kept = {"memory_kept_over_plain_pairs": [2.0, 4.0, 3.0]}
+    asked = " ".join(generate.step_paragraph(step | kept).split())
+    assert "huge pages, 3.00 (2.00–4.00) times with memory kept as well; the trainer" in asked
     never = generate.training_block(step, auroc | {"recommended": [{"seconds": None}]}, memory)
     assert "recommended 1 not within the epochs." in " ".join(never.split())
     assert "plain 81 s and 1 not within the epochs; recommended 40 s." in text
