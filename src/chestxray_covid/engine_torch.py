@@ -22,7 +22,7 @@ from chestxray_covid.processor import slow_bfloat16
 #: Most images at once on a CPU: more do not fit its caches.
 _CPU_BATCH = 8
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Its bits in bfloat16, as a whole number.
+#: The bits of bfloat16 for it, as a whole number.
 _MINUS_INFINITY = -128
 #: The variances hold their epsilon already; not 0, which torch 2.10 and 2.11 refuse.
 _NO_MORE = 1e-12
@@ -99,8 +99,8 @@ def relu_(value: Tensor) -> Tensor:
     """Do as ``value.relu_()`` does, but for -0, which becomes 0.
 
     In bfloat16 on a CPU torch turns every number into single precision and back, which takes
-    longer. As whole numbers of 16 bits, those that become 0 are at most that of
-    minus infinity; above it are negative NaN, which stay NaN, and all from 0 on.
+    longer. As whole numbers of 16 bits, those that become 0 are at most that of minus infinity;
+    above it are negative NaN, which stay NaN, and all from 0 on.
 
     Args:
         value: Changed in place.
