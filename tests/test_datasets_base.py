@@ -540,6 +540,18 @@ def test_a_path_is_no_data_set_to_add(join: Callable[[Any], object]) -> None:
         join(SyntheticChestXray(4, image_size_px=64))
 
 
+def test_what_a_generator_gives_can_be_concatenated() -> None:
+    parts = [SyntheticChestXray(4, seed=seed) for seed in range(2)]
+    assert concatenate(d for d in parts).samples == concatenate(parts).samples
+
+
+def test_equal_samples_are_one_in_a_set() -> None:
+    first, second = SyntheticChestXray(4).samples, SyntheticChestXray(4).samples
+    assert first == second
+    assert set(first) == set(second)
+    assert len({*first, *second}) == 4
+
+
 def test_nothing_cannot_be_concatenated() -> None:
     with pytest.raises(ValueError, match="at least one"):
         concatenate([])

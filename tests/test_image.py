@@ -2161,7 +2161,7 @@ def test_preprocess_survives_json_and_pickling() -> None:
     ("field", "value", "error", "message"),
     [
         *(("size_px", v, ValueError, "size_px must be in 32 to 2048") for v in (0, -1, 31, 2049)),
-        *(("size_px", v, TypeError, "size_px must be an int") for v in (True, 224.0, "224", None)),
+        *(("size_px", v, TypeError, "size_px must be a whole") for v in (True, 224.0, "224", None)),
         *(("mean", v, ValueError, "mean must be a fraction") for v in (-0.1, 114.5, math.nan)),
         *(("mean", v, TypeError, "mean must be a number") for v in (True, "0.5", None, [0.4])),
         *(

@@ -26,6 +26,7 @@ from chestxray_covid.errors import (
     CheckpointNotFoundError,
     ConfigError,
     first_of,
+    real_number,
 )
 from chestxray_covid.files import MAX_JSON_BYTES, parse_json, read_limited, write_files
 from chestxray_covid.image import Preprocess
@@ -74,8 +75,8 @@ class ModelConfig:
     threshold_origin: str = "default"
     architecture: str = ARCHITECTURE
     weights_sha256: str = ""
-    attachments: Mapping[str, str] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    attachments: Mapping[str, str] = field(default_factory=dict, hash=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
     chestxray_covid_version: str = __version__
     format_version: int = FORMAT_VERSION
 
@@ -94,8 +95,10 @@ class ModelConfig:
         if self.architecture != ARCHITECTURE:
             raise ConfigError(f"architecture is {self.architecture!r}, expected {ARCHITECTURE!r}")
         _check_class_names(self.classes)
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise ConfigError(f"threshold must be a number, got {self.threshold!r}")
+        try:
+            object.__setattr__(self, "threshold", real_number("threshold", self.threshold))
+        except TypeError as error:
+            raise ConfigError(str(error)) from error
         if not 0 < self.threshold < 1:
             raise ConfigError(f"threshold must be inside (0, 1), got {self.threshold!r}")
         if not re.fullmatch(r"([0-9a-f]{64})?", self.weights_sha256):

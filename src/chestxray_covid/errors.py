@@ -36,7 +36,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import SupportsFloat, SupportsIndex, cast
+from typing import Any, SupportsFloat, SupportsIndex, cast
 
 #: Too many open files, of the process and of the machine, and no memory.
 _RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -171,27 +171,38 @@ def check_resources(error: BaseException, name: str) -> None:
 
 
 def whole_number(name: str, value: SupportsIndex) -> int:
-    """Return an argument as a whole number.
+    """Return an argument as a whole number of Python's, also one of NumPy's.
 
     Raises:
         TypeError: If it is none.
     """
     try:
-        return operator.index(value)
+        return operator.index(_no_switch(value))
     except TypeError as error:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from error
 
 
 def real_number(name: str, value: SupportsFloat) -> float:
-    """Return an argument as a number, which text of one is not.
+    """Return an argument as a number of Python's, also one of NumPy's, but not text of one.
+
+    A whole number beyond all floating-point ones is infinite.
 
     Raises:
         TypeError: If it is none.
     """
     try:
-        return math.ldexp(value, 0)  # as it is; float() would read text, too
+        return math.ldexp(_no_switch(value), 0)  # as it is; float() would read text, too
+    except OverflowError:
+        return math.inf if operator.index(cast(int, value)) > 0 else -math.inf
     except TypeError as error:
         raise TypeError(f"{name} must be a number, got {value!r}") from error
+
+
+def _no_switch(value: Any) -> Any:
+    """Return what is given, which Python would take for 0 or 1 if it were a truth value."""
+    if isinstance(value, bool):
+        raise TypeError
+    return value
 
 
 def check_positive(name: str, value: int | None, *, optional: bool = False) -> None:

@@ -23,7 +23,13 @@ from PIL import Image
 
 from chestxray_covid.dicom import decode_dicom
 from chestxray_covid.encoded import Stream, decode_image, read_stream, with_whole_depth
-from chestxray_covid.errors import ConfigError, ImageError, ImageNotFoundError, real_number
+from chestxray_covid.errors import (
+    ConfigError,
+    ImageError,
+    ImageNotFoundError,
+    real_number,
+    whole_number,
+)
 from chestxray_covid.files import expanded_copy, looks_like_address
 from chestxray_covid.pixels import (
     DECODE_ERRORS,
@@ -289,14 +295,11 @@ class Preprocess:
     resize: str = "squash"
 
     def __post_init__(self) -> None:
-        if type(self.size_px) is not int:
-            raise TypeError(f"size_px must be an int, got {self.size_px!r}")
+        object.__setattr__(self, "size_px", whole_number("size_px", self.size_px))
         if not 32 <= self.size_px <= 2048:
             raise ValueError(f"size_px must be in 32 to 2048, got {self.size_px}")
         for name in ("mean", "std"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+            object.__setattr__(self, name, real_number(name, getattr(self, name)))
         if not 0 <= self.mean <= 1:
             raise ValueError(f"mean must be a fraction of white in [0, 1], got {self.mean}")
         if not _MIN_STD <= self.std <= 1:

@@ -87,7 +87,7 @@ class Sample:
     patient_id: str
     source: str
     view: str = UNKNOWN_VIEW
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
     read: Callable[[Sample, tuple[int, int] | None], Image.Image] = field(
         default=read_file, repr=False
     )
@@ -333,7 +333,7 @@ class ChestXrayDataset(_Base):
         return self
 
 
-def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
+def concatenate(datasets: Iterable[ChestXrayDataset]) -> ChestXrayDataset:
     """Return one data set with the samples of all, at least one; no pixels are copied.
 
     Classes are in canonical order where not all have the same. A sample whose source took it over
@@ -344,9 +344,11 @@ def concatenate(datasets: Sequence[ChestXrayDataset]) -> ChestXrayDataset:
         ValueError: If there is nothing to concatenate or the transforms differ.
         DatasetError: If a file is in two of them, or two others are named alike by default.
     """
+    if isinstance(datasets, Iterable):
+        datasets = tuple(datasets)  # a generator can be gone through once
+    check_kinds(datasets, ChestXrayDataset, "open_dataset(…)")
     if not datasets:
         raise ValueError("concatenate needs at least one data set")
-    check_kinds(datasets, ChestXrayDataset, "open_dataset(…)")
     pairs = [(d.transform, d.target_transform) for d in datasets]
     if any(pair != pairs[0] for pair in pairs):
         raise ValueError(
