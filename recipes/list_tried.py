@@ -5,8 +5,8 @@
 A row for each finished stage of the run, for further runs that ``--also`` names, and for the
 published weights, all on the same held-out patients. What a row was trained with comes from its own
 config; what a directory does not hold (an idea that left no weights) cannot be listed. Rows of
-further runs that an earlier table has stay if it was measured on the same, as its note and columns
-say: the run is not asked for again.
+further runs and stages that an earlier table has stay if it was measured on the same, as its note
+and columns say: the run is not asked for again.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def finished(run: Path, also: Sequence[Path]) -> list[Path]:
 
 
 def kept(earlier: Path, table: Mapping[str, Any]) -> list[list[str]]:
-    """Return the rows of further runs that an earlier table has and a new one has not.
+    """Return the rows of runs that an earlier table has and a new one has not.
 
     Args:
         earlier: Its file, which need not be there.
@@ -122,12 +122,18 @@ def kept(earlier: Path, table: Mapping[str, Any]) -> list[list[str]]:
     found = read_json(earlier) if earlier.is_file() else {}
     if any(found.get(key) != table[key] for key in ("note", "columns")):
         return []
-    own = {*(stage.name for stage in STAGES), *(name_of(row) for row in table["rows"])}
+    own = {name_of(row) for row in table["rows"]}
     return [row for row in found["rows"] if name_of(row) not in own]
 
 
 def name_of(row: Sequence[str]) -> str:
     return row[0].partition(":")[0]
+
+
+def in_order(rows: Sequence[list[str]]) -> list[list[str]]:
+    """Return the rows of stages first, in the order of the recipe."""
+    places = {stage.name: place for place, stage in enumerate(STAGES)}
+    return sorted(rows, key=lambda row: places.get(name_of(row), len(places)))
 
 
 def main() -> None:
@@ -143,7 +149,8 @@ def main() -> None:
     places = [*finished(options.run, options.also), options.checkpoint]
     rows = [row(place, held, limit=options.limit) for place in places]
     content = {"note": note(held, options.limit), "columns": list(COLUMNS), "rows": rows}
-    rows[-1:-1] = kept(options.output / "tried.json", content)
+    earlier = kept(options.output / "tried.json", content)
+    content["rows"] = [*in_order([*earlier, *rows[:-1]]), rows[-1]]
     write(options.output, "tried", content)
 
 

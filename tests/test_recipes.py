@@ -436,7 +436,9 @@ def test_rows_of_further_runs_stay_if_they_were_measured_on_the_same(
     names = ("160px", "swap", "short", "long", "v1")
     earlier = {**new, "rows": [[f"{name}: then"] for name in names]}
     place.write_text(json.dumps({**earlier, other: "else"} if other else earlier))
-    assert kept(place, new) == ([] if other else [["long: then"]])
+    assert kept(place, new) == ([] if other else [["swap: then"], ["long: then"]])
+    rows = [["long: then"], ["swap: then"], ["160px: now"]]
+    assert recipes["list_tried"].in_order(rows) == rows[::-1], "stages first, as they are trained"
 
 
 def test_a_table_without_further_runs_leaves_theirs_in_it(
