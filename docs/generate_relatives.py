@@ -100,6 +100,13 @@ def untrained() -> Mapping[str, Any]:
     return found
 
 
+def frame(hidden: float = 0.9) -> str:
+    """Return from where to where the layers' AUROCs go with that part of the side hidden."""
+    rows = (row for row in read("probes_frame")["rows"] if row["hidden"] == hidden)
+    values = [row["all"]["auroc"]["value"] for row in rows]
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
 def about_relatives() -> str:
     """Return in words that rows of relatives say nothing of the bundled weights, and why."""
     if not exists("folds"):
@@ -119,6 +126,11 @@ def about_relatives() -> str:
         reaches {estimate(untrained()["auroc"])} (the readout's penalty was chosen with the folds in
         sight, too). Intervals of the first row and of random weights are DeLong's, those of the
         other rows the bootstrap's."""
+    if exists("probes_frame"):
+        text += f"""
+        The frame alone, with the central 90 % of the side hidden, gives such readouts, of random
+        weights and of the relatives' start, {frame()} by layer instead of {frame(0.0)}: much of
+        what these rows show need not be read in the lungs."""
     return " ".join(
         f"""{text} How those on Cohen alone are trained was chosen with the folds in sight, and the
         website's name alone, without any image, reaches

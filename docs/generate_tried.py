@@ -44,11 +44,12 @@ def inside_block() -> str:
         wrapped(note),
         table(("Relatives", *columns.values()), rows),
         wrapped(left_out_websites(before)),
-        wrapped(hannover_four(found["hannover"])),
+        wrapped(hannover_unseen(found["hannover"])),
         wrapped(probes_note()),
         probes_table("probes"),
         wrapped(crops_note()),
         probes_table("probes_lungs"),
+        *((wrapped(frame_note()), frame_table()) if exists("probes_frame") else ()),
     )
 
 
@@ -75,6 +76,10 @@ def row_of(result: str, what: str) -> list[str]:
 
 #: Weights that were read out, and what each is called.
 WEIGHTS = {"random": "random", "base": "of a shorter start on Kermany and NIH"}
+
+
+#: The network that the folds' own begin with, as a row of weights is called.
+START = {"base": "of the start"}
 
 
 def probes_note() -> str:
@@ -118,6 +123,33 @@ def probes_table(name: str) -> str:
     return table(columns, rows)
 
 
+def frame_note() -> str:
+    """Return in words how the frame alone was read out."""
+    found = read("probes_frame")
+    how = f", on {found['made']}" if "made" in found else ""
+    return f"""
+        And of the frame alone: the same readout, of one draw of random weights and of the start
+        itself, where the central part of the side of all images, those of the readout's training
+        too, is hidden under the image's mean (`probe_inside.py --frame`){how}. The mean's grey
+        still says something of what it hides."""
+
+
+def frame_table() -> str:
+    """Return what the frame alone gives away inside Cohen's collection."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in read("probes_frame")["rows"]:
+        name = START.get(row["weights"], row["weights"]), f"`{row['layer']}`"
+        kept = (row["all"]["auroc"], row["all"]["same_website"])
+        cells.setdefault(name, []).extend(map(estimate, kept))
+    whole, most, all_but = ("whole", "70 % hidden", "90 % hidden")
+    columns = [
+        f"{shown}, {which}"
+        for shown in (whole, most, all_but)
+        for which in ("all", "pairs of one website")
+    ]
+    return table(("Weights", "Layer", *columns), [[*name, *row] for name, row in cells.items()])
+
+
 def left_out_websites(before: Mapping[str, Any]) -> str:
     """Return what is reached on websites that were left out, now and in the way before."""
     now = read("subsources")
@@ -134,7 +166,7 @@ def left_out_websites(before: Mapping[str, Any]) -> str:
         {len(now["rows"])} intervals now, {chance} contain 0.5."""
 
 
-def hannover_four(runs: list[Mapping[str, Any]]) -> str:
+def hannover_unseen(runs: list[Mapping[str, Any]]) -> str:
     """Return what relatives that never saw Hannover reached there."""
     places = {run["made"]: "" for run in runs}
     for how in places:
@@ -143,8 +175,8 @@ def hannover_four(runs: list[Mapping[str, Any]]) -> str:
         places[how] = f"{reached} ({how})"
     return f"""
         Hannover's COVID-19 against NIH's normals, by relatives of all sources that never saw
-        Hannover: {"; ".join(places.values())}. These {len(runs)} differ in machine, files, code
-        or backgrounds, so they do not say how much a seed does."""
+        Hannover: {"; ".join(places.values())}. These {len(runs)} differ in machine, files, code,
+        backgrounds or length, so they do not say how much a seed does."""
 
 
 def website_block() -> str:

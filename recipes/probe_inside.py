@@ -10,13 +10,13 @@ network shows by reaching it that it reads lungs. ``--base`` takes other network
 several, and of as many with random weights, the average of their readouts is judged as well. Where
 the output folder has what the folds' own networks answered, each readout is also judged together
 with them. ``--lungs`` shows all networks crops to the lungs, also in the training that they
-start from.
+start from. ``--frame`` hides the centre of all images, so that the frame alone is read.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from collection import cohens, cropped_to_lungs
+from frame import hide
 from judge_default import folds_inside, judge_parts, said, write
 from relatives import Relatives
 from scipy.special import logit
@@ -39,6 +40,8 @@ from chestxray_covid.models import normalise
 
 PREPROCESS = Preprocess(size_px=160)
 LAYERS = ("transition1", "transition2", "transition3", "norm5")
+#: Central parts, by side length, that ``--frame`` hides: nothing, for comparison, to nearly all.
+PARTS = (0.0, 0.7, 0.9)
 #: Of each image: as it is, mirrored, and varied mildly, for the regression and for its answers.
 VIEWS = 8
 BATCH = 32
@@ -140,9 +143,12 @@ def judged(
     return row
 
 
-def images_of(dataset: ChestXrayDataset) -> Tensor:
-    """Return all images, ``(N, 1, S, S)`` uint8."""
-    return torch.from_numpy(np.stack([PREPROCESS(s) for s in dataset.samples]))
+def images_of(dataset: ChestXrayDataset, part: float = 0.0) -> Tensor:
+    """Return all images, ``(N, 1, S, S)`` uint8, with that central part under their mean."""
+    if not part:
+        return torch.from_numpy(np.stack([PREPROCESS(s) for s in dataset.samples]))
+    images = (hide(dataset.image(i), part) for i in range(len(dataset)))
+    return torch.from_numpy(np.stack([PREPROCESS(image) for image in images]))
 
 
 def random_network(pixels: Tensor, seed: int = 0) -> nn.Module:
@@ -152,27 +158,23 @@ def random_network(pixels: Tensor, seed: int = 0) -> nn.Module:
     return network
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--run", type=Path, default=Path("runs/default"))
-    parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
-    parser.add_argument(
-        "--base", type=Path, nargs="+", help="runs that saw no image of Cohen's or Hannover's"
-    )
-    parser.add_argument(
-        "--made", metavar="TEXT", help="machine, software, files and base, in words"
-    )
-    parser.add_argument("--lungs", action="store_true", help="crops to the lungs alone")
-    options = parser.parse_args()
-    relatives = Relatives(options.data, options.run, options.made)
-    cohen = cohens(relatives.dataset)
-    inside, pairs = folds_inside(relatives, cohen)
+def read_networks(
+    bases: Sequence[Path],
+    pixels: Tensor,
+    inside: ChestXrayDataset,
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+    trained: np.ndarray | None = None,
+) -> list[dict[str, Any]]:
+    """Return what each layer of each network gives away, and averages over networks.
+
+    Args:
+        bases: Runs of the network that relatives start from; as many are drawn at random.
+        pixels: ``(N, 1, S, S)`` uint8, what the networks are shown.
+        inside: Cohen's samples.
+        pairs: Positions of the rest and of the held out, a pair per fold.
+        trained: ``(N,)`` answers of the folds' own networks.
+    """
     truth = np.array([s.label == "covid19" for s in inside.samples])
-    shown = cropped_to_lungs(inside, relatives.folder / "crops") if options.lungs else inside
-    pixels = images_of(shown)
-    trained = answers_of_folds(options.output, inside)
-    bases = options.base or [relatives.train_base(lungs=options.lungs)]
     networks: dict[str, list[Callable[[], nn.Module]]] = {
         "random": [partial(random_network, pixels, seed) for seed in range(len(bases))],
         "base": [partial(build_densenet121, base, num_classes=3) for base in bases],
@@ -189,12 +191,44 @@ def main() -> None:
                 together = np.mean(found[:several], axis=0)
                 row = judged(inside, pairs, together, trained)
                 rows.append({"weights": weights, "networks": several, "layer": layer, **row})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--run", type=Path, default=Path("runs/default"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
+    parser.add_argument(
+        "--base", type=Path, nargs="+", help="runs that saw no image of Cohen's or Hannover's"
+    )
+    parser.add_argument(
+        "--made", metavar="TEXT", help="machine, software, files and base, in words"
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--lungs", action="store_true", help="crops to the lungs alone")
+    shown.add_argument("--frame", action="store_true", help="the frame alone, centres hidden")
+    options = parser.parse_args()
+    relatives = Relatives(options.data, options.run, options.made)
+    inside, pairs = folds_inside(relatives, cohens(relatives.dataset))
+    bases = options.base or [relatives.train_base(lungs=options.lungs)]
     about = {
         "folds": len(pairs),
         **said(options.made),
         "size_px": PREPROCESS.size_px,
         "views": VIEWS,
     }
+    if options.frame:
+        rows = [
+            {"hidden": part, **row}
+            for part in PARTS
+            for row in read_networks(bases, images_of(inside, part), inside, pairs)
+        ]
+        write(options.output, "probes_frame", {**about, "rows": rows})
+        return
+    seen = cropped_to_lungs(inside, relatives.folder / "crops") if options.lungs else inside
+    trained = answers_of_folds(options.output, inside)
+    rows = read_networks(bases, images_of(seen), inside, pairs, trained)
     name = "probes_lungs" if options.lungs else "probes"
     write(options.output, name, {**about, "rows": rows})
 

@@ -13,6 +13,7 @@ python recipes/judge_default.py --data "$data" --run "$run" \
   --checkpoint "$weights/densenet121-v1"
 python recipes/probe_inside.py --data "$data" --run "$run"
 python recipes/probe_inside.py --data "$data" --run "$run" --lungs
+python recipes/probe_inside.py --data "$data" --run "$run" --frame
 python recipes/measure_fills.py --data "$data" --run "$run" \
   --checkpoint "$weights/densenet121-v1"
 python recipes/measure_reduction.py --data "$data" --run "$run" \

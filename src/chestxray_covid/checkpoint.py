@@ -112,10 +112,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able data, the content of ``config.json``."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data["classes"] = list(self.classes)
-        data["preprocess"] = self.preprocess.to_dict()
-        data["attachments"] = dict(self.attachments)
-        data["provenance"] = dict(self.provenance)
+        data |= {"classes": list(self.classes), "preprocess": self.preprocess.to_dict()}
+        data |= {"attachments": dict(self.attachments), "provenance": dict(self.provenance)}
         return data | timm_fields(self.classes, self.preprocess)
 
     @classmethod

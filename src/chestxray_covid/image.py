@@ -358,10 +358,8 @@ class Preprocess:
             ValueError: If the box is impossible.
         """
         left, upper, right, lower = _check_box(box)
-        return (
-            math.ceil(2 * self.size_px / (right - left)),
-            math.ceil(2 * self.size_px / (lower - upper)),
-        )
+        width, height = (2 * self.size_px / part for part in (right - left, lower - upper))
+        return math.ceil(width), math.ceil(height)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-able data."""

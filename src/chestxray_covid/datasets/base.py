@@ -314,10 +314,8 @@ class ChestXrayDataset(_Base):
         write_csv(target, [*MANIFEST_COLUMNS, *kept], map(row, self.samples))
 
     def _with(self, samples: Iterable[Sample], classes: Sequence[str] = ()) -> ChestXrayDataset:
-        names = classes or self.classes
-        other = ChestXrayDataset(
-            samples, classes=names, transform=self.transform, target_transform=self.target_transform
-        )
+        other = ChestXrayDataset(samples, classes=classes or self.classes, transform=self.transform)
+        other.target_transform = self.target_transform
         other._named_after, other._wholes = self._named_after, self._wholes or (self.report(),)
         return other
 
@@ -344,8 +342,7 @@ def concatenate(datasets: Iterable[ChestXrayDataset]) -> ChestXrayDataset:
         ValueError: If there is nothing to concatenate or the transforms differ.
         DatasetError: If a file is in two of them, or two others are named alike by default.
     """
-    if isinstance(datasets, Iterable):
-        datasets = tuple(datasets)  # a generator can be gone through once
+    datasets = tuple(datasets) if isinstance(datasets, Iterable) else datasets
     check_kinds(datasets, ChestXrayDataset, "open_dataset(…)")
     if not datasets:
         raise ValueError("concatenate needs at least one data set")
