@@ -78,8 +78,8 @@ def row_of(result: str, what: str) -> list[str]:
 WEIGHTS = {"random": "random", "base": "of a shorter start on Kermany and NIH"}
 
 
-#: The network that the folds' own begin with, as a row of weights is called.
-START = {"base": "of the start"}
+#: The same, where the frame alone was read.
+FRAMES = {"random": "random", "base": "of a start on Kermany and NIH"}
 
 
 def probes_note() -> str:
@@ -128,26 +128,24 @@ def frame_note() -> str:
     found = read("probes_frame")
     how = f", on {found['made']}" if "made" in found else ""
     return f"""
-        And of the frame alone: the same readout, of one draw of random weights and of the start
-        itself, where the central part of the side of all images, those of the readout's training
-        too, is hidden under the image's mean (`probe_inside.py --frame`){how}. The mean's grey
-        still says something of what it hides."""
+        And of the frame alone: the same readout, of one draw of random weights and of another
+        start, where the central part of the side of all images, those of the readout's training
+        too, is hidden under one grey (`probe_inside.py --frame`){how}. The intervals of all images
+        are DeLong's."""
 
 
 def frame_table() -> str:
     """Return what the frame alone gives away inside Cohen's collection."""
     cells: dict[tuple[str, str], list[str]] = {}
-    for row in read("probes_frame")["rows"]:
-        name = START.get(row["weights"], row["weights"]), f"`{row['layer']}`"
-        kept = (row["all"]["auroc"], row["all"]["same_website"])
-        cells.setdefault(name, []).extend(map(estimate, kept))
-    whole, most, all_but = ("whole", "70 % hidden", "90 % hidden")
-    columns = [
-        f"{shown}, {which}"
-        for shown in (whole, most, all_but)
-        for which in ("all", "pairs of one website")
-    ]
-    return table(("Weights", "Layer", *columns), [[*name, *row] for name, row in cells.items()])
+    columns: dict[str, None] = {}
+    for row in (row for row in read("probes_frame")["rows"] if row["networks"] == 1):
+        name = FRAMES[row["weights"]], f"`{row['layer']}`"
+        shown = f"{row['hidden']:.0%} hidden".replace("%", " %") if row["hidden"] else "Whole"
+        columns |= dict.fromkeys([f"{shown}, all", f"{shown}, pairs of one website"])
+        values = row["all"]["auroc"], row["all"]["same_website"]
+        cells.setdefault(name, []).extend(map(estimate, values))
+    rows = [[*name, *values] for name, values in cells.items()]
+    return table(("Weights", "Layer", *columns), rows)
 
 
 def left_out_websites(before: Mapping[str, Any]) -> str:

@@ -24,12 +24,13 @@ PARTS = (0.7, 0.8, 0.9)
 PER_CELL = 90
 
 
-def hide(image: Image.Image, part: float) -> Image.Image:
-    """Return the image with its central part, by side length, under its own mean."""
+def hide(image: Image.Image, part: float, grey: int | None = None) -> Image.Image:
+    """Return the image with its central part, by side length, under a grey, or its own mean."""
     pixels = np.array(image)
     height, width = pixels.shape
     top, left = round(height * (1 - part) / 2), round(width * (1 - part) / 2)
-    pixels[top : height - top, left : width - left] = round(float(pixels.mean()))
+    under = round(float(pixels.mean())) if grey is None else grey
+    pixels[top : height - top, left : width - left] = under
     return Image.fromarray(pixels)
 
 

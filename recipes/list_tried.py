@@ -35,6 +35,8 @@ COLUMNS = (
     "Inside Cohen",
 )
 CHANGES: dict[Any, Change] = {"whole": lambda image: image, **covers("mean")}
+#: What the name of the published weights' row ends in.
+PUBLISHED = ", published"
 #: Options that say what was tried, where they are not 0.
 TOLD = {
     "hide_centre": "of centres hidden",
@@ -123,7 +125,8 @@ def kept(earlier: Path, table: Mapping[str, Any]) -> list[list[str]]:
     if any(found.get(key) != table[key] for key in ("note", "columns")):
         return []
     own = {name_of(row) for row in table["rows"]}
-    return [row for row in found["rows"] if name_of(row) not in own]
+    rows = (row for row in found["rows"] if name_of(row) not in own)
+    return [[row[0].removesuffix(PUBLISHED), *row[1:]] for row in rows]
 
 
 def name_of(row: Sequence[str]) -> str:
@@ -148,7 +151,7 @@ def main() -> None:
     held = once(held_out(open_split(options.data, options.run)))
     places = [*finished(options.run, options.also), options.checkpoint]
     rows = [row(place, held, limit=options.limit) for place in places]
-    rows[-1][0] += ", published"
+    rows[-1][0] += PUBLISHED
     content = {"note": note(held, options.limit), "columns": list(COLUMNS), "rows": rows}
     earlier = kept(options.output / "tried.json", content)
     content["rows"] = [*in_order([*earlier, *rows[:-1]]), rows[-1]]

@@ -42,6 +42,8 @@ PREPROCESS = Preprocess(size_px=160)
 LAYERS = ("transition1", "transition2", "transition3", "norm5")
 #: Central parts, by side length, that ``--frame`` hides: nothing, for comparison, to nearly all.
 PARTS = (0.0, 0.7, 0.9)
+#: What it hides them under: the same in all images, since a mean tells of what it hides.
+GREY = 128
 #: Of each image: as it is, mirrored, and varied mildly, for the regression and for its answers.
 VIEWS = 8
 BATCH = 32
@@ -144,10 +146,10 @@ def judged(
 
 
 def images_of(dataset: ChestXrayDataset, part: float = 0.0) -> Tensor:
-    """Return all images, ``(N, 1, S, S)`` uint8, with that central part under their mean."""
+    """Return all images, ``(N, 1, S, S)`` uint8, with that central part under a grey."""
     if not part:
         return torch.from_numpy(np.stack([PREPROCESS(s) for s in dataset.samples]))
-    images = (hide(dataset.image(i), part) for i in range(len(dataset)))
+    images = (hide(dataset.image(i), part, GREY) for i in range(len(dataset)))
     return torch.from_numpy(np.stack([PREPROCESS(image) for image in images]))
 
 

@@ -242,7 +242,8 @@ def test_numbers_of_numpy_become_pythons() -> None:
         int,
         float,
     }
-    for odd in ({"size_px": True}, {"mean": True}, {"size_px": np.nan}):
+    switches = ({"size_px": True}, {"mean": True}, {"std": np.True_}, {"std": np.array(True)})
+    for odd in (*switches, {"size_px": np.nan}):
         with pytest.raises(TypeError, match=f"{next(iter(odd))} must be a (whole )?number"):
             Preprocess(**odd)
 

@@ -193,14 +193,14 @@ def real_number(name: str, value: SupportsFloat) -> float:
     try:
         return math.ldexp(_no_switch(value), 0)  # as it is; float() would read text, too
     except OverflowError:
-        return math.inf if operator.index(cast(int, value)) > 0 else -math.inf
+        return math.inf if cast(int, value) > 0 else -math.inf
     except TypeError as error:
         raise TypeError(f"{name} must be a number, got {value!r}") from error
 
 
 def _no_switch(value: Any) -> Any:
     """Return what is given, which Python would take for 0 or 1 if it were a truth value."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
         raise TypeError
     return value
 

@@ -342,9 +342,10 @@ def concatenate(datasets: Iterable[ChestXrayDataset]) -> ChestXrayDataset:
         ValueError: If there is nothing to concatenate or the transforms differ.
         DatasetError: If a file is in two of them, or two others are named alike by default.
     """
-    datasets = tuple(datasets) if isinstance(datasets, Iterable) else datasets
+    if isinstance(datasets, Iterator):
+        datasets = tuple(datasets)
     check_kinds(datasets, ChestXrayDataset, "open_dataset(…)")
-    if not datasets:
+    if not (datasets := tuple(datasets)):
         raise ValueError("concatenate needs at least one data set")
     pairs = [(d.transform, d.target_transform) for d in datasets]
     if any(pair != pairs[0] for pair in pairs):
