@@ -343,7 +343,7 @@ def concatenate(datasets: Iterable[ChestXrayDataset]) -> ChestXrayDataset:
         DatasetError: If a file is in two of them, or two others are named alike by default.
     """
     if isinstance(datasets, Iterator):
-        datasets = tuple(datasets)
+        datasets = tuple(datasets)  # it can be gone through once
     check_kinds(datasets, ChestXrayDataset, "open_dataset(…)")
     if not (datasets := tuple(datasets)):
         raise ValueError("concatenate needs at least one data set")
