@@ -57,7 +57,7 @@ ROWS = (
         *("engine_torch", "engine_openvino", "engine_onnx"),
     ),
     ("augment", "training_speed"),
-    ("engines", "training_config", "lungs"),
+    ("engines", "training_config", "training_history", "lungs"),
     (
         *("training_feed", "training_network", "training_order", "training_processes"),
         "training_state",

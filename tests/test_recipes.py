@@ -44,7 +44,7 @@ from chestxray_covid.errors import ReportError
 from chestxray_covid.hub import DEFAULT_MODEL
 from chestxray_covid.models import normalise
 from chestxray_covid.tensors import read_tensors
-from chestxray_covid.training_config import EpochRecord
+from chestxray_covid.training_history import EpochRecord
 from conftest import random_checkpoint, random_tensors
 
 pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")

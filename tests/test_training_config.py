@@ -30,7 +30,8 @@ from chestxray_covid import (
 )
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.models import to_tensors
-from chestxray_covid.training_network import TrainingNetwork, validation_numbers
+from chestxray_covid.training_history import validation_numbers
+from chestxray_covid.training_network import TrainingNetwork
 from conftest import NUMPY_BOOL, Elsewhere
 
 
@@ -117,6 +118,7 @@ def test_a_cache_is_no_address_nor_its_local_copy(tmp_path: Path) -> None:
         ("preprocess", 224),
         ("augmentation", None),
         ("channels_last", "no"),
+        ("within_sources", 1),
         ("allow_confounded_sources", 1),
         ("gradient_checkpointing", 1),
         ("progress", 1),

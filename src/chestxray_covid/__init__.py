@@ -114,9 +114,9 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.subgroups import Subgroup as Subgroup
     from chestxray_covid.training import Trainer as Trainer
     from chestxray_covid.training_config import Callback as Callback
-    from chestxray_covid.training_config import EpochRecord as EpochRecord
-    from chestxray_covid.training_config import History as History
     from chestxray_covid.training_config import TrainingConfig as TrainingConfig
+    from chestxray_covid.training_history import EpochRecord as EpochRecord
+    from chestxray_covid.training_history import History as History
 
 #: Module → the public names that it defines.
 _MODULES = {
@@ -197,7 +197,8 @@ _MODULES = {
     "splits": ("Split", "split_by_patient"),
     "subgroups": ("Subgroup",),
     "training": ("Trainer",),
-    "training_config": ("Callback", "EpochRecord", "History", "TrainingConfig"),
+    "training_config": ("Callback", "TrainingConfig"),
+    "training_history": ("EpochRecord", "History"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -323,7 +323,7 @@ def cross_validate(
     """
     from chestxray_covid.models import check_maker
     from chestxray_covid.training_config import TrainingConfig
-    from chestxray_covid.training_order import check_options, check_sides
+    from chestxray_covid.training_order import check_options, check_sides, told_by_sources
 
     check_dataset(dataset)
     config = TrainingConfig() if config is None else config
@@ -344,6 +344,7 @@ def cross_validate(
     ]
     for train, chooses, _ in parts:  # all of them, before the first takes hours
         check_sides(dataset.subset(train), dataset.subset(chooses))
+        told_by_sources(dataset.subset(train), config)
     probabilities = np.zeros((len(dataset), len(dataset.classes)))
     with tempfile.TemporaryDirectory() as temporary:
         place = expanded(temporary if output is None else output)

@@ -17,7 +17,7 @@ from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.delong import DELONG_BY_PATIENT, auroc_by_group
-from chestxray_covid.errors import check_classifier, check_dataset, real_number
+from chestxray_covid.errors import TrainingError, check_classifier, check_dataset, real_number
 from chestxray_covid.evaluation import ProbabilisticClassifier, check_columns
 from chestxray_covid.intervals import (
     Estimate,
@@ -27,7 +27,7 @@ from chestxray_covid.intervals import (
 )
 from chestxray_covid.splits import divide
 from chestxray_covid.subgroups import SMALL
-from chestxray_covid.training_order import check_options
+from chestxray_covid.training_order import check_options, told_by_sources
 
 if TYPE_CHECKING:  # they import torch
     import torchvision
@@ -162,6 +162,10 @@ def leave_one_source_out(
             rows.append(_missing(source, question, len(outside), confidence, note))
             continue
         train, val = dataset.subset(rest), dataset.subset(chooses)
+        if ready is None and not callable(fit) and (why := _uncompared(train, cast(Any, fit))):
+            note = f"Without {source}, {why}"
+            rows.append(_missing(source, question, len(outside), confidence, note))
+            continue
         classifier = _fitted(cast(Any, fit), train, val, model) if ready is None else ready
         both = _joined(inside, outside)
         # In its own order, and maybe with classes that the data lack.
@@ -171,6 +175,15 @@ def leave_one_source_out(
         row = _row(source, own, both, own.score(p), len(inside), how)
         rows.append(row if ready is None else replace(row, note=NOT_RETRAINED))
     return tuple(rows)
+
+
+def _uncompared(train: ChestXrayDataset, config: TrainingConfig) -> str:
+    """Return why training within sources would leave classes that none of them compares, or ""."""
+    try:
+        told_by_sources(train, config)
+    except TrainingError as error:
+        return str(error)
+    return ""
 
 
 def checked_probabilities(

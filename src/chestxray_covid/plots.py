@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from chestxray_covid.datasets.base import ChestXrayDataset
     from chestxray_covid.intervals import Estimate
-    from chestxray_covid.training_config import History
+    from chestxray_covid.training_history import History
 
 #: Widths of one and two columns of a page in inches (89 and 183 mm, as Nature asks for).
 COLUMN, PAGE = 3.5, 7.2
@@ -182,7 +182,7 @@ def plot_history(history: History) -> Figure:
     """
     from matplotlib.ticker import MaxNLocator
 
-    from chestxray_covid.training_config import History
+    from chestxray_covid.training_history import History
 
     check_kinds([history], History, "Trainer.fit()")
     best = history.best.epoch

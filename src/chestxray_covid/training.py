@@ -25,13 +25,10 @@ from chestxray_covid.errors import TrainingError, TrainingInterrupted
 from chestxray_covid.files import expanded
 from chestxray_covid.models import check_answers, check_model, load_tensors, to_tensors
 from chestxray_covid.progress import Bar
-from chestxray_covid.training_config import Callback, EpochRecord, History, TrainingConfig
+from chestxray_covid.training_config import Callback, TrainingConfig
 from chestxray_covid.training_feed import LateReader, feed
-from chestxray_covid.training_network import (
-    TrainingNetwork,
-    check_smallest_batch,
-    validation_numbers,
-)
+from chestxray_covid.training_history import EpochRecord, History, validation_numbers
+from chestxray_covid.training_network import TrainingNetwork, check_smallest_batch
 from chestxray_covid.training_order import (
     Batch,
     check_options,
@@ -39,6 +36,7 @@ from chestxray_covid.training_order import (
     diverged,
     epoch_batches,
     pixel_loader,
+    told_by_sources,
     warn_if_confounded,
 )
 from chestxray_covid.training_processes import open_accelerator
@@ -76,7 +74,7 @@ class Trainer:
         TypeError: If model, data, options or callbacks are of the wrong type.
         ValueError: If model, classes, data and options do not fit.
         ConfigError: If the names of the classes cannot be saved.
-        TrainingError: If a class has no training image.
+        TrainingError: If a class has no training image, or nothing tells it from others.
 
     Warns:
         ConfoundingWarning: If the source of the training images all but gives their label.
@@ -105,6 +103,7 @@ class Trainer:
         check_smallest_batch(model, self.config)
         if not self.config.allow_confounded_sources:
             warn_if_confounded(train, stacklevel=2)
+        self._told = told_by_sources(train, self.config)
         self._states = StateStore(self.output)
         self._at = Position()
         self._batch_size = 0 if self.config.batch_size == "auto" else self.config.batch_size
@@ -222,11 +221,12 @@ class Trainer:
             waiting = time.perf_counter()
             images = next(pixels)
             at.data_seconds += time.perf_counter() - waiting
-            targets = [self.train.targets[i] for i, _ in batch.images]
+            own = [position for position, _ in batch.images]
             varied, hidden = network.vary(images, at.epoch, [draw for _, draw in batch.images])
             loss = network.backward(
                 varied,
-                targets,
+                [self.train.targets[i] for i in own],
+                told=None if self._told is None else self._told[own],
                 hidden=hidden,
                 counted=batch.counted,
                 share=self._accelerator.num_processes / weight,

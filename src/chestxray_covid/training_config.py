@@ -1,29 +1,22 @@
-"""Options of a training run, its history, and what can be hooked into it."""
+"""Options of a training run, and what can be hooked into it."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_type_hints
 
 from chestxray_covid.augment import Augmentation, as_count, as_number
-from chestxray_covid.errors import TrainingError
-from chestxray_covid.files import expanded, write_files
+from chestxray_covid.files import expanded
 from chestxray_covid.image import Preprocess
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from chestxray_covid.training import Trainer
+    from chestxray_covid.training_history import EpochRecord, History
 
-HISTORY_NAME = "history.json"
 _SWITCHES = (
-    *("class_weights", "channels_last", "progress"),
+    *("class_weights", "channels_last", "progress", "within_sources"),
     *("allow_confounded_sources", "gradient_checkpointing"),
 )
 _SHARES = ("label_smoothing", "ema_decay", "swap_background", "swap_frame", "hide_centre")
@@ -58,7 +51,8 @@ class TrainingConfig:
             at most a fifth of the run.
         step_epochs: See ``schedule``.
         step_factor: See ``schedule``.
-        label_smoothing: Share of the target spread over all classes, in [0, 1).
+        label_smoothing: Share of the target spread over all classes, in [0, 1); with
+            ``within_sources`` over the source's, by what each has of the source.
         balance: How images are drawn. ``"class_and_source"``: every class as often as another, and
             within a class every source; ``"class"``: classes only; ``"none"``: each image once.
         max_repeats: How often an image may come in an epoch, on average, so that the sources of a
@@ -73,6 +67,14 @@ class TrainingConfig:
         hide_centre: Share of the training images, in [0, 1), whose centre is hidden and whose
             target becomes uniform, so that the frame alone is learned to say nothing; see
             :func:`augment.hide_centres`.
+        within_sources: Let the loss compare only what the source of an image leaves open:
+            log P(class | source), as images are drawn, is added to the logits, and a class that
+            the source does not hold is left out, so that it is not trained on these images.
+            Knowing how often a source shows a class gains nothing then. Validation and answers are
+            without it, so that ``monitor="last"`` fits. It is the bias product of Clark et al.
+            (EMNLP 2019) with the source for a bias, see :func:`training_order.told_by_sources`. A
+            source of one class teaches nothing then, and every two classes need a source that
+            holds both, or a chain of such.
         class_weights: Weigh the loss by inverse class frequency; with ``balance="none"`` only.
         ema_decay: Decay of the exponential moving average of the weights per step, in [0, 1);
             0 keeps none. With one, it is what is validated and saved.
@@ -121,6 +123,7 @@ class TrainingConfig:
     swap_background: float = 0.0
     swap_frame: float = 0.0
     hide_centre: float = 0.0
+    within_sources: bool = False
     class_weights: bool = False
     ema_decay: float = 0.0
     monitor: Literal["val_loss", "val_auroc", "last"] = "val_loss"
@@ -181,6 +184,11 @@ class TrainingConfig:
             raise ValueError(
                 "class_weights cannot weigh images with a hidden centre, which are of no class. "
                 "Use balance= with hide_centre."
+            )
+        if self.class_weights and self.within_sources:
+            raise ValueError(
+                "class_weights would move what within_sources adds of the classes as they are "
+                "drawn. Use balance= with within_sources."
             )
         if not 0 < self.step_factor <= 1:
             raise ValueError(f"step_factor must be in (0, 1], got {self.step_factor}")
@@ -261,120 +269,6 @@ def _backends() -> list[str]:
     import torch
 
     return list(torch.compiler.list_backends(exclude_tags=()))
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochRecord:
-    """What one epoch gave.
-
-    Attributes:
-        epoch: Number, from 1.
-        learning_rate: At the epoch's last step.
-        train_loss: Mean over the epoch's images, with augmentation and smoothing.
-        val_loss: Mean cross-entropy over the validation images.
-        val_accuracy: In [0, 1].
-        val_kappa: Cohen's kappa, in [-1, 1]; ``None`` if undefined.
-        val_auroc: Of the second class for two classes, else the mean of one against the rest;
-            ``None`` if the validation data lack a class.
-        images_per_s: Training images per second.
-        seconds: Duration of training and validation.
-        data_seconds: Time that training waited for pixels.
-        is_best: Whether its weights are the run's so far.
-    """
-
-    epoch: int
-    learning_rate: float
-    train_loss: float
-    val_loss: float
-    val_accuracy: float
-    val_kappa: float | None
-    val_auroc: float | None
-    images_per_s: float
-    seconds: float
-    data_seconds: float
-    is_best: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class History:
-    """The epochs of a run, in order.
-
-    Attributes:
-        records: One per epoch.
-        finished: Whether the run came to its end; also false where a file does not say.
-    """
-
-    records: tuple[EpochRecord, ...] = ()
-    finished: bool = False
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __iter__(self) -> Iterator[EpochRecord]:
-        return iter(self.records)
-
-    @property
-    def best(self) -> EpochRecord:
-        """The epoch whose weights were kept.
-
-        Raises:
-            ValueError: If no epoch is finished, or none is marked as the best.
-        """
-        best = [r for r in self.records if r.is_best]
-        if not best:
-            raise ValueError(
-                f"No epoch is finished: is_best is true in none of {len(self)} records."
-            )
-        return best[-1]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data."""
-        return {"finished": self.finished, "epochs": [asdict(r) for r in self.records]}
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per epoch."""
-        import pandas as pd
-
-        return pd.DataFrame([asdict(r) for r in self.records])
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``history.json`` and ``history.csv`` into a folder."""
-        table = io.StringIO()
-        writer = csv.DictWriter(table, [f.name for f in fields(EpochRecord)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in self.records)
-        data = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        contents = {HISTORY_NAME: data.encode(), "history.csv": table.getvalue().encode()}
-        write_files(expanded(folder), contents)
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Self:
-        """Return the history that :meth:`to_dict` described.
-
-        Raises:
-            TrainingError: If it is damaged.
-        """
-        try:
-            records = tuple(EpochRecord(**entry) for entry in data["epochs"])
-            finished = data.get("finished", False)
-            _check_types(records, finished)
-        except (TypeError, KeyError) as error:
-            raise TrainingError(
-                f"This is no training history: {error!r}. Expected what History.to_dict returns."
-            ) from error
-        return cls(records=records, finished=finished)
-
-
-def _check_types(records: Sequence[EpochRecord], finished: Any) -> None:
-    if not isinstance(finished, bool):
-        raise TypeError(f"finished must be true or false, got {finished!r}")
-    for name, hint in get_type_hints(EpochRecord).items():
-        kinds = get_args(hint) or (hint,)
-        whole = (int,) if float in kinds else ()  # JSON of other programs writes 1.0 as 1
-        for value in (getattr(record, name) for record in records):
-            if type(value) not in (*kinds, *whole):
-                wanted = " or ".join(kind.__name__ for kind in kinds)
-                raise TypeError(f"{name} must be {wanted}, got {value!r}")
 
 
 class Callback:

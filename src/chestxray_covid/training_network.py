@@ -248,6 +248,7 @@ class TrainingNetwork:
         counted: int,
         share: float,
         last: bool,
+        told: NDArray[np.float32] | None = None,
     ) -> Tensor:
         """Add the gradient of one batch and return the sum of its losses, ``()`` on the device.
 
@@ -258,20 +259,38 @@ class TrainingNetwork:
             counted: How many images have a loss, the first ones.
             share: What the sum of losses is multiplied with.
             last: Whether it is the step's last, after which processes take their gradients' mean.
+            told: ``(N, K)``, see :func:`told_by_sources`; ``None`` compares all classes.
         """
         classes = to_device(np.array(targets, np.int64), self.device)
         with nullcontext() if last else self._accelerator.no_sync(self._net):
-            losses = F.cross_entropy(
-                self.forward(self._forward, pixels),
-                self._soften(classes, hidden) if self._config.hide_centre else classes,
-                weight=self.class_weights,
-                label_smoothing=self._config.label_smoothing,
-                reduction="none",
-            )
+            logits = self.forward(self._forward, pixels)
+            if told is not None:
+                losses = self._within_sources(logits, classes, hidden, to_device(told, self.device))
+            else:
+                losses = F.cross_entropy(
+                    logits,
+                    self._soften(classes, hidden) if self._config.hide_centre else classes,
+                    weight=self.class_weights,
+                    label_smoothing=self._config.label_smoothing,
+                    reduction="none",
+                )
             loss = losses[:counted].sum()
             # Accelerate's own would divide by what the environment says of accumulation.
             torch.autograd.backward(loss * share)
         return loss.detach()
+
+    def _within_sources(
+        self, logits: Tensor, targets: Tensor, hidden: Tensor, told: Tensor
+    ) -> Tensor:
+        """Return ``(N,)`` losses over the classes of each image's source, or all where hidden.
+
+        Targets are smoothed towards the source's own shares, not evenly: the mean target of a
+        source is its shares then, which logits that are all the same give.
+        """
+        told = torch.where(hidden[:, None], 0, told)
+        share = self._config.label_smoothing
+        smoothed = (1 - share) * self._soften(targets, hidden) + share * told.softmax(1)
+        return F.cross_entropy(logits + told, smoothed, reduction="none")
 
     def _soften(self, targets: Tensor, hidden: Tensor) -> Tensor:
         """Return ``(N, K)`` targets that are uniform where ``hidden`` is true."""
@@ -371,30 +390,3 @@ def _tensors(module: torch.nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 def _below(tensors: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def validation_numbers(
-    targets: NDArray[np.int64], probabilities: NDArray[np.float64]
-) -> dict[str, Any]:
-    """Return accuracy, kappa and AUROC as :class:`EpochRecord` holds them.
-
-    Args:
-        targets: ``(N,)`` true classes.
-        probabilities: ``(N, K)``, rows summing to 1.
-    """
-    from sklearn.metrics import cohen_kappa_score, roc_auc_score
-
-    predicted = probabilities.argmax(1)
-    classes = probabilities.shape[1]
-    present = len(np.unique(targets))
-    auroc = kappa = None
-    if present == classes:
-        scores = probabilities[:, 1] if classes == 2 else probabilities
-        auroc = float(roc_auc_score(targets, scores, multi_class="ovr"))
-    if present > 1:
-        kappa = float(cohen_kappa_score(targets, predicted))
-    return {
-        "val_accuracy": float((predicted == targets).mean()),
-        "val_kappa": kappa,
-        "val_auroc": auroc,
-    }

@@ -24,6 +24,10 @@ if TYPE_CHECKING:  # it imports torch, which nothing here needs
 
 #: Domain of the random numbers, see :mod:`chestxray_covid.augment`.
 _STREAM = 1
+#: In place of log 0, which would make 0 · log 0 of the loss: exp of it is 0 in any precision.
+ABSENT = -1e4
+#: How many sources an error lists.
+_NAMED = 6
 
 
 def epoch_order(
@@ -55,16 +59,39 @@ def epoch_order(
     if balance == "none":
         rounds = -(-count // size)
         return np.concatenate([rng.permutation(size) for _ in range(rounds)])[:count]
+    shares = draw_shares(dataset, balance=balance, count=count, max_repeats=max_repeats)
+    return rng.choice(size, count, p=shares)
+
+
+def draw_shares(
+    dataset: ChestXrayDataset,
+    *,
+    balance: str,
+    count: int | None,
+    max_repeats: float | None = None,
+) -> NDArray[np.float64]:
+    """Return ``(N,)`` shares of an epoch that each image has, on average; their sum is 1.
+
+    Args:
+        dataset: As :func:`epoch_order` has it, like all others.
+        balance: As there.
+        count: As there.
+        max_repeats: As there.
+    """
+    size = len(dataset)
+    if balance == "none":
+        return np.full(size, 1 / size)
     keys = [(s.label, s.source if balance == "class_and_source" else "") for s in dataset.samples]
     images = Counter(keys)
     shares: dict[tuple[str, str], float] = {}
     labels = {label for label, _ in images}
     for label in labels:
         own = {key: n for key, n in images.items() if key[0] == label}
-        limit = None if max_repeats is None else max_repeats * len(labels) / count
+        limit = None if max_repeats is None else max_repeats * len(labels) / (count or size)
         shares |= _shares(own, limit)
-    weights = np.array([shares[key] / images[key] for key in keys])
-    return rng.choice(size, count, p=weights / weights.sum())
+    weights = np.array([shares[key] / images[key] for key in keys], np.float64)
+    drawn: NDArray[np.float64] = weights / weights.sum()
+    return drawn
 
 
 def _shares(images: Mapping[Any, int], limit: float | None) -> dict[Any, float]:
@@ -83,6 +110,53 @@ def _shares(images: Mapping[Any, int], limit: float | None) -> dict[Any, float]:
     if left > 1e-9:  # every image is at the limit
         return {key: n / sum(images.values()) for key, n in images.items()}
     return shares
+
+
+def told_by_sources(
+    dataset: ChestXrayDataset, config: TrainingConfig
+) -> NDArray[np.float32] | None:
+    """Return what the source of each image says of its class, to be added to its logits.
+
+    It is log P(class | source) with the shares at which images are drawn, and :data:`ABSENT` for a
+    class that the source does not hold.
+
+    Returns:
+        ``(N, K)``, or ``None`` without ``config.within_sources``.
+
+    Raises:
+        TrainingError: If classes are left that no source, nor a chain of them, compares.
+    """
+    if not config.within_sources:
+        return None
+    count, repeats = config.samples_per_epoch, config.max_repeats
+    shares = draw_shares(dataset, balance=config.balance, count=count, max_repeats=repeats)
+    names, at = np.unique([s.source for s in dataset.samples], return_inverse=True)
+    labels = np.array([s.label for s in dataset.samples])
+    columns = [np.bincount(at, shares * (labels == name), len(names)) for name in dataset.classes]
+    table = np.stack(columns, 1)
+    _check_compared(table > 0, names, dataset.classes)
+    told = np.full(table.shape, ABSENT, np.float32)
+    np.log(table / table.sum(1, keepdims=True), out=told, where=table > 0)
+    return told[at]
+
+
+def _check_compared(holds: NDArray[np.bool_], sources: Any, classes: Sequence[str]) -> None:
+    """Raise unless sources lead from the first class to every other, a pair at a time."""
+    reached = np.arange(len(classes)) == 0
+    for _ in classes:
+        reached |= holds[holds[:, reached].any(1)].any(0)
+    if reached.all():
+        return
+    lists = [
+        f"{source} ({', '.join(c for c, held in zip(classes, row, strict=True) if held)})"
+        for source, row in zip(sources[:_NAMED], holds, strict=False)
+    ]
+    lists += ["…"] * (len(sources) > _NAMED)
+    one, other = (", ".join(np.array(classes)[side]) for side in (reached, ~reached))
+    raise TrainingError(
+        f"within_sources=True leaves nothing to tell {one} from {other}: no source holds both. The "
+        f"sources are {'; '.join(lists)}. Add a source with both, or use within_sources=False."
+    )
 
 
 def repetitions(order: NDArray[np.int64], size: int) -> list[int]:
@@ -248,8 +322,8 @@ def warn_if_confounded(train: ChestXrayDataset, *, stacklevel: int) -> None:
         warnings.warn(
             f"The source all but gives the label in the training data:\n{found}\n"
             "A model can learn the sources instead of the disease, and no patient held out of "
-            "these sources can tell. Add sources with both labels, or say "
-            "TrainingConfig(allow_confounded_sources=True).",
+            "these sources can tell. Add sources with both labels, compare classes within sources "
+            "(within_sources=True), or say TrainingConfig(allow_confounded_sources=True).",
             ConfoundingWarning,
             stacklevel=stacklevel + 1,
         )

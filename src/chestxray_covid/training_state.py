@@ -24,9 +24,10 @@ from chestxray_covid.datasets.storage import alone
 from chestxray_covid.errors import CheckpointError, ConfigError, TrainingError
 from chestxray_covid.files import read_json, sync_folder, write_files
 from chestxray_covid.tensors import read_tensors
+from chestxray_covid.training_history import HISTORY_NAME, History
 
 if TYPE_CHECKING:  # it imports torch, which nothing here needs
-    from chestxray_covid.training_config import History, TrainingConfig
+    from chestxray_covid.training_config import TrainingConfig
 
 STATE_FOLDER = "state"
 #: Of history and state: an epoch is some 400 bytes of each.
@@ -191,8 +192,6 @@ class StateStore:
             ConfigError: If the history cannot be read, and there is no state to go on from.
             TrainingError: If it is none, and there is no state to go on from.
         """
-        from chestxray_covid.training_config import HISTORY_NAME, History
-
         path = self._folder.parent / HISTORY_NAME
         if not path.exists():
             return None
