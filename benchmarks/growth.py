@@ -132,7 +132,7 @@ def main() -> None:
     before = json.loads(place.read_text()) if place.is_file() else {}
     measured_on, here = before.pop("machine", {}), machine()
     # One machine is named for all of it, so that what another one measured cannot stay.
-    same = all(measured_on.get(key) == here[key] for key in ("processor", "cores"))
+    same = all(measured_on.get(key) == here[key] for key in ("processor", "units", "cores"))
     write(NAME, {**(before if same else {}), **found})
 
 

@@ -13,7 +13,10 @@ from typing import Any
 from generate import DOCS, SOURCE_KEY, digest, fill, table, wrapped
 
 RESULT = DOCS.parent / "benchmarks" / "results" / "growth.json"
-SPEED = RESULT.with_name("predict.json")
+#: Speeds of originals and of reduced files, by the processor's kind.
+SPEEDS = [
+    RESULT.with_name(f"{name}.json") for name in ("predict", "predict_no_amx", "predict_float32")
+]
 STREAM = RESULT.with_name("predict_memory.json")
 FIGURE = DOCS / "growth.png"
 WHAT = {
@@ -44,8 +47,7 @@ def cost_block(result: Mapping[str, Any]) -> str:
         f"{largest['count']:,} files took {largest['seconds']:.0f} s on {machine['cores']} cores "
         f"({machine['processor']}): {rate:.1f} files per second, {each:.1f} core-hours per "
         f"million. They were links to {result['predict_files']:,} files, most of them reduced in "
-        f"size; untouched originals take {_originals():.1f} times as long as reduced files where "
-        "the processor is fast in bfloat16, see [engines](engines.md#measured). "
+        f"size{_originals(machine)}. "
         "Files need nothing of each other, so the time below supposes that more cores do "
         "proportionally more, and that the storage keeps up."
     )
@@ -53,14 +55,20 @@ def cost_block(result: Mapping[str, Any]) -> str:
     return "\n" + "\n\n".join([intro, table(head, cells)]) + "\n"
 
 
-def _originals() -> float:
-    """Return how much longer an untouched original takes than a reduced file."""
-    summary = json.loads(SPEED.read_text(encoding="utf-8"))["summary"]
-    original, reduced = (
-        summary[kind]["files_per_s"][summary[kind]["fastest_engine"]]
-        for kind in ("originals", "reduced")
-    )
-    return float(reduced / original)
+def _originals(machine: Mapping[str, Any]) -> str:
+    """Return in words how much longer untouched originals take, if it is known of the processor."""
+    for path in SPEEDS:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if all(found["machine"].get(key) == machine.get(key) for key in ("processor", "units")):
+            original, reduced = (
+                kind["files_per_s"][kind["fastest_engine"]]
+                for kind in (found["summary"]["originals"], found["summary"]["reduced"])
+            )
+            return (
+                f"; untouched originals take {reduced / original:.1f} times as long as reduced "
+                "files there, see [engines](engines.md#measured)"
+            )
+    return ""
 
 
 def growth_block(result: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import multiprocessing
@@ -9,7 +10,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
@@ -28,7 +29,6 @@ from chestxray_covid.datasets.base import (
     ChestXrayDataset,
     Sample,
     concatenate,
-    lung_mask,
 )
 from chestxray_covid.datasets.cohen import CohenCovidDataset
 from chestxray_covid.datasets.duplicates import patient_groups
@@ -44,7 +44,6 @@ from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.errors import (
     DatasetError,
     DatasetNotFoundError,
-    ImageError,
     ImageNotFoundError,
     check_classes,
 )
@@ -636,11 +635,12 @@ def test_a_manifest_of_windows_is_read_on_other_systems(
 ) -> None:
     phantoms = SyntheticChestXray(2, image_size_px=32).save(tmp_path / "phantoms")
     dataset = open_dataset(phantoms)
+    places = [s.path for s in dataset.samples]
     with monkeypatch.context() as windows:
         windows.setattr(base, "Path", PureWindowsPath)
         dataset.to_manifest(tmp_path / "list.csv")
     back = ManifestDataset(tmp_path / "list.csv")
-    assert [s.path for s in back.samples] == [s.path for s in dataset.samples]
+    assert [s.path for s in back.samples] == places
 
 
 def test_a_manifest_keeps_sex_and_age(tmp_path: Path) -> None:
@@ -738,12 +738,55 @@ def test_phantoms_have_no_file_to_list(tmp_path: Path) -> None:
 # Content
 
 
+def of_text(path: Any) -> Sample:
+    return Sample(path=path, label="normal", finding="", patient_id="1", source="s")
+
+
 def test_a_path_may_be_text(tmp_path: Path) -> None:
     file = write_image(tmp_path / "a.png")
-    plain = {"label": "normal", "finding": "", "patient_id": "1", "source": "s"}
-    one = Sample(path=str(file), **plain)  # type: ignore[arg-type]
-    assert one == Sample(path=file, **plain)
+    other = replace(of_text("b.png"), path=file)
+    assert base.kept_path(of_text(str(file))) == str(file), "made before it was asked for"
+    assert of_text(str(file)) == other
+    assert hash(of_text(str(file))) == hash(other)
+    assert repr(of_text(str(file))) == repr(other)
+    one = of_text(str(file))
+    assert one.path is one.path
+    for made in (copy.deepcopy, copy.copy, lambda s: replace(s, view="PA")):
+        assert made(of_text(str(file))).path == file
+    with pytest.raises(FrozenInstanceError):
+        one.path = file  # type: ignore[misc]
     assert ChestXrayDataset([one], classes=["normal"])[0][0].size == (48, 40)
+
+
+def test_text_that_is_no_path_yet_is_made_one_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for text in ("~/a.png", np.str_("~/a.png")):
+        assert of_text(text).path == tmp_path / "a.png"
+    with pytest.raises(ValueError, match="A path is empty"):
+        of_text("")
+
+
+def test_a_folder_that_is_called_as_a_home_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(tmp_path / "~root" / "a.png")
+    rows = [["a.png", "normal", "1"]]
+    write_csv(tmp_path / "~root" / "list.csv", ["path", "label", "patient_id"], rows)
+    monkeypatch.chdir(tmp_path)
+    (listed,) = ManifestDataset("./~root/list.csv", classes=("normal",)).samples
+    assert listed.path == Path("~root", "a.png")
+
+
+def test_a_manifest_makes_no_path_until_one_is_asked_for(tmp_path: Path) -> None:
+    image = write_image(tmp_path / "a.png")
+    rows = [["a.png", "normal", "1"]]
+    table = write_csv(tmp_path / "list.csv", ["path", "label", "patient_id"], rows)
+    (listed,) = ManifestDataset(table, classes=("normal",)).samples
+    assert base.kept_path(listed) == str(image)
+    assert listed.path == image
 
 
 def test_the_hash_follows_the_content_and_not_the_name(tmp_path: Path) -> None:
@@ -778,48 +821,6 @@ def test_a_named_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) ->
     reader.start()
     reader.join(timeout=30)
     assert len(errors) == 1
-
-
-# Lung masks
-
-
-def test_a_lung_mask_has_the_size_of_its_image(tmp_path: Path) -> None:
-    cohen = CohenCovidDataset(write_cohen(tmp_path))
-    annotated = [s for s in cohen.samples if "lung_mask" in s.metadata]
-    assert [s.path.name for s in annotated] == ["a-1.jpeg"]
-    mask = lung_mask(annotated[0])
-    assert mask is not None
-    assert (mask.shape, mask.dtype.name) == ((40, 48), "bool")
-    assert mask[20, 12]
-    assert mask[20, 34]
-    assert not mask[20, 24]
-    assert not mask[2].any()
-    assert mask.mean() == pytest.approx(140 / 480, abs=0.05)
-
-
-@pytest.mark.parametrize(("lung", "highest"), [(1, 1), (2, 2), (257, 255), (0, 0)])
-def test_a_lung_mask_of_labels_is_refused(tmp_path: Path, lung: int, highest: int) -> None:
-    pixels = np.zeros((20, 30), np.uint16 if lung > 255 else np.uint8)
-    pixels[5:9, 5:9] = lung
-    Image.fromarray(pixels).save(tmp_path / "mask.png")
-    image = write_image(tmp_path / "a.png")
-    drawn = sample(path=image, metadata={"lung_mask": str(tmp_path / "mask.png")})
-    if 0 < highest < 128:
-        with pytest.raises(ImageError, match=rf"mask.png is at most {lung}; lungs must be white"):
-            lung_mask(drawn)
-    else:
-        assert np.any(lung_mask(drawn)) == (highest > 0)
-
-
-def test_most_samples_have_no_lung_mask(dataset: FolderDataset) -> None:
-    assert lung_mask(dataset.samples[0]) is None
-    assert lung_mask(sample(metadata={"lung_mask": ""})) is None  # a table's empty cell
-
-
-def test_only_a_sample_has_a_lung_mask(dataset: FolderDataset) -> None:
-    for given in (dataset, dataset.samples[0].path, dataset[0]):  # nor is None said of the first
-        with pytest.raises(TypeError, match=r"expected Sample, as dataset.samples\[0\] gives it"):
-            lung_mask(given)  # type: ignore[arg-type]
 
 
 # Reports

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,7 @@ from PIL import Image
 from scipy.ndimage import binary_dilation
 
 from chestxray_covid import ChestXrayDataset, CohenCovidDataset, SyntheticChestXray, lung_mask
+from chestxray_covid.datasets.base import read_file
 from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError, ImageError
 from chestxray_covid.lung_network import LungNetwork
 from chestxray_covid.lungs import (
@@ -26,6 +28,7 @@ from chestxray_covid.lungs import (
     segment,
     segment_stream,
 )
+from sources import write_cohen, write_image
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -121,6 +124,56 @@ def test_a_stream_is_read_batch_by_batch() -> None:
     next(stream)
     assert taken == [0, 1]
     assert len(list(stream)) == 5
+
+
+# ---------------------------------------------------------------- annotated masks
+
+
+def test_a_lung_mask_has_the_size_of_its_image(tmp_path: Path) -> None:
+    cohen = CohenCovidDataset(write_cohen(tmp_path))
+    annotated = [s for s in cohen.samples if "lung_mask" in s.metadata]
+    assert [s.path.name for s in annotated] == ["a-1.jpeg"]
+    mask = lung_mask(annotated[0])
+    assert mask is not None
+    assert (mask.shape, mask.dtype.name) == ((40, 48), "bool")
+    assert mask[20, 12]
+    assert mask[20, 34]
+    assert not mask[20, 24]
+    assert not mask[2].any()
+    assert mask.mean() == pytest.approx(140 / 480, abs=0.05)
+
+
+@pytest.mark.parametrize(("lung", "highest"), [(1, 1), (2, 2), (257, 255), (0, 0)])
+def test_a_lung_mask_of_labels_is_refused(tmp_path: Path, lung: int, highest: int) -> None:
+    pixels = np.zeros((20, 30), np.uint16 if lung > 255 else np.uint8)
+    pixels[5:9, 5:9] = lung
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    place = write_image(tmp_path / "a.png")
+    drawn = replace(
+        SyntheticChestXray(2).samples[0],
+        path=place,
+        read=read_file,
+        metadata={"lung_mask": str(tmp_path / "mask.png")},
+    )
+    if 0 < highest < 128:
+        with pytest.raises(ImageError, match=rf"mask.png is at most {lung}; lungs must be white"):
+            lung_mask(drawn)
+    else:
+        assert np.any(lung_mask(drawn)) == (highest > 0)
+
+
+def test_most_samples_have_no_lung_mask() -> None:
+    dataset = SyntheticChestXray(2)
+    assert lung_mask(dataset.samples[0]) is None
+    empty_cell = replace(dataset.samples[0], metadata={"lung_mask": ""})
+    assert lung_mask(empty_cell) is None
+
+
+def test_only_a_sample_has_a_lung_mask() -> None:
+    dataset = SyntheticChestXray(2)
+    for given in (dataset, dataset.samples[0].path, dataset[0]):  # nor is None said of the first
+        with pytest.raises(TypeError, match=r"expected Sample, as dataset.samples\[0\] gives it"):
+            lung_mask(given)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- the box

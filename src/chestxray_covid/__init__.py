@@ -39,7 +39,6 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.datasets.base import ChestXrayDataset as ChestXrayDataset
     from chestxray_covid.datasets.base import Sample as Sample
     from chestxray_covid.datasets.base import concatenate as concatenate
-    from chestxray_covid.datasets.base import lung_mask as lung_mask
     from chestxray_covid.datasets.cohen import CohenCovidDataset as CohenCovidDataset
     from chestxray_covid.datasets.download import download_cohen as download_cohen
     from chestxray_covid.datasets.download import download_kermany as download_kermany
@@ -92,6 +91,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.image import load_image as load_image
     from chestxray_covid.intervals import Estimate as Estimate
     from chestxray_covid.lungs import lung_box as lung_box
+    from chestxray_covid.lungs import lung_mask as lung_mask
     from chestxray_covid.lungs import segment as segment
     from chestxray_covid.models import build_densenet121 as build_densenet121
     from chestxray_covid.models import set_trainable as set_trainable
@@ -131,7 +131,7 @@ _MODULES = {
     "comparison": ("Comparison",),
     "confounders": ("Confounding", "ConfoundingWarning", "confounding"),
     "curves": ("PrecisionRecallCurve", "Reliability", "RiskCoverageCurve", "RocCurve"),
-    "datasets.base": ("ChestXrayDataset", "Sample", "concatenate", "lung_mask"),
+    "datasets.base": ("ChestXrayDataset", "Sample", "concatenate"),
     "datasets.cohen": ("CohenCovidDataset",),
     "datasets.download": ("download_cohen", "download_kermany"),
     "datasets.duplicates": ("find_duplicates", "patient_groups"),
@@ -178,7 +178,7 @@ _MODULES = {
     "image": ("Preprocess", "load_image"),
     "heat_shares": ("LungHeat", "lung_heat"),
     "intervals": ("Estimate",),
-    "lungs": ("lung_box", "segment"),
+    "lungs": ("lung_box", "lung_mask", "segment"),
     "models": ("build_densenet121", "set_trainable"),
     "operating_points": ("OperatingPoint",),
     "plots": (

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from chestxray_covid.classifier import Classifier
-from chestxray_covid.datasets.base import ChestXrayDataset, Sample, lung_mask
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import FILE_HASH, patient_groups
 from chestxray_covid.datasets.loading import decoder, in_batches, map_ahead
 from chestxray_covid.delong import auroc_by_group
@@ -24,7 +24,7 @@ from chestxray_covid.hiding import Region, lung_region
 from chestxray_covid.image import Preprocess
 from chestxray_covid.intervals import Estimate, bootstrap_by_group
 from chestxray_covid.judged_images import default_positive
-from chestxray_covid.lungs import segment
+from chestxray_covid.lungs import lung_mask, segment
 from chestxray_covid.progress import Bar
 
 #: Everything but the positive class, whatever the classifier knows.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from chestxray_covid.errors import ConfigError, DatasetNotFoundError, check_reso
 #: A config of this library has about 1 kB; more is no config.
 MAX_JSON_BYTES = 1_000_000
 _MAX_JSON_DEPTH = 20
+#: From so many questions for files of one folder on, it is listed, up to so many files.
+_MANY, _MOST_LISTED = 64, 100_000
 #: Of the two slashes of an address pathlib keeps one, on Windows as a backslash; a drive there has
 #: one letter.
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:[/\\]", re.IGNORECASE)
@@ -142,6 +147,30 @@ def expanded_copy(path: str | os.PathLike[str]) -> Path:
         raise ValueError('A path is empty. Pass "." if the current folder is meant.')
     # Where it is no user's, pathlib's raises; os.scandir gives entries of bytes for bytes.
     return Path(os.path.expanduser(os.fsdecode(path)))  # noqa: PTH111
+
+
+def file_finder() -> Callable[[str], bool]:
+    """Return what says of a path, as ``os.path.isfile`` does, whether a file is there.
+
+    A folder of which many are asked for is listed, once: on a network, one question may take as
+    long as that.
+    """
+    asked: Counter[str] = Counter()
+    listed: dict[str, set[str]] = {}
+
+    def is_there(file: str) -> bool:
+        folder, separator, name = file.rpartition(os.sep)
+        folder += separator
+        if name in listed.get(folder, ()):
+            return True
+        asked[folder] += 1
+        if asked[folder] == _MANY:
+            with suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
+                few = itertools.islice(entries, _MOST_LISTED)
+                listed[folder] = {entry.name for entry in few if entry.is_file()}
+        return os.path.isfile(file)  # noqa: PTH113 - keeps no copy
+
+    return is_there
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid.classifier import Classifier
-from chestxray_covid.datasets.base import ChestXrayDataset, Sample, lung_mask
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.errors import check_dataset, check_function
 from chestxray_covid.explain import explained, grad_cam_stream
 from chestxray_covid.intervals import Estimate, bootstrap_by_group, check_resampling
 from chestxray_covid.judged_images import whole_characters
-from chestxray_covid.lungs import segment
+from chestxray_covid.lungs import lung_mask, segment
 from chestxray_covid.metrics import mean_among
 from chestxray_covid.progress import Bar
 

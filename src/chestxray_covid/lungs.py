@@ -1,4 +1,4 @@
-"""Where the lungs are: masks of any radiograph from a small bundled network."""
+"""Where the lungs are: masks that a collection has, and of any radiograph by a small network."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.errors import (
     INSTALL_AGAIN,
     CheckpointError,
     CheckpointNotFoundError,
+    ImageError,
+    check_kinds,
     check_positive,
     real_number,
 )
@@ -37,6 +39,24 @@ if TYPE_CHECKING:
 SIZE_PX = 128
 #: The bundled weights; ``lungs.json`` beside them names their SHA-256 and how good they are.
 WEIGHTS = Path(__file__).parent / "weights" / "lungs.safetensors"
+
+
+def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
+    """Return the annotated lungs of a sample, or ``None`` where nobody drew them.
+
+    The mask is ``(H, W)`` bool, true inside the lungs, of the size of the image on disk.
+
+    Raises:
+        ImageError: If mask or image cannot be decoded, or the mask has labels, not black and white.
+        TypeError: If it is no sample, for example a path.
+    """
+    check_kinds([sample], Sample, "dataset.samples[0]")
+    if not (path := sample.metadata.get("lung_mask")):
+        return None
+    mask = load_image(path)
+    if 0 < (highest := np.asarray(mask).max()) < 128:
+        raise ImageError(f"{path} is at most {highest}; lungs must be white. Save them as 255.")
+    return np.asarray(mask.resize(sample.read(sample, None).size, Image.Resampling.BILINEAR)) > 127
 
 
 def segment(images: Any, *, batch_size: int = 16) -> Any:

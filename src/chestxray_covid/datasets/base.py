@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from chestxray_covid.datasets.report import DatasetReport, identity, printable, summarise_taken
 from chestxray_covid.datasets.storage import cell_text, resolver, write_csv, writing_to
 from chestxray_covid.errors import (
     DatasetError,
-    ImageError,
     check_classes,
     check_kinds,
     check_positive,
@@ -51,6 +49,8 @@ UNKNOWN_VIEW = "unknown"
 MANIFEST_COLUMNS = ("path", "label", "finding", "patient_id", "source", "view")
 #: Metadata in the CSV, too: who or what is the same across collections, and of which subgroup.
 KEPT_COLUMNS = ("origin", "image_id", "numbered_by", "content_hash", "sex", "age")
+#: Text that begins so is not yet the path that is meant: it is empty, or in a home folder.
+_NO_PATH = ("", "~")
 
 
 def read_file(sample: Sample, min_size: tuple[int, int] | None = None) -> Image.Image:
@@ -93,8 +93,9 @@ class Sample:
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, Path):  # text, or a gap, which is refused
-            object.__setattr__(self, "path", expanded_copy(self.path))
+        given = kept_path(self)
+        if not isinstance(given, Path) and (type(given) is not str or given[:1] in _NO_PATH):
+            object.__setattr__(self, "path", expanded_copy(given))  # which refuses a gap
         if type(self.patient_id) is not str or type(self.source) is not str:
             for name, value in (("patient_id", self.patient_id), ("source", self.source)):
                 if not isinstance(value, str | int | np.integer):  # gaps are not even equal
@@ -135,22 +136,21 @@ class Sample:
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
-    """Return the annotated lungs of a sample, or ``None`` where nobody drew them.
+_slot: Any = Sample.__dict__["path"]
+#: A sample's path, text as long as nobody asked for more.
+kept_path: Callable[[Sample], str | Path] = _slot.__get__
 
-    The mask is ``(H, W)`` bool, true inside the lungs, of the size of the image on disk.
 
-    Raises:
-        ImageError: If mask or image cannot be decoded, or the mask has labels, not black and white.
-        TypeError: If it is no sample, for example a path.
-    """
-    check_kinds([sample], Sample, "dataset.samples[0]")
-    if not (path := sample.metadata.get("lung_mask")):
-        return None
-    mask = load_image(path)
-    if 0 < (highest := np.asarray(mask).max()) < 128:
-        raise ImageError(f"{path} is at most {highest}; lungs must be white. Save them as 255.")
-    return np.asarray(mask.resize(sample.read(sample, None).size, Image.Resampling.BILINEAR)) > 127
+def _path(sample: Sample) -> Path:
+    """Image file; for a phantom, a name that identifies it."""
+    path = kept_path(sample)
+    if isinstance(path, str):
+        _slot.__set__(sample, path := Path(path))
+    return path
+
+
+# Kept as text until it is asked for: a million of them take seconds to make.
+Sample.path = property(_path, _slot.__set__)  # type: ignore[assignment, misc]
 
 
 class ChestXrayDataset(_Base):
@@ -306,7 +306,7 @@ class ChestXrayDataset(_Base):
         resolved = resolver()
 
         def row(s: Sample) -> list[str]:
-            full = Path(resolved(s.path))
+            full = Path(resolved(kept_path(s)))
             where = full.relative_to(folder) if full.is_relative_to(folder) else full
             known = [where.as_posix(), s.label, s.finding, s.patient_id, s.source, s.view]
             return [*known, *(s.metadata.get(n, "") for n in kept)]
@@ -377,7 +377,7 @@ def told_apart(datasets: Iterable[ChestXrayDataset], *, share: bool = False) -> 
                     "their patients would be taken for the same. Name them with source=, rename a "
                     "folder, or list the images in a CSV with a column source."
                 )
-        own = {resolved(s.path) for s in d.samples if s.is_file and not share}
+        own = {resolved(kept_path(s)) for s in d.samples if s.is_file and not share}
         if again := files & own:
             raise DatasetError(f"{printable(min(again))} is in two data sets; add each only once.")
         files |= own

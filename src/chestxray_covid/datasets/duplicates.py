@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid.datasets.base import ChestXrayDataset, Sample
+from chestxray_covid.datasets.base import ChestXrayDataset, Sample, kept_path
 from chestxray_covid.datasets.loading import map_ahead
 from chestxray_covid.datasets.report import identity, patient_key
 from chestxray_covid.datasets.storage import resolver
@@ -88,10 +88,10 @@ def patient_on_two_sides(
     return None
 
 
-def _identities(sample: Sample, resolved: Callable[[Path], str]) -> Iterable[tuple[str, ...]]:
+def _identities(sample: Sample, resolved: Callable[[str | Path], str]) -> Iterable[tuple[str, ...]]:
     yield "patient", *patient_key(sample)
     if sample.is_file:
-        yield "file", resolved(sample.path)
+        yield "file", resolved(kept_path(sample))
     if image_id := sample.metadata.get("image_id"):
         origin = sample.metadata.get("origin") or sample.source
         yield "image", identity(origin), identity(image_id)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from operator import itemgetter
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from PIL import Image
@@ -25,14 +27,14 @@ from chestxray_covid.datasets.kermany import KermanyPneumoniaDataset, find_layou
 from chestxray_covid.datasets.labels import label_of_name, promised_classes
 from chestxray_covid.datasets.loading import entries, images_of, may_hold_images, why_no_image
 from chestxray_covid.datasets.report import summarise
-from chestxray_covid.datasets.storage import nothing_collected, path_maker, read_csv, resolver
+from chestxray_covid.datasets.storage import nothing_collected, read_csv, read_rows, resolver
 from chestxray_covid.errors import (
     DatasetError,
     DatasetNotFoundError,
     check_classes,
     text_mapping,
 )
-from chestxray_covid.files import existing_folder, expanded, is_folder
+from chestxray_covid.files import existing_folder, expanded, file_finder, is_folder
 
 #: Folders, in lower case, that divide a collection and hold class folders themselves.
 _SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
@@ -165,34 +167,45 @@ class ManifestDataset(ChestXrayDataset):
         name = source or (place.stem if place.name == own else place.name)
         listed: dict[str, Sample] = {}
         unused: list[tuple[str, tuple[str, str, str]]] = []  # what other rows say of a file
-        resolved, path_of = resolver(), path_maker()
+        resolved, is_there = resolver(), file_finder()
         dropped: Counter[str] = Counter()
         meant: dict[str, str] = {}
         unnamed = False
-        more: list[str] = []  # columns that go to the metadata, the same in all rows
         folder = os.path.join(table.parent, "")  # noqa: PTH118 - ends in "/"
-        with nothing_collected():
-            for row in read_csv(table, required=("path", "label", "patient_id")):
-                if (label := meant.get(row["label"])) is None:
-                    label = meant[row["label"]] = label_of_name(row["label"], known, classes)
-                given = row["path"]
+        folder = f".{os.sep}{folder}" if folder.startswith("~") else folder  # no home folder
+        columns = read_rows(table, required=("path", "label", "patient_id"))
+        with nothing_collected(), closing(columns) as rows:
+            names = next(rows)
+            cells_of = itemgetter(*(names.index(c) if c in names else -1 for c in MANIFEST_COLUMNS))
+            more = [(n, i) for i, n in enumerate(names) if n and n not in MANIFEST_COLUMNS]
+            given: str
+            for row in rows:
+                given, said, finding, patient, site, view = cells_of(row)
+                if (label := meant.get(said)) is None:
+                    label = meant[said] = label_of_name(said, known, classes)
                 file = given if os.path.isabs(given) else folder + given  # noqa: PTH117 - fast
                 if label not in classes:
                     dropped[f"label outside the classes ({label or 'empty'})"] += 1
-                elif not row["patient_id"]:
+                elif not patient:
                     dropped["no patient_id"] += 1
-                elif not given or not os.path.isfile(file):  # noqa: PTH113 - keeps no copy
+                elif not given or not is_there(file):
                     is_of_windows = "\\" in given and os.sep == "/"
                     dropped["image file missing" + r" (its path has \ for /)" * is_of_windows] += 1
                 else:
-                    more = more or [k for k in row if k not in MANIFEST_COLUMNS]
-                    unnamed = unnamed or not row.get("source")
-                    sample = _listed(path_of(file), row, label, name, more)
+                    unnamed = unnamed or not site
+                    sample = Sample(
+                        path=file,  # type: ignore[arg-type] # made a Path when asked for
+                        label=label,
+                        finding=intern(finding or said),
+                        patient_id=patient,
+                        source=intern(site or name),
+                        view=intern(canonical_view(view, view)),
+                        metadata={n: row[i] for n, i in more},
+                    )
                     _add(sample, listed, resolved(file), dropped, table)
                     continue
                 if label and "\0" not in given:
-                    other = label, row["patient_id"], row.get("source") or name
-                    unused.append((resolved(file), other))
+                    unused.append((resolved(file), (label, patient, site or name)))
         for where, other in unused:
             if where in listed and listed[where].label != other[0]:
                 _refuse_contradiction(table, listed[where], other)
@@ -384,17 +397,3 @@ def _refuse_contradiction(table: Path, first: Sample, other: tuple[str, str, str
             f"{table} lists {first.path} twice, with (label, patient_id, source) {known} and "
             f"{other}. Keep one row per file."
         )
-
-
-def _listed(path: Path, row: dict[str, str], label: str, name: str, more: Iterable[str]) -> Sample:
-    """Return a row's sample; text that many rows share is kept once."""
-    view = row.get("view") or UNKNOWN_VIEW
-    return Sample(
-        path=path,
-        label=label,
-        finding=sys.intern(row.get("finding") or row["label"]),
-        patient_id=row["patient_id"],
-        source=sys.intern(row.get("source") or name),
-        view=sys.intern(canonical_view(view, view)),
-        metadata={k: row[k] for k in more},
-    )

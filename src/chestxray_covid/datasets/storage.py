@@ -9,7 +9,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import chain, pairwise, zip_longest
@@ -192,17 +192,6 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def path_maker() -> Callable[[str], Path]:
-    """Return a function that makes paths as ``Path`` does, but reads each folder's name once."""
-    folder = cache(Path)
-
-    def make(file: str) -> Path:
-        parent, separator, name = file.rpartition(os.sep)
-        return folder(parent + separator) / name
-
-    return make
-
-
 def resolver() -> Callable[[str | Path], str]:
     """Return a function from a file's path to its one full spelling, however it was spelled.
 
@@ -217,7 +206,9 @@ def resolver() -> Callable[[str | Path], str]:
     def resolve(path: str | Path) -> str:
         text = os.fspath(path).replace(os.altsep or os.sep, os.sep)  # Windows has two
         folder, separator, name = text.rpartition(os.sep)
-        return real(folder + separator or ".") + name
+        folder += separator
+        whole = real(folder or ".")
+        return text if whole == folder else whole + name  # the same text, kept once
 
     return resolve
 
@@ -273,9 +264,18 @@ def _holds_rows(row: Sequence[str], width: int) -> bool:
 
 
 def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yield the rows of a CSV one by one: a million of them would be a gigabyte.
+    """Yield rows as name → cell, without columns that have no name; see :func:`read_rows`."""
+    rows = read_rows(table, required=required)
+    names = next(rows)
+    for row in rows:
+        yield {name: cell for name, cell in zip(names, row, strict=False) if name}
 
-    Cells and names of columns are stripped, except ``path``; columns without a name are left out.
+
+def read_rows(table: Path, *, required: Sequence[str]) -> Generator[list[str], None, None]:
+    """Yield the names of a CSV's columns, then its rows one by one: a million would be a gigabyte.
+
+    Names are stripped, and cells, except those of ``path``. A row has one cell more than there are
+    names, an empty one, for columns that are not there.
 
     Raises:
         DatasetNotFoundError: If there is no such file.
@@ -297,7 +297,7 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
                 )
             refuse_repeated(table, names)
             width, path = len(names), names.index("path") if "path" in names else None
-            has_unnamed = "" in names
+            yield names
             for line, row in rows:
                 if len(row) > width and any(map(str.strip, row[width:])):
                     raise DatasetError(
@@ -306,12 +306,11 @@ def read_csv(table: Path, *, required: Sequence[str]) -> Iterator[dict[str, str]
                     )
                 if len(row) < width:
                     row += [""] * (width - len(row))
-                known = dict(zip(names, map(str.strip, row), strict=False))
-                if has_unnamed:
-                    del known[""]
+                cells = [*map(str.strip, row)]
                 if path is not None:
-                    known["path"] = row[path]
-                yield known
+                    cells[path] = row[path]
+                cells[width:] = [""]
+                yield cells
     except (csv.Error, OSError) as error:
         raise DatasetError(f"{table} cannot be read as CSV: {error}.") from error
     if not row:
