@@ -117,7 +117,7 @@ def rate(found: Mapping[str, Any]) -> str:
 def model_block() -> str:
     """Return what README says of the bundled weights."""
     report = EvaluationReport.load(RESULTS / "evaluation.json")
-    ours = table(("AUROC of COVID-19", "Images", "Value"), honest_rows())
+    ours = table(("AUROC", "Images", "Value"), honest_rows())
     pooled = report.overall.per_class["covid19"]
     text = f"""
         The bundled weights (three classes, trained from random weights on four public sources:
@@ -125,7 +125,7 @@ def model_block() -> str:
         and NIH's of adults) are for research. Internal numbers are no evidence: on held-out
         patients of the four sources, the AUROC of COVID-19 against normal is
         {shown(pooled["auroc_vs_normal"])}, and the sources all but give the label away. Where the
-        source cannot help, or not as much, it is this (0.5 is chance):"""
+        source cannot help, or not as much, AUROCs are these (0.5 is chance):"""
     frame = f"""
         With the central 70 % or 90 % of the side hidden under the image's mean, the weights tell
         COVID-19 of one source from normals of another, on held-out patients, with an AUROC of
@@ -199,14 +199,14 @@ def model_page() -> str:
         is in the last column."""
     inside = f"""
         Of patients that training never saw, with intervals at 95 % by patient; 0.5 is chance. Only
-        the first row is of the weights themselves, which have seen most of what the others ask for.
-        Inside Cohen's collection the website that an image comes from gives
-        much of the label away, and a network can learn that, too: compare the folds with the row
-        that looks at no image, with the one that never learned, and with websites that were left
-        out of training.{unmeasured()}"""
+        rows that end in "held-out patients" are of the weights themselves, which have seen most of
+        what the others ask for. Inside Cohen's collection the website that an image comes from
+        gives much of the label away, and a network can learn that, too: compare the folds with the
+        row that looks at no image, with the one that never learned, and with websites and countries
+        that were left out of training.{unmeasured()}"""
     honest = paragraphs(
         wrapped(inside),
-        table(("AUROC of COVID-19", "Images", "Value"), honest_rows()),
+        table(("AUROC", "Images", "Value"), honest_rows()),
         wrapped(about_relatives()),
         wrapped(made()),
     )

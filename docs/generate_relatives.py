@@ -17,10 +17,15 @@ from chestxray_covid.intervals import Estimate
 RESULTS = DOCS / "results" / "default"
 #: What rows of relatives end in that saw nothing but Cohen's images after their start.
 ALONE = "(trained on Cohen alone)"
+#: What rows of the weights end in that compare two classes by these alone.
+OF_TWO = "by these two alone, held-out patients"
+CLASS_NAMES = {"covid19": "COVID-19"}
+SOURCE_NAMES = {"cohen": "Cohen", "hannover": "Hannover", "kermany": "Kermany", "nih": "NIH"}
 #: Results of relatives, and what each of them is called.
 OF_RELATIVES = {
     "folds": "the folds",
     "subsources": "websites left out",
+    "locations": "countries left out",
     "hannover": "Hannover unseen",
 }
 #: What has to stand beside every AUROC with the centre hidden.
@@ -59,10 +64,14 @@ def honest_rows() -> list[tuple[str, str, str]]:
     inside = read("inside")
     title = "COVID-19 against other findings inside Cohen, held-out patients"
     rows = [(title, pair(inside["n"]), estimate(inside["auroc"]))]
+    for row in inside["pairs"]:
+        one, other = (CLASS_NAMES.get(row[name], row[name]) for name in ("of", "against"))
+        title = f"{one} against {other} inside {SOURCE_NAMES[row['source']]}, {OF_TWO}"
+        rows.append((title, pair(row["n"]), estimate(row["auroc"])))
     if exists("folds"):
         folds = read("folds")
         one, rest = folds["all"], folds["without Hannover's"]
-        what = f"inside Cohen, {folds['folds']} folds by patient"
+        what = f"COVID-19 inside Cohen, {folds['folds']} folds by patient"
         rows += [
             (f"{what} {ALONE}", pair(one["n"]), estimate(one["auroc"])),
             (
@@ -82,9 +91,9 @@ def honest_rows() -> list[tuple[str, str, str]]:
             rows.append((title, pair(found["n"]), estimate(found["auroc"])))
         title = f"{what}, without Hannover's {ALONE}"
         rows.append((title, pair(rest["n"]), estimate(rest["auroc"])))
-    if exists("subsources"):
-        for row in read("subsources")["rows"]:
-            title = f"inside Cohen, {row['left_out']} left out of training {ALONE}"
+    for result in filter(exists, ("subsources", "locations")):
+        for row in read(result)["rows"]:
+            title = f"COVID-19 inside Cohen, {row['left_out']} left out of training {ALONE}"
             rows.append((title, pair(row["n"]), estimate(row["auroc"])))
     if exists("hannover"):
         found = read("hannover")
@@ -112,9 +121,10 @@ def about_relatives() -> str:
     if not exists("folds"):
         return ""
     text = f"""
-        Rows marked "{ALONE[1:-1]}" are of networks that, after a start on Kermany's and NIH's
-        images, saw only Cohen's, with milder variation: they say what can be learned there, not
-        what the bundled weights do."""
+        Of two classes alone the score is p(the first) / (p(the first) + p(the second)), of COVID-19
+        inside Cohen p(covid19). Rows marked "{ALONE[1:-1]}" are of networks that, after a start on
+        Kermany's and NIH's images, saw only Cohen's, with milder variation: they say what can be
+        learned there, not what the bundled weights do."""
     if exists("tried_inside"):
         tried = {row["name"]: estimate(row["all"]) for row in read("tried_inside")["rows"]}
         text += f"""
@@ -124,8 +134,7 @@ def about_relatives() -> str:
         text += f"""
         A network that never learned anything, one draw of weights, with a linear readout on top,
         reaches {estimate(untrained()["auroc"])} (the readout's penalty was chosen with the folds in
-        sight, too). Intervals of the first row and of random weights are DeLong's, those of the
-        other rows the bootstrap's."""
+        sight, too)."""
     if exists("probes_frame"):
         text += f"""
         Where one grey hides the central 70 % and 90 % of the side, such readouts of random weights
@@ -133,8 +142,8 @@ def about_relatives() -> str:
         {frame(0.9)} by layer, of whole radiographs {frame(0.0)}: part of what they tell need not be
         read in the lungs."""
     return " ".join(
-        f"""{text} How those on Cohen alone are trained was chosen with the folds in sight, and the
-        website's name alone, without any image, reaches
+        f"""{text} {about_intervals()} How those on Cohen alone are trained was chosen with the
+        folds in sight, and the website's name alone, without any image, reaches
         {estimate(read("folds")["all"]["website_alone"])}.""".split()
     )
 
@@ -148,9 +157,22 @@ def made() -> str:
     listed = "; ".join(f"{' and '.join(titles)} on {how}" for how, titles in names.items())
     if not listed:
         return ""
-    method = read("folds")["all"]["auroc"]["method"]
-    return f"""Relatives were trained so: {listed}. Their intervals are those of the {method}; how
-        those of the other AUROCs are made, [Metrics](metrics.md#intervals) says."""
+    return f"""Relatives were trained so: {listed}. How intervals are made,
+        [Metrics](metrics.md#intervals) says."""
+
+
+def about_intervals() -> str:
+    """Return in words which results of relatives have intervals of the bootstrap, if any."""
+    firsts = {
+        title: (found := read(name)).get("all") or found.get("rows", [found])[0]
+        for name, title in OF_RELATIVES.items()
+        if exists(name)
+    }
+    older = [title for title, row in firsts.items() if "delong" not in row["auroc"]["method"]]
+    if not older:
+        return "Intervals are DeLong's, of pairs of one website the bootstrap's."
+    return f"""Intervals of {", of ".join(older)} and of pairs of one website are the bootstrap's,
+        the others DeLong's."""
 
 
 def unmeasured() -> str:
@@ -158,7 +180,8 @@ def unmeasured() -> str:
     missing = [name for name in OF_RELATIVES if not exists(name)]
     what = {
         "folds": "five folds inside Cohen",
-        "subsources": "Cohen's own sources left out in turn",
+        "subsources": "Cohen's websites left out in turn",
+        "locations": "Cohen's countries left out in turn",
         "hannover": "Hannover left out",
     }
     listed = ", ".join(what[name] for name in missing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlparse
@@ -133,6 +134,28 @@ def cohens(dataset: ChestXrayDataset) -> np.ndarray:
     return np.array([i for i, s in enumerate(dataset.samples) if is_cohens(s)])
 
 
+def country(sample: Sample) -> str:
+    """Return where an image of Cohen's was taken: the last part of its place, empty if unknown."""
+    return sample.metadata.get("location", "").rpartition(",")[2].strip()
+
+
 def website(sample: Sample) -> str:
     """Return the host that an image of Cohen's comes from."""
     return urlparse(sample.metadata.get("url", "")).netloc
+
+
+#: Result → name → which of Cohen's images are left out together; they have COVID-19 and others.
+LEFT_OUT: dict[str, dict[str, Callable[[Sample], bool]]] = {
+    "subsources": {
+        "radiopaedia": lambda s: website(s) == "radiopaedia.org",
+        "eurorad": lambda s: website(s) == "www.eurorad.org",
+        "journals and others": lambda s: (
+            website(s) not in {"radiopaedia.org", "www.eurorad.org", "www.sirm.org", "github.com"}
+        ),
+    },
+    "locations": {
+        "Italy": lambda s: country(s) == "Italy",
+        "Spain": lambda s: country(s) == "Spain",
+        "Australia and Canada": lambda s: country(s) in {"Australia", "Canada"},
+    },
+}

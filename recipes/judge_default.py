@@ -2,15 +2,15 @@
 
     python recipes/judge_default.py --data ../shared/data --run runs/default
 
-``--what`` chooses parts: ``checkpoint`` judges the weights themselves, ``folds``, ``subsources``
-and ``hannover`` train relatives of them, because the weights have seen most of what they would be
-judged on. All start from a network that saw no image of Cohen's or Hannover's, but learned to tell
-bacterial and viral pneumonia apart, which COVID-19 is one of. For ``hannover`` three short epochs
-at 160 px follow; for the other two, which ask for COVID-19 against other findings of Cohen's, four
-epochs on Cohen's rows alone. ``folds-lungs``, which only runs if it is asked for, does as ``folds``
-on crops to the lungs. ``--seed`` does the folds once more, start and all, with other chance; the
-result stands beside the first. What ``--made`` says of the machine and of the files is kept in the
-results of relatives.
+``--what`` chooses parts: ``checkpoint`` judges the weights themselves, the others train relatives
+of them, because the weights have seen most of what they would be judged on. All start from a
+network that saw no image of Cohen's or Hannover's, but learned to tell bacterial and viral
+pneumonia apart, which COVID-19 is one of. For ``hannover`` three short epochs at 160 px follow; for
+``folds``, ``subsources`` (websites left out) and ``locations`` (countries left out), which ask for
+COVID-19 against other findings of Cohen's, four epochs on Cohen's rows alone. ``folds-lungs``,
+which only runs if it is asked for, does as ``folds`` on crops to the lungs. ``--seed`` does the
+folds once more, start and all, with other chance; the result stands beside the first. What
+``--made`` says of the machine and of the files is kept in the results of relatives.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collection import cohens, once, website
+from collection import LEFT_OUT, cohens, once, website
 from frame import hide
 from relatives import INSIDE, INSIDE_LUNGS, SHORT, Relatives
 from train_default import STAGES, open_split
@@ -48,6 +50,8 @@ from chestxray_covid.splits import folds_by_patient
 
 #: Most images per class of a pairing in which the frame is looked at.
 MOST_PER_CLASS = 150
+#: Fewest images (not patients) of a class whose AUROC inside one source is measured.
+LEAST_OF_PAIR = 15
 
 
 def score(probabilities: np.ndarray) -> np.ndarray:
@@ -135,16 +139,44 @@ def held_out(split: Split) -> ChestXrayDataset:
 
 
 def judge_inside(classifier: Classifier, split: Split) -> dict[str, Any]:
-    """Return COVID-19 against other findings of Cohen's, on validation and test patients.
+    """Return what is told inside sources, on validation and test patients.
 
-    Training saw neither; but which weights to publish was chosen with such numbers in sight.
+    COVID-19 against other findings of Cohen's, and every two classes of one source that has enough
+    of both. Training saw none of these patients; but which weights to publish was chosen with such
+    numbers in sight.
     """
-    cohen = held_out(split).filter(lambda s: s.source == "cohen")
-    found = classifier.predict_proba(cohen, progress=True)
-    truth = np.array([s.label == "covid19" for s in cohen.samples])
-    value = estimate_auroc(cohen.samples, truth, found[:, 2])
+    held = once(held_out(split))
+    found = classifier.predict_proba(held, progress=True)
+    cohen = [i for i, s in enumerate(held.samples) if s.source == "cohen"]
+    own = [held.samples[i] for i in cohen]
+    truth = np.array([s.label == "covid19" for s in own])
+    value = estimate_auroc(own, truth, found[cohen, 2])
     print("inside Cohen", value)
-    return {"n": count(truth), "auroc": value.to_dict()}
+    pairs = [
+        judged
+        for source in held.sources
+        for against, of in combinations(held.classes, 2)
+        if (judged := judge_pair(held, found, source, of, against))
+    ]
+    return {"n": count(truth), "auroc": value.to_dict(), "pairs": pairs}
+
+
+def judge_pair(
+    held: ChestXrayDataset, found: np.ndarray, source: str, of: str, against: str
+) -> dict[str, Any] | None:
+    """Return how well two classes of one source are told apart by them alone, if it has enough."""
+    pair = [
+        i for i, s in enumerate(held.samples) if s.source == source and s.label in (of, against)
+    ]
+    own = [held.samples[i] for i in pair]
+    truth = np.array([s.label == of for s in own], bool)
+    if min(count(truth)) < LEAST_OF_PAIR:
+        return None
+    one, other = (found[pair, held.class_to_idx[name]] for name in (of, against))
+    value = estimate_auroc(own, truth, one / (one + other))
+    print(source, of, against, value, count(truth))
+    names = {"source": source, "of": of, "against": against}
+    return {**names, "n": count(truth), "auroc": value.to_dict()}
 
 
 # ---------------------------------------------------------------- relatives
@@ -280,24 +312,15 @@ def write_folds(
     report.save(output / "folds_evaluation.json")
 
 
-#: Hosts of Cohen's sources, in groups that have COVID-19 and other findings.
-SUBSOURCES: dict[str, Callable[[str], bool]] = {
-    "radiopaedia": lambda host: host == "radiopaedia.org",
-    "eurorad": lambda host: host == "www.eurorad.org",
-    "journals and others": lambda host: (
-        host not in {"radiopaedia.org", "www.eurorad.org", "www.sirm.org", "github.com"}
-    ),
-}
+def judge_left_out(relatives: Relatives, output: Path, result: str) -> None:
+    """Groups of Cohen's images left out in turn, with all of their patients.
 
-
-def judge_subsources(relatives: Relatives, output: Path) -> None:
-    """Cohen's own sources left out in turn: images that nobody of the same hospital was seen of."""
+    An image whose group is not known, as that of a place nobody wrote down, stays in training.
+    """
     samples = relatives.dataset.samples
     cohen, rows = cohens(relatives.dataset), []
-    for name, chosen in SUBSOURCES.items():
-        held_out = np.array(
-            [i for i, s in enumerate(samples) if s.source == "cohen" and chosen(website(s))]
-        )
+    for name, chosen in LEFT_OUT[result].items():
+        held_out = np.array([i for i, s in enumerate(samples) if s.source == "cohen" and chosen(s)])
         place = f"without-{name.split()[0]}"
         found = relatives.predict_without(held_out, place, INSIDE, cohen)
         own = [samples[i] for i in held_out]
@@ -306,7 +329,7 @@ def judge_subsources(relatives: Relatives, output: Path) -> None:
         rows.append({"left_out": name, "n": count(truth), "auroc": value.to_dict()})
         print(rows[-1], flush=True)
     about = {**said(relatives.made), "training": INSIDE.to_dict()}
-    write(output, "subsources", {**about, "rows": rows})
+    write(output, result, {**about, "rows": rows})
 
 
 def judge_hannover(relatives: Relatives, output: Path) -> None:
@@ -365,7 +388,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/default"))
     parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
     parser.add_argument("--checkpoint", type=Path)
-    parts = ("checkpoint", "folds", "subsources", "hannover")
+    parts = ("checkpoint", "folds", *LEFT_OUT, "hannover")
     parser.add_argument("--what", choices=(*parts, "folds-lungs"), action="append")
     made = "machine, software and files of this run, kept in the results of relatives"
     parser.add_argument("--made", metavar="TEXT", help=made)
@@ -383,7 +406,7 @@ def main() -> None:
         for name, judge in (
             ("folds", judge_folds),
             ("folds-lungs", judge_lung_folds),
-            ("subsources", judge_subsources),
+            *((result, partial(judge_left_out, result=result)) for result in LEFT_OUT),
             ("hannover", judge_hannover),
         ):
             if name in what:

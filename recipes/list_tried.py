@@ -33,6 +33,7 @@ COLUMNS = (
     *(f"Frame: {NAMES[one]} against {NAMES[other]}" for one, other in PAIRINGS),
     "Cohen against NIH, whole",
     "Inside Cohen",
+    "Inside Cohen, against pneumonia alone",
 )
 CHANGES: dict[Any, Change] = {"whole": lambda image: image, **covers("mean")}
 #: What the name of the published weights' row ends in.
@@ -59,6 +60,8 @@ def describe(training: Mapping[str, Any]) -> str:
         f"rate {training['learning_rate']:g}{' to the end' if constant else ''}",
     ]
     parts += [f"{training[name]:g} {what}" for name, what in TOLD.items() if training.get(name)]
+    if training.get("within_sources"):
+        parts.append("within sources")
     return ", ".join(parts)
 
 
@@ -93,18 +96,21 @@ def row(folder: Path, held: ChestXrayDataset, *, limit: int) -> list[str]:
         *frames,
         auroc(("cohen", "covid19"), ("nih", "normal"), "whole"),
         auroc(("cohen", "covid19"), ("cohen", "others"), "whole"),
+        auroc(("cohen", "covid19"), ("cohen", "pneumonia"), "whole"),
     ]
 
 
 def note(held: ChestXrayDataset, limit: int) -> str:
     covid = sum(s.source == "cohen" and s.label == "covid19" for s in held.samples)
     others = sum(s.source == "cohen" and s.label != "covid19" for s in held.samples)
+    pneumonia = sum(s.source == "cohen" and s.label == "pneumonia" for s in held.samples)
     return (
-        "AUROC of p(covid19) / (p(covid19) + p(normal)), inside Cohen of p(covid19), on patients "
-        "of validation and test. The frame: COVID-19 of one source against normals of another "
+        "AUROC of p(covid19) / (p(covid19) + p(normal)), inside Cohen of p(covid19), against "
+        "pneumonia alone of p(covid19) / (p(covid19) + p(pneumonia)), on patients of validation "
+        "and test. The frame: COVID-19 of one source against normals of another "
         "with the central 70 % and 90 % of the side hidden under the image's mean, at most "
         f"{limit} images of a source and label. Inside Cohen: {covid} COVID-19 against {others} "
-        "others."
+        f"others, {pneumonia} of them pneumonia."
     )
 
 

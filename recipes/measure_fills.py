@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 from frame import hide
-from judge_default import estimate_auroc, judge_held_out, origin_of, score
+from judge_default import estimate_auroc, judge_held_out, origin_of
 from PIL import Image
 
 from chestxray_covid import ChestXrayDataset, Classifier, Sample
+from chestxray_covid.datasets.base import LABELS
 from chestxray_covid.datasets.loading import in_batches
 
 PARTS = (0.7, 0.9)
@@ -89,7 +90,7 @@ class Cells:
     ) -> None:
         self.samples: dict[tuple[str, str], list[Sample]] = {}
         self.found: dict[tuple[str, str], dict[Any, np.ndarray]] = {}
-        wanted = {("cohen", "others")}
+        wanted = {("cohen", "others"), ("cohen", "pneumonia")}
         for one, other in PAIRINGS:
             wanted |= {(one, "covid19"), (other, "normal")}
         for source, label in sorted(wanted):
@@ -103,11 +104,17 @@ class Cells:
             print(source, label, len(cell), flush=True)
 
     def auroc(self, one: tuple[str, str], other: tuple[str, str], change: Any) -> dict[str, Any]:
-        """Return counts and AUROC of COVID-19 in the first cell against the second."""
+        """Return counts and AUROC of COVID-19 in the first cell against the second.
+
+        Against others it is that of p(covid19); against one class, of these two alone.
+        """
         samples = [*self.samples[one], *self.samples[other]]
         found = np.concatenate([self.found[one][change], self.found[other][change]])
         truth = [s.label == "covid19" for s in samples]
-        scores = found[:, 2] if other[1] == "others" else score(found)
+        if other[1] == "others":
+            scores = found[:, 2]
+        else:
+            scores = found[:, 2] / (found[:, 2] + found[:, LABELS.index(other[1])])
         value = estimate_auroc(samples, truth, scores)
         return {"n": [sum(truth), len(truth) - sum(truth)], "auroc": value.to_dict()}
 

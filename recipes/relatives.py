@@ -81,6 +81,10 @@ def train_relative(
     return Classifier.from_pretrained(folder)
 
 
+#: Fewest images of a class that a relative learns of.
+FEWEST = 3
+
+
 class Relatives:
     """Data with groups of patients, and the network that all relatives start from."""
 
@@ -107,6 +111,8 @@ class Relatives:
     ) -> np.ndarray:
         """Train on everyone else and return ``(N, 3)`` probabilities of the held-out samples.
 
+        Of a class of which fewer than three images are left it learns nothing, and says 0.
+
         Args:
             held_out: Their positions.
             name: Of the relative's run folder.
@@ -118,7 +124,11 @@ class Relatives:
         chosen = self.without(held_out)
         if among is not None:
             chosen = np.intersect1d(chosen, among)
+        targets = np.array(self.dataset.targets)
+        known = np.flatnonzero(np.bincount(targets[chosen], minlength=3) >= FEWEST)
+        chosen = chosen[np.isin(targets[chosen], known)]
         shown, judged = (self.dataset.subset(part) for part in (chosen, held_out))
+        shown = ChestXrayDataset(shown.samples, classes=[shown.classes[k] for k in known])
         if lungs:
             shown, judged = (cropped_to_lungs(d, self.folder / "crops") for d in (shown, judged))
         classifier = train_relative(
@@ -128,7 +138,9 @@ class Relatives:
             self.folder / name,
             replace(config, cache_dir=self.cache, seed=self.seed),
         )
-        return classifier.predict_proba(judged, progress=True)
+        found = np.zeros((len(judged), len(judged.classes)))
+        found[:, known] = classifier.predict_proba(judged, progress=True)
+        return found
 
     def train_base(self, *, lungs: bool = False) -> Path:
         """Train on Kermany's and NIH's training patients: normal, bacterial or viral.

@@ -39,8 +39,8 @@ def failures() -> list[str]:
     """Return what the card warns of."""
     return [
         "it does not tell COVID-19 from other findings inside one collection, and the sources of "
-        "training all but give the label away: what it learned may be the source alone, and "
-        "nothing that was measured so far shows otherwise",
+        "training all but give the label away: what it learned of COVID-19 may be the source "
+        "alone, and nothing that was measured so far shows otherwise",
         "at its threshold, p(covid19) against p(normal) calls many other pneumonias positive: "
         "is_positive answers one question only, COVID-19 or normal",
         "with the centre hidden under something else than the image's mean, the frame still tells "
@@ -73,7 +73,7 @@ def tables() -> list[dict[str, Any]]:
             "title": "Where the source cannot help, or not as much",
             "note": "Of patients that training never saw; 0.5 is chance; intervals at 95% by "
             f"patient.{results.unmeasured().replace('`', '')} {results.about_relatives()}".rstrip(),
-            "head": ["AUROC of COVID-19", "Images", "Value"],
+            "head": ["AUROC", "Images", "Value"],
             "rows": results.honest_rows(),
         },
         {

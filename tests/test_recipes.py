@@ -77,9 +77,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     findings = ("COVID-19", "No Finding", "Streptococcus")
     hosts = ("https://radiopaedia.org/cases/1", "https://www.eurorad.org/case/1", "")
+    places = ("Turin, Italy", "Barcelona, Spain ", "Toronto, Ontario, Canada", "")
     rows = [
         sources.cohen_row(
-            f"{f[:2]}{i}", f, f"{f[:2]}{i}.png", license="CC BY-NC-SA", url=hosts[i % 3]
+            *(f"{f[:2]}{i}", f, f"{f[:2]}{i}.png"),
+            license="CC BY-NC-SA",
+            url=hosts[i % 3],
+            location=places[i % 4],
         )
         for f in findings
         for i in range(12)
@@ -288,6 +292,7 @@ def published(
         options = {"output": place.weights, "results": place.results, "checkpoint": folder}
         run_main(recipes["publish_default"], patch, {**run, **options})
         patch.setattr(recipes["judge_default"], "MOST_PER_CLASS", 12)
+        patch.setattr(recipes["judge_default"], "LEAST_OF_PAIR", 1)
         run_main(recipes["judge_default"], patch, {**judged, "what": "checkpoint"})
         run_main(recipes["measure_fills"], patch, {**judged, "limit": 6})
         run_main(recipes["measure_reduction"], patch, {**judged, "limit": 6})
@@ -405,6 +410,35 @@ def test_the_frame_is_measured_under_every_fill(
     assert row["n"] == [sum(truth), len(truth) - sum(truth)]
 
 
+def test_two_classes_of_one_source_are_told_apart_by_them_alone(
+    recipes: dict[str, Any], data: Path, published: Published
+) -> None:
+    judge = recipes["judge_default"]
+    split = recipes["train_default"].open_split(data, published.run)
+    held = recipes["collection"].once(judge.held_out(split))
+    classifier = Classifier.from_pretrained(published.weights)
+    rows = published.read("inside")["pairs"]
+    cells = Counter((s.source, s.label) for s in held.samples)
+    expected = [
+        (source, *pair)
+        for source in held.sources
+        for pair in (("pneumonia", "normal"), ("covid19", "normal"), ("covid19", "pneumonia"))
+        if all(cells[source, label] for label in pair)
+    ]
+    assert [(r["source"], r["of"], r["against"]) for r in rows] == expected
+    assert ("cohen", "covid19", "pneumonia") in expected
+    for row in rows:
+        pair = (row["of"], row["against"])
+        chosen = held.filter(lambda s, a=row["source"], b=pair: s.source == a and s.label in b)
+        found = dict(zip(LABELS, classifier.predict_proba(chosen).T, strict=True))
+        share = found[pair[0]] / (found[pair[0]] + found[pair[1]])
+        truth = [s.label == pair[0] for s in chosen.samples]
+        assert row["n"] == [sum(truth), len(truth) - sum(truth)]
+        assert row["auroc"]["value"] == pytest.approx(roc_auc_score(truth, share))
+    found = classifier.predict_proba(held)
+    assert judge.judge_pair(held, found, *expected[0]) is None, "of fewer than 15 nothing is said"
+
+
 def test_what_was_tried_is_listed_out_of_the_runs(
     recipes: dict[str, Any], published: Published
 ) -> None:
@@ -418,8 +452,10 @@ def test_what_was_tried_is_listed_out_of_the_runs(
         "not measured",
     ]
     numbers = [float(part) for cell in first[2:] for part in cell.split(", ")]
-    assert len(numbers) == 10
+    assert len(numbers) == 11
     assert all(0 <= number <= 1 for number in numbers)
+    alone = [r for r in published.read("inside")["pairs"] if r["source"] == "cohen"][-1]
+    assert (alone["of"], alone["against"]) == ("covid19", "pneumonia")
     describe = recipes["list_tried"].describe
     stages = recipes["train_default"].STAGES
     assert "0.25 of centres hidden, 0.5 of frames swapped" in describe(stages[-2].config.to_dict())
@@ -622,10 +658,11 @@ def test_no_relative_trains_on_whom_it_is_judged_by(
     monkeypatch.setattr(relatives, "predict_without", predict_without)
     relatives.made = "a machine"
     judge.judge_folds(relatives, tmp_path, folds=2)
-    judge.judge_subsources(relatives, tmp_path)
+    for result in judge.LEFT_OUT:
+        judge.judge_left_out(relatives, tmp_path, result)
     judge.judge_hannover(relatives, tmp_path)
-    expected = {"fold-0", "fold-1", "without-radiopaedia", "without-eurorad", "without-journals"}
-    assert set(predicted) == {*expected, "without-hannover"}
+    left_out = ("radiopaedia", "eurorad", "journals", "Italy", "Spain", "Australia", "hannover")
+    assert set(predicted) == {"fold-0", "fold-1", *(f"without-{name}" for name in left_out)}
     for name, held_out in predicted.items():
         train, groups = trained[name]
         assert not set(groups) & set(relatives.groups[held_out]), name
@@ -648,9 +685,13 @@ def test_no_relative_trains_on_whom_it_is_judged_by(
     assert sum(folds["all"]["n"]) == 45
     rows = json.loads((tmp_path / "subsources.json").read_text())["rows"]
     assert [row["n"] for row in rows] == [[4, 8]] * 3
+    rows = json.loads((tmp_path / "locations.json").read_text())["rows"]
+    assert [(row["left_out"], row["n"]) for row in rows] == [
+        *(("Italy", [3, 6]), ("Spain", [3, 6]), ("Australia and Canada", [3, 6]))
+    ]
     hannover = json.loads((tmp_path / "hannover.json").read_text())
     assert hannover["n"][0] == 24, "Cohen's copies are not counted again"
-    for name in ("folds", "subsources", "hannover"):
+    for name in ("folds", *judge.LEFT_OUT, "hannover"):
         assert json.loads((tmp_path / f"{name}.json").read_text())["made"] == "a machine"
 
 
@@ -736,9 +777,12 @@ def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str,
     pages, results = recipes["write_card"].pages, recipes["write_card"].results
     titles = [row[0] for row in results.honest_rows()]
     own = ("held-out patients", "pairs of one website", "no image looked at", "random weights")
+    pairs = results.read("inside")["pairs"]
+    assert pairs
+    assert sum(title.endswith(results.OF_TWO) for title in titles) == len(pairs)
     marks = (results.ALONE, "(shorter relative)")
     assert all(title.endswith((*own, *marks)) for title in titles)
-    assert sum(title.endswith(marks) for title in titles) == 6
+    assert sum(title.endswith(marks) for title in titles) == 9
     about = results.about_relatives()
     for row in results.read("tried_inside")["rows"][:2]:
         assert results.estimate(row["all"]) in about
