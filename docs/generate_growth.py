@@ -66,7 +66,7 @@ def _originals(machine: Mapping[str, Any]) -> str:
             )
             return (
                 f"; untouched originals take {reduced / original:.1f} times as long as reduced "
-                "files there, see [engines](engines.md#measured)"
+                "files there at 224 px, see [engines](engines.md#measured)"
             )
     return ""
 

@@ -121,10 +121,11 @@ def about_relatives() -> str:
     if not exists("folds"):
         return ""
     text = f"""
-        Of two classes alone the score is p(the first) / (p(the first) + p(the second)), of COVID-19
-        inside Cohen p(covid19). Rows marked "{ALONE[1:-1]}" are of networks that, after a start on
-        Kermany's and NIH's images, saw only Cohen's, with milder variation: they say what can be
-        learned there, not what the bundled weights do."""
+        In rows "by these two alone", and with Hannover unseen, the score is p(the first) /
+        (p(the first) + p(the second)), of other networks p(covid19). Rows marked
+        "{ALONE[1:-1]}" are of networks that, after a start on Kermany's and NIH's images, saw
+        only Cohen's, with milder variation: they say what can be learned there, not what the
+        bundled weights do."""
     if exists("tried_inside"):
         tried = {row["name"]: estimate(row["all"]) for row in read("tried_inside")["rows"]}
         text += f"""
@@ -142,8 +143,8 @@ def about_relatives() -> str:
         {frame(0.9)} by layer, of whole radiographs {frame(0.0)}: part of what they tell need not be
         read in the lungs."""
     return " ".join(
-        f"""{text} {about_intervals()} How those on Cohen alone are trained was chosen with the
-        folds in sight, and the website's name alone, without any image, reaches
+        f"""{text} {about_countries()} {about_intervals()} How those on Cohen alone are trained
+        was chosen with the folds in sight, and the website's name alone, without any image, reaches
         {estimate(read("folds")["all"]["website_alone"])}.""".split()
     )
 
@@ -162,17 +163,39 @@ def made() -> str:
 
 
 def about_intervals() -> str:
-    """Return in words which results of relatives have intervals of the bootstrap, if any."""
+    """Return in words which AUROCs of relatives have intervals of the bootstrap, if any."""
     firsts = {
         title: (found := read(name)).get("all") or found.get("rows", [found])[0]
         for name, title in OF_RELATIVES.items()
         if exists(name)
     }
     older = [title for title, row in firsts.items() if "delong" not in row["auroc"]["method"]]
-    if not older:
-        return "Intervals are DeLong's, of pairs of one website the bootstrap's."
-    return f"""Intervals of {", of ".join(older)} and of pairs of one website are the bootstrap's,
-        the others DeLong's."""
+    networks = "of the folds' networks, of the website's name, of the shorter relatives"
+    listed = ", ".join(networks if t == OF_RELATIVES["folds"] else f"of {t}" for t in older)
+    return f"""Intervals {listed or "of the website's name"} and of pairs of one website are the
+        bootstrap's, the others DeLong's."""
+
+
+def about_countries() -> str:
+    """Return in words what has to be known of the rows of countries, if there are any."""
+    if not exists("locations"):
+        return ""
+    rows = read("locations")["rows"]
+    few = "; ".join(
+        f"{row['left_out']} {row['patients'][0]} and {row['patients'][1]}" for row in rows
+    )
+    unlearned = [
+        f"without {row['left_out']} too few {name} are left to learn, which {n} of the others are"
+        for row in rows
+        for name, n in row["unlearned"].items()
+    ]
+    text = f"""Countries left out are few patients, with COVID-19 and with other findings: {few};
+        an image of a place that nobody wrote down stays in
+        training{"".join("; " + part for part in unlearned)}."""
+    if exists("folds_again"):
+        folds = estimate(read("folds_again")["all"]["auroc"])
+        text += f" Trained on the same machine from such a start, folds reach {folds}."
+    return text
 
 
 def unmeasured() -> str:

@@ -326,7 +326,13 @@ def judge_left_out(relatives: Relatives, output: Path, result: str) -> None:
         own = [samples[i] for i in held_out]
         truth = np.array([s.label == "covid19" for s in own])
         value = estimate_auroc(own, truth, found[:, 2])
-        rows.append({"left_out": name, "n": count(truth), "auroc": value.to_dict()})
+        told = np.array([s.patient_id for s in own])
+        patients = [len(np.unique(told[side])) for side in (truth, ~truth)]
+        unknown = Counter(
+            s.label for s, p in zip(own, found, strict=True) if not p[LABELS.index(s.label)]
+        )
+        about = {"left_out": name, "n": count(truth), "patients": patients, "unlearned": unknown}
+        rows.append({**about, "auroc": value.to_dict()})
         print(rows[-1], flush=True)
     about = {**said(relatives.made), "training": INSIDE.to_dict()}
     write(output, result, {**about, "rows": rows})

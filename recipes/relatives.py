@@ -111,7 +111,8 @@ class Relatives:
     ) -> np.ndarray:
         """Train on everyone else and return ``(N, 3)`` probabilities of the held-out samples.
 
-        Of a class of which fewer than three images are left it learns nothing, and says 0.
+        Of a class of which fewer than three images or two patients are left it learns nothing, and
+        says 0.
 
         Args:
             held_out: Their positions.
@@ -124,9 +125,7 @@ class Relatives:
         chosen = self.without(held_out)
         if among is not None:
             chosen = np.intersect1d(chosen, among)
-        targets = np.array(self.dataset.targets)
-        known = np.flatnonzero(np.bincount(targets[chosen], minlength=3) >= FEWEST)
-        chosen = chosen[np.isin(targets[chosen], known)]
+        chosen, known = self._known_classes(chosen)
         shown, judged = (self.dataset.subset(part) for part in (chosen, held_out))
         shown = ChestXrayDataset(shown.samples, classes=[shown.classes[k] for k in known])
         if lungs:
@@ -141,6 +140,16 @@ class Relatives:
         found = np.zeros((len(judged), len(judged.classes)))
         found[:, known] = classifier.predict_proba(judged, progress=True)
         return found
+
+    def _known_classes(self, chosen: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """Return positions of classes that there is enough of to learn them, and these classes."""
+        targets = np.array(self.dataset.targets)
+        known = []
+        for k in range(len(self.dataset.classes)):
+            own = chosen[targets[chosen] == k]
+            if len(own) >= FEWEST and len(np.unique(self.groups[own])) > 1:
+                known.append(k)
+        return chosen[np.isin(targets[chosen], known)], known
 
     def train_base(self, *, lungs: bool = False) -> Path:
         """Train on Kermany's and NIH's training patients: normal, bacterial or viral.

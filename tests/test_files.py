@@ -31,20 +31,32 @@ def test_a_folder_of_which_many_files_are_asked_for_is_listed(
     many, few = fill(tmp_path / "many", 200), fill(tmp_path / "few", 9)
     is_there = file_finder()
     assert all(map(is_there, [*many, *few, *few]))
-    assert questions == [*many[: files._MANY], *few, *few]
+    assert questions == [*many[:64], *few, *few]
 
 
-@pytest.mark.parametrize("most", [0, 50])
-def test_a_folder_is_listed_up_to_a_limit(
-    tmp_path: Path, questions: list[str], monkeypatch: pytest.MonkeyPatch, most: int
+@pytest.mark.parametrize("each", [0, 1])
+def test_a_folder_is_listed_as_far_as_was_asked(
+    tmp_path: Path, questions: list[str], monkeypatch: pytest.MonkeyPatch, each: int
 ) -> None:
-    monkeypatch.setattr(files, "_MOST_LISTED", most)
-    many = fill(tmp_path / "many", 200)
+    monkeypatch.setattr(files, "_PER_QUESTION", each)
+    many = fill(tmp_path / "many", 600)
     assert all(map(file_finder(), many))
-    assert 200 - most <= len(questions) <= 200
+    # With one entry per question: 64 are known after 64 questions, 512 after as many.
+    assert 600 - 512 * each <= len(questions) <= 600
 
 
-def test_what_is_no_file_is_not_there_whether_its_folder_was_listed_or_not(tmp_path: Path) -> None:
+def test_a_path_with_the_other_separator_of_windows_is_found_in_its_own_folder(
+    tmp_path: Path, questions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "altsep", "|")
+    many = fill(tmp_path / "many", 200)
+    assert all(map(file_finder(), [*many, *(file.replace("/many/", "/many|") for file in many)]))
+    assert questions == many[:64]
+
+
+def test_what_is_no_file_is_not_there_whether_its_folder_was_listed_or_not(
+    tmp_path: Path, questions: list[str]
+) -> None:
     folder = tmp_path / "many"
     many = fill(folder, 70)
     (folder / "folder.png").mkdir()
@@ -59,6 +71,7 @@ def test_what_is_no_file_is_not_there_whether_its_folder_was_listed_or_not(tmp_p
         assert not any(map(is_there, [*others, str(tmp_path / "elsewhere" / "0.png")]))
         assert is_there(str(folder / "link.png"))
         assert all(map(is_there, many))
+    assert len(questions) < 64 + 6 * len(others), "the folder was not listed"
     (folder / "later.png").touch()
     assert is_there(str(folder / "later.png"))
 

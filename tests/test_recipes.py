@@ -456,6 +456,8 @@ def test_what_was_tried_is_listed_out_of_the_runs(
     assert all(0 <= number <= 1 for number in numbers)
     alone = [r for r in published.read("inside")["pairs"] if r["source"] == "cohen"][-1]
     assert (alone["of"], alone["against"]) == ("covid19", "pneumonia")
+    assert max(alone["n"]) <= 6, "so that the table has all of them, too"
+    assert last[-1] == f"{alone['auroc']['value']:.3f}"
     describe = recipes["list_tried"].describe
     stages = recipes["train_default"].STAGES
     assert "0.25 of centres hidden, 0.5 of frames swapped" in describe(stages[-2].config.to_dict())
@@ -620,6 +622,40 @@ def test_patients_are_left_out_by_group(relatives: Any) -> None:
     assert not set(groups[held]) & set(groups[rest]), "a patient of two numbers is on one side"
     assert 0.1 < len(held) / len(nih) < 0.6
     assert shared not in relatives.without(np.array([own]))
+
+
+def test_a_class_of_which_too_little_is_left_is_not_learned(
+    relatives: Any, monkeypatch: pytest.MonkeyPatch, recipes: dict[str, Any], tmp_path: Path
+) -> None:
+    targets = np.array(relatives.dataset.targets)
+    cohen = recipes["collection"].cohens(relatives.dataset)
+    normal = cohen[targets[cohen] == 0]
+    others = cohen[targets[cohen] > 0]
+    assert len(normal) > 5
+    with monkeypatch.context() as patch:
+        groups = relatives.groups.copy()
+        groups[normal[:3]] = 0  # of one patient
+        patch.setattr(relatives, "groups", groups)
+        for few in (normal[:2], normal[:3]):
+            assert relatives._known_classes(np.concatenate([others, few]))[1] == [1, 2]
+    chosen, known = relatives._known_classes(np.concatenate([others, normal[:3]]))
+    assert (len(chosen), known) == (len(others) + 3, [0, 1, 2])
+
+    class Two:
+        def predict_proba(self, dataset: Any, *, progress: bool) -> np.ndarray:
+            return np.tile([0.3, 0.7], (len(dataset), 1))
+
+    shown = []
+    own = sys.modules[type(relatives).__module__]
+    monkeypatch.setattr(own, "train_relative", lambda train, *_: (shown.append(train), Two())[1])
+    monkeypatch.setattr(relatives, "train_base", lambda *, lungs: tmp_path)
+    config = own.INSIDE
+    found = relatives.predict_without(
+        others[:4], "two", config, np.concatenate([others, normal[:2]])
+    )
+    assert found.tolist() == [[0, 0.3, 0.7]] * 4
+    assert shown[0].classes == ("pneumonia", "covid19")
+    assert {s.label for s in shown[0].samples} == {"pneumonia", "covid19"}
 
 
 @pytest.mark.slow

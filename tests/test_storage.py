@@ -244,6 +244,13 @@ def test_a_lock_that_can_be_had_twice_is_none(
         assert not alone
 
 
+@pytest.mark.parametrize("spelled", ["b.png/", "b.png/.", ".//b.png", "./b.png//"])
+def test_text_is_resolved_as_the_path_that_it_means(tmp_path: Path, spelled: str) -> None:
+    resolved = resolver()
+    text = f"{tmp_path}/a/{spelled}"
+    assert resolved(text) == resolved(Path(text)) == str(tmp_path / "a" / "b.png")
+
+
 def test_a_file_is_one_whichever_of_two_separators_its_path_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

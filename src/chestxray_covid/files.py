@@ -19,8 +19,8 @@ from chestxray_covid.errors import ConfigError, DatasetNotFoundError, check_reso
 #: A config of this library has about 1 kB; more is no config.
 MAX_JSON_BYTES = 1_000_000
 _MAX_JSON_DEPTH = 20
-#: From so many questions for files of one folder on, it is listed, up to so many files.
-_MANY, _MOST_LISTED = 64, 100_000
+#: After so many questions for files of one folder, it is listed: up to so many entries for each.
+_LISTED_AFTER, _PER_QUESTION = (64, 512, 4096, 32_768), 16
 #: Of the two slashes of an address pathlib keeps one, on Windows as a backslash; a drive there has
 #: one letter.
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:[/\\]", re.IGNORECASE)
@@ -152,22 +152,23 @@ def expanded_copy(path: str | os.PathLike[str]) -> Path:
 def file_finder() -> Callable[[str], bool]:
     """Return what says of a path, as ``os.path.isfile`` does, whether a file is there.
 
-    A folder of which many are asked for is listed, once: on a network, one question may take as
-    long as that.
+    A folder of which many are asked for is listed, as far as that takes no longer: on a network,
+    one question may take as long. Links, and what is not listed, are asked for one by one.
     """
     asked: Counter[str] = Counter()
     listed: dict[str, set[str]] = {}
 
     def is_there(file: str) -> bool:
-        folder, separator, name = file.rpartition(os.sep)
+        text = file.replace(os.altsep or os.sep, os.sep)  # Windows has two
+        folder, separator, name = text.rpartition(os.sep)
         folder += separator
         if name in listed.get(folder, ()):
             return True
         asked[folder] += 1
-        if asked[folder] == _MANY:
+        if asked[folder] in _LISTED_AFTER:
             with suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
-                few = itertools.islice(entries, _MOST_LISTED)
-                listed[folder] = {entry.name for entry in few if entry.is_file()}
+                few = itertools.islice(entries, _PER_QUESTION * asked[folder])
+                listed[folder] = {e.name for e in few if e.is_file(follow_symlinks=False)}
         return os.path.isfile(file)  # noqa: PTH113 - keeps no copy
 
     return is_there

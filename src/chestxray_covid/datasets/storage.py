@@ -205,9 +205,10 @@ def resolver() -> Callable[[str | Path], str]:
 
     def resolve(path: str | Path) -> str:
         text = os.fspath(path).replace(os.altsep or os.sep, os.sep)  # Windows has two
+        if text.endswith((os.sep, ".")):  # an end that a path may forget
+            text = str(Path(text))
         folder, separator, name = text.rpartition(os.sep)
-        folder += separator
-        whole = real(folder or ".")
+        whole = real((folder := folder + separator) or ".")
         return text if whole == folder else whole + name  # the same text, kept once
 
     return resolve
