@@ -170,10 +170,11 @@ def about_intervals() -> str:
         if exists(name)
     }
     older = [title for title, row in firsts.items() if "delong" not in row["auroc"]["method"]]
-    networks = "of the folds' networks, of the website's name, of the shorter relatives"
-    listed = ", ".join(networks if t == OF_RELATIVES["folds"] else f"of {t}" for t in older)
-    return f"""Intervals {listed or "of the website's name"} and of pairs of one website are the
-        bootstrap's, the others DeLong's."""
+    of_folds = "of the folds' networks, of the website's name"
+    listed = [of_folds if t == OF_RELATIVES["folds"] else f"of {t}" for t in older]
+    listed += ["of the shorter relatives"] * exists("tried_inside")
+    return f"""Intervals {", ".join([*listed, "of pairs of one website"])} are the bootstrap's, the
+        others DeLong's."""
 
 
 def about_countries() -> str:
@@ -192,9 +193,9 @@ def about_countries() -> str:
     text = f"""Countries left out are few patients, with COVID-19 and with other findings: {few};
         an image of a place that nobody wrote down stays in
         training{"".join("; " + part for part in unlearned)}."""
-    if exists("folds_again"):
+    if exists("folds_again") and read("folds_again")["made"] == read("locations")["made"]:
         folds = estimate(read("folds_again")["all"]["auroc"])
-        text += f" Trained on the same machine from such a start, folds reach {folds}."
+        text += f" Folds whose networks were made in this way, too, reach {folds}."
     return text
 
 

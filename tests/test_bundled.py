@@ -17,6 +17,7 @@ from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.gate import GATE_NAME
 from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
 from chestxray_covid.int8 import INT8_NAME
+from chestxray_covid.reporting import foreign_text
 
 ROOT = Path(__file__).parents[1]
 FOLDER = BUNDLED / DEFAULT_MODEL
@@ -115,6 +116,15 @@ def test_what_weakens_a_number_stands_beside_it(caveat: str, names: tuple[str, .
 def test_the_numbers_beside_the_weights_are_those_in_the_documentation() -> None:
     ours = (FOLDER / "evaluation.json").read_bytes()
     assert ours == (ROOT / "docs" / "results" / "default" / "evaluation.json").read_bytes()
+
+
+def test_notes_of_the_card_are_whole() -> None:
+    tables = json.loads((FOLDER / "measurements.json").read_text(encoding="utf-8"))["tables"]
+    notes = [table["note"] for table in tables]
+    assert max(map(len, notes)) > 1000
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for note in notes:
+        assert foreign_text(note, len(note) + 1)[-100:] in card, "cut off"
 
 
 @pytest.mark.parametrize(

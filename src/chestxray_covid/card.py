@@ -26,6 +26,8 @@ from chestxray_covid.subgroups import SMALL, Subgroup
 _METRICS = ("sensitivity", "specificity", "auroc")
 _QUESTION = ("normal", "covid19")
 _BINS = 10
+#: Longest note to a table: what has to be known of its numbers must not be cut off.
+_NOTE_CHARS = 10_000
 #: What the columns of :func:`decisions` are.
 DECISIONS = (
     "Tested on",
@@ -305,7 +307,8 @@ def _measurements(results: Results) -> Iterator[str]:
             *([foreign_text(c) for c in row] for row in table["rows"]),
         ]
         drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        yield f"## {foreign_text(table['title'])}\n\n{foreign_text(table['note'])}\n\n{drawn}"
+        note = foreign_text(table["note"], _NOTE_CHARS)
+        yield f"## {foreign_text(table['title'])}\n\n{note}\n\n{drawn}"
 
 
 def _audit(report: AuditReport | None) -> str:
