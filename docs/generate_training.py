@@ -90,7 +90,7 @@ def step_paragraph(step: Mapping[str, Any]) -> str:
     """Return how fast a step is, against plain loops."""
     kept = compiled = ""
     if "memory_kept_over_plain_pairs" in step:  # asked since 2026-11-29
-        kept = f", {_ratio(step['memory_kept_over_plain_pairs'])} times with memory kept as well"
+        kept = f", {_ratio(step['memory_kept_over_plain_pairs'])} times with memory kept"
     if "compiled_over_plain_pairs" in step:  # asked since 2026-11-28
         begun = step["seconds_to_begin"]
         more = begun["recommended, compiled"] - begun["recommended"]

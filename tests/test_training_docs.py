@@ -64,7 +64,7 @@ def test_medians_come_with_ranges_and_missed_targets_are_told(generate: ModuleTy
     assert "of a bare loop of the same steps at 160 px." in text
     kept = {"memory_kept_over_plain_pairs": [2.0, 4.0, 3.0]}
     asked = " ".join(generate.step_paragraph(step | kept).split())
-    assert "huge pages, 3.00 (2.00–4.00) times with memory kept as well; the trainer" in asked
+    assert "huge pages, 3.00 (2.00–4.00) times with memory kept; the trainer" in asked
     never = generate.training_block(step, auroc | {"recommended": [{"seconds": None}]}, memory)
     assert "recommended 1 not within the epochs." in " ".join(never.split())
     assert "plain 81 s and 1 not within the epochs; recommended 40 s." in text

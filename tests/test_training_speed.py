@@ -53,7 +53,7 @@ def numbers_of(
     """Return logits, gradients and statistics of one forward and backward pass."""
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         logits = model(batch)
-    loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor([0, 1, 1]))
+    loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor([0, 1, 1])[: len(batch)])
     torch.autograd.backward(loss)
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **gradients, **dict(model.named_buffers())}
@@ -77,16 +77,25 @@ def test_the_gradient_is_torchs_for_every_number_of_16_bits() -> None:
 
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("last", [True, False])
-@pytest.mark.parametrize("trainable", ["all", "denseblock3", "head"])
+@pytest.mark.parametrize(
+    ("trainable", "shape"),
+    [
+        ("all", (3, 3, 64, 64)),
+        ("denseblock3", (3, 3, 64, 64)),
+        ("head", (3, 3, 64, 64)),
+        ("all", (3, 3, 32, 32)),  # the last maps are 1x1, in which the order of channels is moot
+        ("all", (1, 3, 64, 64)),  # as is that of a single image
+    ],
+)
 def test_logits_gradients_and_statistics_are_torchvisions(
-    half: bool, last: bool, trainable: str
+    half: bool, last: bool, trainable: str, shape: tuple[int, ...]
 ) -> None:
     order = torch.channels_last if last else torch.contiguous_format
     model = build_densenet121(pretrained=False, trainable=trainable, seed=1)
     model.to(memory_format=order)
     set_training_mode(model)
     generator = torch.Generator().manual_seed(2)
-    batch = torch.randn(3, 3, 64, 64, generator=generator).contiguous(memory_format=order)
+    batch = torch.randn(shape, generator=generator).contiguous(memory_format=order)
     found = []
     for way in (lambda _: nullcontext(), faster_on_cpu):
         own = copy.deepcopy(model)
