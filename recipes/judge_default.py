@@ -54,9 +54,10 @@ MOST_PER_CLASS = 150
 LEAST_OF_PAIR = 15
 
 
-def score(probabilities: np.ndarray) -> np.ndarray:
-    """Return p(covid19) / (p(covid19) + p(normal)) of ``(N, 3)`` probabilities."""
-    return probabilities[:, 2] / (probabilities[:, 2] + probabilities[:, 0])
+def score(probabilities: np.ndarray, of: str = "covid19", against: str = "normal") -> np.ndarray:
+    """Return p(of) / (p(of) + p(against)) of ``(N, 3)`` probabilities."""
+    one, other = (probabilities[:, LABELS.index(name)] for name in (of, against))
+    return one / (one + other)
 
 
 def by_patient(samples: Sequence[Sample]) -> list[tuple[str, str]]:
@@ -172,8 +173,7 @@ def judge_pair(
     truth = np.array([s.label == of for s in own], bool)
     if min(count(truth)) < LEAST_OF_PAIR:
         return None
-    one, other = (found[pair, held.class_to_idx[name]] for name in (of, against))
-    value = estimate_auroc(own, truth, one / (one + other))
+    value = estimate_auroc(own, truth, score(found[pair], of, against))
     print(source, of, against, value, count(truth))
     names = {"source": source, "of": of, "against": against}
     return {**names, "n": count(truth), "auroc": value.to_dict()}

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 from frame import hide
-from judge_default import estimate_auroc, judge_held_out, origin_of
+from judge_default import estimate_auroc, judge_held_out, origin_of, score
 from PIL import Image
 
 from chestxray_covid import ChestXrayDataset, Classifier, Sample
-from chestxray_covid.datasets.base import LABELS
 from chestxray_covid.datasets.loading import in_batches
 
 PARTS = (0.7, 0.9)
@@ -111,10 +110,7 @@ class Cells:
         samples = [*self.samples[one], *self.samples[other]]
         found = np.concatenate([self.found[one][change], self.found[other][change]])
         truth = [s.label == "covid19" for s in samples]
-        if other[1] == "others":
-            scores = found[:, 2]
-        else:
-            scores = found[:, 2] / (found[:, 2] + found[:, LABELS.index(other[1])])
+        scores = found[:, 2] if other[1] == "others" else score(found, against=other[1])
         value = estimate_auroc(samples, truth, scores)
         return {"n": [sum(truth), len(truth) - sum(truth)], "auroc": value.to_dict()}
 
