@@ -937,7 +937,8 @@ except ValueError as error:
 try:
     ray_predict([sys.argv[2]], sys.argv[2] + "/00.png/o.parquet", **options)
 except NotADirectoryError as error:
-    print("of a worker:", error)
+    # In one piece: a thread of Ray's prints what its actors say meanwhile.
+    print(f"of a worker: {error}")
 table = ray.data.from_items([{"path": p} for p in [*reversed(sys.argv[6:]), None]])
 print(ray_predict(table, sys.argv[5], **options))
 """
