@@ -12,6 +12,7 @@ import pickle
 import re
 import threading
 import zipfile
+from collections import UserList
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import torch
 import torchvision
@@ -355,7 +357,17 @@ def test_samples_give_what_their_files_give(clf: Classifier, folder: Path) -> No
     assert load_image(samples[0]).tobytes() == load_image(paths[0]).tobytes()
 
 
-@pytest.mark.parametrize("make", [np.array, pd.Series, lambda paths: np.array(paths, object)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        np.array,
+        pd.Series,
+        lambda paths: np.array(paths, object),
+        pyarrow.array,
+        lambda paths: pyarrow.chunked_array([paths[:2], paths[2:]]),
+        UserList,  # any other sequence, as the columns of Hugging Face's data sets
+    ],
+)
 def test_columns_of_paths_stand_for_their_images(
     clf: Classifier, folder: Path, make: Callable[[list[str]], Any]
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import operator
 import os
+import re
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -900,11 +901,12 @@ def test_two_images_under_an_empty_identity_are_not_joined(tmp_path: Path) -> No
     assert patient_groups(manifest, find_copies=False) == [0, 1]
 
 
+@pytest.mark.parametrize("gap", [float("nan"), None, "", " ", np.str_("")])
 @pytest.mark.parametrize("name", ["patient_id", "source"])
-def test_a_gap_of_a_table_is_neither_a_patient_nor_a_source(name: str) -> None:
+def test_a_gap_of_a_table_is_neither_a_patient_nor_a_source(name: str, gap: Any) -> None:
     known = {"label": "normal", "finding": "", "patient_id": "1", "source": "site"}
-    with pytest.raises(TypeError, match=f"{name} of a.png must be text, got nan"):
-        Sample(path=Path("a.png"), **{**known, name: float("nan")})
+    with pytest.raises(TypeError, match=re.escape(f"{name} of a.png must be text, got {gap!r}")):
+        Sample(path=Path("a.png"), **{**known, name: gap})
 
 
 @pytest.mark.parametrize("given", [None, np.nan, pd.NA, b"a.png", 5])

@@ -33,7 +33,13 @@ from chestxray_covid.engines import (
     open_engine,
     softmax,
 )
-from chestxray_covid.errors import CheckpointError, ConfigError, MissingExtraError
+from chestxray_covid.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    ResourceError,
+    require_extra,
+)
 from chestxray_covid.hub import bundled_models, resolve
 from chestxray_covid.image import Preprocess
 from conftest import random_tensors
@@ -484,6 +490,29 @@ def test_the_fastest_engine_that_is_installed_is_taken(monkeypatch: pytest.Monke
     assert open_engine(CONFIG, random_tensors(3)).name == "torch"
     with pytest.raises(MissingExtraError, match="openvino"):
         open_engine(CONFIG, random_tensors(3), engine="openvino")
+    monkeypatch.setitem(sys.modules, "torch", None)  # as in a program that was frozen without it
+    with pytest.raises(MissingExtraError, match="openvino; onnxruntime; torch cannot be imported"):
+        open_engine(CONFIG, random_tensors(3))
+
+
+@pytest.mark.parametrize(
+    "said", [MemoryError(), RuntimeError("thread: Resource temporarily unavailable")]
+)
+def test_memory_that_an_engine_does_not_get_is_told_from_a_missing_one(
+    monkeypatch: pytest.MonkeyPatch, said: Exception
+) -> None:
+    def lacking(*_: Any, **__: Any) -> Any:
+        raise said
+
+    monkeypatch.setattr(engine_openvino, "OpenVinoEngine", lacking)
+    with pytest.raises(ResourceError, match=r"Engine openvino: the machine, or a limit .*again"):
+        open_engine(CONFIG, random_tensors(3))
+
+
+def test_a_frozen_program_is_told_to_take_a_package_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(MissingExtraError, match=r"missing_one cannot .*with --collect"):
+        require_extra("missing_one", "dicom")
 
 
 def test_a_device_other_than_the_cpu_means_torch() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torchvision.datasets import ImageFolder
 
 from chestxray_covid import (
     Classifier,
@@ -99,7 +100,9 @@ def test_want_of_resources_is_told_from_other_errors() -> None:
     others = (OSError(errno.EIO, "input"), RuntimeError("cannot schedule"), ValueError("x"))
     for other in others:
         errors.check_resources(other, "a.png")
+    words = "libopenvino.so: failed to map segment from shared object"
     lacking = (MemoryError(), OSError(errno.ENFILE, "full"), RuntimeError("can't start new thread"))
+    lacking += (ImportError(words), RuntimeError("Resource temporarily unavailable"))
     for error in lacking:
         with pytest.raises(ResourceError, match=r"a\.png: the machine, .*again") as found:
             errors.check_resources(error, "a.png")
@@ -173,9 +176,12 @@ def test_a_folder_of_the_name_is_not_the_package(
         errors.require_extra("exported_onnx", "onnx")
 
 
-def test_what_is_no_data_set_is_refused_in_words() -> None:
+def test_what_is_no_data_set_is_refused_in_words(tmp_path: Path) -> None:
     classifier, phantoms = Classifier.from_pretrained(), SyntheticChestXray(12, image_size_px=32)
     split = split_by_patient(phantoms, val=0, test=0.5)
+    (tmp_path / "normal").mkdir()
+    (tmp_path / "normal" / "1.png").touch()
+    folder = ImageFolder(str(tmp_path))  # whose samples are no such ones
     asked: list[Callable[[Any], Any]] = [
         confounding,
         cross_validate,
@@ -190,7 +196,8 @@ def test_what_is_no_data_set_is_refused_in_words() -> None:
         lambda given: quantize("runs/first", [], evaluation=given, output="int8"),
     ]
     for ask in asked:
-        for wrong, name in (("data/phantoms", "str"), (split, "Split"), ([], "list")):
+        kinds = (("data/phantoms", "str"), (split, "Split"), ([], "list"), (folder, "ImageFolder"))
+        for wrong, name in kinds:
             said = rf"must be a ChestXrayDataset, got {name}\. Open a folder .*pass a side"
             with pytest.raises(TypeError, match=said):
                 ask(wrong)

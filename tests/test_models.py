@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,23 @@ def test_a_model_of_another_precision_is_not_trained(kind: torch.dtype) -> None:
     model = build_densenet121(False).to(kind)
     with pytest.raises(ValueError, match=rf"model is of {kind}.*call model\.float\(\)"):
         check_model(model, ("normal", "covid19"))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_network_of_another_precision_becomes_a_checkpoint(kind: torch.dtype) -> None:
+    model = build_densenet121(False).to(kind)
+    again = from_tensors(to_tensors(model))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor.float()), name
+
+
+@pytest.mark.parametrize("around", [torch.compile, nn.DataParallel])
+def test_the_tensors_of_a_wrapped_network_are_its_own(
+    model: DenseNet, around: Callable[[nn.Module], nn.Module]
+) -> None:
+    expected, found = to_tensors(model), to_tensors(nn.DataParallel(around(model)))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(array, expected[name]) for name, array in found.items())
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)

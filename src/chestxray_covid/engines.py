@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from chestxray_covid.errors import (
     CheckpointError,
     ConfigError,
     MissingExtraError,
+    check_resources,
 )
 from chestxray_covid.files import read_json
 from chestxray_covid.int8 import INT8_NAME, Int8
@@ -89,7 +89,8 @@ def open_engine(
             not there.
         CheckpointError: If the weights are no DenseNet-121 of these classes, or ``"int8"`` is
             wanted of a checkpoint that was not quantised; or if this installation lacks files.
-        MissingExtraError: If the engine that was asked for is not installed.
+        MissingExtraError: If the engine that was asked for is not installed, or none is.
+        ResourceError: If memory or threads have run out.
         ForkedError: Of torch, in a process that was forked after torch had begun to compute here,
             unless it computes on the CPU in one thread.
     """
@@ -108,10 +109,16 @@ def open_engine(
         )
     if precision == "int8":
         return _open_int8(config, tensors, int8)
-    for name in names[:-1]:
-        with suppress(MissingExtraError):
+    missing = []
+    for name in names:
+        try:
             return _open(name, config, tensors, place, precision)
-    return _open(names[-1], config, tensors, place, precision)
+        except MissingExtraError as error:
+            missing.append(str(error))
+        except (MemoryError, RuntimeError) as error:
+            check_resources(error, f"Engine {name}")
+            raise
+    raise MissingExtraError("; ".join(missing))
 
 
 def _open_int8(
@@ -149,7 +156,12 @@ def _open(
         if precision == "auto":
             precision = _trusted(config, name, engine_openvino.native_precision())
         return engine_openvino.OpenVinoEngine(tensors, config.preprocess, precision=precision)
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError(
+            f"torch cannot be imported ({error}). It comes with chestxray-covid: install that again"
+        ) from error
 
     from chestxray_covid import engine_torch
 

@@ -33,6 +33,7 @@ import errno
 import importlib
 import math
 import operator
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,11 @@ from typing import Any, SupportsFloat, SupportsIndex, cast
 
 #: Too many open files, of the process and of the machine, and no memory.
 _RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+#: The same, and no thread, where an error has no number; the texts of an errno are glibc's.
+_RAN_OUT_WORDS = (
+    *("start new thread", "failed to map segment", "std::bad_alloc"),
+    *("Cannot allocate memory", "Resource temporarily unavailable", "Too many open files"),
+)
 #: What to do where a file of this package is not there: it is also left out of a program that was
 #: frozen without its data, and cannot be read in a zip archive.
 INSTALL_AGAIN = (
@@ -160,8 +166,9 @@ def check_resources(error: BaseException, name: str) -> None:
     if isinstance(error, ResourceError):
         raise error
     ran_out = isinstance(error, MemoryError) or getattr(error, "errno", None) in _RAN_OUT
-    # Nothing but Python's words tells this one from others.
-    if ran_out or (isinstance(error, RuntimeError) and "start new thread" in str(error)):
+    # Nothing but the words of Python, the loader and C++ tells these from others.
+    worded = isinstance(error, RuntimeError | ImportError)
+    if ran_out or (worded and any(words in str(error) for words in _RAN_OUT_WORDS)):
         said = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise ResourceError(
             f"{name}: the machine, or a limit of this process, allows no more memory, threads or "
@@ -290,7 +297,8 @@ def check_dataset(given: object, name: str = "dataset") -> None:
     Raises:
         TypeError: If it is something else, for example a path or a whole split.
     """
-    if not (hasattr(given, "samples") and hasattr(given, "classes")):
+    samples = getattr(given, "samples", (None,))[:1]  # torchvision's folders have tuples
+    if not (hasattr(given, "classes") and all(hasattr(s, "patient_id") for s in samples)):
         raise TypeError(
             f"{name} must be a ChestXrayDataset, got {type(given).__name__}. Open a folder or CSV "
             "with open_dataset(…); of a Split, pass a side, for example split.test."
@@ -346,6 +354,7 @@ def require_extra(module: str, extra: str) -> ModuleType:
 
     Raises:
         MissingExtraError: If the module cannot be imported, with the pip command that installs it.
+        ResourceError: If that is for want of memory.
 
     >>> require_extra("json", "dicom").__name__
     'json'
@@ -357,7 +366,8 @@ def require_extra(module: str, extra: str) -> ModuleType:
             raise ImportError(f"{[*found.__path__]} is a folder without it")
         return found
     except ImportError as error:
-        raise MissingExtraError(
-            f"{module} cannot be imported ({error}). "
-            f'Install it with: pip install "chestxray-covid[{extra}]"'
-        ) from error
+        check_resources(error, module)
+        how = f'Install it with: pip install "chestxray-covid[{extra}]"'
+        if getattr(sys, "frozen", False):
+            how = "Name it to what builds this program, for PyInstaller with --collect-all"
+        raise MissingExtraError(f"{module} cannot be imported ({error}). {how}") from error

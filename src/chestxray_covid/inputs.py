@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
@@ -49,7 +49,9 @@ def is_single(images: Any) -> bool:
     if hasattr(images, "read"):  # a sample, or an open file, also an iterator of its lines
         return True
     dimensions = getattr(images, "ndim", None)
-    several = isinstance(images, (list, tuple, ChestXrayDataset, Iterator))
+    encoded = isinstance(images, (bytes, bytearray, memoryview))
+    several = isinstance(images, (Sequence, ChestXrayDataset, Iterator)) and not encoded
+    several = several or _is_column(images)
     # Of one dimension: paths or other objects, as pandas and NumPy keep them.
     kept = dimensions == 1 and getattr(getattr(images, "dtype", None), "kind", "") in (
         "O",
@@ -83,7 +85,14 @@ def expand(images: Any, depth: int = 0, *, lasting: bool = True) -> Iterable[Any
             f"images are nested more than {_MAX_DEPTH} lists deep; does a list contain itself?"
         )
     lasting = lasting and not isinstance(images, Iterator)
+    images = images.to_pylist() if hasattr(images, "to_pylist") else images  # else its own scalars
     return chain.from_iterable(expand(one, depth + 1, lasting=lasting) for one in images)
+
+
+def _is_column(images: Any) -> bool:
+    """Return whether it is a column of pandas, polars or pyarrow, not a whole table."""
+    lists = any(hasattr(images, name) for name in ("to_list", "to_pylist"))
+    return lists and not hasattr(images, "column_names")
 
 
 def _copy(image: Any) -> Any:

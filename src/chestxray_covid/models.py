@@ -242,8 +242,22 @@ def to_array(tensor: Tensor) -> NDArray[Any]:
 
 
 def to_tensors(model: nn.Module) -> dict[str, NDArray[Any]]:
-    """Return a copy of the model's state as NumPy arrays, as checkpoints hold it."""
-    return {name: to_array(tensor) for name, tensor in model.state_dict().items()}
+    """Return a copy of the model's state as NumPy arrays, as checkpoints hold it.
+
+    Of a network that is compiled or parallel it is the inner one's; bfloat16 and double precision,
+    which checkpoints do not hold, become single.
+    """
+    state = _inner(model).state_dict()
+    kept = (torch.float16, torch.float32)
+    others = {k for k, t in state.items() if t.is_floating_point() and t.dtype not in kept}
+    return {k: to_array(t.float() if k in others else t) for k, t in state.items()}
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """Return the network that ``torch.compile`` or torch's ways to use several GPUs are around."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+    return _inner(inner) if isinstance(inner, nn.Module) else model
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, NDArray[Any]]) -> None:

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.datasets.storage import likely_cause, numbered_rows
@@ -234,6 +234,8 @@ def check_apart(images: Place | Iterable[Place], output: str) -> None:
 def _each(images: Place | Iterable[Place]) -> Iterable[Place]:
     if isinstance(images, (str, os.PathLike)):
         return [images]
+    if hasattr(images, "to_pylist"):  # a column of pyarrow, of scalars of its own
+        return cast(Iterable[Place], images.to_pylist())
     return images if isinstance(images, Iterable) else [name_of_place(images)]  # which refuses it
 
 

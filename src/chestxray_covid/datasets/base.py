@@ -78,7 +78,7 @@ class Sample:
 
     Raises:
         TypeError: If ``path`` is none, or ``patient_id`` or ``source`` no text (a whole number
-            becomes it), as a gap.
+            becomes it) or empty, as a gap.
     """
 
     path: Path
@@ -96,11 +96,11 @@ class Sample:
         given = kept_path(self)
         if not isinstance(given, Path) and (type(given) is not str or given[:1] in _NO_PATH):
             object.__setattr__(self, "path", expanded_copy(given))  # which refuses a gap
-        if type(self.patient_id) is not str or type(self.source) is not str:
-            for name, value in (("patient_id", self.patient_id), ("source", self.source)):
-                if not isinstance(value, str | int | np.integer):  # gaps are not even equal
+        for name, value in (("patient_id", self.patient_id), ("source", self.source)):
+            if type(value) is not str or not value.strip():  # 12 and "12" are one patient
+                if not (isinstance(value, str | int | np.integer) and str(value).strip()):
                     raise TypeError(f"{name} of {self.path} must be text, got {value!r}")
-                object.__setattr__(self, name, str(value))  # 12 and "12" are one patient
+                object.__setattr__(self, name, str(value))
         if {type(self.view), type(self.finding), *map(type, self.metadata.values())} != {str}:
             for name in ("view", "finding"):
                 object.__setattr__(self, name, cell_text(getattr(self, name)))
