@@ -111,8 +111,9 @@ def untrained() -> Mapping[str, Any]:
 
 def frame(hidden: float) -> str:
     """Return from where to where the layers' AUROCs go with that part of the side hidden."""
-    rows = (row for row in read("probes_frame")["rows"] if row["networks"] == 1)
-    values = [row["all"]["auroc"]["value"] for row in rows if row["hidden"] == hidden]
+    rows = (row for row in read("probes_frame")["rows"] if row["hidden"] == hidden)
+    single = (row for row in rows if row["networks"] == 1 and row["layer"] != "all four")
+    values = [row["all"]["auroc"]["value"] for row in single]
     return f"{min(values):.2f} to {max(values):.2f}"
 
 

@@ -47,6 +47,7 @@ def inside_block() -> str:
         wrapped(hannover_unseen(found["hannover"])),
         wrapped(probes_note()),
         probes_table("probes"),
+        *((wrapped(warm_up_note()), probes_table(WARM_UP)) if warmed_up() else ()),
         wrapped(crops_note()),
         probes_table("probes_lungs"),
         *((wrapped(frame_note()), frame_table()) if exists("probes_frame") else ()),
@@ -57,6 +58,7 @@ def inside_block() -> str:
 AGAIN = {
     "folds_again": "whole radiographs at {size} px, another run from the start on (seed {seed})",
     "folds_lungs": "crops to the lungs at {size} px, also in the start",
+    "folds_warm_up": "whole radiographs at {size} px, after a warm-up without labels (`warm_up.py`)",
 }
 
 
@@ -75,7 +77,11 @@ def row_of(result: str, what: str) -> list[str]:
 
 
 #: Weights that were read out, and what each is called.
-WEIGHTS = {"random": "random", "base": "of a shorter start on Kermany and NIH"}
+WEIGHTS = {
+    "random": "random",
+    "base": "of a shorter start on Kermany and NIH",
+    "warm-up": "of that start, warmed up",
+}
 
 
 #: The same, where the frame alone was read.
@@ -92,12 +98,35 @@ def probes_note() -> str:
         {found["size_px"]} px, as the average over {found["views"]} views of each image
         (`probe_inside.py`){how}. Where nothing else is said, random weights are one draw, and the
         start is one run; averages are of readouts, each divided by its standard deviation, of as
-        many draws or runs of other seeds. The batch norm of random weights has the average
-        statistics of batches of these images, held-out ones among them, of which no label is looked
-        at. The strength of the penalty was chosen among five with such results in sight. The last
-        column is of the average of a readout and of the folds' own networks, which alone reach
-        {estimate(read("folds")["all"]["auroc"])}; each of the two is divided by its standard
-        deviation."""
+        many draws or runs of other seeds, or of the four layers. The batch norm of random weights
+        has the average statistics of batches of these images, held-out ones among them, of which no
+        label is looked at. The strength of the penalty was chosen among five with such results in
+        sight. The last column is of the average of a readout and of the folds' own networks, which
+        alone reach {estimate(read("folds")["all"]["auroc"])}; each of the two is divided by its
+        standard deviation."""
+
+
+#: The readouts of a network that was warmed up without labels.
+WARM_UP = "probes_warm_up"
+
+
+def warmed_up() -> bool:
+    """Return whether it was measured what a warm-up gives, of both folds and readouts."""
+    return exists(WARM_UP) and exists("folds_warm_up")
+
+
+def warm_up_note() -> str:
+    """Return in words what is otherwise after a warm-up without labels."""
+    found = read(WARM_UP)
+    how = f", on {found['made']}" if "made" in found else ""
+    return f"""
+        The same after a warm-up without labels (`warm_up.py`, `probe_inside.py --warm-up`){how}:
+        while the start goes on telling Kermany's and NIH's training images apart, it learns to tell
+        two views of a radiograph, of all four sources, from other patients' of the same source,
+        where what Cohen's took over from Hannover's counts as Cohen's. No label of Cohen's or
+        Hannover's is looked at, but all of their images are shown, held-out ones among them. The
+        folds' networks in the last column are those that begin with it, and
+        alone reach {estimate(read("folds_warm_up")["all"]["auroc"])}."""
 
 
 def crops_note() -> str:

@@ -9,8 +9,9 @@ pneumonia apart, which COVID-19 is one of. For ``hannover`` three short epochs a
 ``folds``, ``subsources`` (websites left out) and ``locations`` (countries left out), which ask for
 COVID-19 against other findings of Cohen's, four epochs on Cohen's rows alone. ``folds-lungs``,
 which only runs if it is asked for, does as ``folds`` on crops to the lungs. ``--seed`` does the
-folds once more, start and all, with other chance; the result stands beside the first. What
-``--made`` says of the machine and of the files is kept in the results of relatives.
+folds once more, start and all, with other chance, and ``--start`` does them from another network,
+as ``warm_up.py`` makes it; the results stand beside the first. What ``--made`` says of the machine
+and of the files is kept in the results of relatives.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from chestxray_covid import (
     Split,
     evaluate,
 )
+from chestxray_covid.checkpoint import load_config
 from chestxray_covid.datasets.base import LABELS
 from chestxray_covid.datasets.loading import in_batches
 from chestxray_covid.delong import auroc_by_group
@@ -221,11 +223,14 @@ def answer_folds(
 
 def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
     """COVID-19 against other findings inside Cohen, out-of-fold, by patient."""
-    *where, found = answer_folds(relatives, "fold", INSIDE, folds)
+    runs, name = "fold", "folds"
+    if relatives.start:  # a run of another start is another run
+        runs, name = f"fold-{load_config(relatives.start).weights_sha256[:8]}", "folds_warm_up"
+    *where, found = answer_folds(relatives, runs, INSIDE, folds)
     if relatives.seed:
         write_again(relatives, output, "folds_again", INSIDE, *where, found)
     else:
-        write_folds(*where, found, output, made=relatives.made)
+        write_folds(*where, found, output, made=relatives.made, name=name)
 
 
 def judge_lung_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
@@ -293,14 +298,15 @@ def write_folds(
     output: Path,
     *,
     made: str | None = None,
+    name: str = "folds",
 ) -> None:
     """Write what out-of-fold predictions say: ``(N, 3)`` probabilities of Cohen's samples.
 
-    ``made`` says on what machine and from which files, in words.
+    ``made`` says on what machine and from which files, in words; ``name`` is of the results.
     """
     parts = judge_parts(inside, pairs, found[:, 2])
     about = {"folds": len(pairs), **said(made), "training": INSIDE.to_dict()}
-    write(output, "folds", {**about, **parts})
+    write(output, name, {**about, **parts})
     report = evaluate_probabilities(
         [s.label for s in inside.samples],
         found,
@@ -309,7 +315,7 @@ def write_folds(
         sources=[s.source for s in inside.samples],
         views=[s.view for s in inside.samples],
     )
-    report.save(output / "folds_evaluation.json")
+    report.save(output / f"{name}_evaluation.json")
 
 
 def judge_left_out(relatives: Relatives, output: Path, result: str) -> None:
@@ -399,16 +405,21 @@ def main() -> None:
     made = "machine, software and files of this run, kept in the results of relatives"
     parser.add_argument("--made", metavar="TEXT", help=made)
     parser.add_argument("--seed", type=int, default=0, help="of another run of --what folds")
+    start = "checkpoint that the folds begin with, as warm_up.py makes it; beside the other result"
+    parser.add_argument("--start", type=Path, help=start)
     options = parser.parse_args()
-    if options.seed and options.what != ["folds"]:
-        parser.error("--seed is of another run of the folds: give --what folds, and nothing else.")
+    if (options.seed or options.start) and options.what != ["folds"]:
+        parser.error("--seed and --start are of other folds: give --what folds, and nothing else.")
+    if options.seed and options.start:
+        parser.error("--seed is of folds with a start of their own: give it without --start.")
     options.output.mkdir(parents=True, exist_ok=True)
     what = options.what or parts
     if "checkpoint" in what:
         place = options.checkpoint or options.run / STAGES[-1].name
         judge_checkpoint(options.data, options.run, options.output, place)
     if set(what) - {"checkpoint"}:
-        relatives = Relatives(options.data, options.run, options.made, options.seed)
+        asked = options.made, options.seed, options.start
+        relatives = Relatives(options.data, options.run, *asked)
         for name, judge in (
             ("folds", judge_folds),
             ("folds-lungs", judge_lung_folds),

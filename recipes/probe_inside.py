@@ -11,12 +11,13 @@ several, and of as many with random weights, the average of their readouts is ju
 the output folder has what the folds' own networks answered, each readout is also judged together
 with them. ``--lungs`` shows all networks crops to the lungs, also in the training that they
 start from. ``--frame`` hides the centre of all images, so that the frame alone is read.
+``--warm-up`` is for networks that ``warm_up.py`` made, and folds that began with one of them.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from chestxray_covid.models import normalise
 
 PREPROCESS = Preprocess(size_px=160)
 LAYERS = ("transition1", "transition2", "transition3", "norm5")
+#: What the average of a network's readouts is called.
+TOGETHER = "all four"
 #: Central parts, by side length, that ``--frame`` hides: nothing, for comparison, to nearly all.
 PARTS = (0.0, 0.7, 0.9)
 #: What it hides them under: the same in all images, since a mean tells of what it hides.
@@ -112,14 +115,16 @@ def read_out(
     return found
 
 
-def answers_of_folds(place: Path, dataset: ChestXrayDataset) -> np.ndarray | None:
+def answers_of_folds(
+    place: Path, dataset: ChestXrayDataset, name: str = "folds"
+) -> np.ndarray | None:
     """Return ``(N,)`` logits of the networks that ``judge_default.py`` trained in these folds.
 
     Args:
         place: Folder of its results; None is returned if they are not there.
         dataset: Cohen's samples, in the same order.
     """
-    path = place / "folds_evaluation.json"
+    path = place / f"{name}_evaluation.json"
     if not path.is_file():
         return None
     found = EvaluationReport.load(path).predictions
@@ -160,34 +165,40 @@ def random_network(pixels: Tensor, seed: int = 0) -> nn.Module:
     return network
 
 
+def networks_of(bases: Sequence[Path], pixels: Tensor) -> dict[str, list[Callable[[], nn.Module]]]:
+    """Return networks that relatives start from, and as many that are drawn at random."""
+    return {
+        "random": [partial(random_network, pixels, seed) for seed in range(len(bases))],
+        "base": [partial(build_densenet121, base, num_classes=3) for base in bases],
+    }
+
+
 def read_networks(
-    bases: Sequence[Path],
+    networks: Mapping[str, Sequence[Callable[[], nn.Module]]],
     pixels: Tensor,
     inside: ChestXrayDataset,
     pairs: list[tuple[np.ndarray, np.ndarray]],
     trained: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    """Return what each layer of each network gives away, and averages over networks.
+    """Return what each layer of each network gives away, and averages over layers and networks.
 
     Args:
-        bases: Runs of the network that relatives start from; as many are drawn at random.
+        networks: What weights are called → how each of these networks is built.
         pixels: ``(N, 1, S, S)`` uint8, what the networks are shown.
         inside: Cohen's samples.
         pairs: Positions of the rest and of the held out, a pair per fold.
         trained: ``(N,)`` answers of the folds' own networks.
     """
     truth = np.array([s.label == "covid19" for s in inside.samples])
-    networks: dict[str, list[Callable[[], nn.Module]]] = {
-        "random": [partial(random_network, pixels, seed) for seed in range(len(bases))],
-        "base": [partial(build_densenet121, base, num_classes=3) for base in bases],
-    }
     rows = []
     for weights, draws in networks.items():
-        answers: dict[str, list[np.ndarray]] = {layer: [] for layer in LAYERS}
+        answers: dict[str, list[np.ndarray]] = {layer: [] for layer in (*LAYERS, TOGETHER)}
         for build in draws:
             for layer, features in features_of(build(), pixels).items():
                 print(weights, layer)
                 answers[layer].append(zscore(read_out(features, truth, pairs)))
+            average = np.mean([answers[layer][-1] for layer in LAYERS], axis=0)
+            answers[TOGETHER].append(zscore(average))
         for several in sorted({1, len(draws)}):
             for layer, found in answers.items():
                 together = np.mean(found[:several], axis=0)
@@ -202,7 +213,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/default"))
     parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
     parser.add_argument(
-        "--base", type=Path, nargs="+", help="runs that saw no image of Cohen's or Hannover's"
+        "--base", type=Path, nargs="+", help="networks that saw no label of Cohen's or Hannover's"
     )
     parser.add_argument(
         "--made", metavar="TEXT", help="machine, software, files and base, in words"
@@ -210,7 +221,10 @@ def main() -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--lungs", action="store_true", help="crops to the lungs alone")
     shown.add_argument("--frame", action="store_true", help="the frame alone, centres hidden")
+    shown.add_argument("--warm-up", action="store_true", help="networks of warm_up.py, --base")
     options = parser.parse_args()
+    if options.warm_up and not options.base:
+        parser.error("--warm-up is of networks that --base names: give both.")
     relatives = Relatives(options.data, options.run, options.made)
     inside, pairs = folds_inside(relatives, cohens(relatives.dataset))
     bases = options.base or [relatives.train_base(lungs=options.lungs)]
@@ -224,15 +238,21 @@ def main() -> None:
         rows = [
             {"hidden": part, **row}
             for part in PARTS
-            for row in read_networks(bases, images_of(inside, part), inside, pairs)
+            for pixels in [images_of(inside, part)]
+            for row in read_networks(networks_of(bases, pixels), pixels, inside, pairs)
         ]
         write(options.output, "probes_frame", {**about, "rows": rows})
         return
     seen = cropped_to_lungs(inside, relatives.folder / "crops") if options.lungs else inside
-    trained = answers_of_folds(options.output, inside)
-    rows = read_networks(bases, images_of(seen), inside, pairs, trained)
-    name = "probes_lungs" if options.lungs else "probes"
-    write(options.output, name, {**about, "rows": rows})
+    pixels = images_of(seen)
+    networks, suffix = networks_of(bases, pixels), "_lungs" if options.lungs else ""
+    folds = "folds"
+    if options.warm_up:
+        networks, suffix = {"warm-up": networks["base"]}, "_warm_up"
+        folds += suffix
+    trained = answers_of_folds(options.output, inside, folds)
+    rows = read_networks(networks, pixels, inside, pairs, trained)
+    write(options.output, f"probes{suffix}", {**about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -86,10 +86,20 @@ FEWEST = 3
 
 
 class Relatives:
-    """Data with groups of patients, and the network that all relatives start from."""
+    """Data with groups of patients, and the network that all relatives start from.
 
-    def __init__(self, data: Path, run: Path, made: str | None = None, seed: int = 0) -> None:
-        self.made, self.seed = made, seed
+    ``start`` is a checkpoint to take for that network; one is trained if it is not given.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        run: Path,
+        made: str | None = None,
+        seed: int = 0,
+        start: Path | None = None,
+    ) -> None:
+        self.made, self.seed, self.start = made, seed, start
         self.split = open_split(data, run)
         self.dataset = self.split.dataset
         self.groups = np.array(patient_groups(self.dataset, progress=True))
@@ -121,7 +131,7 @@ class Relatives:
             among: Positions that it trains on at most; all if not given.
             lungs: Show it crops to the lungs alone, also in the training that it starts from.
         """
-        base = self.train_base(lungs=lungs)
+        base = self.start or self.train_base(lungs=lungs)
         chosen = self.without(held_out)
         if among is not None:
             chosen = np.intersect1d(chosen, among)

@@ -109,6 +109,15 @@ def test_a_table_holds_what_the_classifier_says_of_every_file(
     assert {p.name for p in tmp_path.iterdir()} == whole
 
 
+def test_a_column_of_pyarrow_is_a_list_of_paths(
+    clf: Classifier, images: Path, tmp_path: Path
+) -> None:
+    paths = sorted(map(str, images.iterdir()))[:3]
+    for name, given in (("one.csv", paths), ("two.csv", pyarrow.array(paths))):
+        predict_files(given, tmp_path / name, classifier=clf)
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+
+
 def test_a_csv_of_paths_and_addresses_are_read_too(
     clf: Classifier, images: Path, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ from chestxray_covid.errors import (
 )
 from chestxray_covid.hub import bundled_models, resolve
 from chestxray_covid.image import Preprocess
+from chestxray_covid.int8 import Int8
 from conftest import random_tensors
 
 CONFIG = ModelConfig(
@@ -496,17 +497,23 @@ def test_the_fastest_engine_that_is_installed_is_taken(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "said", [MemoryError(), RuntimeError("thread: Resource temporarily unavailable")]
+    "said",
+    [
+        MemoryError(),
+        RuntimeError("thread: Resource temporarily unavailable"),
+        Exception("std::bad_alloc"),  # ONNX Runtime's are of no narrower kind
+    ],
 )
+@pytest.mark.parametrize("precision", ["auto", "int8"])
 def test_memory_that_an_engine_does_not_get_is_told_from_a_missing_one(
-    monkeypatch: pytest.MonkeyPatch, said: Exception
+    monkeypatch: pytest.MonkeyPatch, said: Exception, precision: str
 ) -> None:
     def lacking(*_: Any, **__: Any) -> Any:
         raise said
 
     monkeypatch.setattr(engine_openvino, "OpenVinoEngine", lacking)
     with pytest.raises(ResourceError, match=r"Engine openvino: the machine, or a limit .*again"):
-        open_engine(CONFIG, random_tensors(3))
+        open_engine(CONFIG, random_tensors(3), precision=precision, int8=Int8(largest={}))
 
 
 def test_a_frozen_program_is_told_to_take_a_package_along(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import array
 import io
 import socket
+from collections import UserList, UserString
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow
 import pytest
 import torch
 from PIL import Image
 
+from chestxray_covid.errors import ImageError
 from chestxray_covid.image import Preprocess
 from chestxray_covid.inputs import expand, expand_any, hold, read
 
@@ -74,6 +79,46 @@ def test_an_iterator_may_fill_one_buffer_again_and_again(
     held = [hold(image, PREPROCESS) for image in taken(images())]  # read later, by other threads
     found = np.stack([read(one, PREPROCESS)[0] for one in held])
     assert np.array_equal(found, np.stack([PREPROCESS(frame) for frame in FRAMES]))
+
+
+class PolarsSeries:
+    """A column as polars has it: no ndim, and NumPy's arrays are made of it."""
+
+    shape = (2,)
+
+    def to_list(self) -> list[str]:
+        return [*self]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["a.png", "b.png"])
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        return np.array([*self])
+
+
+@pytest.mark.parametrize(
+    "column", [PolarsSeries(), pyarrow.array(["a.png", "b.png"]), UserList(["a.png", "b.png"])]
+)
+@pytest.mark.parametrize("taken", [expand, expand_any])
+def test_a_column_stands_for_what_is_in_it(column: Any, taken: Callable[[Any], Any]) -> None:
+    assert [*taken(column)] == ["a.png", "b.png"]
+    assert [*taken([column])] == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        pyarrow.table({"path": ["a.png"]}),
+        array.array("B", b"x"),
+        range(3),
+        UserString("a.png"),
+        pd.DataFrame({"path": ["a.png"]}),
+    ],
+)
+def test_a_table_and_numbers_stand_for_no_images(one: Any) -> None:
+    assert [*expand(one)] == [one]
+    with pytest.raises((TypeError, ImageError)):
+        read(one, PREPROCESS)
 
 
 def test_images_of_a_list_and_single_ones_are_not_copied() -> None:

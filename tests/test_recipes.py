@@ -21,6 +21,7 @@ from PIL import Image
 from scipy.spatial.distance import dice
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
+from torch.nn import functional
 
 import sources
 from chestxray_covid import (
@@ -38,7 +39,7 @@ from chestxray_covid import (
     segment,
 )
 from chestxray_covid.card import model_card
-from chestxray_covid.checkpoint import load_config, save_checkpoint
+from chestxray_covid.checkpoint import load_checkpoint, load_config, save_checkpoint
 from chestxray_covid.datasets.base import LABELS
 from chestxray_covid.errors import ReportError
 from chestxray_covid.hub import DEFAULT_MODEL
@@ -827,11 +828,23 @@ def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str,
     assert recipes["write_card"].tables()[0]["note"].endswith(about)
 
 
-@pytest.mark.parametrize("what", [[], ["--what", "folds-lungs"]])
-def test_a_seed_is_of_another_run_of_the_folds_alone(
-    recipes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: list[str]
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        (["--seed", "2"], []),
+        (["--seed", "2"], ["--what", "folds-lungs"]),
+        (["--start", "warm-up"], ["--what", "hannover"]),
+        (["--seed", "2", "--start", "warm-up"], ["--what", "folds"]),
+    ],
+)
+def test_another_seed_or_start_is_of_other_folds_alone(
+    recipes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: list[str],
+    what: list[str],
 ) -> None:
-    given = ["--data", str(tmp_path), "--output", str(tmp_path / "out"), "--seed", "2", *what]
+    given = ["--data", str(tmp_path), "--output", str(tmp_path / "out"), *option, *what]
     monkeypatch.setattr("sys.argv", ["judge_default.py", *given])
     with pytest.raises(SystemExit, match="2"):
         recipes["judge_default"].main()
@@ -889,6 +902,22 @@ def test_a_relative_is_trained_and_read_again(
     assert not (tmp_path / "folds.json").exists()
     second = json.loads((tmp_path / "folds_again.json").read_text())
     assert second["training"] == replace(own.INSIDE, seed=2).to_dict()
+    before = (tmp_path / "folds_again.json").read_bytes()
+    warm = own.Relatives(tmp_path / "data", relatives.folder.parent, start=again.folder / "base")
+    began, train_network = [], own.train_network
+
+    def noted(train: Any, val: Any, start: Path | None, folder: Path, config: Any) -> None:
+        began.append((start, folder.exists()))
+        train_network(train, val, start, folder, config)
+
+    monkeypatch.setattr(own, "train_network", noted)
+    judge.judge_folds(warm, tmp_path, folds=2)
+    assert began == [(again.folder / "base", False)] * 2, "of another start, nothing is taken"
+    assert (tmp_path / "folds_warm_up_evaluation.json").exists()
+    assert not (tmp_path / "folds.json").exists()
+    assert (tmp_path / "folds_again.json").read_bytes() == before
+    begun = json.loads((tmp_path / "folds_warm_up.json").read_text())
+    assert begun["training"] == own.INSIDE.to_dict()
     starts = [r.folder / "base" / "model.safetensors" for r in (relatives, again)]
     assert starts[0].read_bytes() != starts[1].read_bytes()
     rest, _ = judge.folds_inside(relatives, cohen, 2)[1][0]
@@ -981,6 +1010,75 @@ def test_a_comparison_of_engines_counts_differences_and_the_change_of_the_auroc(
         for p in (found, exact)
     ]
     assert row["auroc_change"] == pytest.approx(areas[0] - areas[1])
+
+
+# ---------------------------------------------------------------- a warm-up without labels
+
+
+def test_only_other_patients_of_the_same_source_repel(recipes: dict[str, Any]) -> None:
+    warm_up = recipes["warm_up"]
+    rng = np.random.default_rng(0)
+    views = functional.normalize(torch.from_numpy(rng.standard_normal((12, 5))))
+    sources, groups = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([7, 7, 8, 9, 10, 11])
+    losses = []
+    for i in range(12):
+        likeness = [float(views[i] @ other) / warm_up.TEMPERATURE for other in views]
+        repelling = [
+            likeness[j]
+            for j in range(12)
+            if sources[i % 6] == sources[j % 6] and groups[i % 6] != groups[j % 6]
+        ]
+        losses.append(np.log(np.sum(np.exp(repelling))) - likeness[(i + 6) % 12])
+    found = warm_up.contrast(views, sources, groups)
+    assert float(found) == pytest.approx(np.mean(losses))
+
+
+def test_a_warm_up_sees_every_radiograph_in_turn_and_no_held_out_label(
+    recipes: dict[str, Any], relatives: Any
+) -> None:
+    warm_up, samples = recipes["warm_up"], relatives.dataset.samples
+    shown = warm_up.pools(relatives)
+    for name, kept in shown.items():
+        is_cohens = [recipes["collection"].is_cohens(samples[i]) for i in kept]
+        assert all(is_cohens) if name == "cohen" else not any(is_cohens)
+        sides = {side for side, found in relatives.split.indices.items() if {*kept} & {*found}}
+        assert sides == ({"train"} if name in ("kermany", "nih") else {"train", "val", "test"})
+    shared = next(i for i, s in enumerate(samples) if s.path.name == "00001204_000.jpg")
+    assert shared not in shown["nih"], "one of Cohen's patients"
+    drawn = warm_up.batches(shown, np.random.default_rng(0))
+    many = np.concatenate([next(drawn) for _ in range(40)])
+    for name, kept in shown.items():
+        counts = np.bincount(many, minlength=len(samples))[kept]
+        assert counts.sum() == 40 * warm_up.SHARES[name]
+        assert counts.max() - counts.min() <= 1, "all in turn"
+    classes = warm_up.known_aetiologies(relatives.dataset, shown["kermany"])
+    assert {samples[i].source for i in np.flatnonzero(classes >= 0)} == {"kermany"}
+    for i in shown["kermany"]:
+        label = samples[i].finding.partition(" ")[0] if samples[i].label != "normal" else "normal"
+        assert recipes["collection"].AETIOLOGIES[classes[i]] == label
+
+
+@pytest.mark.slow
+def test_a_warm_up_becomes_a_start(
+    recipes: dict[str, Any],
+    data: Path,
+    published: Published,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warm_up = recipes["warm_up"]
+    monkeypatch.setattr(warm_up, "PREPROCESS", Preprocess(size_px=64))
+    monkeypatch.setattr(warm_up, "SIDE_PX", 48)
+    monkeypatch.setattr(warm_up, "SHARES", dict.fromkeys(warm_up.SHARES, 3))
+    options = {"data": data, "run": published.run, "start": published.weights, "steps": 3}
+    for name in ("one", "two"):
+        run_main(warm_up, monkeypatch, {**options, "output": tmp_path / name})
+    one, two = (load_checkpoint(tmp_path / name)[1] for name in ("one", "two"))
+    assert all(np.array_equal(one[name], two[name]) for name in one), "seeded"
+    before = load_checkpoint(published.weights)[1]
+    moved = [not np.array_equal(one[name], before[name].astype(one[name].dtype)) for name in one]
+    assert all(moved)
+    assert load_config(tmp_path / "one").classes == load_config(published.weights).classes
 
 
 # ---------------------------------------------------------------- networks that learned nothing
@@ -1097,24 +1195,35 @@ def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
             assert set(groups[rest]).isdisjoint(groups[held_out])
     run_main(probe, monkeypatch, {**options, "base": bases[:1], "lungs": []})
     cropped = json.loads((tmp_path / "probes_lungs.json").read_text())
-    assert [r["layer"] for r in cropped["rows"]] == [*probe.LAYERS] * 2
+    assert [r["layer"] for r in cropped["rows"]] == [*probe.LAYERS, probe.TOGETHER] * 2
     assert cropped["rows"][0]["all"] != found["rows"][0]["all"]
     run_main(probe, monkeypatch, {**options, "base": bases[:1], "frame": []})
     framed = json.loads((tmp_path / "probes_frame.json").read_text())["rows"]
+    layers = (*probe.LAYERS, probe.TOGETHER)
     assert [(r["hidden"], r["weights"], r["layer"]) for r in framed] == [
-        (part, w, la) for part in (0, 0.7, 0.9) for w in ("random", "base") for la in probe.LAYERS
+        (part, w, la) for part in (0, 0.7, 0.9) for w in ("random", "base") for la in layers
     ]
     single = [r for r in found["rows"] if r["networks"] == 1]
-    assert [r["all"] for r in framed[:8]] == [r["all"] for r in single], "nothing hidden"
-    assert framed[0]["all"] != framed[8]["all"] != framed[16]["all"] != framed[0]["all"]
+    assert [r["all"] for r in framed[:10]] == [r["all"] for r in single], "nothing hidden"
+    assert framed[0]["all"] != framed[10]["all"] != framed[20]["all"] != framed[0]["all"]
     assert not any("with_folds" in r for r in framed)
+    options = {**options, "warm-up": []}
+    with pytest.raises(SystemExit):
+        run_main(probe, monkeypatch, options)
+    others = np.random.default_rng(1).dirichlet((1, 1, 1), len(inside))
+    recipes["judge_default"].write_folds(inside, folds, others, tmp_path, name="folds_warm_up")
+    run_main(probe, monkeypatch, {**options, "base": bases[:1]})
+    warm = json.loads((tmp_path / "probes_warm_up.json").read_text())["rows"]
+    assert {r["weights"] for r in warm} == {"warm-up"}
+    assert [r["all"] for r in warm] == [r["all"] for r in single[5:]], "the same networks"
+    assert [r["with_folds"] for r in warm] != [r["with_folds"] for r in single[5:]]
     by = {(r["weights"], r["networks"], r["layer"]): r["all"] for r in found["rows"]}
-    for layer in probe.LAYERS:
+    for layer in layers:
         assert by["base", 2, layer] == by["base", 1, layer], "one network twice"
         assert by["random", 2, layer] != by["random", 1, layer] != by["base", 1, layer]
     assert (found["made"], found["folds"]) == ("a machine", 5)
     assert (found["size_px"], found["views"]) == (64, 2)
-    assert [*by] == [(w, n, la) for w in ("random", "base") for n in (1, 2) for la in probe.LAYERS]
+    assert [*by] == [(w, n, la) for w in ("random", "base") for n in (1, 2) for la in layers]
     for row in found["rows"]:
         assert sum(row["all"]["n"]) == 45
         assert row["all"]["auroc"]["value"] < row["with_folds"]["all"]["value"] <= 1

@@ -35,8 +35,8 @@ class Classifier:
 
     Images may be paths, bytes, binary streams, PIL images, arrays, tensors and DICOM files
     (see :func:`load_image`) and samples of data sets; a folder stands for the image files below it,
-    a data set for its images, an array or tensor of four dimensions for a batch, and a list, or a
-    pandas ``Series`` or NumPy array of paths, for all that is in it.
+    a data set for its images, an array or tensor of four dimensions for a batch, and a list, a
+    NumPy array of paths, or a column of pandas, polars or pyarrow for all that is in it.
 
     Args:
         config: Config of the checkpoint.

@@ -20,6 +20,7 @@ from chestxray_covid.errors import (
     ConfigError,
     MissingExtraError,
     check_resources,
+    require_extra,
 )
 from chestxray_covid.files import read_json
 from chestxray_covid.int8 import INT8_NAME, Int8
@@ -107,18 +108,18 @@ def open_engine(
             f"engine {engine!r} does not compute {how}on device {place!r}. "
             "openvino and onnx use the CPU alone, onnx in float32; engine 'auto' finds what does."
         )
-    if precision == "int8":
-        return _open_int8(config, tensors, int8)
-    missing = []
+    missing: list[MissingExtraError] = []
     for name in names:
         try:
+            if precision == "int8":
+                return _open_int8(config, tensors, int8)
             return _open(name, config, tensors, place, precision)
         except MissingExtraError as error:
-            missing.append(str(error))
-        except (MemoryError, RuntimeError) as error:
+            missing.append(error)
+        except Exception as error:  # ONNX Runtime's are of no narrower kind
             check_resources(error, f"Engine {name}")
             raise
-    raise MissingExtraError("; ".join(missing))
+    raise MissingExtraError("; ".join(map(str, missing))) from missing[-1]
 
 
 def _open_int8(
@@ -156,12 +157,7 @@ def _open(
         if precision == "auto":
             precision = _trusted(config, name, engine_openvino.native_precision())
         return engine_openvino.OpenVinoEngine(tensors, config.preprocess, precision=precision)
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingExtraError(
-            f"torch cannot be imported ({error}). It comes with chestxray-covid: install that again"
-        ) from error
+    torch = require_extra("torch", "")
 
     from chestxray_covid import engine_torch
 

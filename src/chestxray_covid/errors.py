@@ -43,7 +43,7 @@ from typing import Any, SupportsFloat, SupportsIndex, cast
 _RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 #: The same, and no thread, where an error has no number; the texts of an errno are glibc's.
 _RAN_OUT_WORDS = (
-    *("start new thread", "failed to map segment", "std::bad_alloc"),
+    *("start new thread", "failed to map segment", "std::bad_alloc", "out of memory"),
     *("Cannot allocate memory", "Resource temporarily unavailable", "Too many open files"),
 )
 #: What to do where a file of this package is not there: it is also left out of a program that was
@@ -150,7 +150,7 @@ class ResourceError(ChestXrayError, RuntimeError):
 
 
 class MissingExtraError(ChestXrayError, ImportError):
-    """An optional package is not installed; the message holds the pip command."""
+    """A package is not installed; the message says how it is, or is taken into a program."""
 
 
 def check_resources(error: BaseException, name: str) -> None:
@@ -167,8 +167,8 @@ def check_resources(error: BaseException, name: str) -> None:
         raise error
     ran_out = isinstance(error, MemoryError) or getattr(error, "errno", None) in _RAN_OUT
     # Nothing but the words of Python, the loader and C++ tells these from others.
-    worded = isinstance(error, RuntimeError | ImportError)
-    if ran_out or (worded and any(words in str(error) for words in _RAN_OUT_WORDS)):
+    worded = not isinstance(error, OSError) and any(w in str(error) for w in _RAN_OUT_WORDS)
+    if ran_out or worded:
         said = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise ResourceError(
             f"{name}: the machine, or a limit of this process, allows no more memory, threads or "
@@ -297,8 +297,10 @@ def check_dataset(given: object, name: str = "dataset") -> None:
     Raises:
         TypeError: If it is something else, for example a path or a whole split.
     """
-    samples = getattr(given, "samples", (None,))[:1]  # torchvision's folders have tuples
-    if not (hasattr(given, "classes") and all(hasattr(s, "patient_id") for s in samples)):
+    samples = getattr(given, "samples", None)
+    first = samples[:1] if isinstance(samples, Sequence) else (None,)
+    # A folder of torchvision's has tuples.
+    if not (hasattr(given, "classes") and all(hasattr(s, "patient_id") for s in first)):
         raise TypeError(
             f"{name} must be a ChestXrayDataset, got {type(given).__name__}. Open a folder or CSV "
             "with open_dataset(…); of a Split, pass a side, for example split.test."
@@ -350,10 +352,11 @@ def require_extra(module: str, extra: str) -> ModuleType:
 
     Args:
         module: Dotted name to import, for example ``"pydicom"``.
-        extra: The extra of this package that installs it, for example ``"dicom"``.
+        extra: The extra of this package that installs it, for example ``"dicom"``, or nothing.
 
     Raises:
-        MissingExtraError: If the module cannot be imported, with the pip command that installs it.
+        MissingExtraError: If the module cannot be imported, with the pip command that installs it,
+            or the option that takes it into a program that is frozen.
         ResourceError: If that is for want of memory.
 
     >>> require_extra("json", "dicom").__name__
@@ -367,7 +370,8 @@ def require_extra(module: str, extra: str) -> ModuleType:
         return found
     except ImportError as error:
         check_resources(error, module)
-        how = f'Install it with: pip install "chestxray-covid[{extra}]"'
+        what = f'"chestxray-covid[{extra}]"' if extra else "chestxray-covid"
+        how = f"Install it with: pip install {what}"
         if getattr(sys, "frozen", False):
             how = "Name it to what builds this program, for PyInstaller with --collect-all"
         raise MissingExtraError(f"{module} cannot be imported ({error}). {how}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import io
 import os
+from collections import UserString
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
@@ -25,6 +27,8 @@ from chestxray_covid.pixels import ImageFacts
 ReadImage: TypeAlias = tuple[NDArray[np.uint8], ImageFacts]
 #: Lists within lists: from so many on, one of them is thought to contain itself.
 _MAX_DEPTH = 32
+#: Sequences that hold no images: an encoded image, numbers, characters.
+_SINGLE = (bytes, bytearray, memoryview, array.array, range, UserString)
 
 
 class Item(NamedTuple):
@@ -49,16 +53,14 @@ def is_single(images: Any) -> bool:
     if hasattr(images, "read"):  # a sample, or an open file, also an iterator of its lines
         return True
     dimensions = getattr(images, "ndim", None)
-    encoded = isinstance(images, (bytes, bytearray, memoryview))
-    several = isinstance(images, (Sequence, ChestXrayDataset, Iterator)) and not encoded
-    several = several or _is_column(images)
+    several = isinstance(images, (Sequence, ChestXrayDataset, Iterator)) or _is_column(images)
     # Of one dimension: paths or other objects, as pandas and NumPy keep them.
     kept = dimensions == 1 and getattr(getattr(images, "dtype", None), "kind", "") in (
         "O",
         "U",
         "T",
     )
-    return not (several or kept or dimensions == 4)
+    return isinstance(images, _SINGLE) or not (several or kept or dimensions == 4)
 
 
 def expand(images: Any, depth: int = 0, *, lasting: bool = True) -> Iterable[Any]:
@@ -85,14 +87,17 @@ def expand(images: Any, depth: int = 0, *, lasting: bool = True) -> Iterable[Any
             f"images are nested more than {_MAX_DEPTH} lists deep; does a list contain itself?"
         )
     lasting = lasting and not isinstance(images, Iterator)
-    images = images.to_pylist() if hasattr(images, "to_pylist") else images  # else its own scalars
+    if hasattr(images, "to_pylist"):  # by iterating, pyarrow gives scalars of its own
+        images = (scalar.as_py() for scalar in images)
     return chain.from_iterable(expand(one, depth + 1, lasting=lasting) for one in images)
 
 
 def _is_column(images: Any) -> bool:
-    """Return whether it is a column of pandas, polars or pyarrow, not a whole table."""
-    lists = any(hasattr(images, name) for name in ("to_list", "to_pylist"))
-    return lists and not hasattr(images, "column_names")
+    """Return whether it is a column of polars or pyarrow, not a whole table."""
+    if hasattr(images, "column_names"):
+        return False
+    is_flat = len(getattr(images, "shape", ())) == 1
+    return hasattr(images, "to_pylist") or (hasattr(images, "to_list") and is_flat)
 
 
 def _copy(image: Any) -> Any:

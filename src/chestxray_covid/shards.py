@@ -234,7 +234,7 @@ def check_apart(images: Place | Iterable[Place], output: str) -> None:
 def _each(images: Place | Iterable[Place]) -> Iterable[Place]:
     if isinstance(images, (str, os.PathLike)):
         return [images]
-    if hasattr(images, "to_pylist"):  # a column of pyarrow, of scalars of its own
+    if hasattr(images, "to_pylist"):  # by iterating, pyarrow gives scalars of its own
         return cast(Iterable[Place], images.to_pylist())
     return images if isinstance(images, Iterable) else [name_of_place(images)]  # which refuses it
 
