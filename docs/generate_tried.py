@@ -58,7 +58,7 @@ def inside_block() -> str:
 AGAIN = {
     "folds_again": "whole radiographs at {size} px, another run from the start on (seed {seed})",
     "folds_lungs": "crops to the lungs at {size} px, also in the start",
-    "folds_warm_up": "whole radiographs at {size} px, after a warm-up without labels (`warm_up.py`)",
+    "folds_warm_up": "whole radiographs at {size} px, after a warm-up without labels",
 }
 
 
@@ -146,7 +146,8 @@ def probes_table(name: str) -> str:
         values = (one["auroc"], rest["auroc"], one["same_website"], row["with_folds"]["all"])
         several = f", average of {row['networks']}" if row["networks"] > 1 else ""
         title = WEIGHTS[row["weights"]] + several
-        rows.append((title, f"`{row['layer']}`", *map(estimate, values)))
+        layer = row["layer"] if row["layer"] == "all four" else f"`{row['layer']}`"
+        rows.append((title, layer, *map(estimate, values)))
     columns = ("Weights", "Layer", "All", "Without Hannover's", "Pairs of one website")
     columns += ("All, with the folds' networks",)
     return table(columns, rows)
