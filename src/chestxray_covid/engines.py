@@ -20,7 +20,7 @@ from chestxray_covid.errors import (
     ConfigError,
     MissingExtraError,
     check_resources,
-    require_extra,
+    missing_package,
 )
 from chestxray_covid.files import read_json
 from chestxray_covid.int8 import INT8_NAME, Int8
@@ -157,7 +157,10 @@ def _open(
         if precision == "auto":
             precision = _trusted(config, name, engine_openvino.native_precision())
         return engine_openvino.OpenVinoEngine(tensors, config.preprocess, precision=precision)
-    torch = require_extra("torch", "")
+    try:
+        import torch
+    except ImportError as error:
+        raise missing_package("torch", "chestxray-covid", error) from error
 
     from chestxray_covid import engine_torch
 

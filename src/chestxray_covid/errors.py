@@ -352,7 +352,7 @@ def require_extra(module: str, extra: str) -> ModuleType:
 
     Args:
         module: Dotted name to import, for example ``"pydicom"``.
-        extra: The extra of this package that installs it, for example ``"dicom"``, or nothing.
+        extra: The extra of this package that installs it, for example ``"dicom"``.
 
     Raises:
         MissingExtraError: If the module cannot be imported, with the pip command that installs it,
@@ -369,9 +369,17 @@ def require_extra(module: str, extra: str) -> ModuleType:
             raise ImportError(f"{[*found.__path__]} is a folder without it")
         return found
     except ImportError as error:
-        check_resources(error, module)
-        what = f'"chestxray-covid[{extra}]"' if extra else "chestxray-covid"
-        how = f"Install it with: pip install {what}"
-        if getattr(sys, "frozen", False):
-            how = "Name it to what builds this program, for PyInstaller with --collect-all"
-        raise MissingExtraError(f"{module} cannot be imported ({error}). {how}") from error
+        raise missing_package(module, f'"chestxray-covid[{extra}]"', error) from error
+
+
+def missing_package(module: str, requirement: str, error: ImportError) -> MissingExtraError:
+    """Return the error for a module that cannot be imported, with what pip is asked for.
+
+    Raises:
+        ResourceError: If that is for want of memory.
+    """
+    check_resources(error, module)
+    how = f"Install it with: pip install {requirement}"
+    if getattr(sys, "frozen", False):
+        how = "Name it to what builds this program, for PyInstaller with --collect-all"
+    return MissingExtraError(f"{module} cannot be imported ({error}). {how}")
