@@ -116,6 +116,8 @@ def test_a_column_of_pyarrow_is_a_list_of_paths(
     for name, given in (("one.csv", paths), ("two.csv", pyarrow.array(paths))):
         predict_files(given, tmp_path / name, classifier=clf)
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    with pytest.raises(TypeError, match="got Table"):
+        predict_files(pyarrow.table({"path": paths}), tmp_path / "three.csv", classifier=clf)
 
 
 def test_a_csv_of_paths_and_addresses_are_read_too(

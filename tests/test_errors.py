@@ -102,7 +102,10 @@ def test_want_of_resources_is_told_from_other_errors() -> None:
         errors.check_resources(other, "a.png")
     words = "libopenvino.so: failed to map segment from shared object"
     lacking = (MemoryError(), OSError(errno.ENFILE, "full"), RuntimeError("can't start new thread"))
-    lacking += (ImportError(words), RuntimeError("Resource temporarily unavailable"))
+    for error in (ImportError(words), RuntimeError("Resource temporarily unavailable")):
+        with pytest.raises(ResourceError, match=r"An engine: the machine, .*again"):
+            errors.check_resources(error, "An engine", loading=True)
+        errors.check_resources(error, "a.dcm")  # a file may say so
     for error in lacking:
         with pytest.raises(ResourceError, match=r"a\.png: the machine, .*again") as found:
             errors.check_resources(error, "a.png")

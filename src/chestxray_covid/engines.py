@@ -117,7 +117,7 @@ def open_engine(
         except MissingExtraError as error:
             missing.append(error)
         except Exception as error:  # ONNX Runtime's are of no narrower kind
-            check_resources(error, f"Engine {name}")
+            check_resources(error, f"Engine {name}", loading=True)
             raise
     raise MissingExtraError("; ".join(map(str, missing))) from missing[-1]
 

@@ -41,10 +41,10 @@ from typing import Any, SupportsFloat, SupportsIndex, cast
 
 #: Too many open files, of the process and of the machine, and no memory.
 _RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-#: The same, and no thread, where an error has no number; the texts of an errno are glibc's.
+#: The same, and no thread, in the errors of the loader, C++ and CUDA, which have no number.
 _RAN_OUT_WORDS = (
-    *("start new thread", "failed to map segment", "std::bad_alloc", "out of memory"),
-    *("Cannot allocate memory", "Resource temporarily unavailable", "Too many open files"),
+    *("failed to map segment", "std::bad_alloc", "out of memory", "Cannot allocate memory"),
+    *("Resource temporarily unavailable", "Too many open files"),
 )
 #: What to do where a file of this package is not there: it is also left out of a program that was
 #: frozen without its data, and cannot be read in a zip archive.
@@ -153,12 +153,14 @@ class MissingExtraError(ChestXrayError, ImportError):
     """A package is not installed; the message says how it is, or is taken into a program."""
 
 
-def check_resources(error: BaseException, name: str) -> None:
+def check_resources(error: BaseException, name: str, *, loading: bool = False) -> None:
     """Raise if an exception tells of the machine, and not of what was read or computed.
 
     Args:
         error: What came up.
         name: What could not be done or read, for the message.
+        loading: Whether a library was loaded, whose errors have words alone; not for what was read
+            from a file, which may say the same words.
 
     Raises:
         ResourceError: If memory, threads or open files have run out.
@@ -166,9 +168,9 @@ def check_resources(error: BaseException, name: str) -> None:
     if isinstance(error, ResourceError):
         raise error
     ran_out = isinstance(error, MemoryError) or getattr(error, "errno", None) in _RAN_OUT
-    # Nothing but the words of Python, the loader and C++ tells these from others.
-    worded = not isinstance(error, OSError) and any(w in str(error) for w in _RAN_OUT_WORDS)
-    if ran_out or worded:
+    # Nothing but Python's words tells this one from others.
+    threads = isinstance(error, RuntimeError) and "start new thread" in str(error)
+    if ran_out or threads or (loading and any(words in str(error) for words in _RAN_OUT_WORDS)):
         said = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise ResourceError(
             f"{name}: the machine, or a limit of this process, allows no more memory, threads or "
@@ -378,7 +380,7 @@ def missing_package(module: str, requirement: str, error: ImportError) -> Missin
     Raises:
         ResourceError: If that is for want of memory.
     """
-    check_resources(error, module)
+    check_resources(error, module, loading=True)
     how = f"Install it with: pip install {requirement}"
     if getattr(sys, "frozen", False):
         how = "Name it to what builds this program, for PyInstaller with --collect-all"

@@ -234,7 +234,8 @@ def check_apart(images: Place | Iterable[Place], output: str) -> None:
 def _each(images: Place | Iterable[Place]) -> Iterable[Place]:
     if isinstance(images, (str, os.PathLike)):
         return [images]
-    if hasattr(images, "to_pylist"):  # by iterating, pyarrow gives scalars of its own
+    # By iterating, a column of pyarrow gives scalars of its own; a table is refused below.
+    if hasattr(images, "to_pylist") and not hasattr(images, "column_names"):
         return cast(Iterable[Place], images.to_pylist())
     return images if isinstance(images, Iterable) else [name_of_place(images)]  # which refuses it
 
