@@ -534,6 +534,30 @@ def test_files_tables_and_folders_lie_in_the_home_folder(
         predict_files(given, "~/list.csv", classifier=clf)
 
 
+@pytest.mark.parametrize("given", [".", "list.csv"])
+def test_a_listed_name_that_begins_with_a_tilde_is_not_of_the_home_folder(
+    given: str, images: Path, tmp_path: Path, clf: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "~").mkdir(parents=True)
+    shutil.copy(images / "00.png", tmp_path / "here" / "~" / "x.png")
+    shutil.copy(images / "01.png", tmp_path / "x.png")
+    (tmp_path / "here" / "list.csv").write_text("path\n~/x.png\n~/gone.png\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "here")
+    done = predict_files(given, "out.csv", classifier=clf)
+    row = rows_of(Path("out.csv"))[0]
+    assert row["path"] == "~/x.png"
+    expected = clf.predict(images / "00.png").score
+    assert float(str(row["score"])) == pytest.approx(expected, abs=2e-6)
+    if given == "list.csv":
+        assert done.failed == {"~/gone.png": "~/gone.png does not exist. Check the path."}
+    else:
+        (found,) = clf.predict(given)
+        assert found.score == expected
+        assert clf.predict(found.source) == found
+
+
 def test_an_address_that_pathlib_took_a_slash_of_becomes_no_folder_here(
     tmp_path: Path, clf: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:

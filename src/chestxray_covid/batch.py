@@ -24,7 +24,7 @@ from chestxray_covid.errors import (
     first_of,
     require_extra,
 )
-from chestxray_covid.files import is_folder
+from chestxray_covid.files import is_folder, listed_path
 from chestxray_covid.places import Places, is_address, no_image_file
 from chestxray_covid.prediction import FailedPrediction
 from chestxray_covid.prediction_table import Row
@@ -374,7 +374,8 @@ def _sources(
             except (OSError, ValueError) as error:  # ValueError: a kind that pyarrow does not know
                 check_resources(error, file)
                 return file, ImageError(f"{file} cannot be fetched: {error}")
-        path = os.path.join(root, file)  # noqa: PTH118 - a million of them
+        # What was typed is expanded already.
+        path = listed_path(os.path.join(root, file))  # noqa: PTH118 - a million of them
         if is_folder(path):  # which would stand for the images below it
             return file, ImageNotFoundError(f"{file} is a folder, expected a regular file.")
         return file, path

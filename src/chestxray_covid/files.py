@@ -149,6 +149,15 @@ def expanded_copy(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(os.fsdecode(path)))  # noqa: PTH111
 
 
+def listed_path(path: str | os.PathLike[str]) -> str:
+    """Return a path that a folder or a table names, in which ``~`` is no home folder.
+
+    As text: pathlib would drop what says so.
+    """
+    text = os.fspath(path)
+    return f".{os.sep}{text}" if text.startswith("~") else text
+
+
 def file_finder() -> Callable[[str], bool]:
     """Return what says of a path, as ``os.path.isfile`` does, whether a file is there.
 

@@ -19,7 +19,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.loading import image_files
 from chestxray_covid.encoded import read_stream
 from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError
-from chestxray_covid.files import expanded, is_folder, looks_like_address
+from chestxray_covid.files import expanded, is_folder, listed_path, looks_like_address
 from chestxray_covid.image import Preprocess
 from chestxray_covid.pixels import ImageFacts
 
@@ -81,7 +81,7 @@ def expand(images: Any, depth: int = 0, *, lasting: bool = True) -> Iterable[Any
     if isinstance(images, ChestXrayDataset):
         return (Item(images, position) for position in range(len(images)))
     if isinstance(images, (str, os.PathLike)):
-        return image_files(expanded(images))
+        return map(listed_path, image_files(expanded(images)))
     if depth == _MAX_DEPTH:
         raise ValueError(
             f"images are nested more than {_MAX_DEPTH} lists deep; does a list contain itself?"

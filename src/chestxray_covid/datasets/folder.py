@@ -34,7 +34,7 @@ from chestxray_covid.errors import (
     check_classes,
     text_mapping,
 )
-from chestxray_covid.files import existing_folder, expanded, file_finder, is_folder
+from chestxray_covid.files import existing_folder, expanded, file_finder, is_folder, listed_path
 
 #: Folders, in lower case, that divide a collection and hold class folders themselves.
 _SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
@@ -171,8 +171,7 @@ class ManifestDataset(ChestXrayDataset):
         dropped: Counter[str] = Counter()
         meant: dict[str, str] = {}
         unnamed = False
-        folder = os.path.join(table.parent, "")  # noqa: PTH118 - ends in "/"
-        folder = f".{os.sep}{folder}" if folder.startswith("~") else folder  # no home folder
+        folder = listed_path(os.path.join(table.parent, ""))  # noqa: PTH118 - ends in "/"
         columns = read_rows(table, required=("path", "label", "patient_id"))
         with nothing_collected(), closing(columns) as rows:
             names = next(rows)
