@@ -955,6 +955,17 @@ class TestRefused:
             ray_predict(images, tmp_path / "o.csv", classifier=clf)
 
 
+def test_a_head_node_that_lends_no_cores_does_not_make_workers_small() -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"memory": 1e9, "node:__internal_head__": 1.0}},
+        {"Alive": True, "Resources": {"CPU": 16.0, "memory": 1e9}},
+        {"Alive": True, "Resources": {"CPU": 32.0, "memory": 1e9}},
+        {"Alive": False, "Resources": {"CPU": 4.0}},
+    ]
+    assert batch._cores_of_smallest(nodes) == 16
+    assert batch._cores_of_smallest(nodes[:1]) == 1, "machines may come later"
+
+
 RAY = """
 import os, sys
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -156,7 +156,7 @@ def ray_predict(
         output: Ends in ``.parquet``: a folder that every machine reaches, or an address.
         classifier: The bundled model if not given.
         actors: Largest number of workers; what the cluster has room for if not given.
-        num_cpus: Cores per worker; if not given all of a machine, the smallest of the cluster.
+        num_cpus: Cores per worker; if not given all of the smallest machine that lends any.
             The runtime of a model takes the cores that it finds, so workers that share a machine
             are for engines that keep to ``OMP_NUM_THREADS``, such as torch.
         num_gpus: GPUs per worker; the classifier's device says whether they are used.
@@ -199,7 +199,7 @@ def ray_predict(
         if not ray.is_initialized():
             ray.init(**({} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}))
         if num_cpus is None:
-            num_cpus = min(n["Resources"].get("CPU", 1) for n in ray.nodes() if n["Alive"])
+            num_cpus = _cores_of_smallest(ray.nodes())
         model = ray.put(clf)  # held until all is done: a worker that is replaced needs it again
         judged = data.from_items(missing, override_num_blocks=len(missing)).map(
             _Judge,
@@ -221,6 +221,12 @@ def ray_predict(
         if error is not None:
             raise error
     return _complete(table, {shard.name: len(shard.files) for shard in shards}, images)
+
+
+def _cores_of_smallest(nodes: Iterable[Mapping[str, Any]]) -> float:
+    """Return the cores of the smallest machine that lends any; Ray does not list what is 0."""
+    found = (n["Resources"].get("CPU", 0) for n in nodes if n["Alive"])
+    return min(filter(None, found), default=1)
 
 
 def _first_error(rows: Iterable[Mapping[str, Any]], bar: Any) -> Exception | None:
