@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 
 from chestxray_covid import Classifier, engine_openvino, engine_torch, processor
 from chestxray_covid.engine_torch import native_bfloat16
-from chestxray_covid.processor import cores, quota, slow_bfloat16
+from chestxray_covid.processor import cores, memory_limit, quota, slow_bfloat16
 
 INTEL, AMD = "vendor_id\t: GenuineIntel\n", "vendor_id\t: AuthenticAMD\n"
 
@@ -111,16 +112,52 @@ def test_a_quota_leaves_so_many_cores(
     expected: int | None,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
-    (tmp_path / "cgroup").write_bytes(os.fsencode(groups))
+    assert quota(*mounted(tmp_path, groups, files)) == expected
+
+
+def mounted(folder: Path, groups: str, files: dict[str, str]) -> tuple[Path, Path]:
+    """Write what Linux says of control groups, and return where it says so."""
+    (folder / "cgroup").write_bytes(os.fsencode(groups))
     for name, text in files.items():
-        place = tmp_path / "mounted" / name
+        place = folder / "mounted" / name
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text)
-    assert quota(tmp_path / "cgroup", tmp_path / "mounted") == expected
+    return folder / "cgroup", folder / "mounted"
 
 
-def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:
+JOB, OLD = "/system.slice/job_7/step_0", "memory/{}memory.limit_in_bytes"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        (V2.format("/"), {"memory.max": "8000000000\n"}, 8e9),
+        (V2.format("/"), {"memory.max": "max\n"}, math.inf),
+        (V2.format("/"), {}, math.inf),
+        # Of a job of Slurm's, and of its step; of the slice around a service; of a container.
+        (V2.format(JOB), {f"{JOB[1:]}/memory.max": "5000\n"}, 5000),
+        (V2.format(JOB), {"system.slice/job_7/memory.max": "6000\n"}, 6000),
+        (
+            V2.format(JOB),
+            {f"{JOB[1:]}/memory.max": "7000\n", "system.slice/memory.max": "6000\n"},
+            6000,
+        ),
+        (V2.format("/pod/of/the/machine"), {"memory.max": "9000\n"}, 9000),
+        (V1.format("/"), {OLD.format(""): "9223372036854771712\n"}, 9223372036854771712),
+        ("4:memory:/job_7\n", {OLD.format("job_7/"): "5000\n", OLD.format(""): "6000\n"}, 5000),
+        ("4:memory:/pod/x\n", {OLD.format(""): "6000\n"}, 6000),
+        ("4:cpu:/\n", {OLD.format(""): "6000\n"}, math.inf),
+    ],
+)
+def test_control_groups_leave_so_much_memory(
+    tmp_path: Path, groups: str, files: dict[str, str], expected: float
+) -> None:
+    assert memory_limit(*mounted(tmp_path, groups, files)) == expected
+
+
+def test_without_control_groups_there_is_no_quota_and_no_limit(tmp_path: Path) -> None:
     assert quota(tmp_path / "cgroup", tmp_path) is None
+    assert memory_limit(tmp_path / "cgroup", tmp_path) == math.inf
 
 
 def test_openvino_computes_in_as_many_threads_as_a_quota_leaves(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,7 +67,7 @@ def test_what_does_not_fit_at_all_is_an_error_with_a_cure() -> None:
 
 
 def test_the_machines_memory_is_shared_by_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_memory, "_LIMITS", ())
+    monkeypatch.setattr(training_memory, "memory_limit", lambda: math.inf)
     whole = largest_batch_size(Plain(), forward, size_px=SIZE, limit=1 << 30)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert largest_batch_size(Plain(), forward, size_px=SIZE, limit=1 << 30) == whole / 4
@@ -75,11 +75,8 @@ def test_the_machines_memory_is_shared_by_its_processes(monkeypatch: pytest.Monk
     assert whole <= physical / 2 / 1.7 / KEPT < 2 * whole
 
 
-def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "max").write_text("max\n")
-    (tmp_path / "limit").write_text(f"{2 * 1.7 * KEPT * 9:.0f}\n")
-    names = [str(tmp_path / name) for name in ("max", "limit", "gone")]
-    monkeypatch.setattr(training_memory, "_LIMITS", names)
+def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_memory, "memory_limit", lambda: int(2 * 1.7 * KEPT * 9))
     assert largest_batch_size(Plain(), forward, size_px=SIZE, limit=1000) == 8
 
 

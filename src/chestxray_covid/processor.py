@@ -1,9 +1,10 @@
-"""How much of the processor there is, and what to know of it before a number format is chosen."""
+"""How much of processor and memory there is, and what to know before a number format is chosen."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
@@ -30,24 +31,47 @@ def quota(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int | None:
     counts as one.
 
     Args:
-        groups: What Linux says of the control groups of this process. A quota of a group around
+        groups: As :func:`memory_limit`.
+        mounted: As there.
+    """
+    old = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    found = min(
+        (_share(*files) for files in _group_files("cpu", ("cpu.max",), old, groups, mounted)),
+        default=math.inf,
+    )
+    return math.ceil(found) if found <= _cores_to_run_on() - 1 else None
+
+
+def memory_limit(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> float:
+    """Return how many bytes of memory are left to this process and its like; infinite if all.
+
+    Args:
+        groups: What Linux says of the control groups of this process. The limit of a group around
             them counts, too; in a container, where their names may be those of the machine, it is
             the only one that is seen.
         mounted: Where control groups are, of either version.
     """
     found = math.inf
+    old = ("memory.limit_in_bytes",)
+    for (file,) in _group_files("memory", ("memory.max",), old, groups, mounted):
+        with suppress(OSError, ValueError):  # not there, or "max"
+            found = min(found, int(file.read_text()))
+    return found
+
+
+def _group_files(
+    kind: str, new: tuple[str, ...], old: tuple[str, ...], groups: Path, mounted: Path
+) -> Iterator[list[Path]]:
+    """Yield where each group of this process, and around it, says what it limits, if it does."""
     with suppress(OSError, ValueError):  # no Linux, or one that says it otherwise
         for line in os.fsdecode(groups.read_bytes()).splitlines():
             _, kinds, name = line.split(":", 2)
             own = PurePosixPath("/", name).relative_to("/")
             for group in (own, *own.parents):
                 if not kinds:
-                    found = min(found, _share(mounted / group / "cpu.max"))
-                elif "cpu" in kinds.split(","):
-                    place = mounted / "cpu" / group
-                    files = (place / f"cpu.cfs_{what}_us" for what in ("quota", "period"))
-                    found = min(found, _share(*files))
-    return math.ceil(found) if found <= _cores_to_run_on() - 1 else None
+                    yield [mounted / group / file for file in new]
+                elif kind in kinds.split(","):
+                    yield [mounted / kind / group / file for file in old]
 
 
 def _share(*files: Path) -> float:

@@ -7,7 +7,6 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torchvision
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.densenet import _DenseLayer
 
 from chestxray_covid.errors import TrainingError
+from chestxray_covid.processor import memory_limit
 
 #: Batch norm has no statistics of a single image.
 SMALLEST_BATCH = 2
@@ -29,8 +29,6 @@ _OVERHEAD = 1.7
 #: block, which is the widest, some 1024 channels of a sixteenth of the pixels in single precision.
 #: Measured with a frozen body at 224 px: 10.5 MiB, of the 12.3 that this says.
 PASSING_BYTES = 1024 / 16 * 4
-#: Where Linux says how much of the machine's memory a container may use.
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -82,8 +80,8 @@ def largest_batch_size(
     On a GPU, sizes are tried until one does not fit beside a tenth of the memory, which stays
     free. On a CPU, where too much is no error but swapping, and on the GPU of a Mac, whose memory
     is the machine's, it is computed from what a small batch keeps for its backward pass, or takes
-    while it passes, and from half of the machine's memory (a container's limit, if it has one), so
-    that the same machine always gives the same answer.
+    while it passes, and from half of the machine's memory (or of the limit of a container or a
+    cluster's job), so that the same machine always gives the same answer.
 
     Args:
         model: In training mode; a copy of it is tried.
@@ -178,8 +176,5 @@ def _memory_bytes() -> int:
             'batch_size="auto" needs to know the size of the memory, which this system does not '
             "say. Give a number."
         )
-    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for name in _LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # not there, or the word "max"
-            sizes.append(int(Path(name).read_text(encoding="ascii")))
-    return int(_SHARE * min(sizes) / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    memory = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), memory_limit())
+    return int(_SHARE * memory / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
