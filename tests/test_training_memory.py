@@ -132,6 +132,19 @@ def test_looking_for_it_leaves_the_model_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_size_is_tried_without_asking_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object) -> None:
+        raise AssertionError("a process waits for others, which may try another size")
+
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", asked)
+    plain = nn.Sequential(nn.Conv2d(1, 8, 1), nn.BatchNorm2d(8), nn.Flatten())
+    united = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))  # type: ignore[no-untyped-call]
+    options: dict[str, int] = {"size_px": SIZE, "limit": 1000, "memory_bytes": 10**6}
+    expected = largest_batch_size(plain, forward, **options)
+    assert largest_batch_size(united, forward, **options) == expected
+    assert type(united[1]) is nn.SyncBatchNorm
+
+
 def test_what_is_frozen_takes_memory_too() -> None:
     def three(net: nn.Module, pixels: Tensor) -> Tensor:
         return forward(net, pixels.expand(-1, 3, -1, -1))

@@ -96,6 +96,11 @@ def largest_batch_size(
         TrainingError: If a batch of 2 does not fit, or the machine's memory is not known.
     """
     trial = copy.deepcopy(model)
+    for module in trial.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            # Each process tries sizes of its own, in which the others take no part: one that asks
+            # them would wait for ever. The two kinds hold the same.
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
     device = next(trial.parameters()).device
     if device.type in ("cpu", "mps"):
         memory = _memory_bytes() if memory_bytes is None else memory_bytes
