@@ -149,3 +149,35 @@ def test_processes_on_a_mac_are_connected_on_its_cpu_and_one_alone_keeps_its_gpu
     done = launched(*TORCHRUN, count, script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{count} processes, {on_cpu}"] * count
+
+
+#: Says for how long processes wait for each other.
+PATIENT = """
+import sys
+from pathlib import Path
+
+import torch
+
+connect = torch.distributed.init_process_group
+
+
+def noting(*arguments, **options):
+    sys.stdout.write(f"{options['timeout'].total_seconds()}\\n")
+    connect(*arguments, **options)
+
+
+torch.distributed.init_process_group = noting
+
+from chestxray_covid import TrainingConfig
+from chestxray_covid.training_processes import open_accelerator
+
+open_accelerator(TrainingConfig(device="cpu"), Path("run"))
+"""
+
+
+def test_processes_wait_longer_than_a_cache_takes_to_fill(tmp_path: Path) -> None:
+    script = tmp_path / "patient.py"
+    script.write_text(PATIENT, encoding="utf-8")
+    done = launched(*TORCHRUN, 2, script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["86400.0"] * 2

@@ -6,14 +6,20 @@ import atexit
 import gc
 import os
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from chestxray_covid.engine_torch import accelerator_type, check_forked, first_process
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.training_config import TrainingConfig
+
+#: How long processes wait for one of them, which may fill a cache or validate meanwhile: longer
+#: than torch's ten minutes. Where one dies, its launcher ends the others.
+_PATIENCE = timedelta(days=1)
 
 
 def open_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
@@ -34,7 +40,11 @@ def open_accelerator(config: TrainingConfig, output: Path) -> Accelerator:
     apart = ("cpu", "mps") if several else ("cpu",)
     on_cpu = (config.device == "cpu" and kind != "cpu") or (launched and kind in apart)
     try:
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
     except ValueError as error:
         raise TrainingError(
             f"Accelerate is set up differently in this process already: {error} "
