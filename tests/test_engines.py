@@ -471,6 +471,18 @@ def test_several_streams_answer_as_one_does(
             np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
 
 
+def test_one_image_has_all_cores_also_after_many_had_one_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_openvino, "cores", lambda: 2)
+    own: Any = open_engine(CONFIG, random_tensors(3), engine="openvino", precision="float32")
+    before = own(pixels(1))
+    own(pixels(8))
+    monkeypatch.setattr(own._many, "take", lambda: pytest.fail("computed by one core"))
+    for found, expected in zip(own(pixels(1)), before, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 # ---------------------------------------------------------------- the choice
 
 

@@ -216,10 +216,12 @@ class OpenVinoEngine:
         return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def _lanes(self, count: int) -> _Lanes:
-        """Return the copy of the model for so many images."""
+        """Return the copy of the model for so many images, whatever was computed before."""
+        if count < _MANY:
+            return self._one
         if self._many is not None:
             return self._many
-        streams = 1 if count < _MANY else min(cores(), _MAX_STREAMS)
+        streams = min(cores(), _MAX_STREAMS)
         if streams == 1:
             return self._one
         with self._lock:
