@@ -528,6 +528,42 @@ def test_memory_that_an_engine_does_not_get_is_told_from_a_missing_one(
         open_engine(CONFIG, random_tensors(3), precision=precision, int8=Int8(largest={}))
 
 
+class Lacking:
+    """An engine that fails with what it is given."""
+
+    name, precision, calls = "openvino", "float32", 1
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, pixels: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: Error code 12 (Cannot allocate memory)"),
+        RuntimeError("Exception from core.cpp:217: Resource temporarily unavailable"),
+        Exception("Failed to allocate memory for requested buffer of size 802816"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_memory_that_runs_out_while_an_engine_computes_is_said_to_have(
+    tmp_path: Path, said: Exception
+) -> None:
+    own = Classifier(CONFIG, random_tensors(3), engine="torch")
+    own.engine = Lacking(said)
+    Image.new("L", (64, 64), 90).save(tmp_path / "a.png")
+    for ask in (own.predict, own.predict_proba, lambda one: list(own.predict_stream([one] * 3))):
+        with pytest.raises(ResourceError, match=r"Engine openvino: the machine, or .*again"):
+            ask(tmp_path / "a.png")
+    own.engine = Lacking(RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        own.predict(tmp_path / "a.png")
+
+
 def test_a_frozen_program_is_told_to_take_a_package_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(MissingExtraError, match=r"missing_one cannot .*with --collect"):

@@ -16,7 +16,7 @@ from PIL import Image
 from chestxray_covid.checkpoint import ModelConfig, load_attachment, load_checkpoint, weights_digest
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import pipeline
-from chestxray_covid.engines import known, open_engine, restrict_classes, softmax
+from chestxray_covid.engines import compute, known, open_engine, restrict_classes, softmax
 from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError, check_positive
 from chestxray_covid.files import expanded
 from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
@@ -336,7 +336,7 @@ class Classifier:
 
         Raises:
             ImageError: If an image cannot be decoded and ``on_error="raise"``.
-            ResourceError: If there is no memory to decode it, or too many files are open.
+            ResourceError: If memory runs out, or too many files are open.
             TypeError: If something is no image.
             ValueError: If ``on_error`` is unknown, ``batch_size`` or ``workers`` not positive, or a
                 list contains itself.
@@ -389,7 +389,7 @@ class Classifier:
         self, pixels: NDArray[np.uint8]
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """Return ``(N, K)`` probabilities and ``(N, 1024)`` features."""
-        logits, features = self.engine(pixels)
+        logits, features = compute(self.engine, pixels)
         return softmax(logits), features
 
     def __getstate__(self) -> dict[str, Any]:

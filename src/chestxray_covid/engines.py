@@ -122,6 +122,21 @@ def open_engine(
     raise MissingExtraError("; ".join(map(str, missing))) from missing[-1]
 
 
+def compute(
+    engine: Engine, pixels: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return what the engine returns.
+
+    Raises:
+        ResourceError: If memory or threads have run out, of which every runtime has its own words.
+    """
+    try:
+        return engine(pixels)
+    except Exception as error:
+        check_resources(error, f"Engine {engine.name}", loading=True)
+        raise
+
+
 def _open_int8(
     config: ModelConfig, tensors: Mapping[str, NDArray[Any]], int8: Int8 | None
 ) -> Engine:

@@ -44,7 +44,7 @@ _RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 #: The same, and no thread, in the errors of the loader, C++ and CUDA, which have no number.
 _RAN_OUT_WORDS = (
     *("failed to map segment", "std::bad_alloc", "out of memory", "Cannot allocate memory"),
-    *("Resource temporarily unavailable", "Too many open files"),
+    *("Failed to allocate memory", "Resource temporarily unavailable", "Too many open files"),
 )
 #: What to do where a file of this package is not there: it is also left out of a program that was
 #: frozen without its data, and cannot be read in a zip archive.
@@ -159,8 +159,8 @@ def check_resources(error: BaseException, name: str, *, loading: bool = False) -
     Args:
         error: What came up.
         name: What could not be done or read, for the message.
-        loading: Whether a library was loaded, whose errors have words alone; not for what was read
-            from a file, which may say the same words.
+        loading: Whether a library was loaded or computed, whose errors have words alone; not for
+            what was read from a file, which may say the same words.
 
     Raises:
         ResourceError: If memory, threads or open files have run out.
@@ -174,8 +174,8 @@ def check_resources(error: BaseException, name: str, *, loading: bool = False) -
         said = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise ResourceError(
             f"{name}: the machine, or a limit of this process, allows no more memory, threads or "
-            f"open files ({said}). Use fewer workers, close what is open, or raise the limit; then "
-            "do it again."
+            f"open files ({said}). Use fewer workers or smaller batches, close what is "
+            "open, or raise the limit; then do it again."
         ) from error
 
 

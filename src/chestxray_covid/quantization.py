@@ -18,7 +18,7 @@ from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_ch
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.engine_openvino import import_openvino, largest_values
-from chestxray_covid.engines import open_engine, softmax
+from chestxray_covid.engines import compute, open_engine, softmax
 from chestxray_covid.errors import ExportError, check_dataset
 from chestxray_covid.files import expanded
 from chestxray_covid.graph import fold
@@ -282,5 +282,5 @@ def _probabilities(
         pixels = np.stack(
             [read(item, config.preprocess)[0] for item in items[start : start + _BATCH]]
         )
-        parts.append([softmax(engine(pixels)[0]) for engine in engines])
+        parts.append([softmax(compute(engine, pixels)[0]) for engine in engines])
     return [np.concatenate(found) for found in zip(*parts, strict=True)]
