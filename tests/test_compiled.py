@@ -74,6 +74,22 @@ def test_only_the_latest_files_stay(folder: Path) -> None:
     assert found == list(range(3, MAX_FILES + 3))
 
 
+def test_what_a_killed_process_left_of_a_model_goes_after_a_day(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: set[Path] = set()
+    with monkeypatch.context() as watched:
+        watched.setattr(os, "fsync", lambda _: left.update(folder.glob(".*")))
+        keep_compiled(DATA, "of a process that was killed")
+    (old,) = left
+    new, other = old.with_name(old.name.replace("-", "0-")), folder / ".other.partial"
+    for path in (old, new, other):
+        path.write_bytes(DATA)
+        os.utime(path, (0, 0)) if path != new else None
+    keep_compiled(DATA, *KEY)
+    assert {p for p in folder.iterdir() if p.suffix == ".partial"} == {new, other}
+
+
 def test_only_so_many_files_stay_on_a_disk_that_knows_no_modes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -314,6 +314,21 @@ def test_a_readme_of_something_else_is_not_replaced(checkpoint: Path, tmp_path: 
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# My project"
 
 
+def test_what_a_killed_process_left_of_an_export_goes_with_the_next_after_a_day(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: set[Path] = set()
+    with monkeypatch.context() as watched:
+        watched.setattr(os, "fsync", lambda _: left.update(tmp_path.glob(".*")))
+        written = {p.name for p in export_model(checkpoint, tmp_path, format="openvino").iterdir()}
+    assert len(left) == len(written) == 4
+    for path in left:
+        path.touch()
+        os.utime(path, (0, 0))
+    export_model(checkpoint, tmp_path, format="openvino")
+    assert {p.name for p in tmp_path.iterdir()} == written
+
+
 def test_wrong_arguments_are_named(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format must be one of"):
         export_model(checkpoint, tmp_path / "out", format="tflite")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
-from chestxray_covid.files import expanded, write_files
+from chestxray_covid.datasets.storage import remove_stale
+from chestxray_covid.files import PARTIAL, expanded, write_files
 
 #: Names the folder of compiled models, instead of the user's cache folder.
 CACHE_VARIABLE = "CHESTXRAY_COVID_CACHE"
 #: Most files that are kept, the latest: one has some 30 MB.
 MAX_FILES = 8
 _DIGEST_BYTES = 32
+#: What a process that was killed leaves of a model.
+_LEFT = re.compile(rf"\.[0-9a-f]{{64}}\.compiled{PARTIAL}")
 #: Group and others may write.
 _WRITABLE = 0o022
 
@@ -60,12 +64,13 @@ def keep_compiled(data: bytes, *key: object) -> None:
     """Keep a compiled model for the next start, complete or not at all; it is never an error.
 
     Where the folder cannot be written, the next start compiles again. Of all models the latest
-    :data:`MAX_FILES` stay.
+    :data:`MAX_FILES` stay; what killed processes left of one goes after a day.
     """
     try:
         folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_files(folder, {_name(key): hashlib.sha256(data).digest() + data})
+        remove_stale(folder, _LEFT)
         kept = sorted(folder.glob("*.compiled"), key=lambda path: path.stat().st_mtime)
         for path in kept[:-MAX_FILES]:
             path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,19 +20,22 @@ from numpy.typing import NDArray
 from chestxray_covid._version import __version__
 from chestxray_covid.calibration import temperature_of
 from chestxray_covid.checkpoint import CONFIG_NAME, ModelConfig, load_checkpoint
+from chestxray_covid.datasets.storage import remove_stale
 from chestxray_covid.datasets.synthetic import SyntheticChestXray
 from chestxray_covid.engine_onnx import import_onnxruntime, onnx_model
 from chestxray_covid.engine_openvino import import_openvino, openvino_core, openvino_model
 from chestxray_covid.engines import softmax
 from chestxray_covid.errors import ExportError, require_extra
 from chestxray_covid.export_card import card_text
-from chestxray_covid.files import expanded, write_files
+from chestxray_covid.files import PARTIAL, expanded, write_files
 from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, fold
 from chestxray_covid.hub import resolve
 from chestxray_covid.inputs import expand, read
 from chestxray_covid.tensors import FEATURE_COUNT
 
 CARD_NAME, TEXT_NAME = "card.json", "README.md"
+#: What a process that was killed leaves of an export; it goes with a later one, after a day.
+_LEFT = re.compile(rf"\.(model\.\w+|card\.json|README\.md){PARTIAL}")
 #: Largest difference to torchvision's float32 network that is rounding and nothing else: of a
 #: probability, and of logits and features in parts of the largest of them. Seen are a tenth of it.
 MAX_PROBABILITY_DIFFERENCE, MAX_RELATIVE_DIFFERENCE = 1e-4, 1e-4
@@ -145,6 +149,7 @@ def export_model(
     contents[TEXT_NAME] = card_text(card).encode()
     contents[CARD_NAME] = json.dumps(card, indent=2, allow_nan=False).encode()
     target.mkdir(parents=True, exist_ok=True)
+    remove_stale(target, _LEFT)
     write_files(target, contents)
     return target
 

@@ -18,6 +18,8 @@ from chestxray_covid.errors import ConfigError, DatasetNotFoundError, check_reso
 
 #: A config of this library has about 1 kB; more is no config.
 MAX_JSON_BYTES = 1_000_000
+#: What :func:`write_files` adds to the hidden name of a file until it is complete, as a pattern.
+PARTIAL = r"\.\d+-[0-9a-f]{8}\.partial"
 _MAX_JSON_DEPTH = 20
 #: After so many questions for files of one folder, it is listed: up to so many entries for each.
 _LISTED_AFTER, _PER_QUESTION = (64, 512, 4096, 32_768), 16

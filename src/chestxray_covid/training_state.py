@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.storage import alone
 from chestxray_covid.errors import CheckpointError, ConfigError, TrainingError
-from chestxray_covid.files import read_json, sync_folder, write_files
+from chestxray_covid.files import PARTIAL, read_json, sync_folder, write_files
 from chestxray_covid.tensors import read_tensors
 from chestxray_covid.training_history import HISTORY_NAME, History
 
@@ -35,7 +35,7 @@ _MAX_JSON_BYTES = 50_000_000
 #: Step, and the number of the save where there were several after it.
 _STATE_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 #: What a process that was killed leaves of a file of a run, see :func:`write_files`.
-_LEFT = re.compile(r"\.(model\.safetensors|config\.json|history\.\w+)\.\d+-[0-9a-f]{8}\.partial")
+_LEFT = re.compile(rf"\.(model\.safetensors|config\.json|history\.\w+){PARTIAL}")
 #: Options that change how fast a run goes, not what it computes.
 RUNTIME_OPTIONS = frozenset(
     {
