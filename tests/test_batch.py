@@ -736,17 +736,39 @@ def test_options_of_an_address_are_refused_not_lost(tmp_path: Path, place: str) 
             ask(f"s3://bucket{place}")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_what_is_finished_is_not_computed_again(
-    clf: Classifier, images: Path, tmp_path: Path
+    clf: Classifier,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    suffix: str,
 ) -> None:
-    output = tmp_path / "out.parquet"
-    predict_files(images, output, classifier=clf, shard_size=4)
-    shards = sorted(output.glob("part-*"))
-    times = [shard.stat().st_mtime_ns for shard in shards]
-    shards[1].unlink()
-    predict_files(images, output, classifier=clf, shard_size=4)
-    after = [shard.stat().st_mtime_ns for shard in shards]
-    assert [a == b for a, b in zip(times, after, strict=True)] == [True, False, True]
+    output, is_parquet = tmp_path / f"out{suffix}", suffix == ".parquet"
+    place = output if is_parquet else tmp_path / f".out{suffix}.parts"
+    run = partial(predict_files, images, output, classifier=clf, shard_size=4)
+    real, written = ShardedTable.write, []
+
+    def write(table: ShardedTable, shard: Shard, rows: Any) -> None:
+        written.append(shard.name)
+        real(table, shard, rows)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardedTable, "write", write)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(ShardedTable, "complete", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    shards = sorted(path.name for path in place.glob("part-*"))
+    assert written == shards
+    assert len(shards) == 3
+    (place / shards[1]).unlink()
+    assert run().count == FILES
+    assert written[3:] == [shards[1]]
+    run()
+    assert written[4:] == ([] if is_parquet else shards), "of a whole CSV no part is kept"
 
 
 def test_another_list_or_model_leaves_nothing_of_the_old_table(

@@ -77,8 +77,8 @@ def predict_files(
     done again, and every file has one row in the end. If the list of files has changed since, it
     is computed again from the first shard that changed. A file is known by its name, and by the
     current folder where that is relative: where a file's content has changed, or one that failed is
-    to be tried again, delete the output.
-    Memory does not grow with the number of files.
+    to be tried again, delete what is finished. Of a CSV or JSON lines that is whole nothing is kept
+    apart: called again, it computes all anew. Memory does not grow with the number of files.
 
     Args:
         images: A file, a folder for the image files below it, or a CSV with a column ``path``,
