@@ -22,7 +22,7 @@ FIGURE = DOCS / "growth.png"
 WHAT = {
     "predict": "predictions, from files to a CSV",
     "manifest": "opening a manifest",
-    "split": "splitting it by patient, hashes given",
+    "split": "splitting it by patient, hashes given, `find_copies=False`",
 }
 CORES = (2, 16, 256)
 
@@ -88,7 +88,11 @@ def growth_block(result: Mapping[str, Any]) -> str:
     intro = wrapped(
         f"Each in a process of its own ({result['machine']['processor']}), by "
         "`python benchmarks/growth.py`. Where the seconds exceed those of the processor on one "
-        "core, others used the machine. The split's memory includes the data set itself."
+        "core, others used the machine. The split's memory includes the data set itself; "
+        "it looks at no image. To find copies, as `split_by_patient` and `train` do unless told "
+        "`find_copies=False` or `--no-copies`, every image is decoded and compared with every "
+        "other: 16 KiB of memory for each, which is 15 GiB for a million, and time by the square "
+        "of their number."
     )
     figure = "![Seconds and memory by number of files](growth.png)"
     return "\n" + "\n\n".join([intro, table(head, cells), figure, wrapped(_stream())]) + "\n"

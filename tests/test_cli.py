@@ -42,6 +42,7 @@ from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.cli import NOT_A_DEVICE, main
 from chestxray_covid.command import HomePath, check_new_checkpoint, place_of_split
 from chestxray_covid.confounders import Confounding
+from chestxray_covid.datasets import duplicates
 from chestxray_covid.training_state import StateStore
 from conftest import random_checkpoint
 from shallow import CODE
@@ -302,6 +303,20 @@ def test_the_baseline_recipe_limit_and_cache_are_passed_on(phantoms: Path, tmp_p
     assert (training["epochs"], training["preprocess"]["size_px"]) == (1, 32)
     assert list((tmp_path / "cache").rglob("*.npy"))
     assert len(json.loads((tmp_path / "run" / "split.json").read_text())["samples"]) == 24
+
+
+def test_a_split_that_looks_for_no_copies_compares_no_images(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looks(*_: object) -> None:
+        raise click.ClickException("images are compared")
+
+    monkeypatch.setattr(duplicates, "_thumbnails", looks)
+    command = ["train", "--data", phantoms, "--output", tmp_path / "run", *TRAIN, "--quiet"]
+    assert "images are compared" in call(*command).output
+    done = call(*command, "--no-copies")
+    assert done.exit_code == 0, done.output
+    assert "images are compared" not in done.output
 
 
 @pytest.mark.slow

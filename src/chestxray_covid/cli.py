@@ -144,6 +144,12 @@ def download(
 @click.option("--size", type=click.IntRange(32), help="Side of the input in pixels.")
 @click.option("--limit", type=click.IntRange(1), help="Images per class, for a trial run.")
 @click.option(
+    "--no-copies",
+    is_flag=True,
+    help="Do not look for duplicates before the split: that takes 16 KiB of memory an image, and "
+    "time by the square of their number. Patients stay on one side all the same.",
+)
+@click.option(
     "--cache",
     type=HomePath(file_okay=False, path_type=Path),
     help="Folder for decoded pixels, so that later epochs and runs need not decode.",
@@ -179,6 +185,7 @@ def train(
     learning_rate: float | None,
     size: int | None,
     limit: int | None,
+    no_copies: bool,
     cache: Path | None,
     device: Literal["auto", "cpu"],
     seed: int,
@@ -237,7 +244,8 @@ def train(
         num_classes=len(labels),
         seed=seed,
     )
-    split = _split(dataset, output, seed=seed, resume=resume, progress=config.progress)
+    options = {"seed": seed, "find_copies": not no_copies, "progress": config.progress}
+    split = _split(dataset, output, resume=resume, **options)
     found = confounding(dataset)
     if first and checkpoint is not None:
         cure = "take the --data and --seed of its run, for the same sides, or judge on others"
@@ -325,16 +333,14 @@ def _check_run_folder(output: Path, *, resume: bool) -> None:
         raise click.UsageError(f"{output} holds no run to continue: leave out --resume.")
 
 
-def _split(
-    dataset: ChestXrayDataset, output: Path, *, seed: int, resume: bool, progress: bool
-) -> Split:
+def _split(dataset: ChestXrayDataset, output: Path, *, resume: bool, **options: Any) -> Split:
     """Return the run's split: that of a run that is resumed, else a new one."""
     from chestxray_covid.splits import Split, split_by_patient
 
     saved = output / SPLIT_NAME
     if resume and saved.is_file():  # one that is left of a run that never came to a state is not
         return Split.load(saved, dataset)
-    return split_by_patient(dataset, seed=seed, progress=progress)
+    return split_by_patient(dataset, **options)
 
 
 def _keeping(split: Split, found: Confounding, output: Path, *, resume: bool) -> Callback:

@@ -216,7 +216,7 @@ def split_by_patient(
         val: Fraction for validation, in [0, 0.5]; 0 leaves it empty.
         test: Fraction for the test, in [0, 0.5]; 0 leaves it empty. Below 1 with ``val``.
         seed: Seed of the assignment.
-        find_copies: Decode every image to find duplicates; ``False`` groups by patient alone.
+        find_copies: Decode all images, as :func:`find_duplicates`: 15 GiB of memory for a million.
         workers: Threads that decode.
         progress: Show a progress bar.
 
