@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from chestxray_covid.processor import slow_bfloat16
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "engines.md"
 
@@ -47,6 +49,23 @@ def measured() -> dict[str, Any]:
         "rounds": dict.fromkeys(("originals", "reduced"), rounds),
         "machine": {"processor": "a processor"},
     }
+
+
+def test_bfloat16_is_as_fast_as_is_said_of_each_processor(tmp_path: Path) -> None:
+    results = ROOT / "benchmarks" / "results"
+    for name in ("predict", "predict_no_amx", "predict_float32"):
+        found = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        vendor = "AuthenticAMD" if "AMD" in found["machine"]["processor"] else "GenuineIntel"
+        description = tmp_path / name
+        units = " ".join(found["machine"]["units"])
+        description.write_text(f"vendor_id : {vendor}\nflags : {units}\n", encoding="utf-8")
+        assert slow_bfloat16(description) is not found["machine"]["native_bfloat16"]
+        for kind in found["summary"].values():
+            rates = kind["files_per_s"]
+            if "OpenVINO, bfloat16" in rates:  # else nobody took it
+                assert rates["OpenVINO, bfloat16"] > 1.5 * rates["OpenVINO, float32"], name
+    said = PAGE.read_text(encoding="utf-8").partition("## Precision")[2].partition("<!--")[0]
+    assert "AMD's was faster, [on the EPYC below]" in said
 
 
 def test_the_page_holds_what_was_measured(generate: ModuleType) -> None:

@@ -88,6 +88,7 @@ def slow_bfloat16(description: Path = _DESCRIPTION) -> bool:
     So are Intel's with AVX512-BF16 and without AMX, as virtual machines show them that hide it.
     Measured on two cores of one (Xeon, family 6, model 207; OpenVINO 2026.4.1, torch 2.14.1): 43
     images/s of 192 px in bfloat16 and 66 in float32; a step of training at 224 px, 7.0 and 8.3.
+    AMD's with AVX512-BF16 are faster in it: an EPYC by half and more, see ``docs/engines.md``.
 
     Args:
         description: Linux's description of the processor. Where there is none, nothing is known:
