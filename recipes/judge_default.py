@@ -9,9 +9,9 @@ pneumonia apart, which COVID-19 is one of. For ``hannover`` three short epochs a
 ``folds``, ``subsources`` (websites left out) and ``locations`` (countries left out), which ask for
 COVID-19 against other findings of Cohen's, four epochs on Cohen's rows alone. ``folds-lungs``,
 which only runs if it is asked for, does as ``folds`` on crops to the lungs. ``--seed`` does the
-folds once more, start and all, with other chance, and ``--start`` does them from another network,
-as ``warm_up.py`` makes it; the results stand beside the first. What ``--made`` says of the machine
-and of the files is kept in the results of relatives.
+folds once more, start and all, with other chance, and ``--start`` does them from other networks, as
+``warm_up.py`` makes them, and of several judges their average, too; the results stand beside the
+first. What ``--made`` says of the machine and of the files is kept in the results of relatives.
 """
 
 from __future__ import annotations
@@ -223,14 +223,23 @@ def answer_folds(
 
 def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
     """COVID-19 against other findings inside Cohen, out-of-fold, by patient."""
-    runs, name = "fold", "folds"
-    if relatives.start:  # a run of another start is another run
-        runs, name = f"fold-{load_config(relatives.start).weights_sha256[:8]}", "folds_warm_up"
-    *where, found = answer_folds(relatives, runs, INSIDE, folds)
+    *where, found = answer_folds(relatives, "fold", INSIDE, folds)
     if relatives.seed:
         write_again(relatives, output, "folds_again", INSIDE, *where, found)
     else:
-        write_folds(*where, found, output, made=relatives.made, name=name)
+        write_folds(*where, found, output, made=relatives.made)
+
+
+def judge_warm_folds(runs: Sequence[Relatives], output: Path, *, folds: int = 5) -> None:
+    """As :func:`judge_folds`, of networks with other starts, and of their average probabilities."""
+    answers, rows = [], []
+    for relatives in runs:
+        begun = load_config(relatives.start).weights_sha256[:8]  # of another start, another run
+        *where, found = answer_folds(relatives, f"fold-{begun}", INSIDE, folds)
+        answers.append(found)
+        rows.append({"seed": relatives.seed, **judge_parts(*where, found[:, 2])})
+    average = np.mean(answers, axis=0)
+    write_folds(*where, average, output, made=runs[0].made, name="folds_warm_up", runs=rows)
 
 
 def judge_lung_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
@@ -299,14 +308,16 @@ def write_folds(
     *,
     made: str | None = None,
     name: str = "folds",
+    runs: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write what out-of-fold predictions say: ``(N, 3)`` probabilities of Cohen's samples.
 
-    ``made`` says on what machine and from which files, in words; ``name`` is of the results.
+    ``made`` says on what machine and from which files, in words; ``name`` is of the results. Of an
+    average, ``runs`` is what each of several runs says.
     """
     parts = judge_parts(inside, pairs, found[:, 2])
     about = {"folds": len(pairs), **said(made), "training": INSIDE.to_dict()}
-    write(output, name, {**about, **parts})
+    write(output, name, {**about, **parts, **({"runs": list(runs)} if runs else {})})
     report = evaluate_probabilities(
         [s.label for s in inside.samples],
         found,
@@ -394,6 +405,12 @@ def judge_held_out(
     write(options.output, name, measure(classifier, held, limit=options.limit))
 
 
+def seed_of(start: Path) -> int:
+    """Return the seed of a warm-up, 0 of a checkpoint that had none."""
+    seed: int = load_config(start).provenance.get("warm_up", {}).get("seed", 0)
+    return seed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
@@ -405,21 +422,25 @@ def main() -> None:
     made = "machine, software and files of this run, kept in the results of relatives"
     parser.add_argument("--made", metavar="TEXT", help=made)
     parser.add_argument("--seed", type=int, default=0, help="of another run of --what folds")
-    start = "checkpoint that the folds begin with, as warm_up.py makes it; beside the other result"
-    parser.add_argument("--start", type=Path, help=start)
+    start = "checkpoints of warm_up.py that the folds begin with, each with the seed of its own"
+    parser.add_argument("--start", type=Path, nargs="+", help=start)
     options = parser.parse_args()
     if (options.seed or options.start) and options.what != ["folds"]:
         parser.error("--seed and --start are of other folds: give --what folds, and nothing else.")
     if options.seed and options.start:
         parser.error("--seed is of folds with a start of their own: give it without --start.")
+    if options.start:
+        starts = [(seed_of(start), start) for start in options.start]
+        runs = [Relatives(options.data, options.run, options.made, *own) for own in starts]
+        judge_warm_folds(runs, options.output)
+        return
     options.output.mkdir(parents=True, exist_ok=True)
     what = options.what or parts
     if "checkpoint" in what:
         place = options.checkpoint or options.run / STAGES[-1].name
         judge_checkpoint(options.data, options.run, options.output, place)
     if set(what) - {"checkpoint"}:
-        asked = options.made, options.seed, options.start
-        relatives = Relatives(options.data, options.run, *asked)
+        relatives = Relatives(options.data, options.run, options.made, options.seed)
         for name, judge in (
             ("folds", judge_folds),
             ("folds-lungs", judge_lung_folds),

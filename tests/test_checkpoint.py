@@ -316,6 +316,10 @@ HOSTILE_FIELDS: list[tuple[str, Any, str]] = [
     ("threshold", True, "threshold must be a number, got True"),
     ("threshold", None, "threshold must be a number"),
     ("threshold_origin", 3, "threshold_origin must be text, got 3"),
+    ("threshold_origin", ["x" * 900_000], "threshold_origin must be text, got "),
+    ("threshold", "x" * 900_000, "threshold must be a number, got 'x"),
+    ("provenance", "x" * 900_000, "provenance must be an object, got 'x"),
+    ("\x1b[31m" + "x" * 900_000, 1, r"unknown fields: \\x1b\[31mx+….*again\.$"),
     ("weights_sha256", "0" * 63, "weights_sha256 must be 64 hex digits"),
     ("weights_sha256", "G" * 64, "weights_sha256 must be 64 hex digits"),
     ("weights_sha256", "A" * 64, "weights_sha256 must be 64 hex digits"),
@@ -576,6 +580,14 @@ BAD_TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "missing": (lambda t: {k: v for k, v in t.items() if k != CONV}, f"missing {CONV}, unexpected"),
     "none": (lambda t: {}, "missing features.conv0.weight, .* and 724 more, unexpected none"),
     "extra": (lambda t: t | {"more": t[CONV]}, "missing none, unexpected more"),
+    "wrapped": (
+        lambda t: {f"module.{name}": array for name, array in t.items()},
+        r"unexpected module\.features.* Take 'module\.' off the names",
+    ),
+    "wrapped in part": (
+        lambda t: {f"module.{n}" if n == CONV else n: array for n, array in t.items()},
+        f"missing {CONV}, unexpected module.{CONV}. Take 'module.' off",
+    ),
     "misshapen": (
         lambda t: t | {CONV: t[CONV][:, :1]},
         rf"{CONV} has shape \(64, 1, 7, 7\), expected \(64, 3, 7, 7\)",
@@ -621,6 +633,17 @@ def test_bad_tensors_are_not_saved_and_nothing_is_written(
     assert not (tmp_path / "new").exists()
 
 
+def test_what_is_no_array_is_not_saved_and_it_is_said_what_is_one(
+    tmp_path: Path, tensors: Tensors
+) -> None:
+    others = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    with pytest.raises(
+        TypeError, match=r"got Tensor as one\. Of a network, pass what .*to_tensors"
+    ):
+        save_checkpoint(tmp_path / "new", CONFIG, others)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("kind", [k for k in BAD_TENSORS if k not in ("big-endian", "objects")])
 def test_bad_tensors_are_not_loaded_even_if_their_hash_fits(
     tmp_path: Path, tensors: Tensors, kind: str
@@ -630,7 +653,8 @@ def test_bad_tensors_are_not_loaded_even_if_their_hash_fits(
     change, reason = BAD_TENSORS[kind]
     if kind == "double":
         reason = r"model.safetensors has tensors of type \['float64'\]"
-    reason += r".*\. Fetch or save it again, or train it anew\.$"
+    if "off" not in reason:
+        reason += r".*\. Fetch or save it again, or train it anew\.$"
     bad = {k: np.asarray(v, order="C") for k, v in change(tensors).items()}
     with pytest.raises(CheckpointError, match=reason):
         load_checkpoint(plant(tmp_path, save(bad)))

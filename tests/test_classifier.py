@@ -760,6 +760,27 @@ def test_a_checkpoint_is_not_to_be_fetched_again_for_want_of_room(checkpoint_fol
         Classifier.from_pretrained(checkpoint_folder)
 
 
+def test_every_file_of_a_checkpoint_is_verified(tmp_path: Path, checkpoint_folder: Path) -> None:
+    config, tensors = load_checkpoint(checkpoint_folder)
+    save_checkpoint(tmp_path, config, tensors, {"notes.json": b"{}"})
+    assert Classifier.from_pretrained(tmp_path).classes == config.classes
+    (tmp_path / "notes.json").write_bytes(b"[]")
+    with pytest.raises(
+        CheckpointError, match=r"notes\.json is not the file that config\.json desc"
+    ):
+        Classifier.from_pretrained(tmp_path)
+
+
+def test_all_classes_in_their_order_leave_the_weights_what_they_are(
+    checkpoint_folder: Path,
+) -> None:
+    whole = Classifier.from_pretrained(checkpoint_folder)
+    same = Classifier.from_pretrained(checkpoint_folder, classes=whole.classes)
+    assert same._file_sha256 == whole._file_sha256 != ""
+    turned = Classifier.from_pretrained(checkpoint_folder, classes=whole.classes[::-1])
+    assert turned._file_sha256 != whole._file_sha256
+
+
 def test_a_folder_that_is_not_listed_for_want_of_room_is_not_left_out(tmp_path: Path) -> None:
     phantom(1).save(tmp_path / "a.png")
     with no_more_files(), pytest.raises(ResourceError, match=re.escape(f"{tmp_path}: the mach")):

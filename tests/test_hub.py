@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +30,8 @@ from chestxray_covid.checkpoint import ModelConfig, config_text
 from chestxray_covid.errors import CheckpointNotFoundError, ConfigError
 from chestxray_covid.hub import DEFAULT_MODEL, bundled_models, resolve
 from conftest import Elsewhere
-from hub_server import REPO, HubServer, hub_environment, sha256
-from servers import LocalServer, Reply
+from hub_server import REPO, HubServer, hub_environment, run_python, sha256
+from servers import LocalServer, Reply, Request
 
 CONFIG = ModelConfig(classes=("normal", "covid19"))
 WEIGHTS = random.Random(0).randbytes(300_000)
@@ -293,6 +294,25 @@ def test_a_forced_download_that_fails_leaves_what_was_cached(
     assert left_over(tmp_path) == []
 
 
+def test_an_update_that_fails_halfway_leaves_the_older_checkpoint(
+    worker: Worker, linkless: Worker, published: HubServer, tmp_path: Path
+) -> None:
+    newer = checkpoint(random.Random(3).randbytes(300_000))
+    for number, process in enumerate((worker, linkless)):
+        cache = tmp_path / str(number)
+        published.publish(checkpoint())
+        folder = process.resolve(cache)
+        published.publish(newer)
+        published.faults["GET", "model.safetensors"] = lambda request, good: Reply(status=404)
+        process.refused(cache)
+        assert process.resolve(cache, local_files_only=True) == folder
+        assert_sound(folder)
+        published.faults.clear()
+        updated = process.resolve(cache)
+        assert process.resolve(cache, local_files_only=True) == updated
+        assert_sound(updated, newer)
+
+
 def test_what_is_cached_serves_others_while_it_is_fetched_again(
     worker: Worker, linkless: Worker, published: HubServer, tmp_path: Path
 ) -> None:
@@ -483,6 +503,65 @@ def test_a_password_in_the_endpoint_is_in_no_error(published: HubServer, tmp_pat
         worker.close()
     assert f"{published.url} answers for {REPO}, config.json" in said[0]
     assert all(published.url in one and "secret" not in one for one in said), said
+
+
+def test_a_password_in_the_endpoint_is_sent_to_it(published: HubServer, tmp_path: Path) -> None:
+    place = published.url.replace("://", "://me:s%20t@")
+    expected = f"Basic {b64encode(b'me:s t').decode()}"
+
+    def knows(request: Request, good: Reply) -> Reply:
+        sent = request.headers.get("Authorization", request.headers.get("authorization"))
+        return good if sent == expected else Reply(status=401)
+
+    for method in ("HEAD", "GET"):
+        for name in FILES:
+            published.faults[method, name] = knows
+    for number, token in enumerate(("", published.token)):
+        more = {"HF_TOKEN": token} if token else {}
+        worker = Worker(published, tmp_path / "home", "installed", HF_ENDPOINT=place, **more)
+        try:
+            assert_sound(worker.resolve(tmp_path / str(number)))
+        finally:
+            worker.close()
+
+
+def test_a_current_folder_that_is_gone_is_no_reason_for_another_error(
+    server: HubServer, tmp_path: Path
+) -> None:
+    code = """
+import os, pathlib, sys
+from chestxray_covid import hub
+os.chdir(sys.argv[1]); os.rmdir(sys.argv[1])
+try: hub.resolve("user/nothing", cache_dir=sys.argv[2], local_files_only=True)
+except Exception as error: print(f'["{type(error).__name__}"]')
+"""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    environment = hub_environment(server, tmp_path / "home")
+    assert run_python(code, environment, gone, tmp_path / "cache") == ["LocalEntryNotFoundError"]
+
+
+def test_a_lack_of_open_files_is_no_fault_of_the_network_or_of_a_file(
+    published: HubServer, tmp_path: Path
+) -> None:
+    pytest.importorskip("resource", reason="needs the limits of POSIX")
+    code = """
+import json, os, resource, sys
+from chestxray_covid import hub
+def resolved(**options):
+    try: return str(hub.resolve(sys.argv[2], cache_dir=sys.argv[1], **options))
+    except Exception as error: return type(error).__name__
+first = resolved()
+last = os.open(os.devnull, os.O_RDONLY)
+resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, last + 1))
+print(json.dumps([first, resolved(local_files_only=True)]))
+"""
+    environment = hub_environment(published, tmp_path / "home")
+    command = [sys.executable, "-c", code, str(tmp_path / "cache"), REPO]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    first, second = json.loads(done.stdout)
+    assert Path(first, "model.safetensors").read_bytes() == WEIGHTS
+    assert second == "ResourceError"
 
 
 # ---------------------------------------------------------------- row 1: cut downloads

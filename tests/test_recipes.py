@@ -27,6 +27,7 @@ import sources
 from chestxray_covid import (
     Augmentation,
     Classifier,
+    EvaluationReport,
     FolderDataset,
     History,
     ModelConfig,
@@ -903,7 +904,9 @@ def test_a_relative_is_trained_and_read_again(
     second = json.loads((tmp_path / "folds_again.json").read_text())
     assert second["training"] == replace(own.INSIDE, seed=2).to_dict()
     before = (tmp_path / "folds_again.json").read_bytes()
-    warm = own.Relatives(tmp_path / "data", relatives.folder.parent, start=again.folder / "base")
+    starts = [r.folder / "base" for r in (again, relatives)]
+    run = relatives.folder.parent
+    warm = [own.Relatives(tmp_path / "data", run, seed=k, start=s) for k, s in enumerate(starts)]
     began, train_network = [], own.train_network
 
     def noted(train: Any, val: Any, start: Path | None, folder: Path, config: Any) -> None:
@@ -911,15 +914,26 @@ def test_a_relative_is_trained_and_read_again(
         train_network(train, val, start, folder, config)
 
     monkeypatch.setattr(own, "train_network", noted)
-    judge.judge_folds(warm, tmp_path, folds=2)
-    assert began == [(again.folder / "base", False)] * 2, "of another start, nothing is taken"
-    assert (tmp_path / "folds_warm_up_evaluation.json").exists()
+    judge.judge_warm_folds(warm, tmp_path, folds=2)
+    assert began == [(s, False) for s in starts for _ in range(2)], "of others, nothing is taken"
+    warm_result = tmp_path / "folds_warm_up.json"
+    begun = json.loads(warm_result.read_text())
+    averaged = EvaluationReport.load(tmp_path / "folds_warm_up_evaluation.json").predictions
+    alone = []
+    for r in warm:
+        judge.judge_warm_folds([r], tmp_path, folds=2)
+        alone.append(EvaluationReport.load(tmp_path / "folds_warm_up_evaluation.json").predictions)
+        assert [run["seed"] for run in json.loads(warm_result.read_text())["runs"]] == [r.seed]
+    average = (alone[0]["p_covid19"] + alone[1]["p_covid19"]) / 2
+    assert np.allclose(averaged["p_covid19"], average)
+    assert not np.allclose(alone[0]["p_covid19"], alone[1]["p_covid19"])
     assert not (tmp_path / "folds.json").exists()
     assert (tmp_path / "folds_again.json").read_bytes() == before
-    begun = json.loads((tmp_path / "folds_warm_up.json").read_text())
     assert begun["training"] == own.INSIDE.to_dict()
-    starts = [r.folder / "base" / "model.safetensors" for r in (relatives, again)]
-    assert starts[0].read_bytes() != starts[1].read_bytes()
+    assert [run["seed"] for run in begun["runs"]] == [0, 1]
+    assert begun["runs"][0]["all"] != begun["runs"][1]["all"]
+    weights = [(s / "model.safetensors").read_bytes() for s in starts]
+    assert weights[0] != weights[1]
     rest, _ = judge.folds_inside(relatives, cohen, 2)[1][0]
     seen = load_config(relatives.folder / "lungs-0").provenance
     sides = (Counter(seen[side]["images"]) for side in ("train", "val"))
@@ -1071,6 +1085,7 @@ def test_a_warm_up_becomes_a_start(
     monkeypatch.setattr(warm_up, "SIDE_PX", 48)
     monkeypatch.setattr(warm_up, "SHARES", dict.fromkeys(warm_up.SHARES, 3))
     options = {"data": data, "run": published.run, "start": published.weights, "steps": 3}
+    options["seed"] = 2
     for name in ("one", "two"):
         run_main(warm_up, monkeypatch, {**options, "output": tmp_path / name})
     one, two = (load_checkpoint(tmp_path / name)[1] for name in ("one", "two"))
@@ -1079,6 +1094,8 @@ def test_a_warm_up_becomes_a_start(
     moved = [not np.array_equal(one[name], before[name].astype(one[name].dtype)) for name in one]
     assert all(moved)
     assert load_config(tmp_path / "one").classes == load_config(published.weights).classes
+    seed_of = recipes["judge_default"].seed_of
+    assert (seed_of(tmp_path / "one"), seed_of(published.weights)) == (2, 0)
 
 
 # ---------------------------------------------------------------- networks that learned nothing

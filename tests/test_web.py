@@ -290,6 +290,17 @@ def test_a_token_is_sent_to_its_origin_and_to_no_other() -> None:
     assert not any("Authorization" in request.headers for request in other.requests)
 
 
+def test_a_password_in_an_address_goes_to_its_server_alone(client: Client) -> None:
+    with LocalServer(replies(GOOD)) as other:
+        away = Reply(status=302, headers={"Location": f"{other.url}/y"})
+        here = Reply(status=302, headers={"Location": "/y"})
+        with LocalServer(lambda r: away if r.path == "/y" else here) as server:
+            client.read_json(f"{server.url}/x".replace("://", "://me:secret@"))
+    sent = [request.headers.get("Authorization") for request in server.requests]
+    assert sent == ["Basic bWU6c2VjcmV0"] * 2
+    assert [r.headers.get("Authorization") for r in other.requests] == [None]
+
+
 def test_a_password_in_netrc_is_not_sent(
     client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

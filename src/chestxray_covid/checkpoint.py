@@ -25,17 +25,14 @@ from chestxray_covid.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
+    brief,
+    check_resources,
     first_of,
     real_number,
 )
 from chestxray_covid.files import MAX_JSON_BYTES, parse_json, read_limited, write_files
 from chestxray_covid.image import Preprocess
-from chestxray_covid.tensors import (
-    FEATURE_COUNT,
-    MAX_WEIGHTS_BYTES,
-    check_tensors,
-    read_tensors,
-)
+from chestxray_covid.tensors import FEATURE_COUNT, MAX_WEIGHTS_BYTES, check_tensors, read_tensors
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -246,6 +243,7 @@ def save_checkpoint(
         ConfigError: If ``provenance`` is no JSON, or too much of it, or an attachment has an
             impossible name; nothing is written.
         OSError: If the disk is full or the folder cannot be written; the older files are intact.
+        TypeError: If the tensors are no arrays by name, for example torch's; nothing is written.
     """
     target, further = Path(folder), dict(attachments or {})
     check_tensors(tensors, len(config.classes), target)
@@ -316,8 +314,9 @@ def _read_config(folder: str | os.PathLike[str]) -> tuple[ModelConfig, bytes]:
         data = read_limited(path, MAX_JSON_BYTES)
         return ModelConfig.from_dict(parse_json(data)), data
     except ConfigError as error:
-        advice = "" if str(error).endswith(".") else ". Fetch or save the checkpoint again."
-        raise ConfigError(f"{path}: {error}{advice}") from error
+        said = brief(str(error))  # a file may say anything
+        advice = "" if said.endswith(".") else ". Fetch or save the checkpoint again."
+        raise ConfigError(f"{path}: {said}{advice}") from None
 
 
 def load_checkpoint(
@@ -386,6 +385,7 @@ def _read_verified(path: Path, digest: str, limit: int) -> bytes:
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
+        check_resources(error, str(path))
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if len(data) > limit:
         raise CheckpointError(

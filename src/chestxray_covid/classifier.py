@@ -127,12 +127,12 @@ class Classifier:
             local_files_only=local_files_only,
         )
         config, tensors = load_checkpoint(folder)
-        gate, data = (load_attachment(folder, config, name) for name in (GATE_NAME, INT8_NAME))
-        asked = data if precision == "int8" else None  # one of before serves otherwise
+        attached = {n: load_attachment(folder, config, n) or b"" for n in config.attachments}
+        asked = attached.get(INT8_NAME) if precision == "int8" else None  # one of before serves
         made = cls(
             config,
             tensors,
-            gate=None if gate is None else Gate.from_bytes(gate),
+            gate=Gate.from_bytes(attached[GATE_NAME]) if GATE_NAME in attached else None,
             int8=None if asked is None else Int8.from_bytes(asked, str(folder / INT8_NAME)),
             classes=classes,
             device=device,
@@ -140,7 +140,7 @@ class Classifier:
             precision=precision,
         )
         made._origin = folder.absolute()  # for whoever saves it from another current folder
-        made._file_sha256 = config.weights_sha256 if classes is None else ""
+        made._file_sha256 = config.weights_sha256 if made.classes == config.classes else ""
         return made
 
     def save_pretrained(

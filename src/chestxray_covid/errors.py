@@ -349,6 +349,16 @@ def first_of(names: list[str]) -> str:
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
+def brief(text: str, most: int = 500) -> str:
+    r"""Return a text of a file for a message: its beginning, and nothing that moves a cursor.
+
+    >>> brief("\x1b[31mred"), brief("abc", 2)
+    ('\\x1b[31mred', 'ab…')
+    """
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])
+    return shown + "…" * (len(text) > most)
+
+
 def require_extra(module: str, extra: str) -> ModuleType:
     """Return an optional module, imported now.
 

@@ -30,6 +30,7 @@ from chestxray_covid.errors import (
     ConfigError,
     DownloadError,
     IntegrityError,
+    check_resources,
 )
 from chestxray_covid.files import expanded
 
@@ -76,9 +77,10 @@ def hub_errors(repo_id: str, what: str = "fetched") -> Iterator[None]:
             yield
     except nothing_came as error:
         if what == "fetched" and not isinstance(error, IntegrityError):
-            error.add_note(
-                f"There is no folder {repo_id} either; paths are relative to {Path.cwd()}."
-            )
+            with suppress(OSError):  # the current folder may have been deleted
+                error.add_note(
+                    f"There is no folder {repo_id} either; paths are relative to {Path.cwd()}."
+                )
         raise
 
 
@@ -112,6 +114,7 @@ def _translated(repo_id: str, what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError, _transport_error(), _address_error()) as error:
         # ImportError: a SOCKS proxy needs a package
+        check_resources(error, repo_id)
         status = getattr(getattr(error, "response", None), "status_code", None)
         advice = _ADVICE["refused" if what == "fetched" and status in (401, 403) else what]
         raise DownloadError(
@@ -185,6 +188,7 @@ class Repository:
         commit = (folder, *folder.parents)[len(parts)].name
         for name, digest in {WEIGHTS_NAME: config.weights_sha256, **config.attachments}.items():
             self._file(name, commit, digest)
+        self._keep_commit(self.revision, commit)  # last: an update that fails leaves the older one
         return folder
 
     def _file(self, name: str, revision: str, digest: str = "") -> Path:
@@ -207,10 +211,9 @@ class Repository:
         cached = self._cached(name, found.commit_hash or "")
         if cached is not None and not self.force_download and self._is_right(cached, digest, oid):
             self._keep_hash(cached, digest, oid)
-            self._keep_commit(revision, str(found.commit_hash))
             return cached
         self._fetch(name, found, digest)
-        path = self._link(name, revision, found, cached)
+        path = self._link(name, found, cached)
         if not self._is_right(path, digest, oid):
             raise IntegrityError(f"{path} was changed while it was fetched. Run the same again.")
         return path
@@ -309,7 +312,7 @@ class Repository:
                 f"in its {CONFIG_NAME}. Tell its author to publish it again."
             )
 
-    def _link(self, name: str, revision: str, found: HfFileMetadata, cached: Path | None) -> Path:
+    def _link(self, name: str, found: HfFileMetadata, cached: Path | None) -> Path:
         """Return the file in the snapshot's folder, which huggingface_hub makes from the bytes.
 
         It removes a link before it makes one: where locks exclude nobody, another process would
@@ -332,7 +335,7 @@ class Repository:
                 self.repo_id,
                 name,
                 subfolder=self.subfolder,
-                revision=revision,
+                revision=found.commit_hash,
                 cache_dir=self.cache_dir,
                 token=self.token,
                 library_name=_LIBRARY,
@@ -366,7 +369,8 @@ class Repository:
             if expected:
                 return all(has_oid(file, one) for one in expected)
             return any(has_oid(file, blob.name) for blob in self._blobs.glob("[0-9a-f]" * 40))
-        except OSError:
+        except OSError as error:
+            check_resources(error, str(path))
             return False
 
     def _has_hashes(self, digest: str) -> bool:

@@ -387,10 +387,9 @@ def _divide_rare(
     targets = np.array(dataset.targets)[indices]
     held, left = np.zeros(len(own), bool), np.ones(len(own), bool)
     rare = [t for t in np.unique(targets) if len(np.unique(own[targets == t])) < folds]
-    first = len(rare)
     for n, target in enumerate(rare):
         mine = np.unique(own[(targets == target) & left])
-        least = n < first or not held[targets == target].any()
+        least = not held[targets == target].any()
         count = min(max(least, round(fraction * len(mine))), len(mine))
         held |= np.isin(own, rng.permutation(mine)[:count])
         left &= ~np.isin(own, mine)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid.errors import CheckpointError, first_of
+from chestxray_covid.errors import CheckpointError, brief, first_of
 
 #: No more is read; single precision and 1000 classes come to 32 MB, with a header of 90 kB.
 MAX_WEIGHTS_BYTES = 100_000_000
@@ -83,11 +83,11 @@ def read_tensors(data: bytes, path: Path) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def own_copy(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Return copies of arrays by name, since a network's own may train on.
+def check_arrays(tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Raise unless these are arrays by name.
 
     Raises:
-        TypeError: If these are none, for example a network or torch's tensors of one.
+        TypeError: If they are none, for example a network or torch's tensors of one.
     """
     is_named = isinstance(tensors, Mapping)
     for array in tensors.values() if is_named else [tensors]:
@@ -97,6 +97,15 @@ def own_copy(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
                 f"{' as one' * is_named}. Of a network, pass what "
                 "chestxray_covid.models.to_tensors(network) gives."
             )
+
+
+def own_copy(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return copies of arrays by name, since a network's own may train on.
+
+    Raises:
+        TypeError: If these are none.
+    """
+    check_arrays(tensors)
     return {name: array.copy() for name, array in tensors.items()}
 
 
@@ -106,14 +115,17 @@ def check_tensors(tensors: Mapping[str, NDArray[Any]], num_classes: int, where: 
     Raises:
         CheckpointError: If a tensor is missing, extra, misshapen, not finite or neither half nor
             single precision (int64 for a batch norm's counter), or a variance is negative.
+        TypeError: If these are no arrays by name.
     """
+    check_arrays(tensors)
     shapes = densenet121_shapes(num_classes)
     missing = [name for name in shapes if name not in tensors]
     extra = [name for name in tensors if name not in shapes]
     if missing or extra:
         raise CheckpointError(
             f"{where} is no DenseNet-121 with {num_classes} classes: "
-            f"missing {first_of(missing)}, unexpected {first_of(extra)}. {_AGAIN}"
+            f"missing {first_of(missing)}, unexpected {first_of([brief(n, 100) for n in extra])}. "
+            f"{_prefix_advice(missing, extra) or _AGAIN}"
         )
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
@@ -130,3 +142,12 @@ def check_tensors(tensors: Mapping[str, NDArray[Any]], num_classes: int, where: 
             raise CheckpointError(f"{where}: {name} has values that are not finite. {_AGAIN}")
         if name.endswith("running_var") and (tensors[name] < 0).any():
             raise CheckpointError(f"{where}: {name} has a negative variance. {_AGAIN}")
+
+
+def _prefix_advice(missing: list[str], extra: list[str]) -> str:
+    """Return what to do about names that a wrapper has put something before, or ``""``."""
+    last = missing[-1] if missing else ""
+    for prefix in (name.removesuffix(last) for name in extra if name.endswith(last)):
+        if last and {prefix + name for name in missing} <= set(extra):
+            return f"Take {brief(prefix)!r} off the names, which a wrapper has put before them."
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from urllib.parse import urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from requests.utils import get_auth_from_url
 
 from chestxray_covid._version import __version__
 from chestxray_covid.errors import DownloadError
@@ -222,6 +224,8 @@ class Client:
                 headers["Range"] = f"bytes={start}-"
             if token := self._tokens.get(origin(url)):
                 headers["Authorization"] = f"Bearer {token}"
+            if (password := _basic(asked)) and origin(url) == origin(asked):
+                headers["Authorization"] = password  # not the token: so does the Hub's library
             response = self._get(url, headers)
             if not response.is_redirect:
                 return response
@@ -247,6 +251,13 @@ class Client:
         except ValueError as error:
             # requests looks where a redirect leads even if it must not follow
             raise DownloadError(f"{origin(url)} redirects to no valid address") from error
+
+
+def _basic(url: str) -> str:
+    """Return the header's value for name and password in an address, ``""`` if it has none."""
+    user, password = get_auth_from_url(url)
+    pair = f"{user}:{password}".encode()
+    return f"Basic {base64.b64encode(pair).decode()}" if user or password else ""
 
 
 def _reason(error: BaseException) -> str:
