@@ -20,7 +20,12 @@ from gate_examples import Example, cohen_others, foreign, frontals, pieced, spoi
 from numpy.typing import NDArray
 
 from chestxray_covid import Flag, Gate, Split, fit_gate
-from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
+from chestxray_covid.checkpoint import (
+    ModelConfig,
+    load_attachment,
+    load_checkpoint,
+    save_checkpoint,
+)
 from chestxray_covid.engines import Engine, open_engine
 from chestxray_covid.files import write_files
 from chestxray_covid.gate import GATE_NAME
@@ -129,12 +134,12 @@ def never_fitted(examples: Sequence[Example]) -> list[str]:
     return sorted({e.what for e in examples} - fitted)
 
 
-def attach(folder: Path, gate: Gate) -> None:
-    """Put the gate beside the weights of a checkpoint; its other attachments stay."""
+def attach(folder: Path, gate: Gate) -> ModelConfig:
+    """Put the gate beside the weights of a checkpoint, whose other attachments stay."""
     config, tensors = load_checkpoint(folder)
     others = {name: load_attachment(folder, config, name) for name in config.attachments}
     kept = {name: data for name, data in others.items() if data is not None}
-    save_checkpoint(folder, config, tensors, {**kept, GATE_NAME: gate.to_bytes()})
+    return save_checkpoint(folder, config, tensors, {**kept, GATE_NAME: gate.to_bytes()})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -161,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "source_left_out": unseen_sources(examples, features),
         "weights_sha256": config.weights_sha256,
     }
-    attach(options.checkpoint, gate)
+    results["gate_sha256"] = attach(options.checkpoint, gate).attachments[GATE_NAME]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1).encode()
     write_files(options.results.parent, {options.results.name: text})

@@ -17,7 +17,9 @@ from typing import Any
 
 from chestxray_covid import Classifier, EvaluationReport
 from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
+from chestxray_covid.errors import ReportError
 from chestxray_covid.files import write_files
+from chestxray_covid.gate import GATE_NAME
 from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
 from chestxray_covid.publish import make_card
 from chestxray_covid.results import JUDGED, MEASUREMENTS_NAME, check_origin, read_results
@@ -64,6 +66,8 @@ def check_results(folder: Path) -> None:
         weights = found.get("model", found).get("weights_sha256", "")
         check_origin(path, config, weights, classes)
         config = classifier.config
+    if results.read("gate")["gate_sha256"] != config.attachments[GATE_NAME]:
+        raise ReportError(f"{results.RESULTS / 'gate.json'} is of another gate. Fit it again.")
 
 
 def tables() -> list[dict[str, Any]]:

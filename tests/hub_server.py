@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from servers import LocalServer, Reply, Request, git_blob_sha1
 from shallow import CODE
 
@@ -209,6 +211,14 @@ def hub_environment(server: LocalServer, home: Path, **more: str) -> dict[str, s
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
         **more,
     }
+
+
+def with_other_hub(path: str) -> str:
+    """Return a ``PYTHONPATH`` with the other version of huggingface_hub before all else."""
+    other = os.environ.get("CHESTXRAY_COVID_OTHER_HUB", "")
+    if not other:
+        pytest.skip("CHESTXRAY_COVID_OTHER_HUB names no folder with another version")
+    return os.pathsep.join([other, path])
 
 
 def run_python(code: str, environment: Mapping[str, str], *arguments: object) -> Any:

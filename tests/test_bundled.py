@@ -136,6 +136,14 @@ def test_what_was_measured_was_measured_on_these_weights(name: str) -> None:
     assert found["weights_sha256"] == load_checkpoint(FOLDER)[0].weights_sha256
 
 
+def test_the_gate_that_was_measured_is_the_bundled_one_and_lets_radiographs_pass() -> None:
+    path = ROOT / "docs" / "results" / "default" / "gate.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["gate_sha256"] == load_checkpoint(FOLDER)[0].attachments["gate.safetensors"]
+    assert found["held_out"]["frontal"]["images"] >= 500
+    assert found["held_out"]["frontal"]["flagged"]["rate"] <= 0.05
+
+
 def test_the_frame_says_little_with_the_centre_hidden() -> None:
     path = ROOT / "docs" / "results" / "default" / "frame.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]

@@ -30,7 +30,7 @@ from chestxray_covid.checkpoint import ModelConfig, config_text
 from chestxray_covid.errors import CheckpointNotFoundError, ConfigError
 from chestxray_covid.hub import DEFAULT_MODEL, bundled_models, resolve
 from conftest import Elsewhere
-from hub_server import REPO, HubServer, hub_environment, run_python, sha256
+from hub_server import REPO, HubServer, hub_environment, run_python, sha256, with_other_hub
 from servers import LocalServer, Reply, Request
 
 CONFIG = ModelConfig(classes=("normal", "covid19"))
@@ -58,10 +58,7 @@ class Worker:
         self.server = server
         more = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
         if version == "other":
-            other = os.environ.get("CHESTXRAY_COVID_OTHER_HUB", "")
-            if not other:
-                pytest.skip("CHESTXRAY_COVID_OTHER_HUB names no folder with another version")
-            more["PYTHONPATH"] = os.pathsep.join([other, more["PYTHONPATH"]])
+            more["PYTHONPATH"] = with_other_hub(more["PYTHONPATH"])
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("hub_worker.py"))],
             stdin=subprocess.PIPE,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from PIL import Image
 
 from chestxray_covid import Classifier, ModelConfig, Preprocess, SyntheticChestXray, load_image
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
-from chestxray_covid.hub import BUNDLED
+from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
 from chestxray_covid.models import from_tensors, normalise
 from conftest import random_tensors
+from hub_server import REPO, HubServer, hub_environment
 
 timm = pytest.importorskip("timm")
 
@@ -111,6 +114,42 @@ def test_twenty_files_give_nearly_the_same_probabilities_everywhere(
     assert np.abs(theirs - ours).max() < 0.02
     batch = torch.stack([transform(image) for image in images])
     assert np.abs(probabilities(model, batch) - ours).max() < 0.02
+
+
+BY_NAME = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import timm, torch, transformers
+from PIL import Image
+from chestxray_covid import Classifier
+name, file = sys.argv[1:]
+ours = Classifier.from_pretrained(name)
+image = Image.open(file).convert("RGB")
+model = timm.create_model(f"hf-hub:{name}", pretrained=True).eval().float()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.inference_mode():
+    one = model(transform(image)[None]).softmax(1)[0].tolist()
+pipeline = transformers.pipeline("image-classification", model=name)
+answers = {a["label"]: a["score"] for a in pipeline(image)}
+probabilities = ours.predict_proba(file)[0].tolist()
+print(json.dumps([probabilities, one, [answers[c] for c in ours.classes]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_repository_is_opened_by_its_name_everywhere(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    SyntheticChestXray(2, image_size_px=300).save(tmp_path / "phantoms")
+    file = sorted((tmp_path / "phantoms").rglob("*.png"))[0]
+    with HubServer() as server:
+        server.publish_folder(BUNDLED / DEFAULT_MODEL)
+        command = [sys.executable, "-c", BY_NAME, REPO, str(file)]
+        environment = hub_environment(server, tmp_path / "home")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, *theirs = json.loads(done.stdout.splitlines()[-1])
+    assert len(ours) == 3
+    assert np.abs(np.array(theirs) - ours).max() < 0.02
 
 
 def test_a_config_of_ours_has_no_type_that_transformers_would_look_for(folder: Path) -> None:

@@ -42,7 +42,7 @@ from chestxray_covid.publish import push
 from chestxray_covid.reporting import markdown_text
 from chestxray_covid.results import Results
 from conftest import random_checkpoint
-from hub_server import HubServer, hub_environment, run_python
+from hub_server import HubServer, hub_environment, run_python, with_other_hub
 
 pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
 
@@ -605,10 +605,14 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("version", ["installed", "other"])
 def test_a_model_goes_to_the_hub_and_comes_back_in_another_process(
-    run: Path, server: HubServer, tmp_path: Path
+    run: Path, server: HubServer, tmp_path: Path, version: str
 ) -> None:
     environment = hub_environment(server, tmp_path / "home", HF_TOKEN="hf_x")
+    if version == "other":
+        environment["PYTHONPATH"] = with_other_hub(environment["PYTHONPATH"])
+    server.forget()
     assert run_python(PUSH, environment, run) == "done"
     commit = server.commits["user/model", server.heads["user/model", "main"]]
     assert set(commit) == {

@@ -328,6 +328,7 @@ def test_a_gate_is_fitted_measured_and_put_beside_the_weights(published: Publish
     assert classifier.gate is not None
     found = published.read("gate")
     assert found["weights_sha256"] == classifier.weights_sha256
+    assert found["gate_sha256"] == classifier.config.attachments["gate.safetensors"]
     whole = {"frontal", "lateral", "ct", "noise", "clouds", "inverted"}
     assert whole | {"left half", "side by side", "four in one"} <= set(found["held_out"])
     assert set(found["never_fitted"]) >= {"waves", "four in one", "inverted and turned"}
@@ -562,6 +563,15 @@ def test_a_card_is_not_written_with_numbers_of_other_weights(
     path.write_text(json.dumps(content))
     match = rf"{name}\.json was not measured on these weights: it names the SHA-256 0{{64}}"
     with pytest.raises(ReportError, match=match):
+        write_card()
+
+
+def test_a_card_is_not_written_with_numbers_of_another_gate(
+    write_card: Callable[[], Path], recipes: dict[str, Any]
+) -> None:
+    path = recipes["write_card"].results.RESULTS / "gate.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"gate_sha256": "0" * 64}))
+    with pytest.raises(ReportError, match=r"gate\.json is of another gate\. Fit it again"):
         write_card()
 
 
