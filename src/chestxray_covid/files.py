@@ -17,7 +17,7 @@ from typing import Any
 from chestxray_covid.errors import ConfigError, DatasetNotFoundError, check_resources
 
 #: A config of this library has about 1 kB; more is no config.
-MAX_JSON_BYTES = 1_000_000
+MAX_JSON_BYTES = 500_000
 #: What :func:`write_files` adds to the hidden name of a file until it is complete, as a pattern.
 PARTIAL = r"\.\d+-[0-9a-f]{8}\.partial"
 _MAX_JSON_DEPTH = 20
