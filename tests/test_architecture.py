@@ -24,7 +24,7 @@ ROWS = (
     ("_version", "errors", "notebook", "progress", "processor"),
     ("files",),
     ("pixels", "hiding", "metrics", "datasets.report", "datasets.storage", "datasets.web"),
-    ("dicom", "encoded", "intervals", "tensors", "compiled"),
+    ("dicom", "encoded", "intervals", "tensors", "compiled", "datasets.origins"),
     ("gate", "image", "delong", "operating_points", "judged_images"),
     ("curves", "comparison"),
     ("gate_fit", "prediction", "heatmap", "subgroups", "graph"),

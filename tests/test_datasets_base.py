@@ -54,6 +54,9 @@ from chestxray_covid.training import Trainer
 from chestxray_covid.training_config import TrainingConfig
 from conftest import NUMPY_BOOL, Elsewhere
 from sources import (
+    HANNOVER_URL,
+    SHARED_IMAGE_ID,
+    cohen_row,
     draw,
     write_cohen,
     write_csv,
@@ -399,6 +402,60 @@ def test_a_row_that_was_taken_over_counts_to_its_origin_where_that_is_loaded(
     twin = [i for i, s in enumerate(hannover.samples) if s.metadata["image_id"] == image_id]
     assert groups[taken[0]] == groups[len(cohen) + twin[0]]
     assert len(set(groups)) == len({(s.source, s.patient_id) for s in both.samples}) - 1
+
+
+def test_what_its_origin_contradicts_is_dropped_and_counted(tmp_path: Path) -> None:
+    taken = {"url": HANNOVER_URL}
+    rows = [
+        cohen_row("190", "COVID-19", f"{SHARED_IMAGE_ID}.png", **taken),
+        cohen_row("190", "No Finding", "not-in-hannover.png", **taken),
+        cohen_row("191", "No Finding", "00010000.png", **taken),  # an image of another patient
+        cohen_row("192", "No Finding", "of-nobody-who-is-known.png", **taken),
+        cohen_row("193", "No Finding", "own.png"),
+    ]
+    cohen = CohenCovidDataset(write_cohen(tmp_path / "cohen", rows=rows))
+    hannover = HannoverCovidDataset(write_hannover(tmp_path / "hannover"))
+    kept = {f"{SHARED_IMAGE_ID}.png", "of-nobody-who-is-known.png", "own.png"}
+    for whole in (cohen + hannover, hannover + cohen):
+        own = [s for s in whole.samples if s.path.is_relative_to(tmp_path / "cohen")]
+        assert {s.path.name for s in own} == kept
+    assert concatenate([cohen]).samples == cohen.samples
+    whole = cohen + hannover
+    assert {s.label for s in whole.samples if s.source == "hannover"} == {"normal", "covid19"}
+    report = whole.report()
+    assert report.dropped == {"contradicts its origin": 2}
+    assert (report.found, report.kept) == (len(cohen) + len(hannover), len(whole))
+    assert (report.source, report.images["normal"]) == ("cohen+hannover", 2)
+    assert report.root == f"{tmp_path / 'cohen'}, {tmp_path / 'hannover'}"
+    for again in (
+        whole.subset(range(4)),
+        concatenate([whole.subset([0, 1]), whole.subset([2, 3])]),
+    ):
+        assert again.report().found == report.found
+        left_out = "not in this part (subset, filter, limit or split)"
+        assert again.report().dropped == {left_out: len(whole) - 4, "contradicts its origin": 2}
+
+
+def test_an_origin_of_several_labels_contradicts_none_of_them_but_of_the_same_image() -> None:
+    def taken(image_id: str, label: str) -> Sample:
+        about = {"origin": "site", "image_id": image_id}
+        return sample(f"{image_id}.png", label, source="cohen", patient_id="7", metadata=about)
+
+    def own(image_id: str, label: str) -> Sample:
+        known = {"image_id": image_id}
+        return sample(f"{image_id}-own.png", label, source="site", patient_id="z", metadata=known)
+
+    rows = [taken("1", "normal"), taken("2.0", "normal"), taken("3", "normal"), taken("4", "edema")]
+    classes = ["normal", "covid19", "edema"]
+    cohen = ChestXrayDataset(rows, classes=classes)
+    site = ChestXrayDataset([own("1", "normal"), own("2", "covid19")], classes=classes)
+    unnumbered = ChestXrayDataset(
+        [sample("n.png", "edema", source="site", patient_id="other")], classes=classes
+    )
+    whole = concatenate([cohen, site, unnumbered])
+    assert [s.path.name for s in whole.samples][:2] == ["1.png", "3.png"]
+    assert len(whole) == 5
+    assert whole.report().dropped["contradicts its origin"] == 2
 
 
 def test_two_sources_that_nobody_named_are_not_taken_for_one(tmp_path: Path) -> None:

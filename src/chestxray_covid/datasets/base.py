@@ -10,7 +10,7 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 import numpy as np
 from PIL import Image
 
+from chestxray_covid.datasets.origins import CONTRADICTS, counted_to_origins
 from chestxray_covid.datasets.report import DatasetReport, identity, printable, summarise_taken
 from chestxray_covid.datasets.storage import cell_text, resolver, write_csv, writing_to
 from chestxray_covid.errors import (
@@ -335,7 +336,9 @@ def concatenate(datasets: Iterable[ChestXrayDataset]) -> ChestXrayDataset:
     """Return one data set with the samples of all, at least one; no pixels are copied.
 
     Classes are in canonical order where not all have the same. A sample whose source took it over
-    from a collection that is present too (``origin`` in its metadata) is counted to that one.
+    from a collection that is present too (``origin`` in its metadata) is counted to that one, and
+    dropped, as ``report()`` counts, if that one gives the image another label, or has no such image
+    and gives all of the patient's own another.
 
     Raises:
         TypeError: If one is something else, for example a path.
@@ -355,11 +358,13 @@ def concatenate(datasets: Iterable[ChestXrayDataset]) -> ChestXrayDataset:
         )
     names = dict.fromkeys(name for d in datasets for name in d.classes)
     classes = [*(name for name in LABELS if name in names), *(n for n in names if n not in LABELS)]
-    loaded = {s.source for d in datasets for s in d.samples}
-    samples = [_counted_to_origin(s, loaded) for d in datasets for s in d.samples]
+    samples = counted_to_origins(s for d in datasets for s in d.samples)
     whole = datasets[0]._with(samples, classes if len({d.classes for d in datasets}) > 1 else ())
     whole._named_after = told_apart(datasets)
-    reports = (r for d in datasets for r in d._wholes or (d.report(),))
+    reports = [r for d in datasets for r in d._wholes or (d.report(),)]
+    if less := sum(map(len, datasets)) - len(samples):  # which one of the parts has kept
+        about: dict[str, Any] = {"source": reports[0].source, "root": "", "found": 0, "kept": -less}
+        reports.append(DatasetReport(**about, dropped={CONTRADICTS: less}, images={}, patients={}))
     whole._wholes = tuple({id(r): r for r in reports}.values())  # parts of one data set share it
     return whole
 
@@ -390,11 +395,3 @@ def _positions(indices: Iterable[SupportsIndex]) -> Iterator[int]:
         if is_mask or isinstance(index, bool | np.bool_):  # which Python takes for 0 and 1
             raise TypeError("subset takes positions, got a bool; use np.flatnonzero(mask)")
         yield operator.index(index)
-
-
-def _counted_to_origin(sample: Sample, loaded: set[str]) -> Sample:
-    origin = sample.metadata.get("origin")
-    if not origin or origin not in loaded or origin == sample.source:
-        return sample
-    numbered_by = sample.metadata.get("numbered_by") or sample.source
-    return replace(sample, source=origin, metadata={**sample.metadata, "numbered_by": numbered_by})
