@@ -50,7 +50,7 @@ from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
 from chestxray_covid.models import load_tensors, to_tensors
 from chestxray_covid.training_feed import LateReader
 from chestxray_covid.training_network import TrainingNetwork
-from chestxray_covid.training_order import warn_if_confounded
+from chestxray_covid.training_order import check_sides, warn_if_confounded
 from chestxray_covid.training_state import StateStore
 
 pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
@@ -1198,6 +1198,28 @@ class TestWhatDoesNotFit:
         both = split.val + split.train.subset([0])
         match = r"1 patient\(s\) have an image in the training and in the validation"
         self.refused(match, val=both, split=split, tmp_path=tmp_path)
+
+    @pytest.mark.parametrize(
+        "known",
+        [
+            {"path": Path("x.png"), "read": Sample.__dataclass_fields__["read"].default},
+            {"metadata": {"image_id": "x", "origin": "z"}},
+            {"metadata": {"content_hash": "x"}},
+        ],
+        ids=["file", "image_id", "content_hash"],
+    )
+    def test_an_image_on_both_sides_under_other_numbers(
+        self, split: Split, tmp_path: Path, known: dict[str, Any]
+    ) -> None:
+        def with_copy(side: ChestXrayDataset, **about: Any) -> ChestXrayDataset:
+            copy = replace(side.samples[0], patient_id="7", **about)
+            return ChestXrayDataset([*side.samples, copy], classes=side.classes)
+
+        train = with_copy(split.train, source="here", **known)
+        match = r"1 patient\(s\) have an image .* image_id .*, for example \('here', '7'\)"
+        val = with_copy(split.val, source="there", **known)
+        self.refused(match, train=train, val=val, split=split, tmp_path=tmp_path)
+        check_sides(train, with_copy(split.val, source="there"))
 
     def test_training_data_of_one_class(self, split: Split, tmp_path: Path) -> None:
         healthy = split.train.filter(lambda s: s.label == "normal")

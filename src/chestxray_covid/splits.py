@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
-from chestxray_covid.datasets.duplicates import patient_groups, patient_on_two_sides
+from chestxray_covid.datasets.duplicates import on_two_sides, patient_groups
 from chestxray_covid.datasets.storage import write_file, writing_to
 from chestxray_covid.errors import DatasetError, SplitError, real_number, whole_number
 from chestxray_covid.files import expanded, parse_json
@@ -124,7 +124,7 @@ class Split:
                 f"{path} holds {len(entries)} samples, the data set {len(found)}. {_MEND}"
             )
         sides = {s: tuple(i for i in sorted(found) if found[i]["side"] == s) for s in SIDES}
-        if (shared := patient_on_two_sides(dataset, sides)) is not None:
+        if shared := next(on_two_sides(*(dataset.subset(s).samples for s in sides.values())), None):
             raise SplitError(
                 f"{path} puts patient {shared.patient_id} of {shared.source}, or an image of them, "
                 "on two sides, as the data set now says. Open it as it was split, or split again."

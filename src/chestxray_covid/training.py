@@ -65,7 +65,7 @@ class Trainer:
         model: From :func:`build_densenet121`, with as many logits as ``train`` has classes.
         train: Training data; the order of its classes is that of the logits. What is learned is
             the class of each sample, whatever ``target_transform`` makes of it.
-        val: Validation data with the same classes, no patient shared with ``train``.
+        val: Validation data with the same classes, no patient or image shared with ``train``.
         config: Options; the recommended recipe if not given.
         output: The run directory, made if missing.
         callbacks: Called while it trains.

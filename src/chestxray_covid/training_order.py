@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from chestxray_covid.checkpoint import ModelConfig
 from chestxray_covid.confounders import ConfoundingWarning, confounding_of_question
 from chestxray_covid.datasets.base import ChestXrayDataset
+from chestxray_covid.datasets.duplicates import on_two_sides
 from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder
 from chestxray_covid.datasets.report import patient_key
 from chestxray_covid.errors import ChestXrayError, TrainingError
@@ -261,7 +262,8 @@ def check_sides(train: ChestXrayDataset, val: ChestXrayDataset) -> None:
         TypeError: If one is no data set.
         ValueError: If their classes differ.
         ConfigError: If the classes cannot be saved in a checkpoint.
-        TrainingError: If validation data or a class are missing, or the two share a patient.
+        TrainingError: If validation data or a class are missing, or the two share a patient, also
+            one whom an image that both know tells (:func:`on_two_sides`).
     """
     for name, data in (("train", train), ("val", val)):
         if not isinstance(data, ChestXrayDataset):
@@ -274,11 +276,12 @@ def check_sides(train: ChestXrayDataset, val: ChestXrayDataset) -> None:
         raise ValueError(f"train has the classes {train.classes}, val {val.classes}")
     if not len(val):
         raise TrainingError("The validation data are empty. Split with val > 0.")
-    shared = {patient_key(s) for s in train.samples} & {patient_key(s) for s in val.samples}
-    if shared:
+    # The larger side last, which takes no memory.
+    if shared := {patient_key(s) for s in on_two_sides(val.samples, train.samples)}:
         raise TrainingError(
             f"{len(shared)} patient(s) have an image in the training and in the validation data, "
-            f"for example {min(shared)}. Split with split_by_patient."
+            f"known by number, file, image_id or content_hash, for example {min(shared)}. Split "
+            "with split_by_patient."
         )
     missing = sorted(set(train.classes) - {s.label for s in train.samples})
     if missing:

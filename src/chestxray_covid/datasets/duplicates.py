@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,25 +67,21 @@ def patient_groups(
     return [number.setdefault(joined.root(i), len(number)) for i in range(len(dataset))]
 
 
-def patient_on_two_sides(
-    dataset: ChestXrayDataset, sides: Mapping[str, Sequence[int]]
-) -> Sample | None:
-    """Return a sample of whom, or of which, an earlier side holds more; ``None`` if none is.
+def on_two_sides(*sides: Iterable[Sample]) -> Iterator[Sample]:
+    """Yield the samples of whom, or of which, an earlier side holds more.
 
-    What belongs together is what :func:`patient_groups` joins without a look at the images.
-
-    Args:
-        dataset: What was divided.
-        sides: Side → positions in ``dataset``.
+    What belongs together is what :func:`patient_groups` joins without a look at the images. Memory
+    grows with all sides but the last.
     """
-    side_of: dict[tuple[str, ...], str] = {}
+    side_of: dict[tuple[str, ...], int] = {}
     resolved = resolver()
-    for side, positions in sides.items():
-        for sample in (dataset.samples[i] for i in positions):
-            for key in _identities(sample, resolved):
-                if side_of.setdefault(key, side) != side:
-                    return sample
-    return None
+    for number, side in enumerate(sides, 1):
+        for sample in side:
+            keys = tuple(_identities(sample, resolved))
+            if any(side_of.get(key, number) != number for key in keys):
+                yield sample
+            elif number < len(sides):
+                side_of.update(dict.fromkeys(keys, number))
 
 
 def _identities(sample: Sample, resolved: Callable[[str | Path], str]) -> Iterable[tuple[str, ...]]:
