@@ -616,6 +616,32 @@ def test_one_source_of_many_that_the_features_know_is_not_averaged_away(
     assert item.verdict == "warn"
 
 
+def test_whether_a_view_that_few_images_name_goes_with_the_label_is_not_said() -> None:
+    _, test = halves(200)
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(len(test), 4)).astype(np.float32)
+    features[[s.view == "PA" for s in test.samples], 0] += 4
+    question, how = (
+        Question.of(test.classes, test),
+        {"n_resamples": 50, "seed": 0, "confidence": 0.95},
+    )
+
+    def reason_of(dataset: ChestXrayDataset) -> str:
+        data = data_of(dataset)
+        item = features_item(
+            data, features, confounding_item(dataset, question, how, trained=False)
+        )
+        assert item.verdict == "warn"
+        return item.reason
+
+    assert reason_of(test) == "The features tell the view, which here says little of the label."
+    samples = [replace(s, view="unknown") if s.label == "normal" else s for s in test.samples]
+    unnamed = ChestXrayDataset(samples, classes=test.classes)
+    assert reason_of(unnamed) == (
+        "The features tell the view, and whether that goes with the label is not known."
+    )
+
+
 @pytest.mark.slow
 def test_features_that_know_more_of_the_source_are_judged_no_better(
     in_lungs: tuple[Linear, ChestXrayDataset],

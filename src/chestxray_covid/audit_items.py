@@ -44,6 +44,11 @@ STRIDE = 32
 _FEWEST_CELLS = 4
 _SEXES = {"female": "F", "male": "M"}
 _OF_PEOPLE = ("sex", "age")
+#: Whether what the features tell goes with the label → what the reason says of it.
+_SAID_OF_LABEL = {
+    False: "which here says little of the label",
+    None: "and whether that goes with the label is not known",
+}
 _BANDS = f"AUROC without lungs: warn from {NOTABLE}, fail from {STRONG}, its interval above 0.5"
 
 
@@ -229,19 +234,25 @@ def features_item(
             for name, values in _attributes(data.samples).items()
             if any(values)
         ]
-    verdicts = []
+    verdicts, doubts = [], []
     for found in findings:
         name = found.name.split("_in_")[0]
         if name in ("source", "view") and found.estimate.n:
-            known = judge_auroc(found.estimate, notable=STRONG)
-            verdicts.append(known if _goes_with_label(design, name) else capped(known))
+            known, goes = (
+                judge_auroc(found.estimate, notable=STRONG),
+                _goes_with_label(design, name),
+            )
+            if known == FAIL and not goes:
+                known = capped(known)
+                doubts.append(f"The features tell the {name}, {_SAID_OF_LABEL[goes]}.")
+            verdicts.append(known)
     sources = any(f.name.startswith("source_in_") and f.estimate.n for f in findings)
     if not sources:
         verdicts.append(NOT_ASSESSABLE)
     verdict = worst(verdicts)
     reason = {
         FAIL: "The features tell what goes with the label in the data: a shortcut is there to use.",
-        WARN: "The features tell source or view, which here say little of the label.",
+        WARN: " ".join(dict.fromkeys(doubts)),
         PASS: "Inside one label, the features hardly tell source or view apart.",
         NOT_ASSESSABLE: "The model gives no features."
         if features is None
@@ -264,9 +275,10 @@ def features_item(
     )
 
 
-def _goes_with_label(design: AuditItem, name: str) -> bool:
-    table = design.tables.get(f"{name} and label")
-    return table is not None and corrected_v(table) >= MEDIUM_V
+def _goes_with_label(design: AuditItem, name: str) -> bool | None:
+    """Return whether source or view go with the label; ``None`` if nobody knows."""
+    v = corrected_v(design.tables.get(f"{name} and label", {}))
+    return None if v != v else v >= MEDIUM_V
 
 
 def _attributes(samples: Sequence[Sample]) -> dict[str, list[str | None]]:
