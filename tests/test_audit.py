@@ -737,8 +737,35 @@ def test_files_that_give_the_label_by_their_header_fail(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_dicom_files_that_give_the_label_by_their_header_fail(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
+    train, test = halves(60, signal="none")
+    samples = []
+    for i, s in enumerate(test.samples):
+        data, pixels = pydicom.Dataset(), np.asarray(s.read(s, None))
+        data.file_meta = pydicom.dataset.FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
+        data.SOPClassUID, data.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1.1", f"1.2.{i}"
+        data.Rows, data.Columns, data.SamplesPerPixel = *pixels.shape, 1
+        data.BitsAllocated = data.BitsStored = 8
+        data.HighBit, data.PixelRepresentation = 7, 0
+        inverted = s.label == "covid19"
+        data.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
+        data.add_new(0x7FE00010, "OB", (255 - pixels if inverted else pixels).tobytes())
+        path = tmp_path / f"{i}.dcm"
+        pydicom.dcmwrite(path, data, enforce_file_format=True)
+        samples.append(replace(s, path=path, read=Sample.__dataclass_fields__["read"].default))
+    report = audit_shortcuts(
+        Linear(train), ChestXrayDataset(samples, classes=test.classes), **{**HOW, "masks": None}
+    )
+    item = report.item("without_lungs")
+    assert item.verdict == "fail"
+    assert item.finding("file_facts").estimate.value == 1
+
+
+@pytest.mark.slow
 def test_a_class_without_headers_among_files_with_them_fails(tmp_path: Path) -> None:
-    """As where the sick come as DICOM and the healthy as PNG."""
+    """As where the healthy come as PNG and the sick as what no header can be read of."""
     train, test = halves(60, signal="none")
     samples = list(test.samples)
     for i, s in enumerate(samples):

@@ -6,9 +6,12 @@ import io
 import math
 import re
 import struct
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,8 +56,7 @@ def decode_dicom(
         ImageError: If it cannot be decoded or is too large; no message quotes patient data.
         MissingExtraError: If pydicom is not installed.
     """
-    errors = require_extra("pydicom.errors", "dicom")
-    try:
+    with _reading(name):
         data, frame = _read_dicom(_Clipped(file), name, max_pixels)
         photometric = data.PhotometricInterpretation
         if photometric == "PALETTE COLOR":
@@ -64,6 +66,31 @@ def decode_dicom(
             255 - planes if photometric == "MONOCHROME1" else planes, name, max_pixels
         )
         return grey, facts, int(data.get("NumberOfFrames") or 1) > 1
+
+
+def dicom_header(path: Path) -> tuple[tuple[int, int], str]:
+    """Return ``(width, height)``, and in words how pixels are kept, of which none is read.
+
+    The words are photometric interpretation, bits stored and transfer syntax.
+
+    Raises:
+        ImageError: If it is no DICOM file of an image that can be decoded.
+        MissingExtraError: If pydicom is not installed.
+    """
+    with _reading(path.name), path.open("rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            raise ImageError(f"{path.name} is no DICOM file. Pass one, see PS3.10, 7.1.")
+        data, syntax, _ = _read_header(_Clipped(file), path.name, sys.maxsize)
+        kept = (data.get("PhotometricInterpretation"), data.get("BitsStored"), syntax)
+        return (int(data.Columns), int(data.Rows)), " ".join(map(str, kept))
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Translate what pydicom raises on damaged files."""
+    errors = require_extra("pydicom.errors", "dicom")
+    try:
+        yield
     except ImageError:
         raise
     except (*DECODE_ERRORS, errors.BytesLengthException, errors.InvalidDicomError) as error:
@@ -92,8 +119,8 @@ class _Clipped:
         return self._read(rest if size is None else min(size, rest))
 
 
-def _read_dicom(file: _Clipped, name: str, max_pixels: int) -> tuple[Any, NDArray[Any]]:
-    """Return the data set and its first frame, decoded only after every limit was checked."""
+def _read_header(file: _Clipped, name: str, max_pixels: int) -> tuple[Any, Any, Any]:
+    """Return the data set up to its pixels, its transfer syntax, and pydicom's decoder for that."""
     # Not `dcmread`: it inflates a deflated data set before anything can be looked at.
     read = require_extra("pydicom.filereader", "dicom").read_dataset
     pixels = require_extra("pydicom.pixels", "dicom")
@@ -126,6 +153,16 @@ def _read_dicom(file: _Clipped, name: str, max_pixels: int) -> tuple[Any, NDArra
             "a report, or cut off before it. Pass one with an image, or fetch it again."
         )
     check_size((int(data.Columns), int(data.Rows)), name, max_pixels)
+    return data, syntax, decoder
+
+
+def _read_dicom(file: _Clipped, name: str, max_pixels: int) -> tuple[Any, NDArray[Any]]:
+    """Return the data set and its first frame, decoded only after every limit was checked."""
+    data, syntax, decoder = _read_header(file, name, max_pixels)
+    read = require_extra("pydicom.filereader", "dicom").read_dataset
+    pixels = require_extra("pydicom.pixels", "dicom")
+    uid = require_extra("pydicom.uid", "dicom")
+    order = (syntax.is_implicit_VR, syntax.is_little_endian)
     # Hundreds of frames may follow the first, which is all that is read where none is compressed.
     frames, length = int(data.get("NumberOfFrames") or 1), None
     if frames > 1 and not syntax.is_encapsulated:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid.datasets.base import Sample
+from chestxray_covid.dicom import dicom_header
 from chestxray_covid.encoded import open_header
+from chestxray_covid.errors import ImageError, MissingExtraError
 
 #: Sum of the luminance table of ITU-T T.81, Annex K.1, which libjpeg scales by the quality.
 _LUMINANCE_SUM = 3688
@@ -23,7 +26,8 @@ class FileFacts:
     Attributes:
         width_px: Width as stored.
         height_px: Height as stored.
-        kind: Format, and mode, which says depth and colour: ``"JPEG L"``, ``"PNG I;16"``.
+        kind: Format, and mode, which says depth and colour: ``"JPEG L"``, ``"PNG I;16"``; of DICOM
+            see :func:`dicom_header`.
         jpeg_quality: 1 to 100 as libjpeg counts, estimated; ``None`` for other formats.
     """
 
@@ -34,10 +38,12 @@ class FileFacts:
 
 
 def file_facts(sample: Sample) -> FileFacts | None:
-    """Return what a sample's file says; ``None`` for phantoms, DICOM and what has no header."""
-    image = open_header(sample.path) if sample.is_file else None
-    if image is None:
+    """Return what a sample's file says; ``None`` for phantoms, and what has no header to read."""
+    if not sample.is_file:
         return None
+    image = open_header(sample.path)
+    if image is None:
+        return _dicom_facts(sample.path)
     tables = getattr(image, "quantization", None)
     return FileFacts(
         width_px=image.size[0],
@@ -45,6 +51,14 @@ def file_facts(sample: Sample) -> FileFacts | None:
         kind=f"{image.format} {image.mode}",
         jpeg_quality=_quality(next(iter(tables.values()))) if tables else None,
     )
+
+
+def _dicom_facts(path: Path) -> FileFacts | None:
+    try:
+        (width, height), kept = dicom_header(path)
+    except (ImageError, MissingExtraError):
+        return None
+    return FileFacts(width_px=width, height_px=height, kind=f"DICOM {kept}", jpeg_quality=None)
 
 
 def _quality(table: Sequence[int]) -> float:
