@@ -37,6 +37,7 @@ from chestxray_covid.audit_data import (
     read_data,
     stratified_sample,
 )
+from chestxray_covid.audit_generalisation import generalisation_item
 from chestxray_covid.audit_items import confounding_item, features_item, heat_item
 from chestxray_covid.audit_occlusion import _judge, occlusion_item
 from chestxray_covid.audit_report import AuditFinding, AuditItem
@@ -427,6 +428,28 @@ def test_sources_that_were_not_trained_on_are_external(
     assert external.change is not None
     assert external.change.high < -0.2
     assert external.estimate.low < 0.5 < external.estimate.high
+
+
+def test_what_was_trained_on_as_taken_over_is_not_external() -> None:
+    """As where Cohen's collection alone is trained on, which holds images of Hannover's."""
+    train, test = halves(60)
+    only_a, only_b = (train.filter(lambda s, name=name: s.source == name) for name in "ab")
+
+    def taken_from_b(whole: ChestXrayDataset) -> ChestXrayDataset:
+        samples = [
+            replace(s, metadata={**s.metadata, "origin": "b"}) if s.source == "a" else s
+            for s in whole.samples
+        ]
+        return ChestXrayDataset(samples, classes=whole.classes)
+
+    def names(train: ChestXrayDataset, audited: ChestXrayDataset) -> set[str]:
+        data, scores = data_of(audited), np.random.default_rng(0).random(len(audited))
+        return {found.name for found in generalisation_item(data, scores, train, []).findings}
+
+    assert "external" in names(only_a, test)
+    assert "external" not in names(taken_from_b(only_a), test)
+    assert "external" in names(only_b, test)
+    assert "external" not in names(only_b, taken_from_b(test))
 
 
 def scored(

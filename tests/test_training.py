@@ -895,6 +895,18 @@ def test_a_checkpoint_names_no_folder_that_was_left_out(tmp_path: Path) -> None:
     assert "DOE" not in (tmp_path / "run" / "config.json").read_text()
 
 
+def test_a_checkpoint_tells_of_collections_that_images_were_taken_over_from(
+    split: Split, tmp_path: Path
+) -> None:
+    first, *others = split.train.samples
+    taken = replace(first, metadata={**first.metadata, "origin": "elsewhere"})
+    train = ChestXrayDataset([taken, *others], classes=split.train.classes)
+    config = replace(QUICK, epochs=1, samples_per_epoch=6)
+    Trainer(network(), train, split.val, config, output=tmp_path).fit()
+    sources = load_checkpoint(tmp_path)[0].provenance["sources"]
+    assert sources == sorted({"elsewhere", *split.train.sources})
+
+
 def test_frozen_blocks_keep_weights_and_statistics(split: Split, tmp_path: Path) -> None:
     model = network(trainable="denseblock4")
     before = to_tensors(model)

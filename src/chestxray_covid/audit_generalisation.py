@@ -13,6 +13,7 @@ from chestxray_covid.audit_report import FAIL, AuditFinding, AuditItem
 from chestxray_covid.audit_verdicts import CHANGE_BANDS, CHANGES, judge_change, worst
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.duplicates import FILE_HASH, patient_groups
+from chestxray_covid.datasets.origins import collections_of
 from chestxray_covid.generalisation import (
     FEWEST_PATIENTS,
     NOT_RETRAINED,
@@ -95,7 +96,7 @@ def _nothing_told(enough: Sequence[str], data: AuditData, train: ChestXrayDatase
             f"No source holds {SMALL} images of {FEWEST_PATIENTS} patients of both classes, so "
             "nothing here can tell."
         )
-    known = train is not None and not set(data.dataset.sources) & set(train.sources)
+    known = train is not None and not collections_of(data.samples) & collections_of(train.samples)
     which = ", which was not trained on" if known else ""
     return (
         f"All images are of one source ({enough[0]}{which}): its AUROC is compared with none of "
@@ -161,7 +162,8 @@ def _external(
 ) -> AuditFinding | None:
     if train is None:
         return None
-    outside = ~np.isin(data.sources, train.sources) & ~seen
+    trained = collections_of(train.samples)
+    outside = np.array([trained.isdisjoint(collections_of([s])) for s in data.samples]) & ~seen
     if not outside.any() or outside.all():
         return None
     truth = data.truth.astype(int)

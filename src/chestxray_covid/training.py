@@ -21,6 +21,7 @@ from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkp
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.labels import nameless
 from chestxray_covid.datasets.loading import Loader, in_batches
+from chestxray_covid.datasets.origins import collections_of
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
 from chestxray_covid.files import expanded
 from chestxray_covid.models import check_answers, check_model, load_tensors, to_tensors
@@ -337,12 +338,11 @@ class Trainer:
             "training": self.config.to_dict() | own,
             "epoch": record.epoch,
             "identity": self._identity(),
-            "sources": list(self.train.sources),
+            "sources": sorted(collections_of(self.train.samples)),
             **{k: replace(r, root="", dropped=nameless(r.dropped)).to_dict() for k, r in data},
         }
-        config = ModelConfig(
-            classes=self.train.classes, preprocess=self.config.preprocess, provenance=provenance
-        )
+        classes, preprocess = self.train.classes, self.config.preprocess
+        config = ModelConfig(classes=classes, preprocess=preprocess, provenance=provenance)
         with saving("weights", self.output):
             save_checkpoint(self.output, config, to_tensors(self._network.best))
 

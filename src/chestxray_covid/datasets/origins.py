@@ -47,6 +47,11 @@ def counted_to_origins(samples: Iterable[Sample]) -> list[Sample]:
     return [s for s in counted if id(s) not in contradicted]
 
 
+def collections_of(samples: Iterable[Sample]) -> set[str]:
+    """Return the sources of samples, and the origins of those that were taken over."""
+    return {name for s in samples for name in (s.source, s.metadata.get("origin")) if name}
+
+
 def _counted_to_origin(sample: Sample, present: set[str]) -> Sample:
     origin = sample.metadata.get("origin")
     if not origin or origin not in present or origin == sample.source:
