@@ -91,7 +91,7 @@ def growth_block(result: Mapping[str, Any]) -> str:
         "core, others used the machine. The split's memory includes the data set itself; "
         "it looks at no image. To find copies, as `split_by_patient` and `train` do unless told "
         "`find_copies=False` or `--no-copies`, every image is decoded and compared with every "
-        "other: 16 KiB of memory for each, which is 15 GiB for a million, and time by the square "
+        "other: 21 KiB of memory for each, which is 20 GiB for a million, and time by the square "
         "of their number."
     )
     figure = "![Seconds and memory by number of files](growth.png)"

@@ -33,7 +33,7 @@ def inside_block() -> str:
         f"Pairs of one website, {pair(read('folds')['all']['same_website_n'])}"
     )
     rows = [[row["relatives"], *(estimate(row[key]) for key in columns)] for row in found["rows"]]
-    rows += [row for name, what in AGAIN.items() if exists(name) for row in rows_of(name, what)]
+    rows += [row_of(name, what) for name, what in AGAIN.items() if exists(name)]
     before = found["before"]
     note = f"""
         {found["note"]} Where a row does not say otherwise, they were trained on {found["made"]}.
@@ -58,35 +58,22 @@ def inside_block() -> str:
 AGAIN = {
     "folds_again": "whole radiographs at {size} px, another run from the start on (seed {seed})",
     "folds_lungs": "crops to the lungs at {size} px, also in the start",
-    "folds_warm_up_first": "whole radiographs at {size} px, after a warm-up without labels",
-    "folds_warm_up": "the same, start and warm-up too, with other chance",
+    "folds_warm_up": "whole radiographs at {size} px, after a warm-up without labels",
 }
 
 
-def rows_of(result: str, what: str) -> list[list[str]]:
-    """Return what other relatives reach in the same folds, and how they were made.
-
-    Of several runs these are rows of each, and of the average of their probabilities.
-    """
+def row_of(result: str, what: str) -> list[str]:
+    """Return what other relatives reach in the same folds, and how they were made."""
     found = read(result)
-    training, runs = found["training"], found.get("runs", ())
+    training, everything = found["training"], found["all"]
     how = f", on {found['made']}" if "made" in found else ""
     shown = what.format(size=training["preprocess"]["size_px"], seed=training["seed"])
     name = (
         f"Cohen's rows alone, {shown}, mild augmentation, {training['epochs']} epochs of "
         f"{training['samples_per_epoch']}{how}; DeLong's intervals but for pairs"
     )
-    if not runs:
-        return [[name, *reached(found)]]
-    each = [[f"{name}, seed {run['seed']}", *reached(run)] for run in runs]
-    average = f"the same, average of the probabilities of these {len(runs)} runs"
-    return [*each, [average, *reached(found)]]
-
-
-def reached(found: Mapping[str, Any]) -> list[str]:
-    """Return the three values of a row of relatives in the same folds."""
-    whole, rest = found["all"], found["without Hannover's"]
-    return [*map(estimate, (whole["auroc"], rest["auroc"], whole["same_website"]))]
+    values = everything["auroc"], found["without Hannover's"]["auroc"], everything["same_website"]
+    return [name, *map(estimate, values)]
 
 
 #: Weights that were read out, and what each is called.

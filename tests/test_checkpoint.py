@@ -691,6 +691,11 @@ HOSTILE_FILES: dict[str, bytes] = {
     "offsets backwards": raw({"a": entry(offsets=(8, 0))}, bytes(8)),
     "offsets negative": raw({"a": entry(offsets=(-8, 0))}, bytes(8)),
     "huge shape": raw({"a": entry(shape=(2**62, 4))}, bytes(8)),
+    "names like a wrapper's": raw(
+        {f"{n}classifier.bias": entry(offsets=(8 * n, 8 * n + 8)) for n in range(9000)},
+        bytes(72_000),
+    ),
+    "a long name": raw({"x" * 900_000 + "classifier.bias": entry()}, bytes(8)),
     "shape that overflows": raw({"a": entry(shape=(2**32, 2**32))}, bytes(8)),
     "negative shape": raw({"a": entry(shape=(-2,))}, bytes(8)),
     "shape of text": raw({"a": entry(shape="2")}, bytes(8)),

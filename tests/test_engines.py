@@ -548,6 +548,7 @@ class Lacking:
         RuntimeError("Exception from core.cpp:217: Resource temporarily unavailable"),
         Exception("Failed to allocate memory for requested buffer of size 802816"),
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
     ],
 )
 def test_memory_that_runs_out_while_an_engine_computes_is_said_to_have(

@@ -548,17 +548,19 @@ from chestxray_covid import hub
 def resolved(**options):
     try: return str(hub.resolve(sys.argv[2], cache_dir=sys.argv[1], **options))
     except Exception as error: return type(error).__name__
+os.environ["HF_TOKEN"] = "hf_x"  # no file is asked for one
 first = resolved()
 last = os.open(os.devnull, os.O_RDONLY)
 resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, last + 1))
-print(json.dumps([first, resolved(local_files_only=True)]))
+asked = ({"local_files_only": True}, {}, {"force_download": True})
+print(json.dumps([first, *(resolved(**options) for options in asked)]))
 """
     environment = hub_environment(published, tmp_path / "home")
     command = [sys.executable, "-c", code, str(tmp_path / "cache"), REPO]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    first, second = json.loads(done.stdout)
+    first, *others = json.loads(done.stdout)
     assert Path(first, "model.safetensors").read_bytes() == WEIGHTS
-    assert second == "ResourceError"
+    assert others == ["ResourceError"] * 3
 
 
 # ---------------------------------------------------------------- row 1: cut downloads

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from chestxray_covid.datasets.transfer import RemoteFile, fetch
 from chestxray_covid.datasets.web import (
     Client,
     TransientError,
+    chain,
     origin,
     redirect_target,
     refuse_offline,
@@ -299,6 +301,35 @@ def test_a_password_in_an_address_goes_to_its_server_alone(client: Client) -> No
     sent = [request.headers.get("Authorization") for request in server.requests]
     assert sent == ["Basic bWU6c2VjcmV0"] * 2
     assert [r.headers.get("Authorization") for r in other.requests] == [None]
+
+
+@pytest.mark.parametrize(
+    ("user", "sent"),
+    [("me", "Basic bWU6"), (":s%3At", "Basic OnM6dA=="), ("m%40e:", "Basic bUBlOg==")],
+)
+def test_a_name_or_a_password_alone_is_sent_as_it_is_meant(
+    client: Client, user: str, sent: str
+) -> None:
+    with LocalServer(replies(GOOD)) as server:
+        client.read_json(f"{server.url}/x".replace("://", f"://{user}@"))
+    assert server.requests[0].headers["Authorization"] == sent
+
+
+def test_a_password_in_an_address_is_in_no_message(tmp_path: Path) -> None:
+    nobody, gone = "http://me:secret@127.0.0.1:9/x", Reply(status=404)
+    with LocalServer(replies(gone, Reply(body=b"<html>"), gone)) as server:
+        asked = f"{server.url}/x".replace("://", "://me:secret@")
+        file = RemoteFile(url=asked, target=tmp_path / "x", size=1, oid="0" * 40)
+        with Client(timeout_s=5, retries=0) as own:
+            for ask in (
+                lambda: own.read_json(nobody),
+                lambda: own.read_json(asked),
+                lambda: own.read_json(asked),
+                lambda: fetch(own, file),
+            ):
+                with pytest.raises(DownloadError, match=r"127\.0\.0\.1") as caught:
+                    ask()
+                assert all("secret" not in str(one) for one in chain(caught.value))
 
 
 def test_a_password_in_netrc_is_not_sent(

@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chestxray_covid._version import __version__
+from chestxray_covid.datasets.report import brief
 from chestxray_covid.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
-    brief,
     check_resources,
     first_of,
     real_number,
@@ -322,17 +322,19 @@ def _read_config(folder: str | os.PathLike[str]) -> tuple[ModelConfig, bytes]:
 def load_checkpoint(
     folder: str | os.PathLike[str],
 ) -> tuple[ModelConfig, dict[str, NDArray[Any]]]:
-    """Return config and weights of a checkpoint, both verified.
+    """Return config and weights of a checkpoint, of which every file is verified.
 
     Floating-point tensors come in the precision of the file, half or single.
 
     Raises:
         CheckpointNotFoundError: If a file is missing.
         ConfigError: If the config is damaged or of another kind.
-        CheckpointError: If the weights cannot be read or do not fit their hash, or a tensor is
-            missing, extra, misshapen, of another type or not finite.
+        CheckpointError: If a file cannot be read or does not fit its hash, or a tensor is missing,
+            extra, misshapen, of another type or not finite.
     """
     config = load_config(folder)
+    for name in config.attachments:
+        load_attachment(folder, config, name)
     return config, _read_weights(folder, config)[0]
 
 
@@ -355,10 +357,8 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[s
         CheckpointError: As :func:`load_checkpoint` and :func:`load_attachment`.
     """
     config, text = _read_config(folder)
-    contents = {CONFIG_NAME: text, WEIGHTS_NAME: _read_weights(folder, config)[1]}
-    for name in config.attachments:
-        contents[name] = load_attachment(folder, config, name) or b""
-    return config, contents
+    attached = {n: load_attachment(folder, config, n) or b"" for n in config.attachments}
+    return config, {CONFIG_NAME: text, WEIGHTS_NAME: _read_weights(folder, config)[1], **attached}
 
 
 def load_attachment(folder: str | os.PathLike[str], config: ModelConfig, name: str) -> bytes | None:

@@ -127,12 +127,12 @@ class Classifier:
             local_files_only=local_files_only,
         )
         config, tensors = load_checkpoint(folder)
-        attached = {n: load_attachment(folder, config, n) or b"" for n in config.attachments}
-        asked = attached.get(INT8_NAME) if precision == "int8" else None  # one of before serves
+        gate, data = (load_attachment(folder, config, name) for name in (GATE_NAME, INT8_NAME))
+        asked = data if precision == "int8" else None  # one of before serves otherwise
         made = cls(
             config,
             tensors,
-            gate=Gate.from_bytes(attached[GATE_NAME]) if GATE_NAME in attached else None,
+            gate=None if gate is None else Gate.from_bytes(gate),
             int8=None if asked is None else Int8.from_bytes(asked, str(folder / INT8_NAME)),
             classes=classes,
             device=device,

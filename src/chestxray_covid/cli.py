@@ -146,7 +146,7 @@ def download(
 @click.option(
     "--no-copies",
     is_flag=True,
-    help="Do not look for duplicates before the split: that takes 16 KiB of memory an image, and "
+    help="Do not look for duplicates before the split: that takes 21 KiB of memory an image, and "
     "time by the square of their number. Patients stay on one side all the same.",
 )
 @click.option(

@@ -45,6 +45,7 @@ _RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _RAN_OUT_WORDS = (
     *("failed to map segment", "std::bad_alloc", "out of memory", "Cannot allocate memory"),
     *("Failed to allocate memory", "Resource temporarily unavailable", "Too many open files"),
+    *("not enough memory", "bad allocation", "CUBLAS_STATUS_ALLOC_FAILED"),
 )
 #: What to do where a file of this package is not there: it is also left out of a program that was
 #: frozen without its data, and cannot be read in a zip archive.
@@ -347,16 +348,6 @@ def first_of(names: list[str]) -> str:
     """
     shown = ", ".join(names[:3]) or "none"
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
-
-
-def brief(text: str, most: int = 500) -> str:
-    r"""Return a text of a file for a message: its beginning, and nothing that moves a cursor.
-
-    >>> brief("\x1b[31mred"), brief("abc", 2)
-    ('\\x1b[31mred', 'ab…')
-    """
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])
-    return shown + "…" * (len(text) > most)
 
 
 def require_extra(module: str, extra: str) -> ModuleType:

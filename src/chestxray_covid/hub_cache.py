@@ -23,7 +23,7 @@ from chestxray_covid._version import __version__
 from chestxray_covid.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_config, size_limit
 from chestxray_covid.datasets.storage import exclusive, write_file
 from chestxray_covid.datasets.transfer import RemoteFile, fetch, has_oid, remove_stale_parts
-from chestxray_covid.datasets.web import Client, clean_token, origin
+from chestxray_covid.datasets.web import Client, chain, clean_token, origin, without_password
 from chestxray_covid.errors import (
     CheckpointError,
     ChestXrayError,
@@ -42,7 +42,6 @@ BACKOFF_S = 0.5
 
 _LIBRARY = "chestxray_covid"
 _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_USER = re.compile(r"(?<=://)[^/?#\s]+@")
 _ADVICE = {
     "fetched": "Check the network, its proxies and HF_ENDPOINT; and that the cache can be "
     "written, or choose another one with cache_dir or in the environment, HF_HOME or HF_HUB_CACHE.",
@@ -73,7 +72,7 @@ def hub_errors(repo_id: str, what: str = "fetched") -> Iterator[None]:
         errors.HFValidationError,  # of ../name, for example
     )
     try:
-        with _without_password(), _translated(repo_id, what):
+        with without_password(), _translated(repo_id, what):
             yield
     except nothing_came as error:
         if what == "fetched" and not isinstance(error, IntegrityError):
@@ -81,19 +80,6 @@ def hub_errors(repo_id: str, what: str = "fetched") -> Iterator[None]:
                 error.add_note(
                     f"There is no folder {repo_id} either; paths are relative to {Path.cwd()}."
                 )
-        raise
-
-
-@contextmanager
-def _without_password() -> Iterator[None]:
-    """Take name and password, as HF_ENDPOINT may have them, out of addresses in errors."""
-    try:
-        yield
-    except Exception as error:
-        one: BaseException | None = error
-        while one is not None:  # also out of those that a traceback shows before it
-            one.args = tuple(_USER.sub("", a) if isinstance(a, str) else a for a in one.args)
-            one = one.__cause__ or one.__context__
         raise
 
 
@@ -114,7 +100,8 @@ def _translated(repo_id: str, what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError, _transport_error(), _address_error()) as error:
         # ImportError: a SOCKS proxy needs a package
-        check_resources(error, repo_id)
+        for one in chain(error):
+            check_resources(one, repo_id)
         status = getattr(getattr(error, "response", None), "status_code", None)
         advice = _ADVICE["refused" if what == "fetched" and status in (401, 403) else what]
         raise DownloadError(

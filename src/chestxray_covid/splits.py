@@ -216,7 +216,8 @@ def split_by_patient(
         val: Fraction for validation, in [0, 0.5]; 0 leaves it empty.
         test: Fraction for the test, in [0, 0.5]; 0 leaves it empty. Below 1 with ``val``.
         seed: Seed of the assignment.
-        find_copies: Decode all images, as :func:`find_duplicates`: 15 GiB of memory for a million.
+        find_copies: Decode all images and compare them: 20 GiB for a million. ``False`` joins by
+            patient, file, ``image_id`` and ``content_hash`` alone.
         workers: Threads that decode.
         progress: Show a progress bar.
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid.errors import CheckpointError, brief, first_of
+from chestxray_covid.datasets.report import brief
+from chestxray_covid.errors import CheckpointError, first_of
 
 #: No more is read; single precision and 1000 classes come to 32 MB, with a header of 90 kB.
 MAX_WEIGHTS_BYTES = 100_000_000
@@ -146,8 +147,8 @@ def check_tensors(tensors: Mapping[str, NDArray[Any]], num_classes: int, where: 
 
 def _prefix_advice(missing: list[str], extra: list[str]) -> str:
     """Return what to do about names that a wrapper has put something before, or ``""``."""
-    last = missing[-1] if missing else ""
-    for prefix in (name.removesuffix(last) for name in extra if name.endswith(last)):
-        if last and {prefix + name for name in missing} <= set(extra):
+    last, names = missing[-1] if missing else "", set(extra)
+    for prefix in (name.removesuffix(last) for name in extra if last and name.endswith(last)):
+        if all(prefix + name in names for name in missing):
             return f"Take {brief(prefix)!r} off the names, which a wrapper has put before them."
     return ""

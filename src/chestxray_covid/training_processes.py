@@ -18,7 +18,7 @@ from chestxray_covid.errors import TrainingError
 from chestxray_covid.training_config import TrainingConfig
 
 #: How long processes wait for one of them, which may fill a cache or validate meanwhile: longer
-#: than torch's ten minutes. Where one dies, its launcher ends the others.
+#: than torch's ten minutes on GPUs, thirty on CPUs. Where one dies, its launcher ends the others.
 _PATIENCE = timedelta(days=1)
 
 

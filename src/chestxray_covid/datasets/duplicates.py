@@ -108,7 +108,7 @@ def find_duplicates(
     Two images are the same if thumbnails of 64×64 pixels correlate above ``correlation``
     (Pearson). Equal pixels always do, under whatever file name or format; so do a recompressed
     and a scaled copy, though not one that was cropped, padded, mirrored, inverted or equalised. A
-    blank image correlates with nothing. Memory is 16 KiB per image; time grows with the square of
+    blank image correlates with nothing. Memory is 21 KiB per image; time grows with the square of
     their number (6,000 images: some seconds).
 
     Raises:

@@ -76,6 +76,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def brief(text: str, most: int = 500) -> str:
+    r"""Return the beginning of a text that a file holds, for a message, :func:`printable`.
+
+    >>> brief("\x1b[31mred"), brief("abc", 2)
+    ('\\x1b[31mred', 'ab…')
+    """
+    return printable(text[:most]) + "…" * (len(text) > most)
+
+
 def printable_lines(text: str) -> str:
     """Return text of several lines, each :func:`printable`: no name in it steers a terminal."""
     return "\n".join(map(printable, text.split("\n")))

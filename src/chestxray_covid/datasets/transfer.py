@@ -16,7 +16,7 @@ from pathlib import Path
 import requests
 
 from chestxray_covid.datasets.storage import remove_stale, sync_file, writing_to
-from chestxray_covid.datasets.web import Client, TransientError
+from chestxray_covid.datasets.web import Client, TransientError, without_password
 from chestxray_covid.errors import DownloadError, IntegrityError
 from chestxray_covid.progress import Bar
 
@@ -90,6 +90,7 @@ def fetch_all(client: Client, files: Sequence[RemoteFile], *, workers: int, prog
     return fetched
 
 
+@without_password()
 def fetch(client: Client, file: RemoteFile, *, alone: bool = False) -> bool:
     """Bring a file into place and return whether it had to be fetched.
 

@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Self, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.utils import get_auth_from_url
 
 from chestxray_covid._version import __version__
 from chestxray_covid.errors import DownloadError
@@ -32,6 +31,7 @@ _PROGRESS_BYTES = 16_384
 _MAX_JSON_BYTES = 32_000_000
 _MAX_REDIRECTS = 5
 _MAX_PAUSE_S = 120.0
+_USER = re.compile(r"(?<=://)[^/?#\s]+@")
 _BUSY = frozenset({429, 500, 502, 503, 504})
 _TRANSIENT = (
     requests.ConnectionError,
@@ -52,6 +52,25 @@ class TransientError(Exception):
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, and those that a traceback shows before it."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__
+
+
+@contextmanager
+def without_password() -> Iterator[None]:
+    """Take name and password, as an endpoint may have them, out of addresses in errors."""
+    try:
+        yield
+    except Exception as error:
+        for one in chain(error):
+            one.args = tuple(_USER.sub("", a) if isinstance(a, str) else a for a in one.args)
+        raise
 
 
 class Client:
@@ -112,6 +131,7 @@ class Client:
         """Make all running and later work of this client end with a ``DownloadError``, soon."""
         self._stopped.set()
 
+    @without_password()
     def read_json(self, url: str) -> Any:
         """Return the JSON data at a URL.
 
@@ -127,6 +147,7 @@ class Client:
                 "of the network may stand between; open the address in a browser."
             ) from error
 
+    @without_password()
     def persist(
         self, url: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0
     ) -> T:
@@ -255,7 +276,8 @@ class Client:
 
 def _basic(url: str) -> str:
     """Return the header's value for name and password in an address, ``""`` if it has none."""
-    user, password = get_auth_from_url(url)
+    parts = urlsplit(url)
+    user, password = (unquote(part or "") for part in (parts.username, parts.password))
     pair = f"{user}:{password}".encode()
     return f"Basic {base64.b64encode(pair).decode()}" if user or password else ""
 
