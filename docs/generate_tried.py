@@ -33,7 +33,7 @@ def inside_block() -> str:
         f"Pairs of one website, {pair(read('folds')['all']['same_website_n'])}"
     )
     rows = [[row["relatives"], *(estimate(row[key]) for key in columns)] for row in found["rows"]]
-    rows += [row_of(name, what) for name, what in AGAIN.items() if exists(name)]
+    rows += [row for name, what in AGAIN.items() if exists(name) for row in rows_of(name, what)]
     before = found["before"]
     note = f"""
         {found["note"]} Where a row does not say otherwise, they were trained on {found["made"]}.
@@ -47,7 +47,7 @@ def inside_block() -> str:
         wrapped(hannover_unseen(found["hannover"])),
         wrapped(probes_note()),
         probes_table("probes"),
-        *((wrapped(warm_up_note()), probes_table(WARM_UP)) if warmed_up() else ()),
+        *((wrapped(warm_up_note()), probes_table(*WARM_UPS)) if warmed_up() else ()),
         wrapped(crops_note()),
         probes_table("probes_lungs"),
         *((wrapped(frame_note()), frame_table()) if exists("probes_frame") else ()),
@@ -58,22 +58,36 @@ def inside_block() -> str:
 AGAIN = {
     "folds_again": "whole radiographs at {size} px, another run from the start on (seed {seed})",
     "folds_lungs": "crops to the lungs at {size} px, also in the start",
-    "folds_warm_up": "whole radiographs at {size} px, after a warm-up without labels",
+    "folds_warm_up_first": "whole radiographs at {size} px, after a warm-up without labels",
+    "folds_warm_up": "whole radiographs at {size} px, after a warm-up without labels, another run "
+    "from the start on (seed {seed})",
 }
 
 
-def row_of(result: str, what: str) -> list[str]:
-    """Return what other relatives reach in the same folds, and how they were made."""
+def rows_of(result: str, what: str) -> list[list[str]]:
+    """Return what other relatives reach in the same folds, and how they were made.
+
+    Of several runs these are rows of each, and of the average of their probabilities.
+    """
     found = read(result)
-    training, everything = found["training"], found["all"]
+    training, size = found["training"], found["training"]["preprocess"]["size_px"]
     how = f", on {found['made']}" if "made" in found else ""
-    shown = what.format(size=training["preprocess"]["size_px"], seed=training["seed"])
     name = (
-        f"Cohen's rows alone, {shown}, mild augmentation, {training['epochs']} epochs of "
+        f"Cohen's rows alone, {what}, mild augmentation, {training['epochs']} epochs of "
         f"{training['samples_per_epoch']}{how}; DeLong's intervals but for pairs"
     )
-    values = everything["auroc"], found["without Hannover's"]["auroc"], everything["same_website"]
-    return [name, *map(estimate, values)]
+    runs = found.get("runs", [{**found, "seed": training["seed"]}])
+    rows = [[name.format(size=size, seed=run["seed"]), *reached(run)] for run in runs]
+    if len(runs) > 1:
+        average = f"the same, average of the probabilities of these {len(runs)} runs"
+        rows.append([average, *reached(found)])
+    return rows
+
+
+def reached(found: Mapping[str, Any]) -> list[str]:
+    """Return the three values of a row of relatives in the same folds."""
+    whole, rest = found["all"], found["without Hannover's"]
+    return [*map(estimate, (whole["auroc"], rest["auroc"], whole["same_website"]))]
 
 
 #: Weights that were read out, and what each is called.
@@ -106,27 +120,31 @@ def probes_note() -> str:
         standard deviation."""
 
 
-#: The readouts of a network that was warmed up without labels.
-WARM_UP = "probes_warm_up"
+#: The readouts of networks that were warmed up without labels: of a first run, and of others.
+WARM_UPS = ("probes_warm_up_first", "probes_warm_up")
 
 
 def warmed_up() -> bool:
     """Return whether it was measured what a warm-up gives, of both folds and readouts."""
-    return exists(WARM_UP) and exists("folds_warm_up")
+    return all(map(exists, (*WARM_UPS, "folds_warm_up_first", "folds_warm_up")))
 
 
 def warm_up_note() -> str:
     """Return in words what is otherwise after a warm-up without labels."""
-    found = read(WARM_UP)
+    found, folds = read(WARM_UPS[1]), read("folds_warm_up")
     how = f", on {found['made']}" if "made" in found else ""
+    first = estimate(read("folds_warm_up_first")["all"]["auroc"])
     return f"""
         The same after a warm-up without labels (`warm_up.py`, `probe_inside.py --warm-up`){how}:
         while the start goes on telling Kermany's and NIH's training images apart, it learns to tell
         two views of a radiograph, of all four sources, from other patients' of the same source,
         where what Cohen's took over from Hannover's counts as Cohen's. No label of Cohen's or
-        Hannover's is looked at, but all of their images are shown, held-out ones among them. The
-        folds' networks in the last column are those that begin with it, and
-        alone reach {estimate(read("folds_warm_up")["all"]["auroc"])}."""
+        Hannover's is looked at, but all of their images are shown, held-out ones among them. A
+        first run was followed by {len(folds["runs"])} others, each with its own start, of which it
+        was settled before they were made that their average would be judged by the last column of
+        the last row. The folds' networks in that column are those that begin with the warm-up: of
+        the first run, which alone reach {first}, or the average probabilities of the others, which
+        alone reach {estimate(folds["all"]["auroc"])}."""
 
 
 def crops_note() -> str:
@@ -138,14 +156,14 @@ def crops_note() -> str:
         networks saw whole radiographs."""
 
 
-def probes_table(name: str) -> str:
+def probes_table(*names: str) -> str:
     """Return what networks that learned little give away inside Cohen's collection."""
     rows = []
-    for row in read(name)["rows"]:
+    for name, row in ((n, row) for n in names for row in read(n)["rows"]):
         one, rest = row["all"], row["without Hannover's"]
         values = (one["auroc"], rest["auroc"], one["same_website"], row["with_folds"]["all"])
         several = f", average of {row['networks']}" if row["networks"] > 1 else ""
-        title = WEIGHTS[row["weights"]] + several
+        title = WEIGHTS[row["weights"]] + several + ", first run" * name.endswith("_first")
         layer = row["layer"] if row["layer"] == "all four" else f"`{row['layer']}`"
         rows.append((title, layer, *map(estimate, values)))
     columns = ("Weights", "Layer", "All", "Without Hannover's", "Pairs of one website")
