@@ -414,7 +414,7 @@ OTHER_KINDS: dict[str, tuple[dict[str, bytes], str]] = {
     ),
     "a page": ({"config.json": b"<html></html>"}, "cannot be read as JSON"),
     "a later format": ({"config.json": b'{"format_version": 9}'}, "expected 2"),
-    "two MB": ({"config.json": b" " * 2_000_000}, "expected at most 1000000"),
+    "two MB": ({"config.json": b" " * 2_000_000}, "expected at most 500000"),
     "weights too large": ({"model.safetensors": bytes(100_000_001)}, "expected at most 100000000"),
     "attachment too large": ({"gate.safetensors": bytes(20_000_001)}, "expected at most 20000000"),
 }

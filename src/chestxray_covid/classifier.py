@@ -126,7 +126,7 @@ class Classifier:
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        config, tensors = load_checkpoint(folder)
+        config, tensors = load_checkpoint(folder, whole=True)
         gate, data = (load_attachment(folder, config, name) for name in (GATE_NAME, INT8_NAME))
         asked = data if precision == "int8" else None  # one of before serves otherwise
         made = cls(
