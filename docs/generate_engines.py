@@ -2,8 +2,9 @@
 
 Called by ``generate.py``; reads what ``recipes/judge_engines.py`` leaves beside the bundled
 weights, and what ``benchmarks/predict.py`` leaves in ``benchmarks/results``: ``predict.json`` of a
-processor with AMX, ``predict_no_amx.json`` of one that is faster in bfloat16 without it, and
-``predict_float32.json`` of one that is not.
+processor with AMX, ``predict_no_amx.json`` of one that is faster in bfloat16 without it,
+``predict_no_amx_faster.json`` of another such, a copy, and ``predict_float32.json`` of one that is
+not.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from chestxray_covid import bundled_models
 JUDGED = DOCS.parent / "src" / "chestxray_covid" / "weights" / "engines.json"
 SPEED = DOCS.parent / "benchmarks" / "results" / "predict.json"
 NO_AMX = SPEED.with_name("predict_no_amx.json")
+FASTER = SPEED.with_name("predict_no_amx_faster.json")
 PLAIN = SPEED.with_name("predict_float32.json")
 FIGURE = DOCS / "speed.png"
 BARE = "bare engine"
@@ -40,6 +42,7 @@ def blocks() -> dict[str, str]:
         "engines": precision_block(_read(JUDGED)),
         "speed": speed_block(_read(SPEED), figure=True),
         "no-amx": speed_block(_read(NO_AMX)),
+        "no-amx-faster": speed_block(_read(FASTER)),
         "plain": speed_block(_read(PLAIN)),
     }
 
