@@ -238,10 +238,8 @@ def features_item(
     for found in findings:
         name = found.name.split("_in_")[0]
         if name in ("source", "view") and found.estimate.n:
-            known, goes = (
-                judge_auroc(found.estimate, notable=STRONG),
-                _goes_with_label(design, name),
-            )
+            known = judge_auroc(found.estimate, notable=STRONG)
+            goes = _goes_with_label(design, name)
             if known == FAIL and not goes:
                 known = capped(known)
                 doubts.append(f"The features tell the {name}, {_SAID_OF_LABEL[goes]}.")
