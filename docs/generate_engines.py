@@ -26,6 +26,7 @@ FASTER = SPEED.with_name("predict_no_amx_faster.json")
 PLAIN = SPEED.with_name("predict_float32.json")
 FIGURE = DOCS / "speed.png"
 BARE = "bare engine"
+INT8 = "OpenVINO, int8"
 KINDS = {"originals": "untouched originals", "reduced": "reduced files"}
 
 
@@ -114,10 +115,13 @@ def _spread(rates: Sequence[float]) -> str:
 def _ratios(kind: str, found: Mapping[str, Any], cores: int) -> str:
     best, rates = found["fastest_engine"], found["files_per_s"]
     each, engine = (1000 * cores / rates[name] for name in (best, BARE))
+    share, peak = found["peak_over_smallest_peer"], found["peak_mib"]
+    smallest = peak[best] / share
     return (
         f"On {KINDS[kind]}, {best} is {found['times_the_fastest_peer']:.1f} times as fast as the "
-        f"fastest peer, in {found['peak_over_smallest_peer']:.2f} of the smallest peer's peak "
-        f"memory; int8 is {found['int8_times_the_fastest_peer']:.1f} times as fast. {best} reaches "
+        f"fastest peer, in {share:.2f} of the smallest peer's peak memory; int8 is "
+        f"{found['int8_times_the_fastest_peer']:.1f} times as fast, in {peak[INT8] / smallest:.2f} "
+        f"of it. {best} reaches "
         f"{found['share_of_the_bare_engine']:.2f} of the bare engine, which gets its pixels from "
         f"memory: {each:.1f} ms of a core per file, busy or idle, against {engine:.1f}."
     )
