@@ -43,6 +43,7 @@ TOLD = {
     "hide_centre": "of centres hidden",
     "swap_frame": "of frames swapped",
     "swap_background": "of backgrounds swapped",
+    "mixup": "mixup",
     "ema_decay": "EMA",
 }
 

@@ -59,9 +59,10 @@ ROWS = (
     ("augment", "training_speed"),
     ("engines", "training_config", "training_history", "lungs"),
     (
-        *("training_feed", "training_network", "training_order", "training_processes"),
+        *("training_feed", "training_loss", "training_order", "training_processes"),
         "training_state",
     ),
+    ("training_network",),
     ("training",),
     ("classifier",),
     ("calibration",),
@@ -90,7 +91,7 @@ TORCH = {"torch", "torchvision", "accelerate"}
 TORCH_AT_IMPORT = {
     *("transforms", "augment", "models", "training", "training_config", "training_network"),
     *("lung_network", "engine_torch", "training_memory", "training_feed", "training_processes"),
-    "training_speed",
+    *("training_speed", "training_loss"),
 }
 
 #: Distribution → the name that is imported, where they differ.

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
-from scipy.stats import norm
+from scipy.stats import beta, kstest, norm
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as F  # noqa: N812 - its usual name
@@ -21,6 +21,7 @@ from chestxray_covid import augment
 from chestxray_covid.augment import (
     Augmentation,
     hide_centres,
+    mix_up,
     swap_backgrounds,
     swap_frames,
 )
@@ -518,6 +519,7 @@ RUNS: dict[str, Callable[[Tensor, Tensor, dict[str, Any]], Any]] = {
     "default": lambda varied, plain, stream: Augmentation()(plain, **stream),
     "centres": lambda varied, plain, stream: hide_centres(varied, plain, 0.5, **stream),
     "frames": lambda varied, plain, stream: swap_frames(varied, 0.5, **stream),
+    "blends": lambda varied, plain, stream: mix_up(varied, 0.4, **stream),
     "backgrounds": lambda varied, plain, stream: swap_backgrounds(
         varied, lungs_of(len(varied), 40), 0.5, **stream
     ),
@@ -624,19 +626,45 @@ def test_frames_are_swapped_alike_each_time_and_not_at_all_without_a_share() -> 
     assert torch.equal(pixels, swap_frames(pixels, 0, seed=1, epoch=2, draws=range(30)))
 
 
+def test_images_are_blended_with_their_neighbour_in_shares_of_a_beta_distribution() -> None:
+    pixels = images(400, 8).float()
+    before = pixels.clone()
+    found, own = mix_up(pixels, 0.4, seed=1, epoch=2, draws=range(400))
+    assert torch.equal(pixels, before), "the caller's pixels stay as they were"
+    assert own.dtype == torch.float32
+    blended = own[:, None, None, None] * pixels + (1 - own[:, None, None, None]) * pixels.roll(1, 0)
+    assert found.numpy() == pytest.approx(blended.numpy(), abs=1e-3)
+    assert kstest(own.numpy(), beta(0.4, 0.4).cdf).pvalue > 0.01
+
+
+def test_blends_are_alike_each_time_and_none_without_a_share() -> None:
+    pixels = images(30).float()
+    stream = {"seed": 1, "draws": range(30)}
+    first, second, later = (mix_up(pixels, 0.4, epoch=n, **stream) for n in (2, 2, 3))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert not torch.equal(first[1], later[1])
+    whole, own = mix_up(pixels, 0, seed=1, epoch=2, draws=range(30))
+    assert torch.equal(whole, pixels)
+    assert (own == 1).all()
+
+
 @pytest.mark.usefixtures("several_threads")
 @pytest.mark.parametrize("side", [33, 225])
-def test_frames_and_backgrounds_depend_on_no_more_than_the_neighbour(side: int) -> None:
+def test_frames_backgrounds_and_blends_depend_on_no_more_than_the_neighbour(side: int) -> None:
     pixels, lungs = images(12, side) / 3, lungs_of(12, side)
     stream = {"seed": 1, "epoch": 2}
     frames = swap_frames(pixels, 0.5, **stream, draws=range(12))
     backgrounds = swap_backgrounds(pixels, lungs, 0.8, **stream, draws=range(12))
+    blends, own = mix_up(pixels, 0.4, **stream, draws=range(12))
     for i in range(1, 12):
         pair = slice(i - 1, i + 1)
         alone = swap_frames(pixels[pair], 0.5, **stream, draws=[i - 1, i])
         assert torch.equal(alone[1], frames[i])
         alone = swap_backgrounds(pixels[pair], lungs[pair], 0.8, **stream, draws=[i - 1, i])
         assert torch.equal(alone[1], backgrounds[i])
+        alone, shares = mix_up(pixels[pair], 0.4, **stream, draws=[i - 1, i])
+        assert torch.equal(alone[1], blends[i])
+        assert shares[1] == own[i]
 
 
 def lungs_of(count: int, side: int) -> Tensor:

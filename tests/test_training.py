@@ -42,13 +42,14 @@ from chestxray_covid import (
     split_by_patient,
     training_network,
 )
-from chestxray_covid.augment import hide_centres, swap_backgrounds, swap_frames
+from chestxray_covid.augment import hide_centres, mix_up, swap_backgrounds, swap_frames
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.errors import ConfigError, ImageError, TrainingError, TrainingInterrupted
 from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
 from chestxray_covid.models import load_tensors, to_tensors
 from chestxray_covid.training_feed import LateReader
+from chestxray_covid.training_loss import Varied
 from chestxray_covid.training_network import TrainingNetwork
 from chestxray_covid.training_order import check_sides, warn_if_confounded
 from chestxray_covid.training_state import StateStore
@@ -191,7 +192,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_global_one(
     [
         replace(QUICK, samples_per_epoch=12),
         replace(QUICK, ema_decay=0.5, accumulate=2, optimizer="adam", balance="none", epochs=1),
-        replace(QUICK, swap_background=0.5, swap_frame=0.5, hide_centre=0.2, epochs=1),
+        replace(QUICK, swap_background=0.5, swap_frame=0.5, hide_centre=0.2, mixup=0.4, epochs=1),
     ],
     ids=["recommended", "average-and-accumulate", "swaps"],
 )
@@ -371,7 +372,7 @@ def test_another_loop_of_the_process_that_accumulates_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images = 255 * torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    targets, hidden = [0, 1] * 2, torch.zeros(4, dtype=torch.bool)
+    varied = Varied(images, torch.zeros(4, dtype=torch.bool))
     before, moved = dict(GradientState._shared_state), []
     try:
         for steps in (1, 4):
@@ -380,7 +381,7 @@ def test_another_loop_of_the_process_that_accumulates_changes_nothing(
                 network(), replace(QUICK, optimizer="sgd"), Accelerator(cpu=True), [0, 1]
             )
             GradientState()._set_sync_gradients(steps == 1)  # as within accelerator.accumulate
-            net.backward(images, targets, hidden=hidden, counted=4, share=0.25, last=True)
+            net.backward(varied, [0, 1] * 2, counted=4, share=0.25, last=True)
             net.step(0.1)
             moved.append(net.state())
     finally:
@@ -392,21 +393,21 @@ def test_another_loop_of_the_process_that_accumulates_changes_nothing(
     )
 
 
-def test_a_step_sees_lungs_before_other_backgrounds_frames_and_hidden_centres() -> None:
+def test_a_step_sees_lungs_before_backgrounds_frames_blends_and_hidden_centres() -> None:
     phantoms = SyntheticChestXray(16, image_size_px=64)
     pixels = torch.from_numpy(np.stack([np.asarray(phantoms[i][0])[None] for i in range(16)]))
-    options = {"swap_background": 0.9, "swap_frame": 0.5, "hide_centre": 0.2}
+    options = {"swap_background": 0.9, "swap_frame": 0.5, "hide_centre": 0.2, "mixup": 0.4}
     config = replace(QUICK, seed=3, **options)
     net = TrainingNetwork(network(), config, Accelerator(cpu=True), [0, 1])
-    found, hidden = net.vary(pixels, 2, range(16))
+    found = net.vary(pixels, 2, range(16))
     stream = {"seed": 3, "epoch": 2, "draws": range(16)}
     varied = config.augmentation(pixels, **stream)
     lungs = near_lungs(load_network(WEIGHTS), varied)
     before = swap_backgrounds(varied, lungs, 0.9, **stream)
     assert (before != varied).flatten(1).any(1).sum() >= 8
-    expected = hide_centres(swap_frames(before, 0.5, **stream), pixels, 0.2, **stream)
-    assert torch.equal(found, expected[0])
-    assert torch.equal(hidden, expected[1])
+    blended, own = mix_up(swap_frames(before, 0.5, **stream), 0.4, **stream)
+    expected = Varied(*hide_centres(blended, pixels, 0.2, **stream), own)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 COMPILED = """
@@ -484,8 +485,8 @@ def test_a_restored_optimizer_keeps_the_layout_of_the_weights() -> None:
     config = replace(QUICK, channels_last=True)
     networks = [TrainingNetwork(network(), config, Accelerator(cpu=True), [0, 1]) for _ in range(2)]
     images = 255 * torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    targets, hidden = [0, 1] * 3, torch.zeros(6, dtype=torch.bool)
-    networks[0].backward(images, targets, hidden=hidden, counted=6, share=1 / 6, last=True)
+    varied = Varied(images, torch.zeros(6, dtype=torch.bool))
+    networks[0].backward(varied, [0, 1] * 3, counted=6, share=1 / 6, last=True)
     networks[0].step(1e-3)
     networks[1].load_state(networks[0].state())
     first, second = (n._optimizer for n in networks)
@@ -759,9 +760,9 @@ def test_the_average_is_torchs_own() -> None:
     torchs = AveragedModel(net._model, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
     images = 255 * torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     for _ in range(3):
-        hidden = torch.zeros(4, dtype=torch.bool)
+        varied = Varied(images, torch.zeros(4, dtype=torch.bool))
         net.train()
-        net.backward(images, [0, 1] * 2, hidden=hidden, counted=4, share=0.25, last=True)
+        net.backward(varied, [0, 1] * 2, counted=4, share=0.25, last=True)
         net.step(0.01)
         torchs.update_parameters(net._model)
     own, expected = to_tensors(net.best), to_tensors(torchs.module)
@@ -938,11 +939,30 @@ def test_images_with_a_hidden_centre_have_a_uniform_target() -> None:
     trained_network = TrainingNetwork(network(), config, Accelerator(cpu=True), targets)
     pixels = torch.rand(6, 1, 32, 32) * 255
     hidden = torch.tensor([True, False, False, True, False, False])
-    found = trained_network.backward(
-        pixels, targets, hidden=hidden, counted=5, share=1.0, last=True
-    )
+    varied = Varied(pixels, hidden)
+    found = trained_network.backward(varied, targets, counted=5, share=1.0, last=True)
     wanted = np.eye(2)[targets]
     wanted[hidden.numpy()] = 0.5
+    smoothed = 0.9 * wanted + 0.1 / 2
+    with torch.inference_mode():
+        logits = trained_network.forward(network().train(), pixels).double().numpy()
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert found == pytest.approx(-(smoothed * logs)[:5].sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("hide_centre", [0.0, 0.3])
+def test_blended_images_have_blended_targets(hide_centre: float) -> None:
+    """As many as have a loss have a neighbour before them; the first one's is the batch's last."""
+    config = replace(QUICK, label_smoothing=0.1, hide_centre=hide_centre, mixup=0.4)
+    trained_network = TrainingNetwork(network(), config, Accelerator(cpu=True), [0, 1])
+    targets, own = [0, 0, 1, 1, 0, 1], np.array([0.9, 0.25, 0.7, 0.5, 1, 0], np.float32)
+    hidden = np.array([True, False, False, True, False, False]) & (hide_centre > 0)
+    pixels = torch.rand(6, 1, 32, 32) * 255
+    varied = Varied(pixels, torch.from_numpy(hidden), torch.from_numpy(own))
+    found = trained_network.backward(varied, targets, counted=5, share=1.0, last=True)
+    exact = np.eye(2)[targets]
+    wanted = own[:, None] * exact + (1 - own[:, None]) * np.roll(exact, 1, 0)
+    wanted[hidden] = 0.5
     smoothed = 0.9 * wanted + 0.1 / 2
     with torch.inference_mode():
         logits = trained_network.forward(network().train(), pixels).double().numpy()
@@ -1190,7 +1210,7 @@ class TestWhatDoesNotFit:
             model = network(trainable=trainable)
             Trainer(model, split.train, split.val, config, output=tmp_path / place).fit()
 
-    @pytest.mark.parametrize("swap", ["swap_frame", "swap_background"])
+    @pytest.mark.parametrize("swap", ["swap_frame", "swap_background", "mixup"])
     @pytest.mark.parametrize("name", ["batch_size", "samples_per_epoch"])
     def test_swaps_between_the_images_of_batches_that_have_one(
         self, split: Split, tmp_path: Path, name: str, swap: str

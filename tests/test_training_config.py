@@ -68,6 +68,7 @@ def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
         ("seed", 1.0),
         *[("learning_rate", v) for v in (0, -1, math.nan, math.inf)],
         *[("weight_decay", v) for v in (-1, math.nan, math.inf)],
+        *[("mixup", v) for v in (-1, math.nan, 101)],
         ("warmup_epochs", math.nan),
         *[
             (n, v)
@@ -170,6 +171,14 @@ def test_class_weights_on_top_of_balanced_drawing_are_refused() -> None:
 def test_class_weights_with_hidden_centres_are_refused() -> None:
     with pytest.raises(ValueError, match="which are of no class"):
         TrainingConfig(class_weights=True, balance="none", hide_centre=0.1)
+
+
+@pytest.mark.parametrize(
+    "other", [{"class_weights": True, "balance": "none"}, {"within_sources": True}]
+)
+def test_blends_are_refused_where_images_are_weighed_one_by_one(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"mixup blends .* Use mixup=0, or {next(iter(other))}="):
+        TrainingConfig(mixup=0.2, **other)
 
 
 def test_a_cache_folder_may_be_a_path(tmp_path) -> None:

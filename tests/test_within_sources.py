@@ -26,6 +26,7 @@ from chestxray_covid import (
     cross_validate,
     leave_one_source_out,
 )
+from chestxray_covid.training_loss import Varied
 from chestxray_covid.training_network import TrainingNetwork
 from chestxray_covid.training_order import ABSENT, draw_shares, epoch_order, told_by_sources
 
@@ -226,7 +227,8 @@ def test_a_loss_compares_the_classes_of_the_source_or_all_where_the_centre_is_hi
     targets = [2, 1, 0, 1, 2]
     with torch.inference_mode():
         shares = net.forward(model.train(), pixels).double().softmax(1).numpy()
-    found = net.backward(pixels, targets, hidden=hidden, counted=5, share=1.0, last=True, told=told)
+    varied = Varied(pixels, hidden)
+    found = net.backward(varied, targets, counted=5, share=1.0, last=True, told=told)
     losses = [
         -np.log(shares[0]).mean(),
         pair_loss(0.2 * shares[1, 1], 0.8 * shares[1, 2], 0.2),
@@ -265,9 +267,8 @@ def test_logits_that_are_all_the_same_have_nothing_to_gain_from_a_source(
             parameter.zero_()
     net = TrainingNetwork(model, config, Accelerator(cpu=True), UNEVEN.targets)
     net.backward(
-        torch.full((len(own), 1, 64, 64), 128.0),
+        Varied(torch.full((len(own), 1, 64, 64), 128.0), torch.zeros(len(own), dtype=torch.bool)),
         [UNEVEN.targets[i] for i in own],
-        hidden=torch.zeros(len(own), dtype=torch.bool),
         counted=len(own),
         share=1 / len(own),
         last=True,

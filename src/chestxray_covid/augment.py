@@ -40,6 +40,8 @@ _CENTRE_STREAM = 3
 _FRAME_STREAM = 4
 #: The same, of :func:`swap_backgrounds`.
 _BACKGROUND_STREAM = 77  # any number of its own; the bundled weights were trained with this one
+#: The same, of :func:`mix_up`.
+_MIX_STREAM = 5
 _EDGES = ("left", "top", "right", "bottom")
 #: What a sample draws, in this order and all of it: one option leaves the others' numbers alone.
 _DRAWN = (
@@ -369,3 +371,29 @@ def swap_backgrounds(
     around = torch.where(n["kind"] < 0.5, images.roll(1, 0), uniform)
     swapped = images * lungs + around * (1 - lungs)
     return torch.where((n["chosen"] > 0) & (mean(lungs) > _LEAST_LUNG), swapped, images)
+
+
+def mix_up(
+    images: Tensor, alpha: float, *, seed: int, epoch: int, draws: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Blend each image with the one before it in the batch, and say how much of it is its own.
+
+    Targets are to be blended alike (Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR
+    2018). Which image is blended in depends on the batch; all else on (seed, epoch, sample).
+
+    Args:
+        images: ``(N, 1, S, S)`` float32; not changed.
+        alpha: Each share is drawn from Beta(alpha, alpha), so that a small one leaves most images
+            nearly as they are, or as the other one is; 0 blends nothing.
+        seed, epoch, draws: As for :class:`Augmentation`.
+
+    Returns:
+        ``(N, 1, S, S)`` images, and ``(N,)`` float32 shares of their own, both on the images'
+        device.
+    """
+    if alpha == 0:
+        return images, torch.ones(len(images), device=images.device)
+    generators = _generators(len(images), _MIX_STREAM, seed, epoch, draws)
+    shares = np.array([g.beta(alpha, alpha) for g in generators], np.float32)
+    own = _columns(images.device, own=shares)["own"]
+    return images * own + images.roll(1, 0) * (1 - own), own.flatten()

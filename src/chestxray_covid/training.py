@@ -223,12 +223,11 @@ class Trainer:
             images = next(pixels)
             at.data_seconds += time.perf_counter() - waiting
             own = [position for position, _ in batch.images]
-            varied, hidden = network.vary(images, at.epoch, [draw for _, draw in batch.images])
+            varied = network.vary(images, at.epoch, [draw for _, draw in batch.images])
             loss = network.backward(
                 varied,
                 [self.train.targets[i] for i in own],
                 told=None if self._told is None else self._told[own],
-                hidden=hidden,
                 counted=batch.counted,
                 share=self._accelerator.num_processes / weight,
                 last=number == len(group),

@@ -29,8 +29,9 @@ class EpochRecord:
     Attributes:
         epoch: Number, from 1.
         learning_rate: At the epoch's last step.
-        train_loss: Mean over the epoch's images, with augmentation and smoothing; with
-            ``within_sources`` not to be compared with ``val_loss``.
+        train_loss: Mean over the epoch's images as they are drawn, varied and smoothed; not to be
+            compared with ``val_loss`` where classes are drawn evenly or weighed, or with
+            ``hide_centre``, ``mixup`` or ``within_sources``.
         val_loss: Mean cross-entropy over the validation images.
         val_accuracy: In [0, 1].
         val_kappa: Cohen's kappa, in [-1, 1]; ``None`` if undefined.

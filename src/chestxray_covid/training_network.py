@@ -15,10 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.optim.swa_utils import AveragedModel
 
-from chestxray_covid.augment import hide_centres, swap_backgrounds, swap_frames
+from chestxray_covid.augment import hide_centres, mix_up, swap_backgrounds, swap_frames
 from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.errors import TrainingError
 from chestxray_covid.lung_network import LungNetwork
@@ -32,6 +31,7 @@ from chestxray_covid.models import (
     to_tensors,
 )
 from chestxray_covid.training_config import TrainingConfig
+from chestxray_covid.training_loss import TrainingLoss, Varied
 from chestxray_covid.training_memory import (
     PASSING_BYTES,
     gradient_checkpointing,
@@ -58,7 +58,7 @@ def check_smallest_batch(model: torchvision.models.DenseNet, config: TrainingCon
     """
     size = config.preprocess.size_px
     options = [n for n in ("batch_size", "samples_per_epoch") if getattr(config, n) == 1]
-    swaps = [n for n in ("swap_frame", "swap_background") if getattr(config, n)]
+    swaps = [n for n in ("swap_frame", "swap_background", "mixup") if getattr(config, n)]
     if options and swaps:
         raise ValueError(
             f"{options[0]} must be at least 2 with {swaps[0]}, got 1: an image takes from another "
@@ -127,6 +127,7 @@ class TrainingNetwork:
         )
         self._weights = self._balanced(targets) if config.class_weights else None
         self.class_weights = None if self._weights is None else self._weights.to(self.device)
+        self._loss = TrainingLoss(config, self.class_weights)
         native = config.precision == "auto" and native_bfloat16(self.device)
         self.bfloat16 = native or config.precision == "bfloat16"
 
@@ -217,8 +218,8 @@ class TrainingNetwork:
         self._model.zero_grad()
         set_training_mode(self._model)
 
-    def vary(self, images: Tensor, epoch: int, draws: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return augmented pixels, and of which images the centre is hidden.
+    def vary(self, images: Tensor, epoch: int, draws: Sequence[int]) -> Varied:
+        """Return augmented pixels, with what their targets are made of.
 
         Args:
             images: ``(N, 1, S, S)`` uint8.
@@ -231,7 +232,10 @@ class TrainingNetwork:
             lungs = near_lungs(self._lungs, varied)
             varied = swap_backgrounds(varied, lungs, self._config.swap_background, **stream)
         varied = swap_frames(varied, self._config.swap_frame, **stream)
-        return hide_centres(varied, images, self._config.hide_centre, **stream)
+        own = None
+        if self._config.mixup:
+            varied, own = mix_up(varied, self._config.mixup, **stream)
+        return Varied(*hide_centres(varied, images, self._config.hide_centre, **stream), own)
 
     def weight_of(self, targets: Sequence[int]) -> float:
         """Return what images of these classes count for together; without weights, one each."""
@@ -241,10 +245,9 @@ class TrainingNetwork:
 
     def backward(
         self,
-        pixels: Tensor,
+        varied: Varied,
         targets: Sequence[int],
         *,
-        hidden: Tensor,
         counted: int,
         share: float,
         last: bool,
@@ -253,50 +256,22 @@ class TrainingNetwork:
         """Add the gradient of one batch and return the sum of its losses, ``()`` on the device.
 
         Args:
-            pixels: ``(N, 1, S, S)`` float32 in [0, 255], from :meth:`vary`.
+            varied: From :meth:`vary`.
             targets: ``(N,)`` classes.
-            hidden: ``(N,)`` bool, where the target is uniform instead.
             counted: How many images have a loss, the first ones.
             share: What the sum of losses is multiplied with.
             last: Whether it is the step's last, after which processes take their gradients' mean.
             told: ``(N, K)``, see :func:`told_by_sources`; ``None`` compares all classes.
         """
         classes = to_device(np.array(targets, np.int64), self.device)
+        compared = None if told is None else to_device(told, self.device)
         with nullcontext() if last else self._accelerator.no_sync(self._net):
-            logits = self.forward(self._forward, pixels)
-            if told is not None:
-                losses = self._within_sources(logits, classes, hidden, to_device(told, self.device))
-            else:
-                losses = F.cross_entropy(
-                    logits,
-                    self._soften(classes, hidden) if self._config.hide_centre else classes,
-                    weight=self.class_weights,
-                    label_smoothing=self._config.label_smoothing,
-                    reduction="none",
-                )
+            logits = self.forward(self._forward, varied.pixels)
+            losses = self._loss(logits, classes, varied, compared)
             loss = losses[:counted].sum()
             # Accelerate's own would divide by what the environment says of accumulation.
             torch.autograd.backward(loss * share)
         return loss.detach()
-
-    def _within_sources(
-        self, logits: Tensor, targets: Tensor, hidden: Tensor, told: Tensor
-    ) -> Tensor:
-        """Return ``(N,)`` losses over the classes of each image's source, or all where hidden.
-
-        Targets are smoothed towards the source's own shares, not evenly: the mean target of a
-        source is its shares then, which logits that are all the same give.
-        """
-        told = torch.where(hidden[:, None], 0, told)
-        share = self._config.label_smoothing
-        smoothed = (1 - share) * self._soften(targets, hidden) + share * told.softmax(1)
-        return F.cross_entropy(logits + told, smoothed, reduction="none")
-
-    def _soften(self, targets: Tensor, hidden: Tensor) -> Tensor:
-        """Return ``(N, K)`` targets that are uniform where ``hidden`` is true."""
-        classes = self._model.classifier.out_features
-        exact = F.one_hot(targets, classes).float()
-        return torch.where(hidden[:, None], 1 / classes, exact)
 
     def step(self, rate: float) -> None:
         """Move the weights with the gradient added so far, at this learning rate."""
