@@ -561,6 +561,27 @@ def test_a_damaged_gate_keeps_a_checkpoint_from_loading(gated: Path, tmp_path: P
         Classifier.from_pretrained(tmp_path)
 
 
+def test_a_classifier_reads_every_file_of_its_checkpoint_once(
+    gated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {GATE_NAME: (gated / GATE_NAME).read_bytes(), "note.json": b"{}"}
+    save_checkpoint(tmp_path, Classifier.from_pretrained(gated).config, random_tensors(3), files)
+    opened, really = [], Path.open
+
+    def noted(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(path)
+        return really(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", noted)
+    assert Classifier.from_pretrained(tmp_path).gate is not None
+    assert sorted(p.name for p in opened if p.parent == tmp_path) == [
+        *("config.json", GATE_NAME, "model.safetensors", "note.json")
+    ]
+    (tmp_path / "note.json").write_bytes(b"[]")
+    with pytest.raises(CheckpointError, match=r"note\.json is not the file that"):
+        Classifier.from_pretrained(tmp_path)
+
+
 # ---------------------------------------------------------------- as text
 
 

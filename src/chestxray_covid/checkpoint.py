@@ -319,10 +319,8 @@ def _read_config(folder: str | os.PathLike[str]) -> tuple[ModelConfig, bytes]:
         raise ConfigError(f"{path}: {said}{advice}") from None
 
 
-def load_checkpoint(
-    folder: str | os.PathLike[str], *, whole: bool = False
-) -> tuple[ModelConfig, dict[str, NDArray[Any]]]:
-    """Return config and weights of a checkpoint, both verified, if ``whole`` attachments as well.
+def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, NDArray[Any]]]:
+    """Return config and weights of a checkpoint, both verified.
 
     Floating-point tensors come in the precision of the file, half or single.
 
@@ -333,8 +331,6 @@ def load_checkpoint(
             extra, misshapen, of another type or not finite.
     """
     config = load_config(folder)
-    for name in config.attachments if whole else ():
-        load_attachment(folder, config, name)
     return config, _read_weights(folder, config)[0]
 
 

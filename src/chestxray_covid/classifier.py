@@ -126,14 +126,14 @@ class Classifier:
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        config, tensors = load_checkpoint(folder, whole=True)
-        gate, data = (load_attachment(folder, config, name) for name in (GATE_NAME, INT8_NAME))
-        asked = data if precision == "int8" else None  # one of before serves otherwise
+        config, tensors = load_checkpoint(folder)
+        files = {name: load_attachment(folder, config, name) for name in config.attachments}
+        gate, int8 = files.get(GATE_NAME), (files.get(INT8_NAME) if precision == "int8" else None)
         made = cls(
             config,
             tensors,
             gate=None if gate is None else Gate.from_bytes(gate),
-            int8=None if asked is None else Int8.from_bytes(asked, str(folder / INT8_NAME)),
+            int8=None if int8 is None else Int8.from_bytes(int8, str(folder / INT8_NAME)),
             classes=classes,
             device=device,
             engine=engine,
