@@ -36,7 +36,7 @@ class Linear(Classifier):
     ) -> None:
         self.config = cast(Any, SimpleNamespace(classes=train.classes, preprocess=PREPROCESS))
         self.engine = cast(Any, SimpleNamespace(calls=1))
-        self._file_sha256 = "0" * 64
+        self._digest = "0" * 64
         self.features = features
         self.trained_on = train
         model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))

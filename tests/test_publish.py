@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import yaml
 
 from chestxray_covid import (
@@ -317,6 +319,42 @@ def test_a_provenance_with_half_a_character_is_saved_whole(run: Path, tmp_path: 
     with pytest.raises(ConfigError, match="provenance must be data that JSON can hold"):
         odd.save_pretrained(tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
+
+
+@pytest.fixture
+def rewritten(copied: Path) -> Path:
+    """Return a judged run whose weights another tool wrote, as its results say."""
+    weights = safetensors.numpy.save(load_checkpoint(copied)[1], metadata={"format": "pt"})
+    (copied / "model.safetensors").write_bytes(weights)
+    for name in ("config.json", "evaluation.json", "audit.json"):
+        change(copied / name, weights_sha256=hashlib.sha256(weights).hexdigest())
+    return copied
+
+
+def test_weights_that_another_tool_wrote_are_saved_as_they_are(
+    rewritten: Path, tmp_path: Path
+) -> None:
+    classifier = Classifier.from_pretrained(rewritten)
+    classifier.config = replace(classifier.config, threshold=0.25)
+    classifier.save_pretrained(tmp_path / "saved")
+    weights = (rewritten / "model.safetensors").read_bytes()
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == weights
+    assert "has not been evaluated" not in model_card(tmp_path / "saved", "user/model")
+    assert Classifier.from_pretrained(tmp_path / "saved").config == classifier.config
+    part = Classifier.from_pretrained(rewritten, classes=("normal", "covid19"))
+    part.save_pretrained(tmp_path / "part")
+    again = Classifier.from_pretrained(tmp_path / "part")
+    assert again.weights_sha256 == part.weights_sha256 != classifier.weights_sha256
+
+
+def test_weights_that_were_exchanged_since_they_were_opened_are_not_saved(
+    rewritten: Path, tmp_path: Path
+) -> None:
+    classifier = Classifier.from_pretrained(rewritten)
+    shutil.copy(random_checkpoint(tmp_path / "other") / "model.safetensors", rewritten)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not the file that"):
+        classifier.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 # ---------------------------------------------------------------- the card
@@ -768,6 +806,16 @@ def test_a_classifier_publishes_the_card_that_somebody_wrote_for_it(
     assert (place / "README.md").read_bytes() == other, "a card that is there stays"
     with pytest.raises(ReportError, match=r"states the licence cc-by-nc-sa-4\.0, but mit is asked"):
         Classifier.from_pretrained(copied).push_to_hub("user/pushed", license="mit")
+
+
+def test_a_classifier_publishes_weights_that_another_tool_wrote_as_they_are(
+    server: HubServer, rewritten: Path, tmp_path: Path
+) -> None:
+    weights = (rewritten / "model.safetensors").read_bytes()
+    environment, place = hub_environment(server, tmp_path / "home"), tmp_path / "elsewhere"
+    assert run_python(OWN_CARD, environment, rewritten, place) == "done"
+    for repo in ("user/pushed", "user/saved", "user/moved"):
+        assert published(server, repo)["model.safetensors"] == weights
 
 
 def published(server: HubServer, repo: str, branch: str = "main") -> dict[str, bytes]:

@@ -160,8 +160,12 @@ def test_a_model_of_an_earlier_version_serves_in_every_other_precision(
     assert exact.predict_proba(images).shape == (12, 2)
     with pytest.raises(CheckpointError, match=r"old.int8\.safetensors was made by an earlier"):
         Classifier.from_pretrained(tmp_path / "old", precision="int8")
+    # Its weights, which another tool wrote, stay as they are: results name their hash.
+    other = save(tensors, metadata={"format": "pt"})
+    save_checkpoint(tmp_path / "old", config, tensors, {"int8.safetensors": earlier}, other)
     quantize(tmp_path / "old", images, evaluation=FolderDataset(images), output=tmp_path / "old")
     assert Classifier.from_pretrained(tmp_path / "old", precision="int8").engine.name == "openvino"
+    assert (tmp_path / "old" / "model.safetensors").read_bytes() == other
 
 
 def test_values_that_no_network_has_are_refused_and_nothing_is_written(

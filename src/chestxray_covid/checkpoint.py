@@ -223,6 +223,7 @@ def save_checkpoint(
     config: ModelConfig,
     tensors: Mapping[str, NDArray[Any]],
     attachments: Mapping[str, bytes] | None = None,
+    weights: bytes | None = None,
 ) -> ModelConfig:
     """Write a checkpoint and return its config, now with the hashes of all files.
 
@@ -236,6 +237,7 @@ def save_checkpoint(
         tensors: As :func:`tensors.densenet121_shapes` names and shapes them.
         attachments: File name → content, at most 20 MB each. Without it the checkpoint has none,
             whatever ``config`` says.
+        weights: The file that the tensors were read from, to be written as it is.
 
     Raises:
         CheckpointError: If a tensor is missing, extra, misshapen, not finite or neither half nor
@@ -252,7 +254,7 @@ def save_checkpoint(
             raise CheckpointError(
                 f"{name} has {len(data)} bytes, expected at most {_MAX_ATTACHMENT_BYTES}."
             )
-    weights = _weights_bytes(tensors)
+    weights = weights or _weights_bytes(tensors)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in further.items()}
     digest = hashlib.sha256(weights).hexdigest()
     final = replace(config, weights_sha256=digest, attachments=digests)
@@ -363,15 +365,16 @@ def load_attachment(folder: str | os.PathLike[str], config: ModelConfig, name: s
     Args:
         folder: The checkpoint's.
         config: Its config, from :func:`load_config`.
-        name: For example ``"gate.safetensors"``.
+        name: For example ``"gate.safetensors"``, or that of the weights.
 
     Raises:
         CheckpointNotFoundError: If the config names the file, but it is missing.
         CheckpointError: If it cannot be read or does not fit its hash.
     """
-    if name not in config.attachments:
+    digests = {**config.attachments, WEIGHTS_NAME: config.weights_sha256}
+    if name not in digests:
         return None
-    return _read_verified(Path(folder) / name, config.attachments[name], _MAX_ATTACHMENT_BYTES)
+    return _read_verified(Path(folder) / name, digests[name], size_limit(name))
 
 
 def _read_verified(path: Path, digest: str, limit: int) -> bytes:

@@ -72,7 +72,7 @@ class Classifier:
         if classes is not None:
             config, tensors = restrict_classes(config, tensors, classes)
         self.config, self.gate, self.int8 = config, gate, int8
-        self._tensors, self._file_sha256 = tensors, ""
+        self._tensors, self._digest = tensors, ""
         self._origin: Path | None = None
         opened = partial(open_engine, engine=engine, device=device, int8=int8)
         self.engine = opened(config, tensors, precision=precision)
@@ -140,7 +140,7 @@ class Classifier:
             precision=precision,
         )
         made._origin = folder.absolute()  # for whoever saves it from another current folder
-        made._file_sha256 = config.weights_sha256 if made.classes == config.classes else ""
+        made._digest = config.weights_sha256 if made.classes == config.classes else ""
         return made
 
     def save_pretrained(
@@ -163,18 +163,16 @@ class Classifier:
 
         Raises:
             TypeError: If there are options without ``push_to_hub``.
-            CheckpointError: If an attachment of the original is missing or damaged.
+            CheckpointError: If a file of the original that goes along is missing or damaged.
             OSError: If the folder cannot be written.
             ReportError: As :meth:`push_to_hub`.
         """
-        from chestxray_covid.publish import export, push
+        from chestxray_covid.publish import push
 
         if options and not push_to_hub:
             raise TypeError(f"{', '.join(options)}: options of publishing; add push_to_hub=True")
-        target, own = expanded(folder), self._attachments()
-        export(target, self.config, self._tensors, self._origin, own=own)
-        name = repo_id or target.absolute().name
-        return push(target, name, **options) if push_to_hub else None
+        self._export(target := expanded(folder))
+        return push(target, repo_id or target.absolute().name, **options) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish the checkpoint on the Hub and return the address of the commit.
@@ -190,16 +188,18 @@ class Classifier:
             ReportError: If the checkpoint has no evaluation and audit beside it.
             DownloadError: If the Hub cannot be reached or says no.
         """
-        from chestxray_covid.publish import export, push
+        from chestxray_covid.publish import push
 
         with tempfile.TemporaryDirectory() as folder:
-            place, own = Path(folder), self._attachments()
-            export(place, self.config, self._tensors, self._origin, own=own, card=False)
+            self._export(Path(folder), card=False)
             return push(folder, repo_id, **options)
 
-    def _attachments(self) -> dict[str, bytes]:
+    def _export(self, folder: Path, *, card: bool = True) -> None:
+        from chestxray_covid.publish import export
+
         given = {GATE_NAME: self.gate, INT8_NAME: self.int8}
-        return {name: made.to_bytes() for name, made in given.items() if made is not None}
+        own = {name: made.to_bytes() for name, made in given.items() if made is not None}
+        export(folder, self.config, self._tensors, self._origin, self._digest, own=own, card=card)
 
     def __repr__(self) -> str:
         return f"Classifier({', '.join(self.classes)}; {self.engine.name}, {self.engine.precision})"
@@ -212,7 +212,7 @@ class Classifier:
     @property
     def weights_sha256(self) -> str:
         """SHA-256 of the weights' file, or of the one that they would be saved to."""
-        return self._file_sha256 or weights_digest(self._tensors)
+        return self._digest or weights_digest(self._tensors)
 
     @overload
     def predict(self, images: bytes | Image.Image, *, batch_size: int = ...) -> Prediction: ...

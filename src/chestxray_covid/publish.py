@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from chestxray_covid._version import __version__
 from chestxray_covid.card import calibration_figure, compose, is_generated, stated_license
 from chestxray_covid.checkpoint import (
+    WEIGHTS_NAME,
     ModelConfig,
     config_text,
     load_attachment,
     load_config,
     read_checkpoint,
     save_checkpoint,
+    weights_digest,
 )
 from chestxray_covid.datasets.labels import nameless
 from chestxray_covid.datasets.web import clean_token
@@ -39,6 +41,7 @@ def export(
     config: ModelConfig,
     tensors: Mapping[str, NDArray[Any]],
     origin: Path | None,
+    weights_sha256: str = "",
     *,
     own: Mapping[str, bytes] | None = None,
     card: bool = True,
@@ -51,17 +54,20 @@ def export(
         tensors: Its weights.
         origin: Folder that it was loaded from. Its attachments go along; its results, and what
             eight bits moved, if the classes are still the same.
+        weights_sha256: Of the origin's file of weights, if it holds these: where another tool wrote
+            it, it goes along as it is, since results name its SHA-256.
         own: Attachments that are at hand, name → content, whatever the origin has.
         card: Write a card if there is none, and the origin's is not somebody's own, which goes
             along if the classes are still the same; without it :func:`push` makes all others.
 
     Raises:
-        CheckpointError: If an attachment is missing or damaged.
+        CheckpointError: If a file of the origin that goes along is missing or damaged.
         OSError: If the folder cannot be written.
         ReportError: If the origin's results are damaged or were measured on other weights; nothing
             is written.
     """
     attachments, results, made = {}, Results(contents={}), dict[str, bytes]()
+    weights = None
     if origin is not None:
         whole = load_config(origin).classes == config.classes
         for name in config.attachments:
@@ -70,12 +76,15 @@ def export(
         if whole:
             results = read_results(origin, config)
             made = _own_card(origin)
+        if weights_sha256 not in ("", weights_digest(tensors)):
+            told = replace(config, weights_sha256=weights_sha256)
+            weights = load_attachment(origin, told, WEIGHTS_NAME)
     config_text(config)  # a provenance that is no JSON has a message of its own
     if _own_card(folder):
         made = {}
     elif card and not made:
         made = make_card(config, results, folder.absolute().name, None)  # "." has no name
-    save_checkpoint(folder, config, tensors, {**attachments, **(own or {})})
+    save_checkpoint(folder, config, tensors, {**attachments, **(own or {})}, weights)
     write_files(folder, {**results.contents, **made})
 
 

@@ -14,7 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from chestxray_covid import metrics as m
 from chestxray_covid.calibration import check_replaced
-from chestxray_covid.checkpoint import load_attachment, load_checkpoint, save_checkpoint
+from chestxray_covid.checkpoint import (
+    WEIGHTS_NAME,
+    load_attachment,
+    load_checkpoint,
+    save_checkpoint,
+)
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.engine_openvino import import_openvino, largest_values
@@ -152,6 +157,7 @@ def quantize(
     _check_labels(evaluation, config.classes, chosen)
     others = {*config.attachments} - {INT8_NAME, REPORT_NAME}  # these are made anew
     attachments = {name: load_attachment(folder, config, name) or b"" for name in others}
+    weights = load_attachment(folder, config, WEIGHTS_NAME)  # as they are: results name their hash
     pixels = [read(image, config.preprocess)[0] for image in expand(calibration)]
     if not pixels:
         raise ValueError(
@@ -179,7 +185,7 @@ def quantize(
         )
     attachments[INT8_NAME] = int8.to_bytes()
     attachments[REPORT_NAME] = json.dumps(report.to_dict(), indent=1, allow_nan=False).encode()
-    save_checkpoint(expanded(output), config, tensors, attachments)
+    save_checkpoint(expanded(output), config, tensors, attachments, weights)
     return report
 
 
