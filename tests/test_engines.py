@@ -696,12 +696,17 @@ for opened in (
         opened()
     except c.CheckpointError as error:
         print(error)
+
+from chestxray_covid.cli import main
+
+main(["models"])
 """
     image = tmp_path / "image.png"
     Image.fromarray(pixels()[0, 0]).save(image)
     command = [sys.executable, "-c", code, *map(str, (archive, resolve(), image))]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    for line, name in zip(found, ("densenet121-v1", "engines.json", "lungs."), strict=True):
+    names = ("densenet121-v1", "engines.json", "lungs.", "no bundled model")
+    for line, name in zip(found, names, strict=True):
         assert name in line
         assert "not into a zip archive; in a program that PyInstaller made" in line
 

@@ -14,11 +14,12 @@ from chestxray_covid.command import HomePath, translated
 def models() -> None:
     """List the bundled models: classes, size, licence and headline numbers."""
     from chestxray_covid.checkpoint import WEIGHTS_NAME
+    from chestxray_covid.errors import INSTALL_AGAIN
     from chestxray_covid.hub import bundled_models, resolve
 
     found = bundled_models()
     if not found:
-        click.echo("This installation has no bundled model.")
+        click.echo(f"This installation has no bundled model. {INSTALL_AGAIN}.")
     for number, (name, config) in enumerate(found.items()):
         size = (resolve(name) / WEIGHTS_NAME).stat().st_size / 1e6
         licence = config.provenance.get("license", "not stated")
