@@ -1192,6 +1192,20 @@ class TestWhatDoesNotFit:
         with pytest.raises(ConfigError, match=r"classes must be 2 to 1000 .* printable names"):
             Trainer(network(), train, val, QUICK, output=tmp_path)
 
+    def test_more_names_of_sources_than_a_checkpoint_can_hold(
+        self, split: Split, tmp_path: Path
+    ) -> None:
+        train, val = (
+            ChestXrayDataset(
+                [replace(s, source=f"{n} {'x' * 9000}") for n, s in enumerate(side.samples)],
+                classes=side.classes,
+            )
+            for side in (split.train, split.val)
+        )
+        with pytest.raises(ConfigError, match=r"2 classes and \d\d sources have more names than"):
+            Trainer(network(), train, val, QUICK, output=tmp_path)
+        assert not list(tmp_path.iterdir())
+
     def test_data_of_one_class(self, split: Split, tmp_path: Path) -> None:
         healthy = [s for s in split.train.samples if s.label == "normal"]
         one = ChestXrayDataset(healthy, classes=("normal",))

@@ -19,9 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
-from chestxray_covid.datasets.labels import nameless
 from chestxray_covid.datasets.loading import Loader, in_batches
-from chestxray_covid.datasets.origins import collections_of
 from chestxray_covid.errors import TrainingError, TrainingInterrupted
 from chestxray_covid.files import expanded
 from chestxray_covid.models import check_answers, check_model, load_tensors, to_tensors
@@ -32,6 +30,7 @@ from chestxray_covid.training_history import EpochRecord, History, validation_nu
 from chestxray_covid.training_network import TrainingNetwork, check_smallest_batch
 from chestxray_covid.training_order import (
     Batch,
+    about_data,
     check_options,
     check_sides,
     diverged,
@@ -74,7 +73,7 @@ class Trainer:
     Raises:
         TypeError: If model, data, options or callbacks are of the wrong type.
         ValueError: If model, classes, data and options do not fit.
-        ConfigError: If the names of the classes cannot be saved.
+        ConfigError: If the names of the classes, or so many of sources, cannot be saved.
         TrainingError: If a class has no training image, or nothing tells it from others.
 
     Warns:
@@ -100,6 +99,7 @@ class Trainer:
         self.callbacks = tuple(callbacks)
         self.history = History()
         check_sides(train, val)
+        self._about = about_data(train, val)
         check_model(model, train.classes)
         check_smallest_batch(model, self.config)
         if not self.config.allow_confounded_sources:
@@ -330,15 +330,12 @@ class Trainer:
     def _save_best(self, record: EpochRecord) -> None:
         if not self._accelerator.is_main_process:
             return
-        # Without paths and names: this travels with the weights.
         own = {"batch_size": self._batch_size, "precision": self._precision, "cache_dir": None}
-        data = ("train", self.train.report()), ("val", self.val.report())
         provenance = {
             "training": self.config.to_dict() | own,
             "epoch": record.epoch,
             "identity": self._identity(),
-            "sources": sorted(collections_of(self.train.samples)),
-            **{k: replace(r, root="", dropped=nameless(r.dropped)).to_dict() for k, r in data},
+            **self._about,
         }
         classes, preprocess = self.train.classes, self.config.preprocess
         config = ModelConfig(classes=classes, preprocess=preprocess, provenance=provenance)

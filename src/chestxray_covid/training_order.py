@@ -5,19 +5,22 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chestxray_covid.checkpoint import ModelConfig
+from chestxray_covid.checkpoint import ModelConfig, config_text
 from chestxray_covid.confounders import ConfoundingWarning, confounding_of_question
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import on_two_sides
+from chestxray_covid.datasets.labels import nameless
 from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder
+from chestxray_covid.datasets.origins import collections_of
 from chestxray_covid.datasets.report import patient_key
-from chestxray_covid.errors import ChestXrayError, TrainingError
+from chestxray_covid.errors import ChestXrayError, ConfigError, TrainingError
 from chestxray_covid.judged_images import default_positive
 
 if TYPE_CHECKING:  # it imports torch, which nothing here needs
@@ -289,6 +292,29 @@ def check_sides(train: ChestXrayDataset, val: ChestXrayDataset) -> None:
             f"No training image of {missing}: a classifier cannot learn a class that it never "
             "sees. Add a data set that has it, or ask for other classes=."
         )
+
+
+def about_data(train: ChestXrayDataset, val: ChestXrayDataset) -> dict[str, Any]:
+    """Return what a checkpoint says of the data of its training, without paths and names of these.
+
+    Raises:
+        ConfigError: If the names of classes and sources are more than a checkpoint can hold.
+    """
+    data = ("train", train.report()), ("val", val.report())
+    sources = sorted(collections_of(train.samples))
+    about: dict[str, Any] = {
+        "sources": sources,
+        **{k: replace(r, root="", dropped=nameless(r.dropped)).to_dict() for k, r in data},
+    }
+    try:
+        config_text(ModelConfig(classes=train.classes, provenance=about))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{len(train.classes)} classes and {len(sources)} sources have more names than the "
+            f"config of a checkpoint can hold: {error}. A source is a collection or a hospital, "
+            "not a patient or an image; give those of one the same name."
+        ) from error
+    return about
 
 
 def check_options(config: TrainingConfig, callbacks: Sequence[Callback]) -> None:
