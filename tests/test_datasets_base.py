@@ -49,6 +49,7 @@ from chestxray_covid.errors import (
     check_classes,
 )
 from chestxray_covid.files import existing_folder, expanded
+from chestxray_covid.image import load_image
 from chestxray_covid.models import build_densenet121
 from chestxray_covid.training import Trainer
 from chestxray_covid.training_config import TrainingConfig
@@ -827,15 +828,37 @@ def test_text_that_is_no_path_yet_is_made_one_or_refused(
         of_text("")
 
 
+@pytest.mark.parametrize("name", ["~", "~root"])
 def test_a_folder_that_is_called_as_a_home_is_not_taken_for_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    write_image(tmp_path / "home" / "normal" / "a.png", "of the home folder")
+    here = write_image(tmp_path / name / "normal" / "a.png", "here")
+    columns = ["path", "label", "patient_id"]
+    write_csv(tmp_path / "list.csv", columns, [[f"{name}/normal/a.png", "normal", "1"]])
+    write_csv(tmp_path / name / "list.csv", columns, [["normal/a.png", "normal", "1"]])
+    monkeypatch.chdir(tmp_path)
+    for given in ("list.csv", f"./{name}/list.csv", f"./{name}"):
+        dataset = open_dataset(given, classes=("normal",))
+        (listed,) = dataset.samples
+        assert listed.path == here
+        assert replace(listed, view="PA").content_hash() == sample(str(here)).content_hash()
+        assert np.array_equal(dataset[0][0], load_image(here))
+
+
+def test_the_hash_of_a_path_in_the_home_folder_is_that_of_its_pixels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_image(tmp_path / "~root" / "a.png")
-    rows = [["a.png", "normal", "1"]]
-    write_csv(tmp_path / "~root" / "list.csv", ["path", "label", "patient_id"], rows)
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    home = write_image(tmp_path / "home" / "a.png", "of the home folder")
+    write_image(tmp_path / "~" / "a.png", "here")
     monkeypatch.chdir(tmp_path)
-    (listed,) = ManifestDataset("./~root/list.csv", classes=("normal",)).samples
-    assert listed.path == Path("~root", "a.png")
+    given = replace(of_text("a.png"), path=Path("~/a.png"))
+    assert given.content_hash() == sample(str(home)).content_hash()
+    assert np.array_equal(load_image(given), load_image(home))
 
 
 def test_a_manifest_makes_no_path_until_one_is_asked_for(tmp_path: Path) -> None:

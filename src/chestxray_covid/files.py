@@ -131,7 +131,12 @@ def expanded(path: str | os.PathLike[str]) -> Path:
             f"{path} is an address, expected a path on this machine. Fetch what is to be read "
             "first; write to a folder here, and copy that there."
         )
-    return expanded_copy(path)
+    return once_expanded(expanded_copy(path))
+
+
+def once_expanded(path: Path) -> Path:
+    """Return a path that expanding again leaves as it is: of ``./~`` pathlib makes ``~``."""
+    return path.absolute() if os.path.expanduser(path) != str(path) else path  # noqa: PTH111
 
 
 def expanded_copy(path: str | os.PathLike[str]) -> Path:

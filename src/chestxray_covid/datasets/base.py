@@ -27,7 +27,7 @@ from chestxray_covid.errors import (
     check_kinds,
     check_positive,
 )
-from chestxray_covid.files import expanded, expanded_copy
+from chestxray_covid.files import expanded, expanded_copy, once_expanded
 from chestxray_covid.image import load_image
 
 if TYPE_CHECKING:  # to type checkers it is a data set of torch, which is not imported here
@@ -64,7 +64,7 @@ class Sample:
     """One radiograph with its label and where it comes from.
 
     Attributes:
-        path: Image file; for a phantom, a name that identifies it.
+        path: Image file (``~`` is the home folder); for a phantom, a name that identifies it.
         label: Canonical label, one of :data:`LABELS` or a label of the user's own.
         finding: What the source itself says, for example ``"Pneumonia/Viral/SARS"``.
         patient_id: Patient as the source numbers them, unique only within it; ``12.0`` is ``12``.
@@ -95,7 +95,8 @@ class Sample:
 
     def __post_init__(self) -> None:
         given = kept_path(self)
-        if not isinstance(given, Path) and (type(given) is not str or given[:1] in _NO_PATH):
+        is_path = type(given) is str or isinstance(given, Path)
+        if not is_path or str(given)[:1] in _NO_PATH:
             object.__setattr__(self, "path", expanded_copy(given))  # which refuses a gap
         for name, value in (("patient_id", self.patient_id), ("source", self.source)):
             if type(value) is not str or not value.strip():  # 12 and "12" are one patient
@@ -146,7 +147,7 @@ def _path(sample: Sample) -> Path:
     """Image file; for a phantom, a name that identifies it."""
     path = kept_path(sample)
     if isinstance(path, str):
-        _slot.__set__(sample, path := Path(path))
+        _slot.__set__(sample, path := once_expanded(Path(path)))
     return path
 
 
