@@ -22,7 +22,7 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid import Classifier, engine_onnx, engine_openvino, engines
+from chestxray_covid import Classifier, classifier, engine_onnx, engine_openvino, engines
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
 from chestxray_covid.cli import main
 from chestxray_covid.engines import (
@@ -43,6 +43,7 @@ from chestxray_covid.errors import (
 from chestxray_covid.hub import bundled_models, resolve
 from chestxray_covid.image import Preprocess
 from chestxray_covid.int8 import Int8
+from chestxray_covid.pixels import ImageFacts
 from conftest import random_tensors
 
 CONFIG = ModelConfig(
@@ -563,6 +564,18 @@ def test_memory_that_runs_out_while_an_engine_computes_is_said_to_have(
     own.engine = Lacking(RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         own.predict(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("method", ["predict_proba", "predict_stream"])
+def test_memory_that_a_batch_does_not_get_is_said_to_have_run_out(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    own = Classifier(CONFIG, random_tensors(3), engine="torch")
+    pixels = np.broadcast_to(np.uint8(0), (1, 1 << 30, 1 << 30))  # four are half of all addresses
+    found = pixels, ImageFacts(width_px=1 << 30, height_px=1 << 30)
+    monkeypatch.setattr(classifier, "read", lambda *_: found)
+    with pytest.raises(ResourceError, match=r"A batch of 4 images: the machine, .*smaller batches"):
+        list(getattr(own, method)([Image.new("L", (64, 64))] * 4, batch_size=4))
 
 
 def test_a_frozen_program_is_told_to_take_a_package_along(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.datasets.loading import decoder, pipeline
 from chestxray_covid.datasets.report import printable
-from chestxray_covid.engines import compute, softmax
+from chestxray_covid.engines import compute, softmax, stacked
 from chestxray_covid.errors import CheckpointError, real_number
 from chestxray_covid.files import expanded
 from chestxray_covid.hub import resolve
@@ -224,7 +224,7 @@ def _features(model: Classifier, images: ChestXrayDataset, progress: bool) -> ND
     rows = pipeline(
         range(len(images)),
         decoder(images, model.config.preprocess),
-        lambda batch: compute(model.engine, np.stack(batch))[1],
+        lambda batch: compute(model.engine, stacked(batch))[1],
         batch_size=16,
         calls=model.engine.calls,
     )

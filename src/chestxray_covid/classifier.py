@@ -16,7 +16,7 @@ from PIL import Image
 from chestxray_covid.checkpoint import ModelConfig, load_attachment, load_checkpoint, weights_digest
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import pipeline
-from chestxray_covid.engines import compute, known, open_engine, restrict_classes, softmax
+from chestxray_covid.engines import compute, known, open_engine, restrict_classes, softmax, stacked
 from chestxray_covid.errors import ChestXrayError, ImageError, MissingExtraError, check_positive
 from chestxray_covid.files import expanded
 from chestxray_covid.gate import GATE_NAME, Flag, Gate, check_image
@@ -268,7 +268,7 @@ class Classifier:
         rows = pipeline(
             items,
             lambda item: read(item, self.config.preprocess)[0],
-            lambda batch: self._compute(np.stack(batch))[0],
+            lambda batch: self._compute(stacked(batch))[0],
             batch_size=batch_size,
             workers=workers,
             calls=self.engine.calls,
@@ -363,7 +363,7 @@ class Classifier:
 
     def _judge(self, batch: Sequence[_Decoded]) -> list[Prediction | FailedPrediction]:
         good = [found[0] for _, found in batch if not isinstance(found, ChestXrayError)]
-        rows = iter(zip(*self._compute(np.stack(good)), strict=True) if good else ())
+        rows = iter(zip(*self._compute(stacked(good)), strict=True) if good else ())
         results: list[Prediction | FailedPrediction] = []
         for name, found in batch:
             if isinstance(found, ChestXrayError):

@@ -122,6 +122,19 @@ def open_engine(
     raise MissingExtraError("; ".join(map(str, missing))) from missing[-1]
 
 
+def stacked(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Return N images, each ``(1, S, S)``, as a batch, ``(N, 1, S, S)``.
+
+    Raises:
+        ResourceError: If there is no memory for it.
+    """
+    try:
+        return np.stack(images)
+    except MemoryError as error:
+        check_resources(error, f"A batch of {len(images)} images")
+        raise
+
+
 def compute(
     engine: Engine, pixels: NDArray[np.uint8]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -11,7 +11,7 @@ from PIL import Image, ImageFile
 
 from chestxray_covid.classifier import Classifier
 from chestxray_covid.datasets.loading import in_batches, map_ahead
-from chestxray_covid.engines import softmax
+from chestxray_covid.engines import softmax, stacked
 from chestxray_covid.errors import (
     ForkedError,
     check_network,
@@ -159,7 +159,7 @@ def occlusion_sensitivity(
         row = classifier._compute(one.pixels[np.newaxis])[0][0]
         k = _index(classifier, one.target, row)
         hidden = in_batches(_hidden(one.pixels, steps, window), batch_size)
-        left = [_log_odds(classifier._compute(np.stack(batch))[0], k) for batch in hidden]
+        left = [_log_odds(classifier._compute(stacked(batch))[0], k) for batch in hidden]
         lost = _log_odds(row[np.newaxis], k) - np.concatenate(left)
         grid = np.maximum(lost, 0).reshape(steps, steps).astype(np.float32)
         found.append(_heatmap(classifier, one, grid, k, row, "occlusion"))

@@ -23,7 +23,7 @@ from chestxray_covid.checkpoint import (
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
 from chestxray_covid.engine_openvino import import_openvino, largest_values
-from chestxray_covid.engines import compute, open_engine, softmax
+from chestxray_covid.engines import compute, open_engine, softmax, stacked
 from chestxray_covid.errors import ExportError, check_dataset
 from chestxray_covid.files import expanded
 from chestxray_covid.graph import fold
@@ -285,7 +285,7 @@ def _probabilities(
     ]
     items, parts = list(expand(evaluation)), []
     for start in range(0, len(items), _BATCH):
-        pixels = np.stack(
+        pixels = stacked(
             [read(item, config.preprocess)[0] for item in items[start : start + _BATCH]]
         )
         parts.append([softmax(compute(engine, pixels)[0]) for engine in engines])
