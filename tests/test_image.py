@@ -16,6 +16,7 @@ import tracemalloc
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -1553,6 +1554,75 @@ def test_monochrome1_is_the_exact_inverse_of_monochrome2(name: str) -> None:
 def test_a_monochrome1_twin_looks_the_same() -> None:
     twin = dicom(4095 - twelve_bits(), BitsStored=12, PhotometricInterpretation="MONOCHROME1")
     assert np.array_equal(loaded(twin), loaded(dicom(twelve_bits(), BitsStored=12)))
+
+
+def disc(height: int, width: int) -> np.ndarray:
+    """A disc that is round where the image is shown as a square, white on black."""
+    y, x = (np.arange(side) + 0.5 for side in (height, width))
+    away = (y[:, np.newaxis] / height - 0.5) ** 2 + (x / width - 0.5) ** 2
+    return np.where(away < 0.3**2, 255, 0).astype(np.uint8)
+
+
+def pixel_measures(spacing: list[str]) -> Any:
+    measures, groups = pydicom.Dataset(), pydicom.Dataset()
+    measures.PixelSpacing = spacing
+    groups.PixelMeasuresSequence = pydicom.Sequence([measures])
+    return pydicom.Sequence([groups])
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        lambda pair: {"PixelAspectRatio": pair},
+        lambda pair: {"PixelSpacing": pair, "ImagerPixelSpacing": ["0.2", "0.2"]},
+        lambda pair: {"ImagerPixelSpacing": pair, "PixelAspectRatio": [1, 1]},
+        lambda pair: {"NominalScannedPixelSpacing": pair},
+        lambda pair: {"PixelSpacing": ["0", "0"], "ImagerPixelSpacing": pair},
+        lambda pair: {"SharedFunctionalGroupsSequence": pixel_measures(pair)},
+    ],
+)
+def test_dicom_pixels_that_are_not_square_become_so(said: Callable[[list[str]], Any]) -> None:
+    for size, pair in (((60, 180), ["3", "1"]), ((180, 60), ["1", "3"])):
+        image, facts = read_image(dicom(disc(*size), **said(pair)))
+        assert image.size == (180, 180)
+        assert np.mean((np.asarray(image) > 127) == (disc(180, 180) > 127)) > 0.99
+        assert (facts.height_px, facts.width_px) == size  # as stored
+
+
+def test_a_model_sees_the_same_of_pixels_that_are_not_square() -> None:
+    tall = np.asarray(Image.fromarray(ramp()).resize((400, 300)))
+    found = Preprocess()(dicom(tall, PixelAspectRatio=[5, 4]))
+    assert np.abs(found.astype(int) - Preprocess()(dicom(tall))).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["0\\1", "1\\0", "-6\\-2", "-6\\2", "1000\\1", "1\\2000000000", "3", "3\\1\\1", "100\\101"],
+)
+def test_a_pixel_ratio_that_cannot_be_or_be_seen_changes_nothing(said: str) -> None:
+    ratio = [int(value) for value in said.split("\\")]
+    assert np.array_equal(loaded(dicom(ramp(), PixelAspectRatio=ratio)), ramp())
+
+
+@pytest.mark.parametrize(
+    ("keyword", "said"),
+    [
+        *(("PixelSpacing", said) for said in ("nan\\nan", "inf\\1.0", "1e308\\1e-308", "big\\low")),
+        *(("PixelAspectRatio", said) for said in ("1:2", "1\\2.5", "one\\two")),
+    ],
+)
+def test_a_pixel_size_that_is_no_number_changes_nothing(keyword: str, said: str) -> None:
+    good = dicom(ramp(), **{keyword: ["1234567", "7654321"]})
+    data = good.replace(b"1234567\\7654321", said.encode().ljust(15))
+    assert data != good
+    assert np.array_equal(loaded(data), ramp())
+
+
+def test_square_pixels_are_no_more_than_may_be_decoded() -> None:
+    data = dicom(ramp(), PixelAspectRatio=[10, 1])
+    assert load_image(data, max_pixels=10 * ramp().size).height == 10 * len(ramp())
+    with pytest.raises(ImageError, match=r"<bytes> with square pixels has or claims .* the limit"):
+        load_image(data, max_pixels=10 * ramp().size - 1)
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])

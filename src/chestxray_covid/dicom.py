@@ -8,7 +8,7 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from chestxray_covid.pixels import (
     check_size,
     from_planes,
     reason,
+    square_pixels,
     stretch,
     value_range,
 )
@@ -35,8 +36,10 @@ _EXACT = ("LINEAR_EXACT", "SIGMOID")
 #: What functional groups may say of a frame; all else, such as its size, stands elsewhere.
 _OF_FRAMES = frozenset(
     {"RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction"}
-    | {"VOILUTSequence"}
+    | {"VOILUTSequence", "PixelSpacing"}
 )
+#: What says how high and wide pixels are, the ratio where nothing else does (PS3.3 C.7.6.3.1.7).
+_SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 #: Transfer syntaxes of JPEG-LS, JPEG 2000 and HTJ2K that keep every bit, overlays beside the pixels
 #: too. What loses some may exceed the bits stored by a little, and would wrap around.
 _LOSSLESS = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (80, 90, 201, 202))
@@ -65,6 +68,7 @@ def decode_dicom(
         grey, facts = from_planes(
             255 - planes if photometric == "MONOCHROME1" else planes, name, max_pixels
         )
+        grey = square_pixels(grey, _pixel_ratio(data), name, max_pixels)
         return grey, facts, int(data.get("NumberOfFrames") or 1) > 1
 
 
@@ -202,8 +206,8 @@ def _lift_groups(data: Any) -> None:
     # PS3.3 C.7.6.16: either group may hold a macro, not both.
     for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         for groups in (data.get(keyword) or ())[:1]:
-            for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
-                for item in (groups.get(macro) or ())[:1]:
+            for macro in ("PixelValueTransformation", "FrameVOILUT", "PixelMeasures"):
+                for item in (groups.get(f"{macro}Sequence") or ())[:1]:
                     said = (e for e in item if e.keyword in _OF_FRAMES and not e.is_empty)
                     data.update({e.tag: e for e in said})
 
@@ -249,6 +253,16 @@ def _check_frame(data: Any, name: str, max_pixels: int) -> None:
         check_size((x1 - x0, y1 - y0), what, max_pixels)
     if frame.startswith(b"\xff\xd8"):
         check_jpeg(frame, what, max_pixels)
+
+
+def _pixel_ratio(data: Any) -> float:
+    """Return the height of pixels by their width, 1 where nothing says it that can be true."""
+    for keyword in _SPACINGS:
+        with suppress(ArithmeticError, TypeError, ValueError, Warning):  # no two numbers, or a 0
+            high, wide = _numbers(data, keyword)
+            if high > 0 and 0.1 <= high / wide <= 10:
+                return high / wide
+    return 1.0
 
 
 def _display(frame: NDArray[Any], data: Any, name: str) -> NDArray[np.uint8]:

@@ -95,8 +95,8 @@ def load_image(
     * Opacity by itself: 1 of floats that do not exceed it, else 255, or what is greater than that
       and greatest, is opaque.
     * A constant image without any of these scales becomes black.
-    * DICOM: modality LUT or rescale first; then the VOI LUT or window if there is one, else 8-bit
-      pixels that nothing changed as they are, others by their own range. MONOCHROME1 is inverted.
+    * DICOM: modality LUT or rescale, then VOI LUT or window, else 8 bits that nothing changed as
+      they are, others by their own range. MONOCHROME1 is inverted, oblong pixels become square.
 
     The result is a copy without metadata.
 

@@ -229,6 +229,21 @@ def stretch(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     return result
 
 
+def square_pixels(image: Image.Image, ratio: float, name: str, max_pixels: int) -> Image.Image:
+    """Return an image of square pixels, of one whose pixels are ``ratio`` times as high as wide.
+
+    It is enlarged along the coarser axis; a ratio within a hundredth of 1 is not seen.
+
+    Raises:
+        ImageError: If it becomes too large.
+    """
+    if abs(ratio - 1) < 0.01:
+        return image
+    size = round(image.width / min(ratio, 1)), round(image.height * max(ratio, 1))
+    check_size(size, f"{name} with square pixels", max_pixels)
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
 def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     """Raise unless an image of this ``(width, height)`` may be decoded.
 
