@@ -17,7 +17,7 @@ from chestxray_covid.datasets.storage import resolver
 from chestxray_covid.errors import check_dataset, check_positive, real_number
 from chestxray_covid.progress import Bar
 
-#: Correlation of thumbnails from which two radiographs count as copies; on 6,408 radiographs of
+#: Correlation of thumbnails from which two radiographs count as copies; on 6,400 radiographs of
 #: four public sources it gives 45 pairs and no chain longer than three.
 DUPLICATE_CORRELATION = 0.98
 _THUMBNAIL_PX = 64
