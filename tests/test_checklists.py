@@ -132,6 +132,15 @@ def test_data_are_internal_where_the_model_was_trained_and_external_elsewhere(
     assert claim["32"] == f"clinic: AUROC {inside}, 20 covid19"
     assert claim["33"] == rf"else\_where: AUROC {outside}, 10 covid19"
     assert tripod["16"] == r"Trained on clinic; judged on clinic, else\_where."
+    taken_over = replace(full, origins={"else_where": ["clinic", "third"], "clinic": ["third"]})
+    again = items(taken_over.to_markdown(), "CLAIM, 2024 update")
+    assert "clinic" in again["32"]
+    assert "else" in again["32"]
+    assert again["33"] == "not reported"
+    assert items(taken_over.to_markdown(), "TRIPOD+AI")["16"] == (
+        r"Trained on clinic; judged on clinic (in part of third), else\_where (in part of clinic, "
+        "third)."
+    )
     both = {**MODEL, "provenance": {"sources": ["clinic", "else_where"]}}
     again = items(replace(full, model=both).to_markdown(), "CLAIM, 2024 update")
     assert "else" in again["32"]

@@ -306,6 +306,20 @@ def test_the_report_counts_what_the_data_set_left_out(
     assert evaluate(classifier, part, **FAST).excluded == part.report().dropped
 
 
+def test_the_report_names_what_a_source_took_over_from_others(
+    classifier: ThumbnailClassifier, dataset: ChestXrayDataset
+) -> None:
+    assert evaluate(classifier, dataset, **FAST).origins == {}
+    first, second, *rest = dataset.samples
+    taken = [
+        replace(first, metadata={"origin": "hannover"}),
+        replace(second, metadata={"origin": second.source}),
+        *rest,
+    ]
+    found = evaluate(classifier, ChestXrayDataset(taken, classes=CLASSES), **FAST)
+    assert found.origins == {first.source: ["hannover"]}
+
+
 # ---- which question
 
 

@@ -49,7 +49,18 @@ def report() -> EvaluationReport:
     found = judged()
     points = (found.operating_point(sensitivity=0.9, prevalence=0.02, versus="normal"),)
     model = {"architecture": "densenet121", "provenance": {"sources": ["a"]}}
-    return replace(found, operating_points=points, model=model, excluded={"no view": 3})
+    return replace(
+        found,
+        operating_points=points,
+        model=model,
+        excluded={"no view": 3},
+        origins={"a": ["hannover"]},
+    )
+
+
+def test_a_report_of_before_says_nothing_of_origins(report: EvaluationReport) -> None:
+    data = {name: value for name, value in report.to_dict().items() if name != "origins"}
+    assert EvaluationReport.from_dict(data).origins == {}
 
 
 def table(report: EvaluationReport) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -263,6 +274,7 @@ def test_all_that_is_new_survives_strict_json(report: EvaluationReport) -> None:
     assert again.operating_points == report.operating_points
     assert again.by_sex.keys() == {"female", "male", "unknown"}
     assert (again.model, again.excluded) == (report.model, report.excluded)
+    assert again.origins == {"a": ("hannover",)}
     assert str(again) == str(report)
     assert str(report.operating_points[0]) in str(again)
 
@@ -284,6 +296,8 @@ def test_the_committed_reports_are_read() -> None:
         ("operating_points", [{"threshold": 0.5}], "An operating point has"),
         ("model", 5, "This is no evaluation report"),
         ("excluded", [1], "This is no evaluation report"),
+        ("origins", {"a": 5}, "This is no evaluation report"),
+        ("origins", {"a": "b"}, "This is no evaluation report"),
         ("by_sex", None, "This is no evaluation report"),
         ("by_age", {"0-17": 5}, "This is no evaluation report"),
         ("positive", "flu", "positive 'flu' is none of"),

@@ -215,8 +215,9 @@ def _of_model(report: EvaluationReport) -> dict[str, str]:
     known = {key: provenance[key] for key in ("recipe", "seed", "training") if key in provenance}
     recipe = "; ".join(f"{key}: {_said(value)}" for key, value in known.items())
     trained = _trained_on(report)
-    inside = [part for name, part in report.by_source.items() if name in trained]
-    outside = [part for name, part in report.by_source.items() if name not in trained]
+    known = {name: trained & {name, *report.origins.get(name, ())} for name in report.by_source}
+    inside = [part for name, part in report.by_source.items() if known[name]]
+    outside = [part for name, part in report.by_source.items() if not known[name]]
     return {
         "1": f"Deep learning, {model['architecture']}.",
         "9": f"Grey, to {size} by {size} pixels: {_said(model['preprocess'])}.",
@@ -294,7 +295,9 @@ def _training_sources(report: EvaluationReport) -> str:
     trained = _trained_on(report)
     if not trained:
         return ""
-    return f"Trained on {_listed(sorted(trained))}; judged on {_listed(report.by_source)}."
+    parts = {name: _listed(report.origins.get(name, ())) for name in report.by_source}
+    judged = _listed(f"{name} (in part of {o})" if o else name for name, o in parts.items())
+    return f"Trained on {_listed(sorted(trained))}; judged on {judged}."
 
 
 def _fairness(report: EvaluationReport) -> str:

@@ -18,6 +18,7 @@ from chestxray_covid.checkpoint import ModelConfig
 from chestxray_covid.confounders import confounding_of_question
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.duplicates import patient_groups
+from chestxray_covid.datasets.origins import origins_of
 from chestxray_covid.datasets.storage import cell_text
 from chestxray_covid.errors import check_classes, check_classifier, check_dataset, real_number
 from chestxray_covid.evaluation_report import EvaluationReport
@@ -113,7 +114,8 @@ def evaluate(
         **how,
     )
     dropped = whole_characters(dataset.report().dropped)
-    return replace(report, model=_model_of(classifier), excluded=dropped)
+    origins = whole_characters(origins_of(dataset.samples))
+    return replace(report, model=_model_of(classifier), excluded=dropped, origins=origins)
 
 
 def _model_of(classifier: ProbabilisticClassifier) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -73,6 +73,7 @@ class EvaluationReport(SavedReport):
         model: Config of the classifier, see :class:`~chestxray_covid.ModelConfig`; empty if the
             probabilities came otherwise.
         excluded: Why images of the data set were left out → how many.
+        origins: Source → other collections that images of it were taken over from, if from any.
         chestxray_covid_version: Version that computed the numbers; empty if that is not known.
         predictions: What they were computed from, a row per image in order: ``id``, ``label``,
             ``patient_id``, ``source``, ``view``, ``patient_group`` (the patient across sources),
@@ -97,6 +98,7 @@ class EvaluationReport(SavedReport):
     operating_points: tuple[OperatingPoint, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict, repr=False)
     excluded: Mapping[str, int] = field(default_factory=dict)
+    origins: Mapping[str, Sequence[str]] = field(default_factory=dict)
     chestxray_covid_version: str = __version__
     predictions: pd.DataFrame | None = field(default=None, repr=False)
 
@@ -130,6 +132,7 @@ class EvaluationReport(SavedReport):
             version = data["format_version"]
             if type(version) is not int or version != _FORMAT:
                 raise ValueError(f"format {version!r}, this version reads {_FORMAT}")
+            data = {"origins": {}, **data}  # reports of before have none
             own = {f.name: data[f.name] for f in fields(cls)}
             own["classes"] = check_classes(data["classes"])
             own["overall"] = Subgroup.from_dict(data["overall"])
@@ -137,6 +140,7 @@ class EvaluationReport(SavedReport):
                 own[group] = {name: Subgroup.from_dict(part) for name, part in data[group].items()}
             for name in ("model", "excluded"):
                 own[name] = dict(data[name])
+            own["origins"] = {s: check_classes(names) for s, names in data["origins"].items()}
             points = map(OperatingPoint.from_dict, own["operating_points"])
             own["operating_points"] = tuple(points)
             table = data["predictions"]

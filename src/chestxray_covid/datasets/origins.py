@@ -52,6 +52,15 @@ def collections_of(samples: Iterable[Sample]) -> set[str]:
     return {name for s in samples for name in (s.source, s.metadata.get("origin")) if name}
 
 
+def origins_of(samples: Iterable[Sample]) -> dict[str, list[str]]:
+    """Return source → other collections that samples of it were taken over from, if from any."""
+    found = defaultdict[str, set[str]](set)
+    for s in samples:
+        if others := collections_of([s]) - {s.source}:
+            found[s.source] |= others
+    return {source: sorted(found[source]) for source in sorted(found)}
+
+
 def _counted_to_origin(sample: Sample, present: set[str]) -> Sample:
     origin = sample.metadata.get("origin")
     if not origin or origin not in present or origin == sample.source:
