@@ -312,6 +312,9 @@ def test_some_worker_must_decode() -> None:
 def test_real_duplicates_are_few_and_their_chains_short(real_data: Path) -> None:
     folders = ("covid-chestxray-dataset", "chest_xray", "covid-19-image-repository", "nih-subset")
     whole = concatenate([open_dataset(real_data / f, classes=LABELS) for f in folders])
+    page = Path(__file__).parents[1] / "docs" / "data.md"
+    said = f"On {len(whole):,} radiographs of four collections"
+    assert said in " ".join(page.read_text(encoding="utf-8").split())
     pairs = find_duplicates(whole, workers=os.cpu_count() or 1)
     assert 35 <= len(pairs) <= 60
     linked = Counter(_components(len(whole), pairs))
