@@ -215,9 +215,9 @@ def _of_model(report: EvaluationReport) -> dict[str, str]:
     known = {key: provenance[key] for key in ("recipe", "seed", "training") if key in provenance}
     recipe = "; ".join(f"{key}: {_said(value)}" for key, value in known.items())
     trained = _trained_on(report)
-    known = {name: trained & {name, *report.origins.get(name, ())} for name in report.by_source}
-    inside = [part for name, part in report.by_source.items() if known[name]]
-    outside = [part for name, part in report.by_source.items() if not known[name]]
+    shared = {name: trained & {name, *report.origins.get(name, ())} for name in report.by_source}
+    inside = [part for name, part in report.by_source.items() if shared[name]]
+    outside = [part for name, part in report.by_source.items() if not shared[name]]
     return {
         "1": f"Deep learning, {model['architecture']}.",
         "9": f"Grey, to {size} by {size} pixels: {_said(model['preprocess'])}.",
