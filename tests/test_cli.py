@@ -27,6 +27,7 @@ from chestxray_covid import (
     ChestXrayDataset,
     Classifier,
     EvaluationReport,
+    Preprocess,
     Split,
     SyntheticChestXray,
     __version__,
@@ -38,13 +39,18 @@ from chestxray_covid import (
     split_by_patient,
 )
 from chestxray_covid.calibration import fold_temperature
-from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
+from chestxray_covid.checkpoint import (
+    ModelConfig,
+    load_checkpoint,
+    load_config,
+    save_checkpoint,
+)
 from chestxray_covid.cli import NOT_A_DEVICE, main
 from chestxray_covid.command import HomePath, check_new_checkpoint, place_of_split
 from chestxray_covid.confounders import Confounding
 from chestxray_covid.datasets import duplicates
 from chestxray_covid.training_state import StateStore
-from conftest import random_checkpoint
+from conftest import random_checkpoint, random_tensors
 from shallow import CODE
 
 pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
@@ -506,6 +512,21 @@ def test_training_on_says_which_images_of_the_test_side_the_checkpoint_has_seen(
     )
     assert (text in done.output) is (seed == 1)
     assert any(judges) is (seed == 1)
+
+
+@pytest.mark.parametrize("size", [(), ("--size", 48)])
+def test_training_on_begins_with_the_preprocessing_of_the_checkpoint(
+    phantoms: Path, tmp_path: Path, size: tuple[object, ...]
+) -> None:
+    known = Preprocess(size_px=40, mean=0.3, std=0.2)
+    config = ModelConfig(classes=("normal", "covid19"), preprocess=known)
+    save_checkpoint(tmp_path / "known", config, random_tensors())
+    options = ["--epochs", 1, "--device", "cpu", "--recipe", "baseline", *size]
+    options += ["--pretrained", tmp_path / "known", "--output", tmp_path / "on"]
+    done = call("train", "--data", phantoms, *options)
+    assert done.exit_code == 0, done.output
+    expected = replace(known, size_px=48) if size else known
+    assert load_config(tmp_path / "on").preprocess == expected
 
 
 def test_evaluate_decides_at_the_checkpoints_threshold_unless_told_otherwise(

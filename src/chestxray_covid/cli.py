@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -124,7 +125,8 @@ def download(
 @click.option(
     "--pretrained",
     "checkpoint",
-    help="Start from a checkpoint, a folder, bundled model or user/name, instead of ImageNet's.",
+    help="Start from a checkpoint, a folder, bundled model or user/name, instead of ImageNet's: "
+    "from its weights and its preprocessing.",
 )
 @click.option(
     "--trainable",
@@ -141,7 +143,11 @@ def download(
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's number.")
 @click.option("--batch-size", help="Instead of the recipe's; auto for the largest that fits.")
 @click.option("--learning-rate", type=float, help="Instead of the recipe's.")
-@click.option("--size", type=click.IntRange(32), help="Side of the input in pixels.")
+@click.option(
+    "--size",
+    type=click.IntRange(32),
+    help="Side of the input in pixels, instead of the recipe's or of that of --pretrained.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Images per class, for a trial run.")
 @click.option(
     "--no-copies",
@@ -212,20 +218,23 @@ def train(
     # a step on a CPU spends less of its time on page faults. This process is ours to set up.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+    from chestxray_covid.checkpoint import load_config
     from chestxray_covid.classifier import Classifier
     from chestxray_covid.confounders import confounding
     from chestxray_covid.evaluation import evaluate as judge
-    from chestxray_covid.image import Preprocess
+    from chestxray_covid.hub import resolve
     from chestxray_covid.models import build_densenet121
     from chestxray_covid.training import Trainer
     from chestxray_covid.training_config import TrainingConfig
 
     make = TrainingConfig.baseline if recipe == "baseline" else TrainingConfig
+    start = None if checkpoint is None else resolve(checkpoint)
+    preprocess = make().preprocess if start is None else load_config(start).preprocess
     wanted: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": _batch_size(batch_size),
         "learning_rate": learning_rate,
-        "preprocess": None if size is None else Preprocess(size_px=size),
+        "preprocess": preprocess if size is None else replace(preprocess, size_px=size),
         "cache_dir": None if cache is None else str(cache),
     }
     given = {name: value for name, value in wanted.items() if value is not None}
@@ -239,7 +248,7 @@ def train(
         progress=first and not quiet,
     )
     model = build_densenet121(
-        checkpoint if checkpoint is not None else not no_pretrained,
+        not no_pretrained if start is None else start,
         trainable=trainable,
         num_classes=len(labels),
         seed=seed,
