@@ -30,6 +30,7 @@ from chestxray_covid import (
     Preprocess,
     Split,
     SyntheticChestXray,
+    TrainingConfig,
     __version__,
     confounders,
     confounding,
@@ -527,6 +528,83 @@ def test_training_on_begins_with_the_preprocessing_of_the_checkpoint(
     assert done.exit_code == 0, done.output
     expected = replace(known, size_px=48) if size else known
     assert load_config(tmp_path / "on").preprocess == expected
+
+
+def options_of(run: Path) -> dict[str, object]:
+    return dict(load_config(run).provenance["training"])
+
+
+def test_options_of_a_file_are_taken_where_the_command_line_has_none(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    written = {"epochs": 1, "seed": 3, "device": "cpu", "batch_size": 8, "learning_rate": 0.01}
+    written |= {"preprocess": {"size_px": 32, "mean": 0.3}, "augmentation": {"blur": 0.1}}
+    (tmp_path / "options.json").write_text(json.dumps(written))
+    start = ["--data", phantoms, "--no-pretrained", "--quiet"]
+    given = ["--learning-rate", 0.02, "--size", 40, "--workers", 1, "--recipe", "baseline"]
+    for name, file, more in (
+        ("first", "options.json", given),
+        ("again", "first/config.json", []),
+        ("other", "first/config.json", ["--seed", 0, "--device", "auto"]),
+    ):
+        place = ["--output", tmp_path / name, "--config", tmp_path / file]
+        done = call("train", *start, *place, *more)
+        assert done.exit_code == 0, done.output
+    first, again, other = (options_of(tmp_path / name) for name in ("first", "again", "other"))
+    assert first["preprocess"] == Preprocess(size_px=40, mean=0.3).to_dict()
+    classic = TrainingConfig.baseline().augmentation
+    assert first["augmentation"] == replace(classic, blur=0.1).to_dict()
+    names = ("epochs", "seed", "device", "batch_size", "learning_rate", "workers", "optimizer")
+    assert [first[name] for name in names] == [1, 3, "cpu", 8, 0.02, 1, "adam"]
+    assert again == first
+    assert other == first | {"seed": 0, "device": "auto"}
+    splits = [(tmp_path / name / "split.json").read_text() for name in ("first", "again", "other")]
+    assert splits[0] == splits[1] != splits[2]
+    assert equal_weights(tmp_path / "first", tmp_path / "again")
+
+
+def equal_weights(one: Path, other: Path) -> bool:
+    return load_config(one).weights_sha256 == load_config(other).weights_sha256
+
+
+def test_options_of_a_file_go_before_the_preprocessing_of_a_checkpoint(
+    run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "options.json").write_text('{"epochs": 1, "preprocess": {"size_px": 40}}')
+    options = ["--config", tmp_path / "options.json", "--pretrained", run, "--device", "cpu"]
+    done = call("train", "--data", phantoms, *options, "--output", tmp_path / "on", "--quiet")
+    assert done.exit_code == 0, done.output
+    assert load_config(tmp_path / "on").preprocess == Preprocess(size_px=40)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"[1]", "takes an object of names and values, got [1]"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff", "cannot be read as JSON"),
+        (b"[" * 100_000, "nested deeper than"),
+        (b" " * 600_000, "too large"),
+        (b'{"epochs": NaN}', "NaN"),
+        (b'{"epochs": 1, "epochs": 2}', "twice"),
+        (b'{"\\u001b[2J": 1}', "has no option named \\x1b[2J"),
+        (b'{"epochs": "many"}', "An option is impossible: epochs"),
+        (b'{"format_version": 2, "provenance": []}', "does not say with which options"),
+        (b'{"format_version": 2, "provenance": {"training": 7}}', "got 7"),
+    ],
+)
+def test_a_file_without_options_is_refused_by_name(
+    phantoms: Path, tmp_path: Path, content: bytes, match: str
+) -> None:
+    (tmp_path / "options.json").write_bytes(content)
+    options = ["--config", tmp_path / "options.json", "--output", tmp_path / "run"]
+    done = call("train", "--data", phantoms, *options)
+    assert done.exit_code == 1
+    shown = done.stderr
+    assert f"{tmp_path / 'options.json'}: " in shown
+    assert match in shown
+    assert "Expected a JSON object of TrainingConfig's options" in shown
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluate_decides_at_the_checkpoints_threshold_unless_told_otherwise(

@@ -348,7 +348,7 @@ def test_no_page_trains_into_a_folder_that_holds_a_run_by_then(page: Path) -> No
 def test_the_pages_that_train_are_read() -> None:
     assert trained_into(DOCS / "tutorial.md") == ["runs/first", "runs/tutorial"]
     assert len(trained_into(DOCS / "cluster.md")) == 6
-    assert len(trained_into(DOCS / "cohen_and_kermany.md")) == 2
+    assert len(trained_into(DOCS / "cohen_and_kermany.md")) == 4
 
 
 def test_a_run_of_the_tutorial_is_asked_for_sides_of_the_data_that_it_was_trained_on() -> None:

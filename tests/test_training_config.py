@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from chestxray_covid import (
     set_trainable,
     split_by_patient,
 )
-from chestxray_covid.errors import TrainingError
+from chestxray_covid.errors import ConfigError, TrainingError
 from chestxray_covid.models import to_tensors
 from chestxray_covid.training_history import validation_numbers
 from chestxray_covid.training_network import TrainingNetwork
@@ -155,6 +156,43 @@ def test_numbers_of_other_kinds_become_pythons_own() -> None:
     )
     data = config.to_dict()
     assert json.loads(json.dumps(data)) == data
+
+
+def test_options_are_read_as_they_were_written() -> None:
+    made = TrainingConfig.baseline(epochs=3, monitor="last", cache_dir="cache", mixup=0.2)
+    written = json.loads(json.dumps(made.to_dict()))
+    assert TrainingConfig.from_dict(written) == made
+    assert TrainingConfig.from_dict({}) == TrainingConfig()
+
+
+def test_what_options_leave_out_is_taken_from_the_base() -> None:
+    base = TrainingConfig.baseline(preprocess=Preprocess(size_px=64, mean=0.3))
+    data = {"epochs": 3, "augmentation": {"blur": 0.1}, "preprocess": {"size_px": 96}}
+    assert TrainingConfig.from_dict(data, base=base) == replace(
+        base,
+        epochs=3,
+        augmentation=replace(base.augmentation, blur=0.1),
+        preprocess=Preprocess(size_px=96, mean=0.3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (["epochs"], "TrainingConfig takes an object of names and values, got .'epochs'"),
+        ({"epoch": 3}, "TrainingConfig has no option named epoch$"),
+        ({"augmentation": {"blurr": 0}}, "Augmentation has no option named blurr$"),
+        ({"augmentation": None}, "Augmentation takes an object .* got None"),
+        ({"preprocess": {"side": 64}}, "Preprocess has no option named side$"),
+        ({"preprocess": {"size_px": "64"}}, "An option is impossible: size_px"),
+        ({"augmentation": {"blur": 2}}, "An option is impossible: blur"),
+        ({"epochs": None}, "An option is impossible: epochs"),
+        ({"mixup": 0.2, "within_sources": True}, "An option is impossible: mixup blends"),
+    ],
+)
+def test_options_that_cannot_be_read_are_refused_by_name(data: object, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        TrainingConfig.from_dict(data)
 
 
 @pytest.mark.parametrize("balance", ["class", "none"])

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,7 @@ from chestxray_covid.command import (
     is_first_process,
     open_data,
     place_of_split,
+    training_options,
     translated,
     warn_of_seen,
 )
@@ -120,6 +121,13 @@ def download(
     help="The recommended recipe, or the classic one of the field's first notebooks.",
 )
 @click.option(
+    "--config",
+    "file",
+    type=HomePath(exists=True, dir_okay=False, path_type=Path),
+    help="Options of TrainingConfig instead of the recipe's: a JSON file, or config.json of a run. "
+    "What is given here overrides it.",
+)
+@click.option(
     "--no-pretrained", is_flag=True, help="Start from random weights instead of ImageNet's."
 )
 @click.option(
@@ -163,16 +171,13 @@ def download(
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu"]),
-    default="auto",
-    show_default=True,
-    help="auto takes a GPU if there is one.",
+    help="auto, also if not given, takes a GPU if there is one.",
 )
+@click.option("--workers", type=click.IntRange(1), help="Threads that decode; 2 if not given.")
 @click.option(
     "--seed",
     type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Of split, order, variation and random weights.",
+    help="Of split, order, variation and random weights; 0 if not given.",
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted run, with its split.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
@@ -182,6 +187,7 @@ def train(
     data: tuple[Path, ...],
     output: Path,
     recipe: str,
+    file: Path | None,
     no_pretrained: bool,
     checkpoint: str | None,
     trainable: str,
@@ -193,8 +199,9 @@ def train(
     limit: int | None,
     no_copies: bool,
     cache: Path | None,
-    device: Literal["auto", "cpu"],
-    seed: int,
+    device: str | None,
+    workers: int | None,
+    seed: int | None,
     resume: bool,
     gradient_checkpointing: bool,
     quiet: bool,
@@ -211,8 +218,6 @@ def train(
             f"--data holds no image of {' and '.join(absent)}, which --classes names. "
             "What is above says which labels it holds."
         )
-    if limit is not None:
-        dataset = dataset.limit(limit, seed=seed)
 
     # torch reads this once, at its first allocation: Linux then gives memory in huge pages, and
     # a step on a CPU spends less of its time on page faults. This process is ours to set up.
@@ -227,26 +232,30 @@ def train(
     from chestxray_covid.training import Trainer
     from chestxray_covid.training_config import TrainingConfig
 
-    make = TrainingConfig.baseline if recipe == "baseline" else TrainingConfig
+    config = TrainingConfig.baseline() if recipe == "baseline" else TrainingConfig()
     start = None if checkpoint is None else resolve(checkpoint)
-    preprocess = make().preprocess if start is None else load_config(start).preprocess
+    if start is not None:
+        config = replace(config, preprocess=load_config(start).preprocess)
+    if file is not None:
+        config = training_options(file, config)
     wanted: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": _batch_size(batch_size),
         "learning_rate": learning_rate,
-        "preprocess": preprocess if size is None else replace(preprocess, size_px=size),
+        "preprocess": None if size is None else replace(config.preprocess, size_px=size),
         "cache_dir": None if cache is None else str(cache),
+        "gradient_checkpointing": gradient_checkpointing or None,
+        "device": device,
+        "workers": workers,
+        "seed": seed,
     }
     given = {name: value for name, value in wanted.items() if value is not None}
-    config = make(
-        **given,
-        # The command says itself how far the source gives the label away.
-        allow_confounded_sources=True,
-        gradient_checkpointing=gradient_checkpointing,
-        device=device,
-        seed=seed,
-        progress=first and not quiet,
-    )
+    # The command says itself how far the source gives the label away.
+    given |= {"allow_confounded_sources": True}
+    config = replace(config, **given, progress=config.progress and first and not quiet)
+    seed = config.seed
+    if limit is not None:
+        dataset = dataset.limit(limit, seed=seed)
     model = build_densenet121(
         not no_pretrained if start is None else start,
         trainable=trainable,

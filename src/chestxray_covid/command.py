@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from chestxray_covid._version import NOT_A_DEVICE as NOT_A_DEVICE
-from chestxray_covid.datasets.report import printable_lines
-from chestxray_covid.errors import ChestXrayError, TrainingInterrupted
-from chestxray_covid.files import check_replaceable, expanded, is_folder
+from chestxray_covid.datasets.report import brief, printable_lines
+from chestxray_covid.errors import ChestXrayError, ConfigError, TrainingInterrupted
+from chestxray_covid.files import check_replaceable, expanded, is_folder, read_json
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
+    from chestxray_covid.training_config import TrainingConfig
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -171,6 +172,31 @@ def translated(command: Command) -> Command:
             raise click.ClickException(printable_lines("\n".join(notes))) from error
 
     return run  # type: ignore[return-value]
+
+
+def training_options(path: Path, base: TrainingConfig) -> TrainingConfig:
+    """Return options with those in a file in their place.
+
+    The file is a JSON object of them, or the ``config.json`` of a run, which holds one.
+
+    Raises:
+        ConfigError: If it is neither, with its name.
+    """
+    from chestxray_covid.training_config import TrainingConfig
+
+    try:
+        options = read_json(path)
+        if isinstance(options, dict) and "format_version" in options:  # of a checkpoint
+            provenance = options.get("provenance")
+            options = provenance.get("training") if isinstance(provenance, dict) else None
+            if options is None:
+                raise ConfigError("This checkpoint does not say with which options it was trained")
+        return TrainingConfig.from_dict(options, base=base)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: {brief(str(error))}. Expected a JSON object of TrainingConfig's options, for "
+            'example {"epochs": 3}, or the config.json of a run.'
+        ) from error
 
 
 def place_of_split(model: str | None) -> Path | None:

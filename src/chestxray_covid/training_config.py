@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_type_hints
 
 from chestxray_covid.augment import Augmentation, as_count, as_number
+from chestxray_covid.datasets.report import brief
+from chestxray_covid.errors import ConfigError, first_of
 from chestxray_covid.files import expanded
 from chestxray_covid.image import Preprocess
 
@@ -21,6 +24,7 @@ _SWITCHES = (
 )
 _SHARES = ("label_smoothing", "ema_decay", "swap_background", "swap_frame", "hide_centre")
 _NUMBERS = ("learning_rate", "weight_decay", "warmup_epochs", "step_factor", "mixup", *_SHARES)
+_NESTED = ("preprocess", "augmentation")
 _COUNTS = ("epochs", "accumulate", "step_epochs", "workers", "seed")
 #: What these may be instead of a number.
 _INSTEAD = {
@@ -264,6 +268,29 @@ class TrainingConfig:
         data["augmentation"] = self.augmentation.to_dict()
         return data
 
+    @classmethod
+    def from_dict(cls, data: Any, *, base: Self | None = None) -> Self:
+        """Return the options that :meth:`to_dict` described.
+
+        Args:
+            data: All of them, or some, also within ``preprocess`` and ``augmentation``.
+            base: Has those that ``data`` leaves out; the recommended recipe if not given.
+
+        Raises:
+            ConfigError: If an option is unknown, of a wrong type or impossible.
+
+        >>> TrainingConfig.from_dict({"epochs": 3, "augmentation": {"blur": 0}}).epochs
+        3
+        """
+        base = cls() if base is None else base
+        given = _known(data, base)
+        inner = {n: _known(given[n], getattr(base, n)) for n in _NESTED if n in given}
+        try:
+            made: dict[str, Any] = {n: replace(getattr(base, n), **inner[n]) for n in inner}
+            return replace(base, **{**given, **made})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"An option is impossible: {error}") from error
+
     def rate_at(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate of an optimizer step, numbered from 0."""
         warmup = min(self.warmup_epochs, self.epochs / 5) * steps_per_epoch
@@ -275,6 +302,16 @@ class TrainingConfig:
         total = self.epochs * steps_per_epoch
         share = (step - warmup) / max(1.0, total - warmup)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _known(data: Any, options: Any) -> dict[str, Any]:
+    """Return data that name fields of such options alone, as a dict of its own."""
+    kind = type(options).__name__
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{kind} takes an object of names and values, got {brief(repr(data))}")
+    if unknown := sorted(set(map(str, data)) - {f.name for f in fields(options)}):
+        raise ConfigError(f"{kind} has no option named {first_of(unknown)}")
+    return dict(data)
 
 
 def _backends() -> list[str]:
