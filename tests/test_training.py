@@ -368,6 +368,33 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path, class_weights: 
         assert torch.allclose(head, heads[0], rtol=0, atol=1e-6)
 
 
+def test_the_gradient_of_a_whole_step_is_clipped(split: Split, tmp_path: Path) -> None:
+    config = replace(
+        QUICK,
+        epochs=1,
+        samples_per_epoch=12,
+        accumulate=2,
+        optimizer="sgd",
+        learning_rate=0.1,
+        weight_decay=0.0,
+        schedule="step",
+        warmup_epochs=0.0,
+    )
+    moved = {}
+    for norm in (None, 1e-3, 1e6):
+        model, before = network(), network()
+        own = replace(config, clip_norm=norm)
+        Trainer(model, split.train, split.val, own, output=tmp_path / str(norm)).fit()
+        pairs = zip(model.parameters(), before.parameters(), strict=True)
+        moved[norm] = torch.cat([(p - q).flatten() for p, q in pairs]).detach().double()
+    assert torch.equal(moved[1e6], moved[None]), "a shorter gradient stays as it is"
+    assert moved[None].norm() > 1e-2
+    # A step is the learning rate times the gradient; float32 rounds the weights.
+    assert moved[1e-3].norm() == pytest.approx(0.1 * 1e-3, rel=1e-2)
+    expected = moved[None] * (1e-4 / moved[None].norm())
+    assert torch.allclose(moved[1e-3], expected, rtol=0, atol=1e-7)
+
+
 def test_another_loop_of_the_process_that_accumulates_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

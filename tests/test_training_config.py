@@ -83,6 +83,7 @@ def record(epoch: int, *, is_best: bool = False) -> EpochRecord:
             for v in (-0.1, 1, math.nan)
         ],
         *[("max_repeats", v) for v in (0.5, math.nan, math.inf)],
+        *[("clip_norm", v) for v in (0, -1, math.nan, math.inf)],
         ("epochs", ""),
         ("epochs", None),
         ("patience", np.int64(0)),
@@ -127,7 +128,7 @@ def test_a_cache_is_no_address_nor_its_local_copy(tmp_path: Path) -> None:
         ("learning_rate", "0.1"),
         ("ema_decay", True),
         ("ema_decay", None),
-        *[("max_repeats", v) for v in ("4", True)],
+        *[(n, v) for n in ("max_repeats", "clip_norm") for v in ("4", True)],
     ],
 )
 def test_an_option_of_the_wrong_type_is_refused_by_name(field: str, value: object) -> None:

@@ -512,11 +512,13 @@ def test_an_option_that_a_run_does_not_know_counts_as_its_default() -> None:
         return run_identity(TrainingConfig(**changes), UNEVEN, UNEVEN, ["a"], 1)
 
     older = identity()
-    del older["hide_centre"]
+    del older["hide_centre"], older["clip_norm"]
     older["augmentation"] = {k: v for k, v in older["augmentation"].items() if k != "hide_border"}
     check_identity(identity(), older, Path("run"))
     with pytest.raises(TrainingError, match=r"differs in \['hide_centre'\]"):
         check_identity(identity(hide_centre=0.1), older, Path("run"))
+    with pytest.raises(TrainingError, match=r"differs in \['clip_norm'\]"):
+        check_identity(identity(clip_norm=1.0), older, Path("run"))
     other = identity(augmentation=Augmentation(hide_border=0.1))
     with pytest.raises(TrainingError, match=r"differs in \['augmentation'\]"):
         check_identity(other, older, Path("run"))

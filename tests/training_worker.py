@@ -69,7 +69,8 @@ def trainer(
         epochs=2,
         batch_size=batch_size,
         optimizer="sgd",
-        learning_rate=1e-3,
+        learning_rate=3e-3,
+        clip_norm=1.0,  # every step of these is clipped
         precision="float32",
         device="cpu",
         checkpoint_every=1,

@@ -30,6 +30,7 @@ _COUNTS = ("epochs", "accumulate", "step_epochs", "workers", "seed")
 _INSTEAD = {
     "batch_size": "auto",
     **dict.fromkeys(("max_repeats", "samples_per_epoch", "patience", "checkpoint_every")),
+    "clip_norm": None,
 }
 
 
@@ -49,6 +50,9 @@ class TrainingConfig:
             of 0.9.
         learning_rate: Largest learning rate.
         weight_decay: Decoupled for ``adamw``, else added to the gradient.
+        clip_norm: Largest norm of a step's gradient, over all weights that train: one that is
+            longer is scaled down to it (Pascanu, Mikolov & Bengio, ICML 2013). ``None`` leaves it
+            as it is.
         schedule: ``"cosine"`` falls to 0 over the run, ``"step"`` multiplies by ``step_factor``
             every ``step_epochs``.
         warmup_epochs: Epochs over which the rate rises linearly from 0; may be a fraction, and is
@@ -120,6 +124,7 @@ class TrainingConfig:
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = 5e-4
     weight_decay: float = 0.05
+    clip_norm: float | None = None
     schedule: Literal["cosine", "step"] = "cosine"
     warmup_epochs: float = 1.0
     step_epochs: int = 7
@@ -164,10 +169,13 @@ class TrainingConfig:
         for name in (*_NUMBERS, *_COUNTS, *_INSTEAD):
             value = getattr(self, name)
             if name not in _INSTEAD or value != _INSTEAD[name]:
-                convert = as_number if name in (*_NUMBERS, "max_repeats") else as_count
+                real = name in (*_NUMBERS, "max_repeats", "clip_norm")
+                convert = as_number if real else as_count
                 object.__setattr__(self, name, convert(name, value))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"clip_norm must be positive, or None, got {self.clip_norm}")
         if not 0 <= self.mixup <= 100:
             raise ValueError(f"mixup must be in [0, 100], got {self.mixup}")
         for name in ("weight_decay", "warmup_epochs"):

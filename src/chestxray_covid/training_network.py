@@ -97,14 +97,14 @@ class TrainingNetwork:
         self.device: torch.device = accelerator.device
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        self._trained = [p for p in model.parameters() if p.requires_grad]
         if accelerator.num_processes > 1 and self.device.type == "cuda":
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         # The optimizer stays plain: Accelerate's own skips steps whenever another loop of this
         # process stopped amid its accumulation, which the two would share.
         self._net = accelerator.prepare(model)
         self._optimizer = _OPTIMIZERS[config.optimizer](
-            trained,
+            self._trained,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             # Its kernels trust that weight, gradient and state have one layout, which autograd sees
@@ -277,6 +277,8 @@ class TrainingNetwork:
         """Move the weights with the gradient added so far, at this learning rate."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        if self._config.clip_norm is not None:  # the gradient is that of all processes by now
+            torch.nn.utils.clip_grad_norm_(self._trained, self._config.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
@@ -342,13 +344,12 @@ class TrainingNetwork:
         load_tensors(self._model, _below(tensors, "model."))
         if self._average is not None:
             load_tensors(self._average, _below(tensors, "average."))
-        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in _below(tensors, "optimizer.").items():
             index, key = name.split(".", 1)
             own = torch.from_numpy(value.copy())
             # Fused kernels expect the layout of the weights that the values belong to.
-            weight = trained[int(index)]
+            weight = self._trained[int(index)]
             state.setdefault(int(index), {})[key] = (
                 torch.empty_like(weight).copy_(own) if own.shape == weight.shape else own
             )
