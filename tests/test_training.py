@@ -38,6 +38,7 @@ from chestxray_covid import (
     SyntheticChestXray,
     Trainer,
     TrainingConfig,
+    TrainingWarning,
     build_densenet121,
     split_by_patient,
     training_network,
@@ -903,6 +904,24 @@ def test_the_batch_that_fits_is_found_once_and_recorded(split: Split, tmp_path: 
     assert provenance["training"]["batch_size"] == 16
     finished = Trainer(network(), split.train, split.val, config, output=tmp_path)
     assert finished.fit(resume=True) == history
+
+
+@pytest.mark.parametrize(
+    ("monitor", "match"),
+    [
+        ("val_loss", r"No validation image of \['covid19'\]: the loss on other classes chooses"),
+        ("val_auroc", r"chooses the epoch instead of the AUROC\. Split with .* monitor=\"last\""),
+    ],
+)
+def test_validation_data_without_a_class_are_warned_of(
+    split: Split, tmp_path: Path, monitor: str, match: str
+) -> None:
+    val = split.val.filter(lambda sample: sample.label == "normal")
+    make = partial(Trainer, network(), split.train, val, output=tmp_path / "run")
+    with pytest.warns(TrainingWarning, match=match) as caught:
+        make(replace(QUICK, monitor=monitor))
+    assert caught[0].filename == __file__
+    make(replace(QUICK, monitor="last"))
 
 
 def test_a_checkpoint_names_no_folder_that_was_left_out(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.training_config import TrainingConfig as TrainingConfig
     from chestxray_covid.training_history import EpochRecord as EpochRecord
     from chestxray_covid.training_history import History as History
+    from chestxray_covid.training_order import TrainingWarning as TrainingWarning
 
 #: Module → the public names that it defines.
 _MODULES = {
@@ -199,6 +200,7 @@ _MODULES = {
     "training": ("Trainer",),
     "training_config": ("Callback", "TrainingConfig"),
     "training_history": ("EpochRecord", "History"),
+    "training_order": ("TrainingWarning",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 from chestxray_covid.datasets.base import ChestXrayDataset
 from chestxray_covid.datasets.loading import Loader, in_batches
-from chestxray_covid.errors import TrainingError, TrainingInterrupted
+from chestxray_covid.errors import TrainingInterrupted
 from chestxray_covid.files import expanded
 from chestxray_covid.models import check_answers, check_model, load_tensors, to_tensors
 from chestxray_covid.progress import Bar
@@ -34,10 +34,12 @@ from chestxray_covid.training_order import (
     check_options,
     check_sides,
     diverged,
+    diverged_validation,
     epoch_batches,
     pixel_loader,
     told_by_sources,
     warn_if_confounded,
+    warn_of_absent,
 )
 from chestxray_covid.training_processes import open_accelerator
 from chestxray_covid.training_state import (
@@ -78,6 +80,7 @@ class Trainer:
 
     Warns:
         ConfoundingWarning: If the source of the training images all but gives their label.
+        TrainingWarning: If the validation data, which choose the epoch, lack a class.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Trainer:
         check_smallest_batch(model, self.config)
         if not self.config.allow_confounded_sources:
             warn_if_confounded(train, stacklevel=2)
+        warn_of_absent(val, self.config, stacklevel=2)
         self._told = told_by_sources(train, self.config)
         self._states = StateStore(self.output)
         self._at = Position()
@@ -312,11 +316,7 @@ class Trainer:
             logits = self._network.predict(pixels, total=len(self.val), bar=bar, check=may_stop)
         loss = float(F.cross_entropy(logits, torch.tensor(self.val.targets, device=logits.device)))
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"The validation loss is {loss} after epoch {self._at.epoch + 1}: the weights have "
-                f"diverged. Lower learning_rate. The best weights so far, if an epoch was good, "
-                f"are in {self.output}."
-            )
+            raise diverged_validation(loss, self._at.epoch + 1, self.output)
         return loss, logits.softmax(1).numpy()
 
     def _bar(self, name: str, total: int, initial: int = 0) -> Any:

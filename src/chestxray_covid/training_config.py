@@ -90,8 +90,8 @@ class TrainingConfig:
         ema_decay: Decay of the exponential moving average of the weights per step, in [0, 1);
             0 keeps none. With one, it is what is validated and saved.
         monitor: What chooses the epoch: the lowest ``"val_loss"``, the highest ``"val_auroc"`` (the
-            lowest loss where validation data lack a class, and there is no AUROC), or ``"last"``,
-            the end of the schedule whatever the validation says.
+            lowest loss where validation data lack a class, which warns: there is no AUROC), or
+            ``"last"``, the end of the schedule whatever the validation says.
         patience: Epochs without improvement after which training stops; ``None`` never stops, nor
             does ``monitor="last"``, for which every epoch is an improvement.
         precision: ``"bfloat16"`` (autocast), ``"float32"``, or ``"auto"``: bfloat16 where the

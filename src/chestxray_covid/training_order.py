@@ -339,6 +339,28 @@ def check_options(config: TrainingConfig, callbacks: Sequence[Callback]) -> None
             )
 
 
+class TrainingWarning(UserWarning):
+    """A run can be trained, but hardly as it was meant."""
+
+
+def warn_of_absent(val: ChestXrayDataset, config: TrainingConfig, *, stacklevel: int) -> None:
+    """Warn if validation data that choose the epoch lack a class.
+
+    Warns:
+        TrainingWarning: If they do.
+    """
+    absent = sorted(set(val.classes) - {s.label for s in val.samples})
+    if not absent or config.monitor == "last":
+        return
+    instead = " instead of the AUROC" if config.monitor == "val_auroc" else ""
+    warnings.warn(
+        f"No validation image of {absent}: the loss on other classes chooses the epoch{instead}. "
+        'Split with more patients in val, or use monitor="last".',
+        TrainingWarning,
+        stacklevel=stacklevel + 1,
+    )
+
+
 def warn_if_confounded(train: ChestXrayDataset, *, stacklevel: int) -> None:
     """Warn, with the table, if the source of the training images all but gives their label.
 
@@ -367,4 +389,12 @@ def diverged(
         "precision='float32', or look at the images of the batch: "
         f"{', '.join(map(str, paths))}. The weights of the best epoch so far, if one is finished, "
         f"are in {output}."
+    )
+
+
+def diverged_validation(loss: float, epoch: int, output: Path) -> TrainingError:
+    """Return the error that says after which epoch, from 1, the loss is not a number."""
+    return TrainingError(
+        f"The validation loss is {loss} after epoch {epoch}: the weights have diverged. Lower "
+        f"learning_rate. The best weights so far, if an epoch was good, are in {output}."
     )
