@@ -11,11 +11,14 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from chestxray_covid import (
     Augmentation,
@@ -26,6 +29,7 @@ from chestxray_covid import (
     build_densenet121,
 )
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
+from chestxray_covid.datasets.phantom import render_phantom
 from chestxray_covid.errors import ConfigError, TrainingError
 from chestxray_covid.training_order import Batch, epoch_batches, epoch_order, repetitions
 from chestxray_covid.training_state import SignalWatch, StateStore, check_identity, run_identity
@@ -505,6 +509,44 @@ def test_outside_the_main_thread_no_handler_is_set() -> None:
     thread.start()
     thread.join()
     assert seen == [(0, before)]
+
+
+def inverted(image: Image.Image) -> Image.Image:
+    return ImageOps.invert(image)
+
+
+def blank(sample: Sample, min_size: object, grey: int = 0) -> Image.Image:
+    return Image.new("L", (64, 64), grey)
+
+
+@dataclass
+class Turned:
+    degrees: float = 90.0
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.rotate(self.degrees)
+
+
+def test_a_run_is_not_continued_on_pixels_that_other_code_makes() -> None:
+    def identity(**options: Any) -> dict[str, Any]:
+        train = ChestXrayDataset(UNEVEN.samples, classes=UNEVEN.classes, **options)
+        return json.loads(json.dumps(run_identity(TrainingConfig(), train, UNEVEN, ["a"], 1)))
+
+    def with_read(read: Any) -> dict[str, Any]:
+        samples = [replace(s, read=read) for s in UNEVEN.samples]
+        train = ChestXrayDataset(samples, classes=UNEVEN.classes)
+        return run_identity(TrainingConfig(), train, UNEVEN, ["a"], 1)
+
+    assert "pixels" not in identity(), "older runs name none"
+    assert "pixels" not in with_read(render_phantom)
+    plain, turned = identity(transform=inverted), identity(transform=Turned())
+    assert plain["pixels"] == [[f"{__name__}.inverted"], []]
+    assert turned["pixels"] == [[f"{__name__}.Turned"], []]
+    assert with_read(partial(blank, grey=7))["pixels"] == [[f"{__name__}.blank"], []]
+    check_identity(plain, identity(transform=inverted), Path("run"))
+    for other in (identity(), turned, with_read(blank)):
+        with pytest.raises(TrainingError, match=r"differs in \['pixels'\]"):
+            check_identity(plain, other, Path("run"))
 
 
 def test_an_option_that_a_run_does_not_know_counts_as_its_default() -> None:
