@@ -887,6 +887,23 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(
             np.testing.assert_allclose(again[key], value, rtol=2e-4, atol=1e-6, err_msg=key)
 
 
+def test_callbacks_learn_the_rate_of_each_step_and_which_process_speaks(
+    split: Split, tmp_path: Path
+) -> None:
+    class Look(Callback):
+        rates: list[float] = []  # noqa: RUF012 - of one test
+
+        def on_train_begin(self, trainer: Trainer) -> None:
+            assert trainer.is_main_process
+            assert trainer.learning_rate == 0
+
+        def on_step_end(self, trainer: Trainer, step: int, loss: float) -> None:
+            self.rates.append(trainer.learning_rate)
+
+    trained(split, tmp_path / "run", QUICK, callbacks=[Look()])
+    assert Look.rates == [QUICK.rate_at(step, 3) for step in range(6)]
+
+
 def test_the_batch_that_fits_is_found_once_and_recorded(split: Split, tmp_path: Path) -> None:
     config = replace(QUICK, batch_size="auto", samples_per_epoch=21)
     trainer = Trainer(

@@ -27,19 +27,18 @@ from chestxray_covid.progress import Bar
 from chestxray_covid.training_config import Callback, TrainingConfig
 from chestxray_covid.training_feed import LateReader, feed
 from chestxray_covid.training_history import EpochRecord, History, validation_numbers
+from chestxray_covid.training_loss import diverged, diverged_validation
 from chestxray_covid.training_network import TrainingNetwork, check_smallest_batch
 from chestxray_covid.training_order import (
     Batch,
     about_data,
     check_options,
     check_sides,
-    diverged,
-    diverged_validation,
     epoch_batches,
     pixel_loader,
     told_by_sources,
-    warn_if_confounded,
-    warn_of_absent,
+    told_of_data,
+    warn_of_sides,
 )
 from chestxray_covid.training_processes import open_accelerator
 from chestxray_covid.training_state import (
@@ -105,14 +104,23 @@ class Trainer:
         self._about = about_data(train, val)
         check_model(model, train.classes)
         check_smallest_batch(model, self.config)
-        if not self.config.allow_confounded_sources:
-            warn_if_confounded(train, stacklevel=2)
-        warn_of_absent(val, self.config, stacklevel=2)
+        warn_of_sides(train, val, self.config, stacklevel=2)
         self._told = told_by_sources(train, self.config)
         self._states = StateStore(self.output)
         self._at = Position()
         self._batch_size = 0 if self.config.batch_size == "auto" else self.config.batch_size
         self._precision: str = self.config.precision  # until it is found what "auto" is
+        self._rate = 0.0
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the latest step; 0 before the first."""
+        return self._rate
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process is the one that writes, of those that train; once they do."""
+        return bool(self._accelerator.is_main_process)
 
     @torch.inference_mode(mode=False)  # the caller's would leave no gradients
     def fit(self, *, resume: bool = False) -> History:
@@ -143,7 +151,7 @@ class Trainer:
             with SignalWatch() as self._signals, closing(self._network) as net, net.computing():
                 for callback in self.callbacks:
                     callback.on_train_begin(self)
-                while self._at.epoch < self.config.epochs and not self._has_stalled():
+                while self._at.epoch < self.config.epochs and not self._at.has_stalled(self.config):
                     self._train_epoch()
                     if self._finish_epoch():  # before a signal, after which it would be forgotten
                         break
@@ -322,10 +330,6 @@ class Trainer:
     def _bar(self, name: str, total: int, initial: int = 0) -> Any:
         show = self.config.progress and self._accelerator.is_main_process
         return Bar(desc=name, total=total, initial=initial, unit="img", disable=not show)
-
-    def _has_stalled(self) -> bool:
-        patience = self.config.patience
-        return patience is not None and self._at.epochs_since_best >= patience
 
     def _save_best(self, record: EpochRecord) -> None:
         if not self._accelerator.is_main_process:

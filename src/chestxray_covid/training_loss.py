@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from chestxray_covid.errors import TrainingError
 from chestxray_covid.training_config import TrainingConfig
 
 
@@ -84,3 +87,23 @@ class TrainingLoss:
 def _soften(targets: Tensor, hidden: Tensor, classes: int) -> Tensor:
     """Return ``(N, K)`` targets that are uniform where ``hidden`` is true."""
     return torch.where(hidden[:, None], 1 / classes, F.one_hot(targets, classes).float())
+
+
+def diverged(
+    loss: float, place: str, paths: Sequence[object], rate: float, output: Path
+) -> TrainingError:
+    """Return the error that says of which images the loss is not a number, and what to do."""
+    return TrainingError(
+        f"The loss is {loss} in {place}. Lower learning_rate ({rate:.3g}), use "
+        "precision='float32', or look at the images of the batch: "
+        f"{', '.join(map(str, paths))}. The weights of the best epoch so far, if one is finished, "
+        f"are in {output}."
+    )
+
+
+def diverged_validation(loss: float, epoch: int, output: Path) -> TrainingError:
+    """Return the error that says after which epoch, from 1, the loss is not a number."""
+    return TrainingError(
+        f"The validation loss is {loss} after epoch {epoch}: the weights have diverged. Lower "
+        f"learning_rate. The best weights so far, if an epoch was good, are in {output}."
+    )

@@ -6,7 +6,6 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -343,6 +342,19 @@ class TrainingWarning(UserWarning):
     """A run can be trained, but hardly as it was meant."""
 
 
+def warn_of_sides(
+    train: ChestXrayDataset, val: ChestXrayDataset, config: TrainingConfig, *, stacklevel: int
+) -> None:
+    """Warn of what the two may not be good for.
+
+    Warns:
+        ConfoundingWarning, TrainingWarning: As the functions below.
+    """
+    if not config.allow_confounded_sources:
+        warn_if_confounded(train, stacklevel=stacklevel + 1)
+    warn_of_absent(val, config, stacklevel=stacklevel + 1)
+
+
 def warn_of_absent(val: ChestXrayDataset, config: TrainingConfig, *, stacklevel: int) -> None:
     """Warn if validation data that choose the epoch lack a class.
 
@@ -378,23 +390,3 @@ def warn_if_confounded(train: ChestXrayDataset, *, stacklevel: int) -> None:
             ConfoundingWarning,
             stacklevel=stacklevel + 1,
         )
-
-
-def diverged(
-    loss: float, place: str, paths: Sequence[object], rate: float, output: Path
-) -> TrainingError:
-    """Return the error that says of which images the loss is not a number, and what to do."""
-    return TrainingError(
-        f"The loss is {loss} in {place}. Lower learning_rate ({rate:.3g}), use "
-        "precision='float32', or look at the images of the batch: "
-        f"{', '.join(map(str, paths))}. The weights of the best epoch so far, if one is finished, "
-        f"are in {output}."
-    )
-
-
-def diverged_validation(loss: float, epoch: int, output: Path) -> TrainingError:
-    """Return the error that says after which epoch, from 1, the loss is not a number."""
-    return TrainingError(
-        f"The validation loss is {loss} after epoch {epoch}: the weights have diverged. Lower "
-        f"learning_rate. The best weights so far, if an epoch was good, are in {output}."
-    )

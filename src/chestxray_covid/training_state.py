@@ -60,6 +60,10 @@ class Position:
     epochs_since_best: int = 0
     best_score: float | None = None
 
+    def has_stalled(self, config: TrainingConfig) -> bool:
+        """Return whether the patience of these options is at its end."""
+        return config.patience is not None and self.epochs_since_best >= config.patience
+
     def next_epoch(self, *, best: float | None) -> Position:
         """Return the beginning of the next epoch; ``best`` is the score of this one, if it is."""
         return Position(
