@@ -51,6 +51,7 @@ from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
 from chestxray_covid.models import load_tensors, to_tensors
 from chestxray_covid.training_feed import LateReader
 from chestxray_covid.training_loss import Varied
+from chestxray_covid.training_memory import warn_of_few_steps
 from chestxray_covid.training_network import TrainingNetwork
 from chestxray_covid.training_order import check_sides, warn_if_confounded
 from chestxray_covid.training_state import StateStore
@@ -909,8 +910,13 @@ def test_the_batch_that_fits_is_found_once_and_recorded(split: Split, tmp_path: 
     trainer = Trainer(
         network(), split.train, split.val, config, output=tmp_path, callbacks=[StopAfter(1)]
     )
-    with pytest.raises(TrainingInterrupted):
+    few = r"found 16 images: 2 step\(s\) per epoch, 4 in the whole run, .* 0\.0005\. Set batch_size"
+    with (
+        pytest.warns(TrainingWarning, match=few) as caught,
+        pytest.raises(TrainingInterrupted),
+    ):
         trainer.fit()
+    assert caught[0].filename == __file__
     state = next((tmp_path / "state").iterdir()) / "state.json"
     assert json.loads(state.read_text())["identity"]["batch_size"] == 16  # a power of two up to 21
     again = Trainer(
@@ -921,6 +927,13 @@ def test_the_batch_that_fits_is_found_once_and_recorded(split: Split, tmp_path: 
     assert provenance["training"]["batch_size"] == 16
     finished = Trainer(network(), split.train, split.val, config, output=tmp_path)
     assert finished.fit(resume=True) == history
+
+
+def test_a_batch_that_leaves_enough_steps_is_not_warned_of() -> None:
+    config = replace(QUICK, batch_size="auto", epochs=10, accumulate=2)
+    warn_of_few_steps(32, 64 * 9 + 1, config, stacklevel=1)
+    with pytest.warns(TrainingWarning, match=r"9 step\(s\) per epoch, 90 in the whole run"):
+        warn_of_few_steps(32, 64 * 9, config, stacklevel=1)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.errors import SplitError as SplitError
     from chestxray_covid.errors import TrainingError as TrainingError
     from chestxray_covid.errors import TrainingInterrupted as TrainingInterrupted
+    from chestxray_covid.errors import TrainingWarning as TrainingWarning
     from chestxray_covid.errors import WeightsUnavailableError as WeightsUnavailableError
     from chestxray_covid.evaluation import cross_validate as cross_validate
     from chestxray_covid.evaluation import evaluate as evaluate
@@ -117,7 +118,6 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.training_config import TrainingConfig as TrainingConfig
     from chestxray_covid.training_history import EpochRecord as EpochRecord
     from chestxray_covid.training_history import History as History
-    from chestxray_covid.training_order import TrainingWarning as TrainingWarning
 
 #: Module → the public names that it defines.
 _MODULES = {
@@ -165,6 +165,7 @@ _MODULES = {
         "SplitError",
         "TrainingError",
         "TrainingInterrupted",
+        "TrainingWarning",
         "WeightsUnavailableError",
     ),
     "evaluation": ("cross_validate", "evaluate"),
@@ -200,7 +201,6 @@ _MODULES = {
     "training": ("Trainer",),
     "training_config": ("Callback", "TrainingConfig"),
     "training_history": ("EpochRecord", "History"),
-    "training_order": ("TrainingWarning",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

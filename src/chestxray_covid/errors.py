@@ -119,6 +119,10 @@ class TrainingError(ChestXrayError, ValueError):
     """Training cannot go on; the last good checkpoint is kept."""
 
 
+class TrainingWarning(UserWarning):
+    """A run can be trained, but hardly as it was meant."""
+
+
 class TrainingInterrupted(ChestXrayError):  # noqa: N818 - it is no error, like KeyboardInterrupt
     """A signal asked training to stop; the state was saved first.
 

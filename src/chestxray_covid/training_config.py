@@ -43,7 +43,8 @@ class TrainingConfig:
         augmentation: How training images are varied.
         epochs: Number of passes, at least 1.
         batch_size: Images per process and step, or ``"auto"`` for the largest power of two that
-            fits: into the GPU's memory, or into half of the machine's.
+            fits: into the GPU's memory, or into half of the machine's. That may be nearly an epoch;
+            a :class:`TrainingWarning` says where few steps are left.
         accumulate: Batches per optimizer step.
         samples_per_epoch: Images drawn per epoch; ``None`` draws as many as there are.
         optimizer: ``"adamw"`` (Loshchilov & Hutter 2019), ``"adam"``, or ``"sgd"`` with a momentum

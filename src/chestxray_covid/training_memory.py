@@ -6,7 +6,9 @@ import contextlib
 import copy
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torchvision
@@ -14,11 +16,17 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torchvision.models.densenet import _DenseLayer
 
-from chestxray_covid.errors import TrainingError
+from chestxray_covid.errors import TrainingError, TrainingWarning
 from chestxray_covid.processor import memory_limit
+
+if TYPE_CHECKING:
+    from chestxray_covid.training_config import TrainingConfig
 
 #: Batch norm has no statistics of a single image.
 SMALLEST_BATCH = 2
+#: A run of fewer optimizer steps is warned of where its batch was found: the recommended recipe
+#: takes 945 for a thousand images.
+FEW_STEPS = 100
 #: Share of a machine's memory that a batch may take on a CPU: decoding, the cache of files and
 #: other programs need the rest, and too large a batch would end in swapping, not in an error.
 _SHARE = 0.5
@@ -183,3 +191,26 @@ def _memory_bytes() -> int:
         )
     memory = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), memory_limit())
     return int(_SHARE * memory / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def warn_of_few_steps(batch: int, images: int, config: TrainingConfig, *, stacklevel: int) -> None:
+    """Warn if a batch that was found leaves a run too few steps to learn.
+
+    Args:
+        batch: Images per batch, in all processes together.
+        images: Images per epoch.
+        config: Options of the run.
+        stacklevel: As ``warnings.warn`` has it.
+
+    Warns:
+        TrainingWarning: If the run takes fewer than :data:`FEW_STEPS`.
+    """
+    steps = math.ceil(images / (batch * config.accumulate))
+    if steps * config.epochs < FEW_STEPS:
+        warnings.warn(
+            f'batch_size="auto" found {batch} images: {steps} step(s) per epoch, '
+            f"{steps * config.epochs} in the whole run, at a learning_rate of "
+            f"{config.learning_rate:.3g}. Set batch_size, or raise learning_rate or epochs.",
+            TrainingWarning,
+            stacklevel=stacklevel + 1,
+        )

@@ -36,6 +36,7 @@ from chestxray_covid.training_memory import (
     PASSING_BYTES,
     gradient_checkpointing,
     largest_batch_size,
+    warn_of_few_steps,
 )
 from chestxray_covid.training_speed import faster_on_cpu
 from chestxray_covid.transforms import to_device
@@ -187,7 +188,11 @@ class TrainingNetwork:
                 limit=images // self._accelerator.num_processes,
                 passing_bytes=PASSING_BYTES,
             )
-        return int(self._accelerator.gather(torch.tensor([found], device=self.device)).min())
+        size = int(self._accelerator.gather(torch.tensor([found], device=self.device)).min())
+        if self._accelerator.is_main_process:
+            together = size * self._accelerator.num_processes
+            warn_of_few_steps(together, images, self._config, stacklevel=5)  # of who calls fit
+        return size
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return each value's sum over the processes, exactly as it is where there is one."""

@@ -19,7 +19,7 @@ from chestxray_covid.datasets.labels import nameless
 from chestxray_covid.datasets.loading import Loader, cached_decoder, decoder
 from chestxray_covid.datasets.origins import collections_of
 from chestxray_covid.datasets.report import patient_key
-from chestxray_covid.errors import ChestXrayError, ConfigError, TrainingError
+from chestxray_covid.errors import ChestXrayError, ConfigError, TrainingError, TrainingWarning
 from chestxray_covid.judged_images import default_positive
 
 if TYPE_CHECKING:  # it imports torch, which nothing here needs
@@ -336,10 +336,6 @@ def check_options(config: TrainingConfig, callbacks: Sequence[Callback]) -> None
             raise TypeError(
                 f"callbacks must be instances of Callback or of a subclass, got {callback!r}"
             )
-
-
-class TrainingWarning(UserWarning):
-    """A run can be trained, but hardly as it was meant."""
 
 
 def warn_of_sides(
