@@ -64,6 +64,8 @@ class TrainingConfig:
             ``within_sources`` over the source's, by what each has of the source.
         balance: How images are drawn. ``"class_and_source"``: every class as often as another, and
             within a class every source; ``"class"``: classes only; ``"none"``: each image once.
+            The first two draw with replacement, as often on average: an epoch does not show every
+            image, and others several times.
         max_repeats: How often an image may come in an epoch, on average, so that the sources of a
             class are balanced; a small one then gets less than an equal share. With
             ``balance="class_and_source"`` only. ``None``: as often as it takes. Classes stay
@@ -89,7 +91,9 @@ class TrainingConfig:
             holds both, or a chain of such.
         class_weights: Weigh the loss by inverse class frequency; with ``balance="none"`` only.
         ema_decay: Decay of the exponential moving average of the weights per step, in [0, 1);
-            0 keeps none. With one, it is what is validated and saved.
+            0 keeps none. With one, it is what is validated and saved. It reaches back over about
+            1 / (1 - decay) steps, which should be far fewer than the run has: the weights of the
+            first step keep a share of decay ** (steps - 1) in it.
         monitor: What chooses the epoch: the lowest ``"val_loss"``, the highest ``"val_auroc"`` (the
             lowest loss where validation data lack a class, which warns: there is no AUROC), or
             ``"last"``, the end of the schedule whatever the validation says.
