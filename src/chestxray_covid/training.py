@@ -37,7 +37,6 @@ from chestxray_covid.training_order import (
     epoch_batches,
     pixel_loader,
     told_by_sources,
-    told_of_data,
     warn_of_sides,
 )
 from chestxray_covid.training_processes import open_accelerator
