@@ -35,7 +35,7 @@ def blocks() -> dict[str, str]:
         "training": training_block(*(load(name) for name in names)),
         "cache": "\n" + cache_paragraph(load("cache")) + "\n",
         "no-amx-training": no_amx_block(
-            *(load(f"training_step_no_amx{more}") for more in ("", "_faster"))
+            load("training_step_no_amx"), load("training_step_no_amx_faster")
         ),
         "plain-training": "\n" + step_paragraph(load("training_step_float32")) + "\n",
         "gpu": gpu_block(load(GPU.stem) if GPU.is_file() else None),
