@@ -15,7 +15,8 @@ from generate_relatives import estimate, exists, pair, read, untrained
 
 def write_blocks() -> None:
     """Write them into the recipe's README and into the page on shortcuts."""
-    fill(DOCS.parent / "recipes" / "README.md", {"tried": tried_block(), "inside": inside_block()})
+    blocks = {"tried": tried_block(), "unseen": unseen_block(), "inside": inside_block()}
+    fill(DOCS.parent / "recipes" / "README.md", blocks)
     fill(DOCS / "shortcuts.md", {"website": website_block()})
 
 
@@ -23,6 +24,25 @@ def tried_block() -> str:
     """Return what was tried for the weights, and what it gave."""
     found = read("tried")
     return f"{wrapped(found['note'])}\n\n{table(found['columns'], found['rows'])}"
+
+
+def unseen_block() -> str:
+    """Return what the recipe's stages reach by a hospital that they never saw."""
+    found = read("recipe_unseen")
+    rows: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        name = f"{row['stage']}, frame projected out" if row["projected"] else row["stage"]
+        first = " and ".join(f"{share:.2f}" for share in row["first"])
+        rows.setdefault(name, [name, first]).append(estimate(row["auroc"]))
+    note = f"""
+        AUROC of Hannover's COVID-19 against NIH's normals of held-out patients,
+        {pair(found["n"])}, by another run of the stages (`judge_recipe.py`), from
+        {found["trained_on"]:,} images without Hannover's, on {found["made"]}; before, the shares of
+        both whose own class comes first of the three, whole."""
+    parts = dict.fromkeys(row["hidden"] for row in found["rows"])
+    hidden = (f"{part:.0%} hidden" if part else "Whole" for part in parts)
+    head = ("Stage", "Own class first", *hidden)
+    return f"{wrapped(note)}\n\n{table(head, rows.values())}"
 
 
 def inside_block() -> str:

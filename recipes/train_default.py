@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from collection import count_by_licence, open_sources
 
 from chestxray_covid import (
     Augmentation,
+    ChestXrayDataset,
     Preprocess,
     Split,
     Trainer,
@@ -148,23 +150,32 @@ def open_split(data: Path, output: Path) -> Split:
     return split
 
 
-def train_stages(split: Split, output: Path, *, pretrained: str | None) -> Path:
-    """Train all stages and return the folder of the last.
+def train_stages(
+    train: ChestXrayDataset,
+    val: ChestXrayDataset,
+    output: Path,
+    *,
+    cache: Path,
+    pretrained: str | None = None,
+) -> list[Path]:
+    """Train all stages and return their folders.
 
     Args:
-        split: Patients to train on and to watch.
+        train: To train on.
+        val: To watch.
         output: Run folders appear below it, one per stage.
+        cache: Folder for decoded pixels.
         pretrained: ``"imagenet"``, a checkpoint folder, or ``None`` for random weights.
     """
+    folders = [output / stage.name for stage in STAGES]
     start: bool | str = {"imagenet": True, None: False}.get(pretrained, pretrained or False)
-    for stage in STAGES:
-        folder = output / stage.name
-        model = build_densenet121(start, num_classes=len(split.train.classes), seed=0)
-        config = replace(stage.config, cache_dir=output / "cache")
-        trainer = Trainer(model, split.train, split.val, config, output=folder)
+    for stage, folder in zip(STAGES, folders, strict=True):
+        model = build_densenet121(start, num_classes=len(train.classes), seed=0)
+        config = replace(stage.config, cache_dir=cache)
+        trainer = Trainer(model, train, val, config, output=folder)
         trainer.fit(resume=StateStore(folder).holds_run())
         start = str(folder)
-    return folder
+    return folders
 
 
 def main() -> None:
@@ -176,7 +187,8 @@ def main() -> None:
     split = open_split(options.data, options.output)
     print(split.train, split.val, split.test, count_by_licence(split.train), sep="\n")
     print(confounding(split.train))
-    print(train_stages(split, options.output, pretrained=options.pretrained))
+    how: dict[str, Any] = {"cache": options.output / "cache", "pretrained": options.pretrained}
+    print(train_stages(split.train, split.val, options.output, **how)[-1])
 
 
 if __name__ == "__main__":

@@ -224,10 +224,12 @@ def test_the_recipe_leads_from_data_to_a_calibrated_checkpoint(
     monkeypatch.setattr(publish, "STAGES", stages)
     run = tmp_path / "run"
     split = train.open_split(data, run)
-    last = train.train_stages(split, run, pretrained=None)
+    sides, cache = (split.train, split.val), run / "cache"
+    *_, last = train.train_stages(*sides, run, cache=cache)
     assert last == run / stages[-1].name
     before = (last / "model.safetensors").read_bytes()
-    assert train.train_stages(train.open_split(data, run), run, pretrained=None) == last
+    again = train.open_split(data, run)
+    assert train.train_stages(again.train, again.val, run, cache=cache)[-1] == last
     assert (last / "model.safetensors").read_bytes() == before, "a finished run is read"
 
     output, results = tmp_path / "weights", tmp_path / "results"
@@ -744,6 +746,48 @@ def test_no_relative_trains_on_whom_it_is_judged_by(
         assert json.loads((tmp_path / f"{name}.json").read_text())["made"] == "a machine"
 
 
+@pytest.mark.slow
+def test_the_recipe_is_judged_by_a_hospital_that_it_never_saw(
+    recipes: dict[str, Any],
+    relatives: Any,
+    published: Published,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge, trained = recipes["judge_recipe"], []
+
+    def train_stages(train: Any, val: Any, output: Path, *, cache: Path) -> list[Path]:
+        trained.extend((train, val))
+        return [published.run / recipes["train_default"].STAGES[0].name]
+
+    monkeypatch.setattr(judge, "train_stages", train_stages)
+    judge.judge_recipe(relatives, tmp_path)
+    samples, groups = relatives.dataset.samples, relatives.groups
+    of = dict(zip((s.path for s in samples), groups, strict=True))
+    train, val = ({of[s.path] for s in side.samples} for side in trained)
+    assert {s.source for s in trained[0].samples} == {"cohen", "kermany", "nih"}
+    assert not train & val
+    hannover = {g for s, g in zip(samples, groups, strict=True) if s.source == "hannover"}
+    assert not (train | val) & (hannover | set(groups[relatives.held_out_nih()]))
+
+    found = json.loads((tmp_path / "recipe_unseen.json").read_text())
+    parts = (0, 0.7, 0.9)
+    asked = [(row["projected"], row["hidden"]) for row in found["rows"]]
+    assert asked == [(projected, part) for projected in (False, True) for part in parts]
+    assert found["trained_on"] == len(trained[0])
+    assert found["n"][0] == 24, "Cohen's copies are not counted again"
+    judged = judge.sides(relatives)[2]
+    classifier = Classifier.from_pretrained(published.run / "160px")
+    shares = classifier.predict_proba(judged)
+    truth = [s.label == "covid19" for s in judged.samples]
+    auroc = roc_auc_score(truth, shares[:, 2] / (shares[:, 2] + shares[:, 0]))
+    whole = found["rows"][0]
+    assert whole["auroc"]["value"] == pytest.approx(auroc, abs=1e-6)
+    right = (shares.argmax(1) == np.array(judged.targets))[np.array(truth)]
+    assert whole["first"][0] == pytest.approx(right.mean())
+    assert whole["auroc"] != found["rows"][3]["auroc"]
+
+
 def host(sample: Sample) -> str:
     return "".join(sample.metadata.get("url", "").split("/")[2:3])
 
@@ -829,9 +873,9 @@ def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str,
     pairs = results.read("inside")["pairs"]
     assert pairs
     assert sum(title.endswith(results.OF_TWO) for title in titles) == len(pairs)
-    marks = (results.ALONE, "(shorter relative)")
+    marks = (results.ALONE, results.UNSEEN, "(shorter relative)")
     assert all(title.endswith((*own, *marks)) for title in titles)
-    assert sum(title.endswith(marks) for title in titles) == 9
+    assert sum(title.endswith(marks) for title in titles) == 12
     about = results.about_relatives()
     for row in results.read("tried_inside")["rows"][:2]:
         assert results.estimate(row["all"]) in about
