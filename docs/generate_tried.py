@@ -81,6 +81,8 @@ AGAIN = {
     "folds_warm_up_first": "whole radiographs at {size} px, after a warm-up without labels",
     "folds_warm_up": "whole radiographs at {size} px, after a warm-up without labels, another run "
     "from the start on (seed {seed})",
+    "folds_mixup": "whole radiographs at {size} px, after the warm-up of seed {seed}, with mixup "
+    "{mixup:g}",
 }
 
 
@@ -97,7 +99,8 @@ def rows_of(result: str, what: str) -> list[list[str]]:
         f"{training['samples_per_epoch']}{how}; DeLong's intervals but for pairs"
     )
     runs = found.get("runs", [{**found, "seed": training["seed"]}])
-    rows = [[name.format(size=size, seed=run["seed"]), *reached(run)] for run in runs]
+    mixup = training.get("mixup", 0)  # older results have none
+    rows = [[name.format(size=size, seed=r["seed"], mixup=mixup), *reached(r)] for r in runs]
     if len(runs) > 1:
         average = f"the same, average of the probabilities of these {len(runs)} runs"
         rows.append([average, *reached(found)])

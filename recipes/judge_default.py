@@ -10,8 +10,9 @@ pneumonia apart, which COVID-19 is one of. For ``hannover`` three short epochs a
 COVID-19 against other findings of Cohen's, four epochs on Cohen's rows alone. ``folds-lungs``,
 which only runs if it is asked for, does as ``folds`` on crops to the lungs. ``--seed`` does the
 folds once more, start and all, with other chance, and ``--start`` does them from other networks, as
-``warm_up.py`` makes them, and of several judges their average, too; the results stand beside the
-first. What ``--made`` says of the machine and of the files is kept in the results of relatives.
+``warm_up.py`` makes them, and of several judges their average, too, with ``--mixup`` if asked; the
+results stand beside the first. What ``--made`` says of the machine and of the files is kept in the
+results of relatives.
 """
 
 from __future__ import annotations
@@ -230,16 +231,21 @@ def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
         write_folds(*where, found, output, made=relatives.made)
 
 
-def judge_warm_folds(runs: Sequence[Relatives], output: Path, *, folds: int = 5) -> None:
+def judge_warm_folds(
+    runs: Sequence[Relatives], output: Path, *, folds: int = 5, mixup: float = 0.0
+) -> None:
     """As :func:`judge_folds`, of networks with other starts, and of their average probabilities."""
+    config, more = replace(INSIDE, mixup=mixup), "-mixup" if mixup else ""
     answers, rows = [], []
     for relatives in runs:
         begun = load_config(relatives.start).weights_sha256[:8]  # of another start, another run
-        *where, found = answer_folds(relatives, f"fold-{begun}", INSIDE, folds)
+        *where, found = answer_folds(relatives, f"fold-{begun}{more}", config, folds)
         answers.append(found)
         rows.append({"seed": relatives.seed, **judge_parts(*where, found[:, 2])})
     average = np.mean(answers, axis=0)
-    write_folds(*where, average, output, made=runs[0].made, name="folds_warm_up", runs=rows)
+    name = "folds_mixup" if mixup else "folds_warm_up"
+    how: dict[str, Any] = {"made": runs[0].made, "name": name, "runs": rows, "config": config}
+    write_folds(*where, average, output, **how)
 
 
 def judge_lung_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
@@ -309,14 +315,16 @@ def write_folds(
     made: str | None = None,
     name: str = "folds",
     runs: Sequence[dict[str, Any]] = (),
+    config: Any = None,
 ) -> None:
     """Write what out-of-fold predictions say: ``(N, 3)`` probabilities of Cohen's samples.
 
     ``made`` says on what machine and from which files, in words; ``name`` is of the results. Of an
-    average, ``runs`` is what each of several runs says.
+    average, ``runs`` is what each of several runs says. ``config`` is what they were trained with,
+    :data:`INSIDE` if not given.
     """
     parts = judge_parts(inside, pairs, found[:, 2])
-    about = {"folds": len(pairs), **said(made), "training": INSIDE.to_dict()}
+    about = {"folds": len(pairs), **said(made), "training": (config or INSIDE).to_dict()}
     write(output, name, {**about, **parts, **({"runs": list(runs)} if runs else {})})
     report = evaluate_probabilities(
         [s.label for s in inside.samples],
@@ -424,7 +432,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of another run of --what folds")
     start = "checkpoints of warm_up.py that the folds begin with, each with the seed of its own"
     parser.add_argument("--start", type=Path, nargs="+", help=start)
+    parser.add_argument("--mixup", type=float, default=0.0, help="of the folds of --start")
     options = parser.parse_args()
+    if options.mixup and not options.start:
+        parser.error("--mixup is of folds with other starts: give --start, too.")
     if (options.seed or options.start) and options.what != ["folds"]:
         parser.error("--seed and --start are of other folds: give --what folds, and nothing else.")
     if options.seed and options.start:
@@ -432,7 +443,7 @@ def main() -> None:
     if options.start:
         starts = [(seed_of(start), start) for start in options.start]
         runs = [Relatives(options.data, options.run, options.made, *own) for own in starts]
-        judge_warm_folds(runs, options.output)
+        judge_warm_folds(runs, options.output, mixup=options.mixup)
         return
     options.output.mkdir(parents=True, exist_ok=True)
     what = options.what or parts

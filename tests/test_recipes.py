@@ -891,6 +891,7 @@ def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str,
         (["--seed", "2"], ["--what", "folds-lungs"]),
         (["--start", "warm-up"], ["--what", "hannover"]),
         (["--seed", "2", "--start", "warm-up"], ["--what", "folds"]),
+        (["--mixup", "0.4"], ["--what", "folds"]),
     ],
 )
 def test_another_seed_or_start_is_of_other_folds_alone(
@@ -987,6 +988,10 @@ def test_a_relative_is_trained_and_read_again(
     assert begun["training"] == own.INSIDE.to_dict()
     assert [run["seed"] for run in begun["runs"]] == [0, 1]
     assert begun["runs"][0]["all"] != begun["runs"][1]["all"]
+    judge.judge_warm_folds(warm[:1], tmp_path, folds=2, mixup=0.4)
+    mixed = json.loads((tmp_path / "folds_mixup.json").read_text())
+    assert mixed["training"] == replace(own.INSIDE, mixup=0.4).to_dict()
+    assert mixed["all"] != begun["runs"][0]["all"]
     weights = [(s / "model.safetensors").read_bytes() for s in starts]
     assert weights[0] != weights[1]
     rest, _ = judge.folds_inside(relatives, cohen, 2)[1][0]
