@@ -68,6 +68,7 @@ def inside_block() -> str:
         wrapped(probes_note()),
         probes_table("probes"),
         *((wrapped(warm_up_note()), probes_table(*WARM_UPS)) if warmed_up() else ()),
+        *((wrapped(mixup_note()),) if exists("probes_mixup") else ()),
         wrapped(crops_note()),
         probes_table("probes_lungs"),
         *((wrapped(frame_note()), frame_table()) if exists("probes_frame") else ()),
@@ -168,6 +169,23 @@ def warm_up_note() -> str:
         the last row. The folds' networks in that column are those that begin with the warm-up: of
         the first run, which alone reach {first}, or the average probabilities of the others, which
         alone reach {estimate(folds["all"]["auroc"])}."""
+
+
+def mixup_note() -> str:
+    """Return what folds with mixup reach together with those readouts."""
+    found = read("folds_mixup")
+    alone, runs = estimate(found["all"]["auroc"]), len(found["runs"])
+    row = next(
+        row
+        for row in read("probes_mixup")["rows"]
+        if row["networks"] == runs and row["layer"] == "all four"
+    )
+    both = row["with_folds"]
+    return f"""
+        With mixup of {found["training"]["mixup"]:g} and nothing else changed, the folds' networks
+        of the {runs} later warm-ups reach {alone} on average (first table), and together with the
+        readouts of all four layers {estimate(both["all"])}, without Hannover's
+        {estimate(both["without Hannover's"])}, which was settled before as well."""
 
 
 def crops_note() -> str:

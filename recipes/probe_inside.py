@@ -11,7 +11,8 @@ several, and of as many with random weights, the average of their readouts is ju
 the output folder has what the folds' own networks answered, each readout is also judged together
 with them. ``--lungs`` shows all networks crops to the lungs, also in the training that they
 start from. ``--frame`` hides the centre of all images, so that the frame alone is read.
-``--warm-up`` is for networks that ``warm_up.py`` made, and folds that began with one of them.
+``--warm-up`` is for networks that ``warm_up.py`` made, and folds that began with one of them, of
+which ``--folds`` names others.
 """
 
 from __future__ import annotations
@@ -222,6 +223,11 @@ def main() -> None:
     shown.add_argument("--lungs", action="store_true", help="crops to the lungs alone")
     shown.add_argument("--frame", action="store_true", help="the frame alone, centres hidden")
     shown.add_argument("--warm-up", action="store_true", help="networks of warm_up.py, --base")
+    parser.add_argument(
+        "--folds",
+        default="folds_warm_up",
+        help="with --warm-up, the result of these folds, such as folds_mixup",
+    )
     options = parser.parse_args()
     if options.warm_up and not options.base:
         parser.error("--warm-up is of networks that --base names: give both.")
@@ -248,8 +254,8 @@ def main() -> None:
     networks, suffix = networks_of(bases, pixels), "_lungs" if options.lungs else ""
     folds = "folds"
     if options.warm_up:
-        networks, suffix = {"warm-up": networks["base"]}, "_warm_up"
-        folds += suffix
+        networks, folds = {"warm-up": networks["base"]}, options.folds
+        suffix = folds.removeprefix("folds")
     trained = answers_of_folds(options.output, inside, folds)
     rows = read_networks(networks, pixels, inside, pairs, trained)
     write(options.output, f"probes{suffix}", {**about, "rows": rows})

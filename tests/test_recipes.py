@@ -1294,6 +1294,11 @@ def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
     assert {r["weights"] for r in warm} == {"warm-up"}
     assert [r["all"] for r in warm] == [r["all"] for r in single[5:]], "the same networks"
     assert [r["with_folds"] for r in warm] != [r["with_folds"] for r in single[5:]]
+    recipes["judge_default"].write_folds(inside, folds, others[::-1], tmp_path, name="folds_mixup")
+    run_main(probe, monkeypatch, {**options, "base": bases[:1], "folds": "folds_mixup"})
+    mixed = json.loads((tmp_path / "probes_mixup.json").read_text())["rows"]
+    assert [r["all"] for r in mixed] == [r["all"] for r in warm]
+    assert [r["with_folds"] for r in mixed] != [r["with_folds"] for r in warm]
     by = {(r["weights"], r["networks"], r["layer"]): r["all"] for r in found["rows"]}
     for layer in layers:
         assert by["base", 2, layer] == by["base", 1, layer], "one network twice"
