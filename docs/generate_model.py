@@ -22,11 +22,11 @@ from generate import (
     wrapped,
 )
 from generate_relatives import (
-    FRAME_CAVEAT,
     GATE_INTERVALS,
     RESULTS,
     about_relatives,
     estimate,
+    frame_caveat,
     honest_rows,
     made,
     pair,
@@ -129,7 +129,7 @@ def model_block() -> str:
     frame = f"""
         With the central 70 % or 90 % of the side hidden under the image's mean, the weights tell
         COVID-19 of one source from normals of another, on held-out patients, with an AUROC of
-        {frame_range()}. {FRAME_CAVEAT} Under something else it still tells some sources apart
+        {frame_range()}. {frame_caveat()} Under something else it still tells some sources apart
         ({other_fills()}).{unmeasured()} All numbers are in [The bundled model](docs/model.md)."""
     return paragraphs(wrapped(text), ours, wrapped(about_relatives()), wrapped(frame))
 
@@ -174,7 +174,7 @@ def model_page() -> str:
     calibration = read("calibration")
     frame = f"""
         AUROC on held-out patients with nothing, the central 70 % and the central 90 % of the side
-        hidden under the image's mean. {FRAME_CAVEAT} The [audit](audit.md) hides the lungs under
+        hidden under the image's mean. {frame_caveat()} The [audit](audit.md) hides the lungs under
         the mean of what is left, which says nothing of their greys."""
     fills = read("other_fills")["fills"]
     met = "; ".join(f"{name}: {where}" for name, where in fills.items())

@@ -84,7 +84,7 @@ def tables() -> list[dict[str, Any]]:
             "title": "Does it read the frame?",
             "note": "AUROC, on held-out patients, of COVID-19 of one source against normals of "
             "another, with nothing, the central 70% and the central 90% of the side hidden under "
-            f"the image's mean. {results.FRAME_CAVEAT}",
+            f"the image's mean. {results.frame_caveat()}",
             "head": ["Pairing", "Images", "whole", "70% hidden", "90% hidden"],
             "rows": [list(row) for row in pages.frame_rows()],
         },
