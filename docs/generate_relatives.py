@@ -95,12 +95,11 @@ def honest_rows() -> list[tuple[str, str, str]]:
         found = read("hannover")
         title = "Hannover's COVID-19 against NIH's normals, Hannover unseen (shorter relative)"
         rows.append((title, pair(found["n"]), estimate(found["auroc"])))
-    if exists("recipe_unseen"):
-        found = read("recipe_unseen")
-        for row in published_rows(found):
-            part = f", {row['hidden']:.0%} hidden" if row["hidden"] else ""
-            title = f"Hannover's COVID-19 against NIH's normals{part} {UNSEEN}"
-            rows.append((title, pair(found["n"]), estimate(row["auroc"])))
+    found = read("recipe_unseen")
+    for row in published_rows(found):
+        part = f", {100 * row['hidden']:.0f} % hidden" if row["hidden"] else ""
+        title = f"Hannover's COVID-19 against NIH's normals{part} {UNSEEN}"
+        rows.append((title, pair(found["n"]), estimate(row["auroc"])))
     return rows
 
 
@@ -118,8 +117,6 @@ def frame_caveat() -> str:
         "The frame was unlearned in this very way, and which weights to publish was chosen with "
         "these patients in sight."
     )
-    if not exists("recipe_unseen"):
-        return text
     rows = [row for row in published_rows(read("recipe_unseen")) if row["hidden"]]
     reached = " and ".join(f"{row['auroc']['value']:.2f}" for row in rows)
     return (
@@ -169,8 +166,7 @@ def about_relatives() -> str:
         and of a network that saw Kermany's and NIH's images alone still reach {frame(0.7)} and
         {frame(0.9)} by layer, of whole radiographs {frame(0.0)}: part of what they tell need not be
         read in the lungs."""
-    if exists("recipe_unseen"):
-        text += f"""
+    text += f"""
         Rows marked "{UNSEEN[1:-1]}" are of one network that the whole recipe made, without
         calibration, from {read("recipe_unseen")["trained_on"]:,} images, none of them
         Hannover's. Of Hannover there is COVID-19 alone, and training saw others of NIH's normals:
@@ -235,13 +231,11 @@ def about_countries() -> str:
 
 def unmeasured() -> str:
     """Return in words what the recipe measures and nobody has run yet."""
-    missing = [name for name in OF_RELATIVES if not exists(name)]
     what = {
         "folds": "five folds inside Cohen",
         "subsources": "Cohen's websites left out in turn",
         "locations": "Cohen's countries left out in turn",
         "hannover": "Hannover left out",
-        "recipe_unseen": "the whole recipe without Hannover",
     }
-    listed = ", ".join(what[name] for name in missing)
-    return f" Not measured yet: {listed} (`recipes/run.sh` does)." if missing else ""
+    missing = ", ".join(told for name, told in what.items() if not exists(name))
+    return f" Not measured yet: {missing} (`recipes/judge_default.py` does)." if missing else ""

@@ -40,7 +40,7 @@ def unseen_block() -> str:
         {found["trained_on"]:,} images without Hannover's, on {found["made"]}; before, the shares of
         both whose own class comes first of the three, whole."""
     parts = dict.fromkeys(row["hidden"] for row in found["rows"])
-    hidden = (f"{part:.0%} hidden" if part else "Whole" for part in parts)
+    hidden = (f"{100 * part:.0f} % hidden" if part else "Whole" for part in parts)
     head = ("Stage", "Own class first", *hidden)
     return f"{wrapped(note)}\n\n{table(head, rows.values())}"
 
@@ -185,7 +185,8 @@ def mixup_note() -> str:
         With mixup of {found["training"]["mixup"]:g} and nothing else changed, the folds' networks
         of the {runs} later warm-ups reach {alone} on average (first table), and together with the
         readouts of all four layers {estimate(both["all"])}, without Hannover's
-        {estimate(both["without Hannover's"])}, which was settled before as well."""
+        {estimate(both["without Hannover's"])}; both were settled on before they were made
+        (`judge_default.py --mixup`, `probe_inside.py --folds folds_mixup`)."""
 
 
 def crops_note() -> str:

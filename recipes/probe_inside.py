@@ -229,6 +229,8 @@ def main() -> None:
         help="with --warm-up, the result of these folds, such as folds_mixup",
     )
     options = parser.parse_args()
+    if options.folds != parser.get_default("folds") and not options.warm_up:
+        parser.error("--folds is of networks of warm_up.py: give --warm-up, too.")
     if options.warm_up and not options.base:
         parser.error("--warm-up is of networks that --base names: give both.")
     relatives = Relatives(options.data, options.run, options.made)

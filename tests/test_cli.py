@@ -539,8 +539,8 @@ def test_options_of_a_file_are_taken_where_the_command_line_has_none(
 ) -> None:
     written = {"epochs": 1, "seed": 3, "device": "cpu", "batch_size": 8, "learning_rate": 0.01}
     written |= {"preprocess": {"size_px": 32, "mean": 0.3}, "augmentation": {"blur": 0.1}}
-    (tmp_path / "options.json").write_text(json.dumps(written))
-    start = ["--data", phantoms, "--no-pretrained", "--quiet"]
+    (tmp_path / "options.json").write_text(json.dumps(written), encoding="utf-8-sig")
+    start = ["--data", phantoms, "--no-pretrained"]
     given = ["--learning-rate", 0.02, "--size", 40, "--workers", 1, "--recipe", "baseline"]
     for name, file, more in (
         ("first", "options.json", given),
@@ -548,7 +548,7 @@ def test_options_of_a_file_are_taken_where_the_command_line_has_none(
         ("other", "first/config.json", ["--seed", 0, "--device", "auto"]),
     ):
         place = ["--output", tmp_path / name, "--config", tmp_path / file]
-        done = call("train", *start, *place, *more)
+        done = call("train", *start, *place, *more, *["--quiet"] * (name != "other"))
         assert done.exit_code == 0, done.output
     first, again, other = (options_of(tmp_path / name) for name in ("first", "again", "other"))
     assert first["preprocess"] == Preprocess(size_px=40, mean=0.3).to_dict()
@@ -557,7 +557,7 @@ def test_options_of_a_file_are_taken_where_the_command_line_has_none(
     names = ("epochs", "seed", "device", "batch_size", "learning_rate", "workers", "optimizer")
     assert [first[name] for name in names] == [1, 3, "cpu", 8, 0.02, 1, "adam"]
     assert again == first
-    assert other == first | {"seed": 0, "device": "auto"}
+    assert other == first | {"seed": 0, "device": "auto", "progress": True}
     splits = [(tmp_path / name / "split.json").read_text() for name in ("first", "again", "other")]
     assert splits[0] == splits[1] != splits[2]
     assert equal_weights(tmp_path / "first", tmp_path / "again")
@@ -589,6 +589,7 @@ def test_options_of_a_file_go_before_the_preprocessing_of_a_checkpoint(
         (b'{"epochs": 1, "epochs": 2}', "twice"),
         (b'{"\\u001b[2J": 1}', "has no option named \\x1b[2J"),
         (b'{"epochs": "many"}', "An option is impossible: epochs"),
+        (b'{"mixup": 0.2, "within_sources": true}', "or within_sources=False. Expected"),
         (b'{"format_version": 2, "provenance": []}', "does not say with which options"),
         (b'{"format_version": 2, "provenance": {"training": 7}}', "got 7"),
     ],

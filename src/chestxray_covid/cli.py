@@ -171,13 +171,13 @@ def download(
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu"]),
-    help="auto, also if not given, takes a GPU if there is one.",
+    help="auto takes a GPU if there is one, as do runs that name none.",
 )
-@click.option("--workers", type=click.IntRange(1), help="Threads that decode; 2 if not given.")
+@click.option("--workers", type=click.IntRange(1), help="Threads that decode, instead of 2.")
 @click.option(
     "--seed",
     type=click.IntRange(0),
-    help="Of split, order, variation and random weights; 0 if not given.",
+    help="Of split, order, variation and random weights, instead of 0.",
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted run, with its split.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
@@ -251,8 +251,8 @@ def train(
     }
     given = {name: value for name, value in wanted.items() if value is not None}
     # The command says itself how far the source gives the label away.
-    given |= {"allow_confounded_sources": True}
-    config = replace(config, **given, progress=config.progress and first and not quiet)
+    given |= {"allow_confounded_sources": True, "progress": first and not quiet}
+    config = replace(config, **given)
     seed = config.seed
     if limit is not None:
         dataset = dataset.limit(limit, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import functools
@@ -17,7 +18,14 @@ import click
 from chestxray_covid._version import NOT_A_DEVICE as NOT_A_DEVICE
 from chestxray_covid.datasets.report import brief, printable_lines
 from chestxray_covid.errors import ChestXrayError, ConfigError, TrainingInterrupted
-from chestxray_covid.files import check_replaceable, expanded, is_folder, read_json
+from chestxray_covid.files import (
+    MAX_JSON_BYTES,
+    check_replaceable,
+    expanded,
+    is_folder,
+    parse_json,
+    read_limited,
+)
 
 if TYPE_CHECKING:
     from chestxray_covid.datasets.base import ChestXrayDataset
@@ -185,7 +193,8 @@ def training_options(path: Path, base: TrainingConfig) -> TrainingConfig:
     from chestxray_covid.training_config import TrainingConfig
 
     try:
-        options = read_json(path)
+        data = read_limited(path, MAX_JSON_BYTES)
+        options = parse_json(data.removeprefix(codecs.BOM_UTF8))  # as some editors write by hand
         if isinstance(options, dict) and "format_version" in options:  # of a checkpoint
             provenance = options.get("provenance")
             options = provenance.get("training") if isinstance(provenance, dict) else None
@@ -193,9 +202,10 @@ def training_options(path: Path, base: TrainingConfig) -> TrainingConfig:
                 raise ConfigError("This checkpoint does not say with which options it was trained")
         return TrainingConfig.from_dict(options, base=base)
     except ConfigError as error:
+        said = brief(str(error)).rstrip(".")
         raise ConfigError(
-            f"{path}: {brief(str(error))}. Expected a JSON object of TrainingConfig's options, for "
-            'example {"epochs": 3}, or the config.json of a run.'
+            f"{path}: {said}. Expected a JSON object of TrainingConfig's options, for example "
+            '{"epochs": 3}, or the config.json of a run.'
         ) from error
 
 

@@ -42,7 +42,8 @@ def build_densenet121(
         pretrained: ``True`` for ImageNet weights, which torchvision downloads once and caches;
             ``False`` for random ones; or a checkpoint: a folder, the name of a bundled one or a
             repository of the Hub, see :func:`resolve`. One with another number of classes gives
-            its features, and the classifier starts at random.
+            its features, and the classifier starts at random. Its preprocessing, which it should
+            be trained on with, is ``load_config(folder).preprocess``.
         trainable: ``"all"``, ``"head"`` (the classifier alone), or the first block that trains,
             for example ``"denseblock4"``; see :func:`set_trainable`.
         num_classes: Number of logits, at least 2.

@@ -118,7 +118,7 @@ class Trainer:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process is the one that writes, of those that train; once they do."""
+        """Whether this process is the one of the run that writes; known from :meth:`fit` on."""
         return bool(self._accelerator.is_main_process)
 
     @torch.inference_mode(mode=False)  # the caller's would leave no gradients
@@ -139,6 +139,9 @@ class Trainer:
             ImageError: If a file cannot be decoded.
             ForkedError: In a process that was forked after torch had begun to compute here, unless
                 it computes on the CPU in one thread.
+
+        Warns:
+            TrainingWarning: If a batch that was found leaves the run few steps.
         """
         self._accelerator = open_accelerator(self.config, self.output)
         self.device: torch.device = self._accelerator.device

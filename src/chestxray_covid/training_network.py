@@ -269,10 +269,10 @@ class TrainingNetwork:
             told: ``(N, K)``, see :func:`told_by_sources`; ``None`` compares all classes.
         """
         classes = to_device(np.array(targets, np.int64), self.device)
-        compared = None if told is None else to_device(told, self.device)
+        shares = None if told is None else to_device(told, self.device)
         with nullcontext() if last else self._accelerator.no_sync(self._net):
             logits = self.forward(self._forward, varied.pixels)
-            losses = self._loss(logits, classes, varied, compared)
+            losses = self._loss(logits, classes, varied, shares)
             loss = losses[:counted].sum()
             # Accelerate's own would divide by what the environment says of accumulation.
             torch.autograd.backward(loss * share)

@@ -97,7 +97,7 @@ def run_identity(
     foreign = [_foreign_code(d) for d in (train, val)]
     return {
         **options,
-        **({"pixels": foreign} if any(foreign) else {}),  # of older runs, nobody knows
+        **({"pixels": foreign} if any(foreign) else {}),  # older runs named none
         "batch_size": batch,
         "data": _digest((train.classes, rows)),
         "trainable": _digest(tuple(trains)),
@@ -110,7 +110,7 @@ def _foreign_code(dataset: ChestXrayDataset) -> list[str]:
     calls = {id(call): call for call in every if call is not None}.values()
     inner = [call.func if isinstance(call, partial) else call for call in calls]
     named = [call if hasattr(call, "__qualname__") else type(call) for call in inner]
-    names = {f"{call.__module__}.{call.__qualname__}" for call in named}
+    names = {f"{getattr(call, '__module__', None)}.{call.__qualname__}" for call in named}
     return sorted(name for name in names if not name.startswith("chestxray_covid."))
 
 
