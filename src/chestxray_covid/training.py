@@ -78,7 +78,8 @@ class Trainer:
 
     Warns:
         ConfoundingWarning: If the source of the training images all but gives their label.
-        TrainingWarning: If the validation data, which choose the epoch, lack a class.
+        TrainingWarning: If the validation data, which choose the epoch, lack a class; in
+            :meth:`fit`, if a batch size that was found leaves the run few steps.
     """
 
     def __init__(
@@ -139,9 +140,6 @@ class Trainer:
             ImageError: If a file cannot be decoded.
             ForkedError: In a process that was forked after torch had begun to compute here, unless
                 it computes on the CPU in one thread.
-
-        Warns:
-            TrainingWarning: If a batch that was found leaves the run few steps.
         """
         self._accelerator = open_accelerator(self.config, self.output)
         self.device: torch.device = self._accelerator.device
