@@ -174,17 +174,17 @@ def warm_up_note() -> str:
 def mixup_note() -> str:
     """Return what folds with mixup reach together with those readouts."""
     found = read("folds_mixup")
-    alone, runs = estimate(found["all"]["auroc"]), len(found["runs"])
+    alone, seeds = estimate(found["all"]["auroc"]), [str(run["seed"]) for run in found["runs"]]
     row = next(
         row
         for row in read("probes_mixup")["rows"]
-        if row["networks"] == runs and row["layer"] == "all four"
+        if row["networks"] == len(seeds) and row["layer"] == "all four"
     )
     both = row["with_folds"]
     return f"""
         With mixup of {found["training"]["mixup"]:g} and nothing else changed, the folds' networks
-        of the {runs} later warm-ups reach {alone} on average (first table), and together with the
-        readouts of all four layers {estimate(both["all"])}, without Hannover's
+        after the warm-up of seed {" and ".join(seeds)} reach {alone} (first table), and together
+        with the readouts of all four layers {estimate(both["all"])}, without Hannover's
         {estimate(both["without Hannover's"])}; both were settled on before they were made
         (`judge_default.py --mixup`, `probe_inside.py --folds folds_mixup`)."""
 
