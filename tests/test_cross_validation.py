@@ -59,6 +59,8 @@ def validated(
         ({"val": 0.9}, r"val must be a share in \(0, 0.5\], got 0.9"),
         ({"val": float("nan")}, "val must be a share"),
         ({"seed": 2**32}, "seed must be from 0 to 4294967294, got 4294967296"),
+        ({"n_resamples": 0}, "n_resamples"),
+        ({"confidence": 1.0}, "confidence"),
         ({"folds": 40}, r"Class normal has 14 patient\(s\), too few for 40 sides"),
     ],
 )
@@ -125,6 +127,11 @@ def test_finished_folds_are_read_not_trained_again(
     val = cast(float, torch.tensor(0.15))  # the default
     again = cross_validate(DATA, CONFIG, folds=3, val=val, model=network, output=place)
     assert again.to_dict() == report.to_dict()
+    how: dict[str, Any] = {"n_resamples": 20, "confidence": 0.8}
+    other = cross_validate(DATA, CONFIG, folds=3, model=network, output=place, **how)
+    wide, narrow = (r.overall.per_class["covid19"]["auroc"] for r in (report, other))
+    assert (narrow.value, narrow.confidence) == (wide.value, 0.8)
+    assert other.n_resamples == 20
     assert {p: p.stat().st_mtime_ns for p in place.rglob("model.safetensors")} == before
 
 

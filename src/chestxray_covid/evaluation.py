@@ -294,7 +294,9 @@ def cross_validate(
     model: Callable[[], torchvision.models.DenseNet] | None = None,
     output: str | os.PathLike[str] | None = None,
     positive: str | None = None,
+    n_resamples: int = 1000,
     seed: int = 0,
+    confidence: float = 0.95,
 ) -> EvaluationReport:
     """Return how good a recipe is on patients that it did not see, over the whole data set.
 
@@ -311,14 +313,14 @@ def cross_validate(
             A fold that ``output`` holds goes on with its own, whatever this would return.
         output: Folder for the runs, ``fold-0``, ``fold-1``, …, kept and, where finished or
             interrupted, continued; a temporary one if not given.
-        positive: As in :func:`evaluate`.
-        seed: Seed of folds and splits.
+        positive, n_resamples, confidence: As in :func:`evaluate`.
+        seed: Seed of folds, splits and resamples.
 
     Raises:
         TypeError: If ``dataset`` or ``config`` is none, ``model`` a network instead of a function
             that returns one, ``folds`` no whole number, or ``val`` none at all.
-        ValueError: If ``folds``, ``val``, ``positive`` or ``seed`` is impossible, or ``model``
-            returns the same network twice.
+        ValueError: If ``folds``, ``val``, ``positive``, ``n_resamples``, ``seed`` or
+            ``confidence`` is impossible, or ``model`` returns the same network twice.
         SplitError: If a class has too few patients.
         TrainingError: If a fold cannot be trained.
         WeightsUnavailableError: If ImageNet weights are wanted and not to be had.
@@ -336,7 +338,7 @@ def cross_validate(
         raise ValueError(f"val must be a share in (0, 0.5], got {val}")
     labels = [sample.label for sample in dataset.samples]
     chosen = _positive(labels, dataset.classes, positive)
-    check_resampling(n_resamples=1, seed=seed, confidence=0.95)
+    how = check_resampling(n_resamples=n_resamples, seed=seed, confidence=confidence)
     # Before copies are looked for, which only make patients fewer.
     check_divisible(dataset, patient_groups(dataset, find_copies=False), sides=folds, seed=seed)
     groups = patient_groups(dataset, workers=config.workers, progress=config.progress)
@@ -364,7 +366,7 @@ def cross_validate(
         **_provenance(dataset, groups),
         ids=_names(dataset),
         positive=chosen,
-        seed=seed,
+        **how,
     )
 
 

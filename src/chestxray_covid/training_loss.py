@@ -96,8 +96,7 @@ def diverged(
     return TrainingError(
         f"The loss is {loss} in {place}. Lower learning_rate ({rate:.3g}), use "
         "precision='float32', or look at the images of the batch: "
-        f"{', '.join(map(str, paths))}. The weights of the best epoch so far, if one is finished, "
-        f"are in {output}."
+        f"{', '.join(map(str, paths))}. {_elsewhere(output)}"
     )
 
 
@@ -105,5 +104,12 @@ def diverged_validation(loss: float, epoch: int, output: Path) -> TrainingError:
     """Return the error that says after which epoch, from 1, the loss is not a number."""
     return TrainingError(
         f"The validation loss is {loss} after epoch {epoch}: the weights have diverged. Lower "
-        f"learning_rate. The best weights so far, if an epoch was good, are in {output}."
+        f"learning_rate. {_elsewhere(output)}"
+    )
+
+
+def _elsewhere(output: Path) -> str:
+    return (
+        "Other options take another folder; build_densenet121 of this one, "
+        f"{output}, begins with the weights of its best epoch, if one is finished."
     )

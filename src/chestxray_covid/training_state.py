@@ -37,6 +37,8 @@ _MAX_JSON_BYTES = 50_000_000
 _STATE_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 #: What a process that was killed leaves of a file of a run, see :func:`write_files`.
 _LEFT = re.compile(rf"\.(model\.safetensors|config\.json|history\.\w+){PARTIAL}")
+#: What of a run's identity is no option.
+_NO_OPTIONS = ("data", "pixels", "trainable")
 #: Options that change how fast a run goes, not what it computes.
 RUNTIME_OPTIONS = frozenset(
     {
@@ -124,15 +126,17 @@ def check_identity(mine: Mapping[str, Any], theirs: Mapping[str, Any], run: Path
     An option that a run does not name did not exist when it began, and counts as its default.
 
     Raises:
-        TrainingError: If something differs, with its name.
+        TrainingError: If something differs, with its name, and its values if they are short.
     """
     from chestxray_covid.training_config import TrainingConfig
 
     theirs = _completed(theirs, TrainingConfig().to_dict())
     other = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
     if other:
+        short = (k for k in other if not isinstance(mine.get(k), Mapping) and k not in _NO_OPTIONS)
+        said = "".join(f"; {k} was {theirs.get(k)!r}, now {mine.get(k)!r}" for k in short)
         raise TrainingError(
-            f"The run in {run} differs in {other} and cannot be continued like this. "
+            f"The run in {run} differs in {other} and cannot be continued like this{said}. "
             "Use the options and data that it began with, or another folder."
         )
 
