@@ -95,18 +95,17 @@ def honest_rows() -> list[tuple[str, str, str]]:
         found = read("hannover")
         title = "Hannover's COVID-19 against NIH's normals, Hannover unseen (shorter relative)"
         rows.append((title, pair(found["n"]), estimate(found["auroc"])))
-    found = read("recipe_unseen")
-    for row in published_rows(found):
+    for row in published_rows():
         part = f", {100 * row['hidden']:.0f} % hidden" if row["hidden"] else ""
         title = f"Hannover's COVID-19 against NIH's normals{part} {UNSEEN}"
-        rows.append((title, pair(found["n"]), estimate(row["auroc"])))
+        rows.append((title, pair(read("recipe_unseen")["n"]), estimate(row["auroc"])))
     return rows
 
 
-def published_rows(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the rows of the recipe's last stage, with the frame projected out."""
-    last = found["rows"][-1]["stage"]
-    return [row for row in found["rows"] if row["stage"] == last and row["projected"]]
+def published_rows() -> list[Mapping[str, Any]]:
+    """Return what the recipe's last stage, the frame projected out, reaches by Hannover, unseen."""
+    rows = read("recipe_unseen")["rows"] if exists("recipe_unseen") else []
+    return [row for row in rows if row["stage"] == rows[-1]["stage"] and row["projected"]]
 
 
 def frame_caveat() -> str:
@@ -117,7 +116,8 @@ def frame_caveat() -> str:
         "The frame was unlearned in this very way, and which weights to publish was chosen with "
         "these patients in sight."
     )
-    rows = [row for row in published_rows(read("recipe_unseen")) if row["hidden"]]
+    if not (rows := [row for row in published_rows() if row["hidden"]]):
+        return text
     reached = " and ".join(f"{row['auroc']['value']:.2f}" for row in rows)
     return (
         f"{text} Of Hannover, where the recipe never saw it, against NIH such AUROCs are {reached} "
@@ -166,7 +166,8 @@ def about_relatives() -> str:
         and of a network that saw Kermany's and NIH's images alone still reach {frame(0.7)} and
         {frame(0.9)} by layer, of whole radiographs {frame(0.0)}: part of what they tell need not be
         read in the lungs."""
-    text += f"""
+    if exists("recipe_unseen"):
+        text += f"""
         Rows marked "{UNSEEN[1:-1]}" are of one network that the whole recipe made, without
         calibration, from {read("recipe_unseen")["trained_on"]:,} images, none of them
         Hannover's. Of Hannover there is COVID-19 alone, and training saw others of NIH's normals:
@@ -236,6 +237,7 @@ def unmeasured() -> str:
         "subsources": "Cohen's websites left out in turn",
         "locations": "Cohen's countries left out in turn",
         "hannover": "Hannover left out",
+        "recipe_unseen": "the whole recipe without Hannover",
     }
     missing = ", ".join(told for name, told in what.items() if not exists(name))
-    return f" Not measured yet: {missing} (`recipes/judge_default.py` does)." if missing else ""
+    return f" Not measured yet: {missing} (`recipes/run.sh` does)." if missing else ""

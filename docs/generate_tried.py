@@ -28,6 +28,8 @@ def tried_block() -> str:
 
 def unseen_block() -> str:
     """Return what the recipe's stages reach by a hospital that they never saw."""
+    if not exists("recipe_unseen"):
+        return ""
     found = read("recipe_unseen")
     rows: dict[str, list[str]] = {}
     for row in found["rows"]:
