@@ -39,8 +39,8 @@ def unseen_block() -> str:
     note = f"""
         AUROC of Hannover's COVID-19 against NIH's normals of held-out patients,
         {pair(found["n"])}, by another run of the stages (`judge_recipe.py`), from
-        {found["trained_on"]:,} images without Hannover's, on {found["made"]}; before, the shares of
-        both whose own class comes first of the three, whole."""
+        {found["trained_on"]:,} images without Hannover's, on {found["made"]}; and the shares of
+        COVID-19 and of normals whose own class comes first of the three, of whole radiographs."""
     parts = dict.fromkeys(row["hidden"] for row in found["rows"])
     hidden = (f"{100 * part:.0f} % hidden" if part else "Whole" for part in parts)
     head = ("Stage", "Own class first", *hidden)
