@@ -34,6 +34,7 @@ from chestxray_covid import (
     build_densenet121,
     split_by_patient,
 )
+from chestxray_covid.__main__ import KEPT
 from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.models import normalise, set_training_mode
 from chestxray_covid.training_speed import faster_on_cpu
@@ -44,13 +45,10 @@ TRAINER = 3
 STEPS = 8
 #: The recommended settings are compared where they are meant to be used, at 224 px.
 FULL_SIZE_PX = 224
-#: What ``chestxray-covid train`` sets itself, and what has to be set before Python starts.
+#: What a script can set before torch allocates, and what has to be set before Python starts,
+#: for which ``chestxray-covid train`` starts itself again.
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-MEMORY_KEPT = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0"
-    f":glibc.malloc.trim_threshold={2**32}",
-    "THP_MEM_ALLOC_ENABLE": "0",
-}
+MEMORY_KEPT = {"GLIBC_TUNABLES": KEPT, "THP_MEM_ALLOC_ENABLE": "0"}
 CONFIG = TrainingConfig(
     preprocess=Preprocess(size_px=160),
     batch_size=16,

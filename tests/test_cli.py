@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -39,6 +40,7 @@ from chestxray_covid import (
     open_dataset,
     split_by_patient,
 )
+from chestxray_covid.__main__ import KEPT
 from chestxray_covid.calibration import fold_temperature
 from chestxray_covid.checkpoint import (
     ModelConfig,
@@ -56,13 +58,16 @@ from shallow import CODE
 
 pytestmark = pytest.mark.usefixtures("shallow", "drawn_once")
 
+#: What sets up the memory of a process that trains.
+MEMORY = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
 TRAIN = ["--no-pretrained", "--epochs", "1", "--size", "32", "--batch-size", "8", "--device", "cpu"]
 
 
 def call(*arguments: object) -> Result:
     # What a command sets up for its process must not outlive it in the tests'.
-    name = "THP_MEM_ALLOC_ENABLE"
-    return CliRunner(env={name: os.environ.get(name)}).invoke(main, [str(a) for a in arguments])
+    return CliRunner(env={name: os.environ.get(name) for name in MEMORY}).invoke(
+        main, [str(a) for a in arguments]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +304,44 @@ def test_training_asks_for_huge_pages_unless_told_otherwise(
             monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
         assert CliRunner().invoke(main, again).exit_code == 0
         assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
+
+
+STARTED = """
+import os, sys
+sys.argv = ["chestxray-covid", *sys.argv[1:]]
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), os.environ.get("THP_MEM_ALLOC_ENABLE"))
+sys.stdout.flush()
+from chestxray_covid.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "begins"),
+    [
+        ("train", {}, 2),
+        ("train", {"THP_MEM_ALLOC_ENABLE": "1"}, 1),
+        ("train", {"GLIBC_TUNABLES": ""}, 1),
+        ("info", {}, 1),
+    ],
+)
+def test_training_begins_anew_with_memory_that_glibc_keeps_unless_told_otherwise(
+    command: str, given: dict[str, str], begins: int
+) -> None:
+    libc, version = platform.libc_ver()
+    if libc != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
+        pytest.skip("needs glibc 2.35 or newer")
+    kept = {k: v for k, v in os.environ.items() if k not in MEMORY} | given
+    options = [sys.executable, "-u", "-c", STARTED, command, "--help"]
+    done = subprocess.run(options, capture_output=True, text=True, check=True, env=kept)
+    lines = done.stdout.splitlines()
+    starts = [line.split(" ") for line in lines[: lines.index("")] if line[:1].isdigit()]
+    assert len(starts) == begins
+    assert len({process for process, *_ in starts}) == 1
+    assert starts[0][1:] == [given.get(name, "None") for name in MEMORY]
+    assert f"Usage: chestxray-covid {command}" in done.stdout
+    if begins > 1:
+        assert starts[1][1:] == [KEPT, "0"]
 
 
 def test_the_baseline_recipe_limit_and_cache_are_passed_on(phantoms: Path, tmp_path: Path) -> None:
