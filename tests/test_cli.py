@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -41,6 +43,7 @@ from chestxray_covid import (
     split_by_patient,
 )
 from chestxray_covid.__main__ import KEPT
+from chestxray_covid.__main__ import main as start
 from chestxray_covid.calibration import fold_temperature
 from chestxray_covid.checkpoint import (
     ModelConfig,
@@ -298,12 +301,13 @@ def test_training_asks_for_huge_pages_unless_told_otherwise(
     run: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = ["train", "--data", str(phantoms), "--output", str(run), *TRAIN, "--resume", "--quiet"]
-    for given, expected in (("", "1"), ("0", "0")):
-        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given)
-        if not given:
-            monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    for tunables, given, expected in ((None, None, "1"), (None, "0", "0"), ("", None, None)):
+        for name, value in zip(MEMORY, (tunables, given), strict=True):
+            monkeypatch.setenv(name, value or "")
+            if value is None:
+                monkeypatch.delenv(name)
         assert CliRunner().invoke(main, again).exit_code == 0
-        assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
+        assert os.environ.get("THP_MEM_ALLOC_ENABLE") == expected
 
 
 STARTED = """
@@ -342,6 +346,50 @@ def test_training_begins_anew_with_memory_that_glibc_keeps_unless_told_otherwise
     assert f"Usage: chestxray-covid {command}" in done.stdout
     if begins > 1:
         assert starts[1][1:] == [KEPT, "0"]
+
+
+@pytest.mark.parametrize(
+    ("other", "begins"),
+    [
+        ({}, True),
+        ({"libc": ("glibc", "2.35")}, True),
+        ({"libc": ("glibc", "2.34")}, False),
+        ({"libc": ("", "")}, False),
+        ({"platform": "darwin"}, False),
+        ({"executable": ""}, False),
+        ({"frozen": True}, False),
+        ({"argv": ["/lib/chestxray_covid/__main__.py", "train", "--help"]}, True),
+        ({"argv": ["/bin/a_host", "train", "--help"]}, False),
+        ({"argv": ["chestxray-covid", "train", "--quiet"]}, False),
+        ({"argv": ["chestxray-covid", "info", "train"]}, False),
+    ],
+)
+def test_only_a_process_of_its_own_begins_anew(
+    monkeypatch: pytest.MonkeyPatch, other: dict[str, Any], begins: bool
+) -> None:
+    for name in MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    own = {"platform": "linux", "argv": ["/bin/chestxray-covid", "train", "--help"]}
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", *own["argv"]])
+    monkeypatch.setattr(platform, "libc_ver", lambda: other.get("libc", ("glibc", "2.36")))
+    for name, value in (own | other).items():
+        if name != "libc":
+            monkeypatch.setattr(sys, name, value, raising=False)
+    started: list[Any] = []
+
+    def execve(*process: Any) -> None:
+        started.append(process)
+        raise OSError(errno.ENOENT, "the interpreter is gone")
+
+    monkeypatch.setattr(os, "execve", execve)
+    with pytest.raises(SystemExit) as ended:  # of --help, or of a usage error: it goes on
+        start()
+    assert ended.value.code in (0, 2)
+    assert len(started) == begins
+    if begins:
+        program, given, environment = started[0]
+        assert (program, given[1:]) == (sys.executable, ["-X", "dev", *own["argv"]])
+        assert [environment[name] for name in MEMORY] == [KEPT, "0"]
 
 
 def test_the_baseline_recipe_limit_and_cache_are_passed_on(phantoms: Path, tmp_path: Path) -> None:

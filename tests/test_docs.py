@@ -23,6 +23,7 @@ from chestxray_covid import (
     EvaluationReport,
     History,
 )
+from chestxray_covid.__main__ import KEPT
 from chestxray_covid.cli import main
 from chestxray_covid.evaluation import evaluate_probabilities
 
@@ -383,6 +384,10 @@ def test_every_module_has_its_place_in_the_table_of_layers() -> None:
         if path.name != "__init__.py"
     }
     assert sorted(named) == sorted(modules)
+
+
+def test_the_page_on_speed_says_under_which_settings_training_starts_again() -> None:
+    assert f"`GLIBC_TUNABLES={KEPT}`" in (DOCS / "cluster.md").read_text(encoding="utf-8")
 
 
 def test_the_version_is_the_same_everywhere() -> None:

@@ -219,9 +219,10 @@ def train(
             "What is above says which labels it holds."
         )
 
-    # torch reads this once, at its first allocation: Linux then gives memory in huge pages, and
-    # a step on a CPU spends less of its time on page faults. This process is ours to set up.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Where glibc was not told to keep memory (see __main__.py): torch reads this once, at its first
+    # allocation, and Linux then gives memory in huge pages. This process is ours to set up.
+    if "GLIBC_TUNABLES" not in os.environ:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     from chestxray_covid.checkpoint import load_config
     from chestxray_covid.classifier import Classifier
