@@ -26,24 +26,47 @@ def tried_block() -> str:
     return f"{wrapped(found['note'])}\n\n{table(found['columns'], found['rows'])}"
 
 
+#: Result of the recipe by a hospital that it never saw → whom it compares, whom training lacks, and
+#: results of other ways of the second stage.
+HOSPITALS = {
+    "recipe_unseen": (
+        "Hannover's COVID-19",
+        "NIH's normals of held-out patients",
+        "Hannover's",
+        ("recipe_unseen_mild", "recipe_unseen_within"),
+    ),
+    "recipe_unseen_nih": (
+        "NIH's pneumonia",
+        "NIH's normals",
+        "NIH's",
+        ("recipe_unseen_nih_mild", "recipe_unseen_nih_within"),
+    ),
+}
+
+
 def unseen_block() -> str:
-    """Return what the recipe's stages reach by a hospital that they never saw."""
-    if not exists("recipe_unseen"):
-        return ""
-    found = read("recipe_unseen")
+    """Return what the recipe's stages reach by hospitals that they never saw."""
+    return paragraphs(*map(unseen_table, filter(exists, HOSPITALS)))
+
+
+def unseen_table(result: str) -> str:
+    """Return what they reach by one hospital, and what other second stages do."""
+    one, other, whose, tried = HOSPITALS[result]
+    found = read(result)
+    results = [found, *map(read, filter(exists, tried))]
     rows: dict[str, list[str]] = {}
-    for row in found["rows"]:
+    for row in (row for each in results for row in each["rows"]):
         name = f"{row['stage']}, frame projected out" if row["projected"] else row["stage"]
-        first = " and ".join(f"{share:.2f}" for share in row["first"])
-        rows.setdefault(name, [name, first]).append(estimate(row["auroc"]))
+        called = (" / ".join(f"{share:.2f}" for share in side) for side in row["called"])
+        rows.setdefault(name, [name, *called]).append(estimate(row["auroc"]))
     note = f"""
-        AUROC of Hannover's COVID-19 against NIH's normals of held-out patients,
-        {pair(found["n"])}, by another run of the stages (`judge_recipe.py`), from
-        {found["trained_on"]:,} images without Hannover's, on {found["made"]}; and the shares of
-        COVID-19 and of normals whose own class comes first of the three, of whole radiographs."""
+        AUROC of {one} against {other}, {pair(found["n"])}, by another run of the stages
+        (`judge_recipe.py`), from {found["trained_on"]:,} images without {whose}, on
+        {found["made"]}; and how many of both, of whole radiographs, are called normal / pneumonia /
+        COVID-19."""
     parts = dict.fromkeys(row["hidden"] for row in found["rows"])
     hidden = (f"{100 * part:.0f} % hidden" if part else "Whole" for part in parts)
-    head = ("Stage", "Own class first", *hidden)
+    head = ("Stage", one, other.split(" of ")[0], *hidden)
     return f"{wrapped(note)}\n\n{table(head, rows.values())}"
 
 

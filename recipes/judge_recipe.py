@@ -1,18 +1,20 @@
 """Judge the recipe itself by a hospital that it never saw.
 
-    python recipes/judge_recipe.py --data ../shared/data --run runs/default
+    python recipes/judge_recipe.py --data ../shared/data --run runs/default --without nih
 
-All stages of ``train_default.py``, from random weights on, without Hannover's patients, wherever
-they are listed; then the frame is projected out as ``publish_default.py`` does. Each stage is
-judged by Hannover's COVID-19 against normals of NIH's held-out patients, whole and with the centre
-hidden. Not a network but the recipe is judged: the bundled weights have seen Hannover. And of
-Hannover there is COVID-19 alone, so that what tells it from NIH without looking at lungs counts,
-too. It takes as long as the recipe.
+All stages of ``train_default.py``, from random weights on, without one hospital's patients,
+wherever they are listed; then the frame is projected out as ``publish_default.py`` does. Each stage
+is judged, whole and with the centre hidden, by that hospital: Hannover's COVID-19 against normals
+of NIH's held-out patients, or NIH's pneumonias against NIH's normals. Not a network but the recipe
+is judged: the bundled weights have seen both. Of Hannover there is COVID-19 alone, so that what
+tells it from NIH without looking at lungs counts, too; NIH has both classes, but no COVID-19. It
+takes as long as the recipe. ``--variant`` changes the second stage and ends there.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 from frame import unlearn_frame
 from judge_default import count, estimate_auroc, predict_hidden, said, score, write
 from relatives import Relatives
-from train_default import STAGES, train_stages
+from train_default import MILD, STAGES, Stage, train_stages
 
 from chestxray_covid import ChestXrayDataset, Classifier
 from chestxray_covid.checkpoint import load_checkpoint
@@ -29,50 +31,108 @@ from chestxray_covid.checkpoint import load_checkpoint
 PARTS = (0.0, 0.7, 0.9)
 
 
-def sides(relatives: Relatives) -> tuple[ChestXrayDataset, ChestXrayDataset, ChestXrayDataset]:
+@dataclass(frozen=True)
+class Hospital:
+    """One that the recipe never sees; its class is told from normals.
+
+    Attributes:
+        source: Name of its collection.
+        label: Class that is told from normals.
+        result: Name of what is written.
+    """
+
+    source: str
+    label: str
+    result: str
+
+    def held_out(self, relatives: Relatives) -> np.ndarray:
+        """Return the positions of all whom the recipe does not see."""
+        own = [i for i, s in enumerate(relatives.dataset.samples) if s.source == self.source]
+        return np.union1d(own, relatives.held_out_nih())
+
+
+HOSPITALS = {
+    "hannover": Hospital("hannover", "covid19", "recipe_unseen"),
+    "nih": Hospital("nih", "pneumonia", "recipe_unseen_nih"),
+}
+
+
+def sides(
+    relatives: Relatives, hospital: Hospital
+) -> tuple[ChestXrayDataset, ChestXrayDataset, ChestXrayDataset]:
     """Return whom to train on, whom to watch, and by whom the recipe is judged, once each."""
     samples, split = relatives.dataset.samples, relatives.split
-    hannover = np.array([i for i, s in enumerate(samples) if s.source == "hannover"])
-    held_out = np.concatenate([hannover, relatives.held_out_nih()])
+    held_out = hospital.held_out(relatives)
     others = relatives.without(held_out)
     train, val = (np.intersect1d(others, split.indices[side]) for side in ("train", "val"))
     judged = [
         i
         for i in held_out
-        if samples[i].label != "pneumonia" and samples[i].metadata.get("numbered_by") != "cohen"
+        if samples[i].label in (hospital.label, "normal")
+        and samples[i].metadata.get("numbered_by") != "cohen"
     ]
     first, second, third = (relatives.dataset.subset(part) for part in (train, val, judged))
     return first, second, third
 
 
-def judge_parts(classifier: Classifier, judged: ChestXrayDataset) -> list[dict[str, Any]]:
-    """Return, by the part that is hidden, the AUROC, and of which shares their class is first."""
-    truth, rows = np.array([s.label == "covid19" for s in judged.samples]), []
+def judge_parts(
+    classifier: Classifier, judged: ChestXrayDataset, label: str
+) -> list[dict[str, Any]]:
+    """Return, by the part that is hidden, the AUROC, and what is called what.
+
+    ``called`` are the shares of the class, then of the normals, for which each class comes first.
+    """
+    truth, rows = np.array([s.label == label for s in judged.samples]), []
     for part in PARTS:
         found = predict_hidden(classifier, judged, part)
-        value = estimate_auroc(judged.samples, truth, score(found))
-        right = found.argmax(1) == np.array(judged.targets)
-        first = [float(right[side].mean()) for side in (truth, ~truth)]
-        rows.append({"hidden": part, "auroc": value.to_dict(), "first": first})
-        print(part, value, first, flush=True)
+        value = estimate_auroc(judged.samples, truth, score(found, label))
+        firsts = np.eye(found.shape[1])[found.argmax(1)]
+        called = [firsts[side].mean(0).tolist() for side in (truth, ~truth)]
+        rows.append({"hidden": part, "auroc": value.to_dict(), "called": called})
+        print(part, value, called, flush=True)
     return rows
 
 
-def judge_recipe(relatives: Relatives, output: Path) -> None:
-    """Train and judge the stages, each as it is and with the frame projected out."""
-    train, val, judged = sides(relatives)
-    place = relatives.folder / "recipe-without-hannover"
+#: What was tried in the second stage in place of its strong variation.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mild": {"augmentation": MILD},
+    "within": {"augmentation": MILD, "within_sources": True},
+}
+
+
+def stages_of(variant: str | None) -> tuple[Stage, ...]:
+    """Return the recipe's stages, or the first two of them with the second one changed."""
+    if variant is None:
+        return STAGES
+    first, second, *_ = STAGES
+    config = replace(second.config, **VARIANTS[variant])
+    return first, Stage(f"{second.name}-{variant}", config)
+
+
+def judge_recipe(
+    relatives: Relatives, hospital: Hospital, output: Path, variant: str | None = None
+) -> None:
+    """Train the stages and judge them, each as it is and with the frame projected out.
+
+    Of a variant only the stage that it changes is judged.
+    """
+    train, val, judged = sides(relatives, hospital)
+    place = relatives.folder / f"recipe-without-{hospital.source}"
+    stages = stages_of(variant)
+    folders = train_stages(train, val, place, cache=relatives.cache, stages=stages)
     rows = []
-    for folder in train_stages(train, val, place, cache=relatives.cache):
+    for folder in folders if variant is None else folders[-1:]:
         config, tensors = load_checkpoint(folder)
         for projected in (False, True):
             shown = unlearn_frame(config, tensors, train) if projected else tensors
             about = {"stage": folder.name, "projected": projected}
-            rows += [{**about, **row} for row in judge_parts(Classifier(config, shown), judged)]
-    truth = np.array([s.label == "covid19" for s in judged.samples])
-    about = {**said(relatives.made), "stages": {s.name: s.config.to_dict() for s in STAGES}}
+            parts = judge_parts(Classifier(config, shown), judged, hospital.label)
+            rows += [{**about, **row} for row in parts]
+    truth = np.array([s.label == hospital.label for s in judged.samples])
+    about = {**said(relatives.made), "stages": {s.name: s.config.to_dict() for s in stages}}
     images = {"trained_on": len(train), "n": count(truth)}
-    write(output, "recipe_unseen", {**about, **images, "rows": rows})
+    name = hospital.result if variant is None else f"{hospital.result}_{variant}"
+    write(output, name, {**about, **images, "rows": rows})
 
 
 def main() -> None:
@@ -80,9 +140,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--run", type=Path, default=Path("runs/default"))
     parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
+    parser.add_argument("--without", choices=list(HOSPITALS), default="hannover")
+    parser.add_argument("--variant", choices=list(VARIANTS))
     parser.add_argument("--made", metavar="TEXT", help="machine, software and files, in words")
     options = parser.parse_args()
-    judge_recipe(Relatives(options.data, options.run, options.made), options.output)
+    relatives = Relatives(options.data, options.run, options.made)
+    judge_recipe(relatives, HOSPITALS[options.without], options.output, options.variant)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ python recipes/quantise_default.py --data "$data" --output "$weights/densenet121
 python recipes/judge_default.py --data "$data" --run "$run" \
   --checkpoint "$weights/densenet121-v1"
 python recipes/judge_recipe.py --data "$data" --run "$run"
+python recipes/judge_recipe.py --data "$data" --run "$run" --without nih
 python recipes/probe_inside.py --data "$data" --run "$run"
 python recipes/probe_inside.py --data "$data" --run "$run" --lungs
 python recipes/probe_inside.py --data "$data" --run "$run" --frame

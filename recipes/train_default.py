@@ -8,6 +8,7 @@ Interrupted, the same command goes on where it stopped. See README.md here for w
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def train_stages(
     *,
     cache: Path,
     pretrained: str | None = None,
+    stages: Sequence[Stage] = STAGES,
 ) -> list[Path]:
     """Train all stages and return their folders.
 
@@ -166,10 +168,11 @@ def train_stages(
         output: Run folders appear below it, one per stage.
         cache: Folder for decoded pixels.
         pretrained: ``"imagenet"``, a checkpoint folder, or ``None`` for random weights.
+        stages: Each starts from the weights of the one before it.
     """
-    folders = [output / stage.name for stage in STAGES]
+    folders = [output / stage.name for stage in stages]
     start: bool | str = {"imagenet": True, None: False}.get(pretrained, pretrained or False)
-    for stage, folder in zip(STAGES, folders, strict=True):
+    for stage, folder in zip(stages, folders, strict=True):
         model = build_densenet121(start, num_classes=len(train.classes), seed=0)
         config = replace(stage.config, cache_dir=cache)
         trainer = Trainer(model, train, val, config, output=folder)

@@ -163,7 +163,22 @@ def test_pages_hold_what_was_measured(pages: ModuleType) -> None:
     gate = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
     assert f"<!-- reduction:start -->\n{pages.reduction_block()}\n<!-- reduction:end -->" in gate
     tried = importlib.import_module("generate_tried")
-    assert tried.tried_block() in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    recipe = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    for block in (tried.tried_block(), tried.unseen_block(), tried.inside_block()):
+        assert block in recipe
+
+
+def test_other_second_stages_are_judged_as_the_recipe_is(pages: ModuleType) -> None:
+    hospitals = importlib.import_module("generate_tried").HOSPITALS
+    for result, (*_, tried) in hospitals.items():
+        recipe = pages.read(result)
+        _, second, *_ = recipe["stages"].values()
+        for name in tried:
+            found = pages.read(name)
+            assert all(found[key] == recipe[key] for key in ("n", "trained_on", "made")), name
+            changed = [*found["stages"].values()][1]
+            differs = {key for key in second if second[key] != changed[key]}
+            assert differs == {"augmentation"} | ({"within_sources"} if "within" in name else set())
 
 
 @pytest.mark.parametrize(

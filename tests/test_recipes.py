@@ -747,7 +747,12 @@ def test_no_relative_trains_on_whom_it_is_judged_by(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "variant"), [("hannover", None), ("nih", None), ("nih", "within")]
+)
 def test_the_recipe_is_judged_by_a_hospital_that_it_never_saw(
+    name: str,
+    variant: str | None,
     recipes: dict[str, Any],
     relatives: Any,
     published: Published,
@@ -755,37 +760,60 @@ def test_the_recipe_is_judged_by_a_hospital_that_it_never_saw(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judge, trained = recipes["judge_recipe"], []
+    hospital = judge.HOSPITALS[name]
 
-    def train_stages(train: Any, val: Any, output: Path, *, cache: Path) -> list[Path]:
+    def train_stages(train: Any, val: Any, output: Path, *, cache: Path, stages: Any) -> list[Path]:
+        assert output.name == f"recipe-without-{name}"
+        assert stages == judge.stages_of(variant)
         trained.extend((train, val))
-        return [published.run / recipes["train_default"].STAGES[0].name]
+        last = published.run / recipes["train_default"].STAGES[0].name
+        return [last] if variant is None else [tmp_path / "not judged", last]
 
     monkeypatch.setattr(judge, "train_stages", train_stages)
-    judge.judge_recipe(relatives, tmp_path)
+    judge.judge_recipe(relatives, hospital, tmp_path, variant)
     samples, groups = relatives.dataset.samples, relatives.groups
     of = dict(zip((s.path for s in samples), groups, strict=True))
     train, val = ({of[s.path] for s in side.samples} for side in trained)
-    assert {s.source for s in trained[0].samples} == {"cohen", "kermany", "nih"}
+    assert {s.source for s in trained[0].samples} | {name} == set(relatives.dataset.sources)
+    assert name not in {s.source for s in trained[0].samples}
     assert not train & val
-    hannover = {g for s, g in zip(samples, groups, strict=True) if s.source == "hannover"}
-    assert not (train | val) & (hannover | set(groups[relatives.held_out_nih()]))
+    unseen = {g for s, g in zip(samples, groups, strict=True) if s.source == name}
+    assert not (train | val) & (unseen | set(groups[relatives.held_out_nih()]))
 
-    found = json.loads((tmp_path / "recipe_unseen.json").read_text())
+    result = hospital.result if variant is None else f"{hospital.result}_{variant}"
+    found = json.loads((tmp_path / f"{result}.json").read_text())
+    assert list(found["stages"]) == [stage.name for stage in judge.stages_of(variant)]
     parts = (0, 0.7, 0.9)
     asked = [(row["projected"], row["hidden"]) for row in found["rows"]]
     assert asked == [(projected, part) for projected in (False, True) for part in parts]
     assert found["trained_on"] == len(trained[0])
-    assert found["n"][0] == 24, "Cohen's copies are not counted again"
-    judged = judge.sides(relatives)[2]
+    judged = judge.sides(relatives, hospital)[2]
+    own = [s for s in samples if s.source == name and s.metadata.get("numbered_by") != "cohen"]
+    assert found["n"][0] == sum(s.label == hospital.label for s in own), "no copy counts again"
+    assert {s.source for s in judged.samples if s.label == "normal"} == {"nih"}
     classifier = Classifier.from_pretrained(published.run / "160px")
     shares = classifier.predict_proba(judged)
-    truth = [s.label == "covid19" for s in judged.samples]
-    auroc = roc_auc_score(truth, shares[:, 2] / (shares[:, 2] + shares[:, 0]))
+    k = judged.classes.index(hospital.label)
+    truth = np.array(judged.targets) == k
+    auroc = roc_auc_score(truth, shares[:, k] / (shares[:, k] + shares[:, 0]))
     whole = found["rows"][0]
     assert whole["auroc"]["value"] == pytest.approx(auroc, abs=1e-6)
-    right = (shares.argmax(1) == np.array(judged.targets))[np.array(truth)]
-    assert whole["first"][0] == pytest.approx(right.mean())
+    for called, side in zip(whole["called"], (truth, ~truth), strict=True):
+        assert called == pytest.approx([(shares[side].argmax(1) == k).mean() for k in range(3)])
     assert whole["auroc"] != found["rows"][3]["auroc"]
+
+
+def test_a_variant_changes_the_second_stage_alone(recipes: dict[str, Any]) -> None:
+    judge, default = recipes["judge_recipe"], recipes["train_default"]
+    assert judge.stages_of(None) == default.STAGES
+    first, second, *_ = default.STAGES
+    assert judge.stages_of("mild")[0] == first
+    for variant, within in (("mild", False), ("within", True)):
+        changed = judge.stages_of(variant)[1]
+        assert (changed.name, changed.config.within_sources) == (f"192px-{variant}", within)
+        same = replace(changed.config, augmentation=default.STRONG, within_sources=False)
+        assert changed.config.augmentation == default.MILD
+        assert same == second.config
 
 
 def host(sample: Sample) -> str:
@@ -873,9 +901,9 @@ def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str,
     pairs = results.read("inside")["pairs"]
     assert pairs
     assert sum(title.endswith(results.OF_TWO) for title in titles) == len(pairs)
-    marks = (results.ALONE, results.UNSEEN, "(shorter relative)")
+    marks = (results.ALONE, results.UNSEEN, results.UNSEEN_NIH, "(shorter relative)")
     assert all(title.endswith((*own, *marks)) for title in titles)
-    assert sum(title.endswith(marks) for title in titles) == 12
+    assert sum(title.endswith(marks) for title in titles) == 13
     about = results.about_relatives()
     for row in results.read("tried_inside")["rows"][:2]:
         assert results.estimate(row["all"]) in about
