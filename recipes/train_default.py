@@ -158,7 +158,7 @@ def train_stages(
     *,
     cache: Path,
     pretrained: str | None = None,
-    stages: Sequence[Stage] = STAGES,
+    stages: Sequence[Stage] | None = None,
 ) -> list[Path]:
     """Train all stages and return their folders.
 
@@ -168,8 +168,9 @@ def train_stages(
         output: Run folders appear below it, one per stage.
         cache: Folder for decoded pixels.
         pretrained: ``"imagenet"``, a checkpoint folder, or ``None`` for random weights.
-        stages: Each starts from the weights of the one before it.
+        stages: Each starts from the weights of the one before it; the recipe's if not given.
     """
+    stages = STAGES if stages is None else stages
     folders = [output / stage.name for stage in stages]
     start: bool | str = {"imagenet": True, None: False}.get(pretrained, pretrained or False)
     for stage, folder in zip(stages, folders, strict=True):
