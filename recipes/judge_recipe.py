@@ -8,7 +8,8 @@ is judged, whole and with the centre hidden, by that hospital: Hannover's COVID-
 of NIH's held-out patients, or NIH's pneumonias against NIH's normals. Not a network but the recipe
 is judged: the bundled weights have seen both. Of Hannover there is COVID-19 alone, so that what
 tells it from NIH without looking at lungs counts, too; NIH has both classes, but no COVID-19. It
-takes as long as the recipe. ``--variant`` changes the second stage and ends there.
+takes as long as the recipe. ``--variant`` changes the stages after the first, and ``--until`` ends
+at one of them.
 """
 
 from __future__ import annotations
@@ -93,35 +94,40 @@ def judge_parts(
     return rows
 
 
-#: What was tried in the second stage in place of its strong variation.
+#: What was tried in the stages after the first in place of their strong variation.
 VARIANTS: dict[str, dict[str, Any]] = {
     "mild": {"augmentation": MILD},
     "within": {"augmentation": MILD, "within_sources": True},
 }
 
 
-def stages_of(variant: str | None) -> tuple[Stage, ...]:
-    """Return the recipe's stages, or the first two of them with the second one changed."""
-    if variant is None:
-        return STAGES
-    first, second, *_ = STAGES
-    config = replace(second.config, **VARIANTS[variant])
-    return first, Stage(f"{second.name}-{variant}", config)
+def stages_of(variant: str | None, until: str | None = None) -> tuple[Stage, ...]:
+    """Return the recipe's stages, all but the first changed by a variant, up to the one named."""
+    names = [stage.name for stage in STAGES]
+    first, *others = STAGES[: len(names) if until is None else names.index(until) + 1]
+    if variant is not None:
+        how = VARIANTS[variant]
+        others = [Stage(f"{s.name}-{variant}", replace(s.config, **how)) for s in others]
+    return first, *others
 
 
 def judge_recipe(
-    relatives: Relatives, hospital: Hospital, output: Path, variant: str | None = None
+    relatives: Relatives,
+    hospital: Hospital,
+    output: Path,
+    variant: str | None = None,
+    until: str | None = None,
 ) -> None:
     """Train the stages and judge them, each as it is and with the frame projected out.
 
-    Of a variant only the stage that it changes is judged.
+    Of a variant only the stages that it changes are judged.
     """
     train, val, judged = sides(relatives, hospital)
     place = relatives.folder / f"recipe-without-{hospital.source}"
-    stages = stages_of(variant)
+    stages = stages_of(variant, until)
     folders = train_stages(train, val, place, cache=relatives.cache, stages=stages)
     rows = []
-    for folder in folders if variant is None else folders[-1:]:
+    for folder in folders if variant is None else folders[1:]:
         config, tensors = load_checkpoint(folder)
         for projected in (False, True):
             shown = unlearn_frame(config, tensors, train) if projected else tensors
@@ -142,10 +148,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
     parser.add_argument("--without", choices=list(HOSPITALS), default="hannover")
     parser.add_argument("--variant", choices=list(VARIANTS))
+    parser.add_argument("--until", choices=[stage.name for stage in STAGES])
     parser.add_argument("--made", metavar="TEXT", help="machine, software and files, in words")
     options = parser.parse_args()
     relatives = Relatives(options.data, options.run, options.made)
-    judge_recipe(relatives, HOSPITALS[options.without], options.output, options.variant)
+    hospital = HOSPITALS[options.without]
+    judge_recipe(relatives, hospital, options.output, options.variant, options.until)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ COLUMNS = (
     "Cohen against NIH, whole",
     "Inside Cohen",
     "Inside Cohen, against pneumonia alone",
+    "Inside NIH, pneumonia against normal",
 )
 CHANGES: dict[Any, Change] = {"whole": lambda image: image, **covers("mean")}
 #: What the name of the published weights' row ends in.
@@ -98,20 +99,24 @@ def row(folder: Path, held: ChestXrayDataset, *, limit: int) -> list[str]:
         auroc(("cohen", "covid19"), ("nih", "normal"), "whole"),
         auroc(("cohen", "covid19"), ("cohen", "others"), "whole"),
         auroc(("cohen", "covid19"), ("cohen", "pneumonia"), "whole"),
+        auroc(("nih", "pneumonia"), ("nih", "normal"), "whole"),
     ]
 
 
 def note(held: ChestXrayDataset, limit: int) -> str:
-    covid = sum(s.source == "cohen" and s.label == "covid19" for s in held.samples)
-    others = sum(s.source == "cohen" and s.label != "covid19" for s in held.samples)
-    pneumonia = sum(s.source == "cohen" and s.label == "pneumonia" for s in held.samples)
+    def number(source: str, *labels: str) -> int:
+        return sum(s.source == source and s.label in labels for s in held.samples)
+
+    covid, other = number("cohen", "covid19"), number("cohen", "pneumonia")
+    nih = f"{number('nih', 'pneumonia')} against {number('nih', 'normal')}"
     return (
         "AUROC of p(covid19) / (p(covid19) + p(normal)), inside Cohen of p(covid19), against "
-        "pneumonia alone of p(covid19) / (p(covid19) + p(pneumonia)), on patients of validation "
+        "pneumonia alone of p(covid19) / (p(covid19) + p(pneumonia)), inside NIH of p(pneumonia) / "
+        "(p(pneumonia) + p(normal)), on patients of validation "
         "and test. The frame: COVID-19 of one source against normals of another "
         "with the central 70 % and 90 % of the side hidden under the image's mean, at most "
-        f"{limit} images of a source and label. Inside Cohen: {covid} COVID-19 against {others} "
-        f"others, {pneumonia} of them pneumonia."
+        f"{limit} images of a source and label. Inside Cohen: {covid} COVID-19 against "
+        f"{other + number('cohen', 'normal')} others, {other} of them pneumonia. Inside NIH: {nih}."
     )
 
 

@@ -89,7 +89,7 @@ class Cells:
     ) -> None:
         self.samples: dict[tuple[str, str], list[Sample]] = {}
         self.found: dict[tuple[str, str], dict[Any, np.ndarray]] = {}
-        wanted = {("cohen", "others"), ("cohen", "pneumonia")}
+        wanted = {("cohen", "others"), ("cohen", "pneumonia"), ("nih", "pneumonia")}
         for one, other in PAIRINGS:
             wanted |= {(one, "covid19"), (other, "normal")}
         for source, label in sorted(wanted):
@@ -103,14 +103,14 @@ class Cells:
             print(source, label, len(cell), flush=True)
 
     def auroc(self, one: tuple[str, str], other: tuple[str, str], change: Any) -> dict[str, Any]:
-        """Return counts and AUROC of COVID-19 in the first cell against the second.
+        """Return counts and AUROC of the first cell's class against the second's.
 
         Against others it is that of p(covid19); against one class, of these two alone.
         """
         samples = [*self.samples[one], *self.samples[other]]
         found = np.concatenate([self.found[one][change], self.found[other][change]])
-        truth = [s.label == "covid19" for s in samples]
-        scores = found[:, 2] if other[1] == "others" else score(found, against=other[1])
+        truth = [s.label == one[1] for s in samples]
+        scores = found[:, 2] if other[1] == "others" else score(found, one[1], other[1])
         value = estimate_auroc(samples, truth, scores)
         return {"n": [sum(truth), len(truth) - sum(truth)], "auroc": value.to_dict()}
 

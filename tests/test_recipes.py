@@ -458,12 +458,13 @@ def test_what_was_tried_is_listed_out_of_the_runs(
         "not measured",
     ]
     numbers = [float(part) for cell in first[2:] for part in cell.split(", ")]
-    assert len(numbers) == 11
+    assert len(numbers) == 12
     assert all(0 <= number <= 1 for number in numbers)
-    alone = [r for r in published.read("inside")["pairs"] if r["source"] == "cohen"][-1]
-    assert (alone["of"], alone["against"]) == ("covid19", "pneumonia")
-    assert max(alone["n"]) <= 6, "so that the table has all of them, too"
-    assert last[-1] == f"{alone['auroc']['value']:.3f}"
+    pairs = {(r["source"], r["of"], r["against"]): r for r in published.read("inside")["pairs"]}
+    told = ("cohen", "covid19", "pneumonia"), ("nih", "pneumonia", "normal")
+    for cell, pair in zip(last[-2:], told, strict=True):
+        assert max(pairs[pair]["n"]) <= 6, "so that the table has all of them, too"
+        assert cell == f"{pairs[pair]['auroc']['value']:.3f}"
     describe = recipes["list_tried"].describe
     stages = recipes["train_default"].STAGES
     assert "0.25 of centres hidden, 0.5 of frames swapped" in describe(stages[-2].config.to_dict())
@@ -760,17 +761,17 @@ def test_the_recipe_is_judged_by_a_hospital_that_it_never_saw(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judge, trained = recipes["judge_recipe"], []
-    hospital = judge.HOSPITALS[name]
+    hospital, until = judge.HOSPITALS[name], None if variant is None else "192px"
 
     def train_stages(train: Any, val: Any, output: Path, *, cache: Path, stages: Any) -> list[Path]:
         assert output.name == f"recipe-without-{name}"
-        assert stages == judge.stages_of(variant)
+        assert stages == judge.stages_of(variant, until)
         trained.extend((train, val))
         last = published.run / recipes["train_default"].STAGES[0].name
         return [last] if variant is None else [tmp_path / "not judged", last]
 
     monkeypatch.setattr(judge, "train_stages", train_stages)
-    judge.judge_recipe(relatives, hospital, tmp_path, variant)
+    judge.judge_recipe(relatives, hospital, tmp_path, variant, until)
     samples, groups = relatives.dataset.samples, relatives.groups
     of = dict(zip((s.path for s in samples), groups, strict=True))
     train, val = ({of[s.path] for s in side.samples} for side in trained)
@@ -782,7 +783,7 @@ def test_the_recipe_is_judged_by_a_hospital_that_it_never_saw(
 
     result = hospital.result if variant is None else f"{hospital.result}_{variant}"
     found = json.loads((tmp_path / f"{result}.json").read_text())
-    assert list(found["stages"]) == [stage.name for stage in judge.stages_of(variant)]
+    assert list(found["stages"]) == [stage.name for stage in judge.stages_of(variant, until)]
     parts = (0, 0.7, 0.9)
     asked = [(row["projected"], row["hidden"]) for row in found["rows"]]
     assert asked == [(projected, part) for projected in (False, True) for part in parts]
@@ -803,17 +804,17 @@ def test_the_recipe_is_judged_by_a_hospital_that_it_never_saw(
     assert whole["auroc"] != found["rows"][3]["auroc"]
 
 
-def test_a_variant_changes_the_second_stage_alone(recipes: dict[str, Any]) -> None:
+def test_a_variant_changes_the_stages_after_the_first(recipes: dict[str, Any]) -> None:
     judge, default = recipes["judge_recipe"], recipes["train_default"]
     assert judge.stages_of(None) == default.STAGES
-    first, second, *_ = default.STAGES
-    assert judge.stages_of("mild")[0] == first
-    for variant, within in (("mild", False), ("within", True)):
-        changed = judge.stages_of(variant)[1]
-        assert (changed.name, changed.config.within_sources) == (f"192px-{variant}", within)
-        same = replace(changed.config, augmentation=default.STRONG, within_sources=False)
-        assert changed.config.augmentation == default.MILD
-        assert same == second.config
+    for variant, change in judge.VARIANTS.items():
+        first, *changed = judge.stages_of(variant)
+        assert first == default.STAGES[0]
+        for stage, own in zip(changed, default.STAGES[1:], strict=True):
+            assert stage.name == f"{own.name}-{variant}"
+            assert stage.config == replace(own.config, **change) != own.config
+        assert judge.stages_of(variant, "frame") == (first, *changed[:2])
+    assert judge.stages_of(None, "160px") == default.STAGES[:1]
 
 
 def host(sample: Sample) -> str:
