@@ -27,7 +27,7 @@ def tried_block() -> str:
 
 
 #: Result of the recipe by a hospital that it never saw → whom it compares, whom training lacks, and
-#: results of other ways of the second stage.
+#: results of other ways of the stages after the first.
 HOSPITALS = {
     "recipe_unseen": (
         "Hannover's COVID-19",
