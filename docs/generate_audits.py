@@ -27,10 +27,11 @@ TRAINED = {
         intervals are those of the patient bootstrap, not DeLong's, and its thresholds those that
         the table names, not all of which are today's.""",
     "default": """
-        In training it was shown lungs before another image's background, or a uniform grey
-        (`swap_background`). All else hidden is nothing new to it, so that it says less of this
-        model than the lungs hidden, and less than of one that never saw such images. Cohen's copies
-        of Hannover's radiographs count once here.""",
+        In training it was shown frames of other images, and images with the centre hidden, for
+        which it was to say nothing (`swap_frame`, `hide_centre`), and what tells the sources'
+        classes apart in the latter was projected out of its last layer. The lungs hidden is much
+        like that, so that it says less of this model than of one that never saw such images.
+        Cohen's copies of Hannover's radiographs count once here.""",
 }
 SPOKEN = {"pass": "pass", "warn": "warn", "fail": "**fail**", "not_assessable": "not assessable"}
 
@@ -164,8 +165,8 @@ What the audit holds against the classic design:
 
 The curve is not wrong. It answers another question: how well the two collections can be told apart.
 Held-out patients come from the same two collections, so no split, however careful, shows the
-difference. More sources, and training that hides what is not lung, help with some of it, as the
-audit of the bundled model shows.
+difference. More sources, and training that hides centres and swaps frames, help with some of it, as
+the audit of the bundled model shows.
 
 A model that fails an item may still see the disease; these data cannot show it. What can is a
 hospital that has both classes and was in no training source.

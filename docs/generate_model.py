@@ -342,7 +342,7 @@ def draw_stages() -> Path:
         right.plot(x, [e["val_auroc"] for e in epochs], "s--", color="C1", markersize=3)
         for axes in (left, right):
             axes.axvline(start + 0.5, color="0.85", linewidth=1)
-            axes.text(start + 0.7, 0.02, stage["stage"], transform=axes.get_xaxis_transform())
+            axes.text(start + 0.7, 1.01, stage["stage"], transform=axes.get_xaxis_transform())
         start = x[-1]
     left.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, 2.1))
     left.legend(["training", "validation"], frameon=False)

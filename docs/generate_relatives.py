@@ -130,7 +130,7 @@ def frame_caveat() -> str:
     reached = " and ".join(f"{row['auroc']['value']:.2f}" for row in rows)
     return (
         f"{text} Of Hannover, where the recipe never saw it, against NIH such AUROCs are {reached} "
-        "(above): what is unlearned of some sources need not be of another hospital."
+        "(above), of one run; what is unlearned of some sources need not be of every hospital."
     )
 
 
@@ -157,13 +157,14 @@ def about_relatives() -> str:
         In rows "by these two alone", and with Hannover or NIH unseen, the score is p(the first) /
         (p(the first) + p(the second)), of other networks p(covid19). Rows marked
         "{ALONE[1:-1]}" are of networks that, after a start on Kermany's and NIH's images, saw
-        only Cohen's, with milder variation: they say what can be learned there, not what the
-        bundled weights do."""
+        only Cohen's: they say what can be learned there, not what the bundled weights do."""
     if exists("tried_inside"):
         tried = {row["name"]: estimate(row["all"]) for row in read("tried_inside")["rows"]}
         text += f"""
-        In the same folds, shorter relatives trained on all sources as the weights are reach
-        {tried["short"]}, with swapped backgrounds {tried["short-bg"]}."""
+        In the same folds, shorter relatives trained on all sources reach {tried["mild"]} where
+        images are varied mildly, but none are hidden, {tried["short"]} where they are varied
+        strongly, with hidden centres and swapped frames, for a shorter time, and
+        {tried["short-bg"]} with swapped backgrounds, too."""
     if exists("probes"):
         text += f"""
         A network that never learned anything, one draw of weights, with a linear readout on top,
@@ -189,7 +190,7 @@ def about_relatives() -> str:
         {read("recipe_unseen_nih")["trained_on"]:,} images, none of them NIH's. Without NIH nearly
         all normals of training are children's, and those of this unseen hospital are called
         COVID-19 in {called:.0%}: of what training shows in one collection alone, the recipe learns
-        the collection."""
+        the collection. How the recipe trains was chosen with these hospitals in sight."""
     return " ".join(
         f"""{text} {about_countries()} {about_intervals()} How those on Cohen alone are trained
         was chosen with the folds in sight, and the website's name alone, without any image, reaches

@@ -27,19 +27,19 @@ def tried_block() -> str:
 
 
 #: Result of the recipe by a hospital that it never saw → whom it compares, whom training lacks, and
-#: results of other ways of the stages after the first.
+#: results of other ways of some stages.
 HOSPITALS = {
     "recipe_unseen": (
         "Hannover's COVID-19",
         "NIH's normals of held-out patients",
         "Hannover's",
-        ("recipe_unseen_mild", "recipe_unseen_within"),
+        ("recipe_unseen_strong", "recipe_unseen_within"),
     ),
     "recipe_unseen_nih": (
         "NIH's pneumonia",
         "NIH's normals",
         "NIH's",
-        ("recipe_unseen_nih_mild", "recipe_unseen_nih_within"),
+        ("recipe_unseen_nih_strong", "recipe_unseen_nih_lungs", "recipe_unseen_nih_within"),
     ),
 }
 
@@ -50,7 +50,7 @@ def unseen_block() -> str:
 
 
 def unseen_table(result: str) -> str:
-    """Return what they reach by one hospital, and what other second stages do."""
+    """Return what they reach by one hospital, and what other ways of some stages do."""
     one, other, whose, tried = HOSPITALS[result]
     found = read(result)
     results = [found, *map(read, filter(exists, tried))]

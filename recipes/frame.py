@@ -1,9 +1,10 @@
 """Take out of a classifier's last layer what it knows of the frame.
 
-With the centre of a radiograph hidden, features still tell the sources apart. The directions in
-which the sources' mean features differ then are projected out of the last layer's weights, so that
-no class can gain from them (the null-space projection of Ravfogel et al., Null It Out: Guarding
-Protected Attributes by Iterative Nullspace Projection, ACL 2020, with class means for a probe).
+With the centre of a radiograph hidden, features still tell the sources apart, and their classes.
+The directions in which the mean features of each source's classes differ then are projected out of
+the last layer's weights, so that no class can gain from them (the null-space projection of Ravfogel
+et al., Null It Out: Guarding Protected Attributes by Iterative Nullspace Projection, ACL 2020, with
+class means for a probe).
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ def features_of(
     return np.concatenate(rows).astype(np.float64)
 
 
-def differences(features: NDArray[np.float64], sources: Sequence[str]) -> NDArray[np.float64]:
-    """Return ``(sources, D)``: each source's mean features, less the mean of those means."""
-    names = np.array(sources)
+def differences(features: NDArray[np.float64], cells: Sequence[str]) -> NDArray[np.float64]:
+    """Return ``(cells, D)``: the mean features of each cell, less the mean of those means."""
+    names = np.array(cells)
     means = np.stack([features[names == name].mean(0) for name in np.unique(names)])
     found: NDArray[np.float64] = means - means.mean(0)
     return found
@@ -98,9 +99,9 @@ def unlearn_frame(
 ) -> dict[str, NDArray[Any]]:
     """Return the weights without the frame, by training images alone."""
     indices = choose(train)
-    sources = [train.samples[i].source for i in indices]
+    cells = [f"{train.samples[i].source} {train.samples[i].label}" for i in indices]
     found = [
-        differences(features_of(config, tensors, train, indices, part), sources) for part in PARTS
+        differences(features_of(config, tensors, train, indices, part), cells) for part in PARTS
     ]
     typical = features_of(config, tensors, train, indices, 0.0).mean(0)
     return project_out(tensors, np.concatenate(found), typical)

@@ -8,8 +8,7 @@ is judged, whole and with the centre hidden, by that hospital: Hannover's COVID-
 of NIH's held-out patients, or NIH's pneumonias against NIH's normals. Not a network but the recipe
 is judged: the bundled weights have seen both. Of Hannover there is COVID-19 alone, so that what
 tells it from NIH without looking at lungs counts, too; NIH has both classes, but no COVID-19. It
-takes as long as the recipe. ``--variant`` changes the stages after the first, and ``--until`` ends
-at one of them.
+takes as long as the recipe. ``--variant`` takes other stages, and ``--until`` ends at one.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import numpy as np
 from frame import unlearn_frame
 from judge_default import count, estimate_auroc, predict_hidden, said, score, write
 from relatives import Relatives
-from train_default import MILD, STAGES, Stage, train_stages
+from train_default import STAGES, STRONG, Stage, train_stages
 
 from chestxray_covid import ChestXrayDataset, Classifier
 from chestxray_covid.checkpoint import load_checkpoint
@@ -94,21 +93,47 @@ def judge_parts(
     return rows
 
 
-#: What was tried in the stages after the first in place of their strong variation.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "mild": {"augmentation": MILD},
-    "within": {"augmentation": MILD, "within_sources": True},
+def changed(stage: Stage, variant: str, **how: Any) -> Stage:
+    """Return the stage with other options, called after the variant."""
+    return Stage(f"{stage.name}-{variant}", replace(stage.config, **how))
+
+
+#: A further stage: lungs before other backgrounds; the rate stays where it is, and the average of
+#: weights is long (Cha et al., SWAD: Domain Generalization by Seeking Flat Minima, NeurIPS 2021).
+LUNGS = Stage(
+    "lungs",
+    replace(
+        STAGES[-1].config,
+        epochs=6,
+        learning_rate=5e-4,
+        schedule="step",
+        step_epochs=6,
+        swap_background=0.6,
+        swap_frame=0.3,
+        ema_decay=0.997,
+        seed=4,
+    ),
+)
+#: What was tried in place of the recipe's stages, name → stages. ``strong`` made the weights that
+#: were published before, ``within`` compares classes within sources.
+VARIANTS: dict[str, tuple[Stage, ...]] = {
+    "strong": (
+        STAGES[0],
+        *(changed(stage, "strong", augmentation=STRONG) for stage in (*STAGES[1:], LUNGS)),
+    ),
+    "within": (
+        STAGES[0],
+        *(changed(stage, "within", within_sources=True) for stage in STAGES[1:]),
+    ),
+    "lungs": (*STAGES, LUNGS),
 }
 
 
 def stages_of(variant: str | None, until: str | None = None) -> tuple[Stage, ...]:
-    """Return the recipe's stages, all but the first changed by a variant, up to the one named."""
-    names = [stage.name for stage in STAGES]
-    first, *others = STAGES[: len(names) if until is None else names.index(until) + 1]
-    if variant is not None:
-        how = VARIANTS[variant]
-        others = [Stage(f"{s.name}-{variant}", replace(s.config, **how)) for s in others]
-    return first, *others
+    """Return the recipe's stages, or a variant's, up to the one that is named, if one is."""
+    stages = STAGES if variant is None else VARIANTS[variant]
+    names = [stage.name for stage in stages]
+    return stages if until is None else stages[: names.index(until) + 1]
 
 
 def judge_recipe(
@@ -120,14 +145,15 @@ def judge_recipe(
 ) -> None:
     """Train the stages and judge them, each as it is and with the frame projected out.
 
-    Of a variant only the stages that it changes are judged.
+    Of a variant only the stages that are its own are judged.
     """
     train, val, judged = sides(relatives, hospital)
     place = relatives.folder / f"recipe-without-{hospital.source}"
     stages = stages_of(variant, until)
     folders = train_stages(train, val, place, cache=relatives.cache, stages=stages)
     rows = []
-    for folder in folders if variant is None else folders[1:]:
+    own = [stage.name for stage in stages if variant is None or stage not in STAGES]
+    for folder in (folder for folder in folders if folder.name in own):
         config, tensors = load_checkpoint(folder)
         for projected in (False, True):
             shown = unlearn_frame(config, tensors, train) if projected else tensors
@@ -148,9 +174,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/default"))
     parser.add_argument("--without", choices=list(HOSPITALS), default="hannover")
     parser.add_argument("--variant", choices=list(VARIANTS))
-    parser.add_argument("--until", choices=[stage.name for stage in STAGES])
+    parser.add_argument("--until", metavar="STAGE", help="its last stage, 192px-within for example")
     parser.add_argument("--made", metavar="TEXT", help="machine, software and files, in words")
     options = parser.parse_args()
+    own = [stage.name for stage in stages_of(options.variant) if stage not in STAGES]
+    if options.until not in (None, *own):
+        names = ", ".join(own) or "none without --variant"
+        parser.error(f"--until is a variant's own stage ({names}), not {options.until}.")
     relatives = Relatives(options.data, options.run, options.made)
     hospital = HOSPITALS[options.without]
     judge_recipe(relatives, hospital, options.output, options.variant, options.until)

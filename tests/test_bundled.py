@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -170,19 +171,23 @@ def test_pages_hold_what_was_measured(pages: ModuleType) -> None:
 
 def test_other_stages_are_judged_as_the_recipe_is(pages: ModuleType) -> None:
     hospitals = importlib.import_module("generate_tried").HOSPITALS
+    differ = {"strong": {"augmentation"}, "within": {"within_sources"}, "lungs": set()}
+    of = itemgetter("stage")
     for result, (*_, tried) in hospitals.items():
         recipe = pages.read(result)
+        stages = [stage["stage"] for stage in pages.read("history")["stages"]]
+        assert list(recipe["stages"]) == stages == list(dict.fromkeys(map(of, recipe["rows"])))
         first, *others = recipe["stages"].values()
         for name in tried:
-            found = pages.read(name)
+            found, kind = pages.read(name), name.rpartition("_")[2]
             assert all(found[key] == recipe[key] for key in ("n", "trained_on", "made")), name
             same, *changed = found["stages"].values()
             assert same == first
             assert changed
             for own, new in zip(others, changed, strict=False):
-                differs = {key for key in own if own[key] != new[key]}
-                within = {"within_sources"} if "within" in name else set()
-                assert differs == {"augmentation"} | within
+                assert {key for key in own if own[key] != new[key]} == differ[kind]
+            assert all(further["swap_background"] for further in changed[len(others) :])
+            assert set(map(of, found["rows"])) == set(found["stages"]) - set(stages)
 
 
 @pytest.mark.parametrize(

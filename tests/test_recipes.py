@@ -26,6 +26,7 @@ from torch.nn import functional
 import sources
 from chestxray_covid import (
     Augmentation,
+    ChestXrayDataset,
     Classifier,
     EvaluationReport,
     FolderDataset,
@@ -198,6 +199,41 @@ def test_what_tells_sources_apart_is_projected_out_of_the_last_layer(
         tensors["classifier.weight"] - found["classifier.weight"], tol=1e-4
     )
     assert rows == 2, "three means differ in two directions"
+
+
+def test_what_tells_the_classes_of_sources_apart_by_the_frame_is_projected_out(
+    recipes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame, rng = recipes["frame"], np.random.default_rng(0)
+    cells = [(source, label) for source in ("a", "b") for label in ("normal", "covid19")]
+    samples = [
+        Sample(
+            path=Path(f"{source}{label}{i}.png"),
+            label=label,
+            finding=label,
+            patient_id=f"{label}{i}",
+            view="PA",
+            source=source,
+        )
+        for source, label in cells
+        for i in range(5)
+    ]
+    train = ChestXrayDataset(samples, classes=("normal", "covid19"))
+    centres = {cell: rng.normal(0, 3, 1024) for cell in cells}
+
+    def features_of(config: Any, tensors: Any, data: Any, indices: Any, part: float) -> Any:
+        own = (data.samples[i] for i in indices)
+        return np.stack([(part > 0) * centres[s.source, s.label] + 1 for s in own])
+
+    monkeypatch.setattr(frame, "features_of", features_of)
+    weight = rng.normal(size=(2, 1024)).astype(np.float32)
+    tensors = {"classifier.weight": weight, "classifier.bias": np.zeros(2, np.float32)}
+    found = frame.unlearn_frame(ModelConfig(classes=("normal", "covid19")), tensors, train)
+    shown = np.stack(list(centres.values()))
+    assert np.ptp(shown @ weight.T, axis=0).min() > 1
+    np.testing.assert_allclose(np.ptp(shown @ found["classifier.weight"].T, axis=0), 0, atol=1e-3)
+    whole = np.ones(1024) @ found["classifier.weight"].T + found["classifier.bias"]
+    np.testing.assert_allclose(whole, np.ones(1024) @ weight.T, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -467,8 +503,9 @@ def test_what_was_tried_is_listed_out_of_the_runs(
         assert cell == f"{pairs[pair]['auroc']['value']:.3f}"
     describe = recipes["list_tried"].describe
     stages = recipes["train_default"].STAGES
-    assert "0.25 of centres hidden, 0.5 of frames swapped" in describe(stages[-2].config.to_dict())
-    assert "rate 0.0005 to the end" in describe(stages[-1].config.to_dict())
+    assert "0.25 of centres hidden, 0.5 of frames swapped" in describe(stages[-1].config.to_dict())
+    further = recipes["judge_recipe"].LUNGS
+    assert "rate 0.0005 to the end" in describe(further.config.to_dict())
 
 
 @pytest.mark.parametrize("other", ["", "note", "columns"])
@@ -761,14 +798,16 @@ def test_the_recipe_is_judged_by_a_hospital_that_it_never_saw(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judge, trained = recipes["judge_recipe"], []
-    hospital, until = judge.HOSPITALS[name], None if variant is None else "192px"
+    hospital, until = judge.HOSPITALS[name], variant and f"192px-{variant}"
+    first = published.run / recipes["train_default"].STAGES[0].name
+    other = tmp_path / str(until)
+    shutil.copytree(first, other)
 
     def train_stages(train: Any, val: Any, output: Path, *, cache: Path, stages: Any) -> list[Path]:
         assert output.name == f"recipe-without-{name}"
         assert stages == judge.stages_of(variant, until)
         trained.extend((train, val))
-        last = published.run / recipes["train_default"].STAGES[0].name
-        return [last] if variant is None else [tmp_path / "not judged", last]
+        return [first] if variant is None else [tmp_path / first.name, other]
 
     monkeypatch.setattr(judge, "train_stages", train_stages)
     judge.judge_recipe(relatives, hospital, tmp_path, variant, until)
@@ -804,17 +843,23 @@ def test_the_recipe_is_judged_by_a_hospital_that_it_never_saw(
     assert whole["auroc"] != found["rows"][3]["auroc"]
 
 
-def test_a_variant_changes_the_stages_after_the_first(recipes: dict[str, Any]) -> None:
+def test_a_variant_begins_as_the_recipe_and_differs_in_what_it_says(
+    recipes: dict[str, Any],
+) -> None:
     judge, default = recipes["judge_recipe"], recipes["train_default"]
     assert judge.stages_of(None) == default.STAGES
-    for variant, change in judge.VARIANTS.items():
-        first, *changed = judge.stages_of(variant)
+    assert judge.stages_of(None, "160px") == default.STAGES[:1]
+    assert judge.stages_of("lungs") == (*default.STAGES, judge.LUNGS)
+    options = {"strong": {"augmentation": default.STRONG}, "within": {"within_sources": True}}
+    for variant, change in options.items():
+        first, *others = stages = judge.stages_of(variant)
         assert first == default.STAGES[0]
-        for stage, own in zip(changed, default.STAGES[1:], strict=True):
+        for stage, own in zip(others, (*default.STAGES[1:], judge.LUNGS), strict=False):
             assert stage.name == f"{own.name}-{variant}"
             assert stage.config == replace(own.config, **change) != own.config
-        assert judge.stages_of(variant, "frame") == (first, *changed[:2])
-    assert judge.stages_of(None, "160px") == default.STAGES[:1]
+        assert judge.stages_of(variant, others[0].name) == stages[:2]
+    assert [len(judge.stages_of(name)) for name in ("strong", "within")] == [5, 4]
+    assert {stage.config.augmentation for stage in default.STAGES} == {default.MILD}
 
 
 def host(sample: Sample) -> str:
@@ -906,7 +951,7 @@ def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str,
     assert all(title.endswith((*own, *marks)) for title in titles)
     assert sum(title.endswith(marks) for title in titles) == 13
     about = results.about_relatives()
-    for row in results.read("tried_inside")["rows"][:2]:
+    for row in results.read("tried_inside")["rows"][:3]:
         assert results.estimate(row["all"]) in about
     for page in (pages.model_block(), pages.model_page()):
         assert about in " ".join(page.split())

@@ -39,7 +39,7 @@ _CENTRE_STREAM = 3
 #: The same, of :func:`swap_frames`.
 _FRAME_STREAM = 4
 #: The same, of :func:`swap_backgrounds`.
-_BACKGROUND_STREAM = 77  # any number of its own; the bundled weights were trained with this one
+_BACKGROUND_STREAM = 77  # any number of its own; published weights were trained with this one
 #: The same, of :func:`mix_up`.
 _MIX_STREAM = 5
 _EDGES = ("left", "top", "right", "bottom")
