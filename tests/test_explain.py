@@ -175,21 +175,22 @@ def test_weights_made_random_change_the_map() -> None:
     phantoms = SyntheticChestXray(6, image_size_px=size, seed=3)
     original = grad_cam(bundled, phantoms)
     targets = [heatmap.target for heatmap in original]
-    noise = random_tensors(len(classes), seed=5)
+    tensors = bundled._tensors
 
-    def similarity(prefixes: tuple[str, ...]) -> float:
+    def similarity(prefixes: tuple[str, ...], seed: int = 0) -> float:
+        noise = random_tensors(len(classes), seed=seed)
         changed = {k: noise[k] if k.startswith(prefixes) else v for k, v in tensors.items()}
         found = grad_cam(Classifier(bundled.config, changed), phantoms, targets)
         pairs = zip(original, found, strict=True)
         return float(np.mean([rank_correlation(a.grid, b.grid) for a, b in pairs]))
 
-    tensors = bundled._tensors
-    head, block = "classifier.weight", "features.denseblock4"
-    alike = [similarity(made_random) for made_random in ((head,), (head, block), ("",))]
     assert similarity(("none of them",)) == pytest.approx(1)
-    # What only finds edges of the image, the failure that the paper is about, stays near 1.
-    assert 0.9 > alike[0] > alike[1] > alike[2]
-    assert alike[2] < 0.2
+    head, block = "classifier.weight", "features.denseblock4"
+    for made_random in ((head,), (head, block), ("",)):
+        # What only finds edges of the image, the failure that the paper is about, stays near 1. A
+        # single draw says little: its map is alike, or the reverse, by chance.
+        alike = [abs(similarity(made_random, seed)) for seed in range(5, 9)]
+        assert np.mean(alike) < 0.4, made_random
 
 
 def test_heat_is_where_the_network_reads_in_the_geometry_of_the_original(tmp_path: Path) -> None:
