@@ -94,6 +94,7 @@ def inside_block() -> str:
         probes_table("probes"),
         *((wrapped(warm_up_note()), probes_table(*WARM_UPS)) if warmed_up() else ()),
         *((wrapped(mixup_note()),) if exists("probes_mixup") else ()),
+        *((wrapped(sizes_note()), sizes_table()) if exists("probes_warm_up_sizes") else ()),
         wrapped(crops_note()),
         probes_table("probes_lungs"),
         *((wrapped(frame_note()), frame_table()) if exists("probes_frame") else ()),
@@ -212,6 +213,31 @@ def mixup_note() -> str:
         with the readouts of all four layers {estimate(both["all"])}, without Hannover's
         {estimate(both["without Hannover's"])}; both were settled on before they were made
         (`judge_default.py --mixup`, `probe_inside.py --folds folds_mixup`)."""
+
+
+def sizes_note() -> str:
+    """Return in words what was read out of images in several sizes, and how it is judged."""
+    found = read("probes_warm_up_sizes")
+    networks = max(row["networks"] for row in found["rows"])
+    return f"""
+        The readouts of all four layers of the last {networks} of these networks again, of images in
+        several sizes (`probe_inside.py --sizes`), on {found["made"]}. Settled before any was seen
+        was that the last value of the last row would be judged, of both networks and all sizes,
+        together with the folds' networks, which saw 160 px."""
+
+
+def sizes_table() -> str:
+    """Return what these readouts give away by the size of the images."""
+    shown = [row for row in read("probes_warm_up_sizes")["rows"] if row["layer"] == "all four"]
+    rows = []
+    for row in shown:
+        one, rest = row["all"], row["without Hannover's"]
+        values = (one["auroc"], rest["auroc"], one["same_website"], row["with_folds"]["all"])
+        several = f"average of {row['networks']}" if row["networks"] > 1 else "one network"
+        sizes = " and ".join(map(str, row["size_px"]))
+        rows.append((f"{sizes} px", several, *map(estimate, values)))
+    columns = ("Size", "Networks", "All", "Without Hannover's", "Pairs of one website")
+    return table((*columns, "All, with the folds' networks"), rows)
 
 
 def crops_note() -> str:

@@ -12,7 +12,7 @@ the output folder has what the folds' own networks answered, each readout is als
 with them. ``--lungs`` shows all networks crops to the lungs, also in the training that they
 start from. ``--frame`` hides the centre of all images, so that the frame alone is read.
 ``--warm-up`` is for networks that ``warm_up.py`` made, and folds that began with one of them, of
-which ``--folds`` names others.
+which ``--folds`` names others, and ``--sizes`` shows them the images in several sizes.
 """
 
 from __future__ import annotations
@@ -151,12 +151,15 @@ def judged(
     return row
 
 
-def images_of(dataset: ChestXrayDataset, part: float = 0.0) -> Tensor:
+def images_of(
+    dataset: ChestXrayDataset, part: float = 0.0, preprocess: Preprocess | None = None
+) -> Tensor:
     """Return all images, ``(N, 1, S, S)`` uint8, with that central part under a grey."""
+    preprocess = preprocess or PREPROCESS
     if not part:
-        return torch.from_numpy(np.stack([PREPROCESS(s) for s in dataset.samples]))
+        return torch.from_numpy(np.stack([preprocess(s) for s in dataset.samples]))
     images = (hide(dataset.image(i), part, GREY) for i in range(len(dataset)))
-    return torch.from_numpy(np.stack([PREPROCESS(image) for image in images]))
+    return torch.from_numpy(np.stack([preprocess(image) for image in images]))
 
 
 def random_network(pixels: Tensor, seed: int = 0) -> nn.Module:
@@ -174,38 +177,91 @@ def networks_of(bases: Sequence[Path], pixels: Tensor) -> dict[str, list[Callabl
     }
 
 
-def read_networks(
+#: Weights → layer → what is read out of each network, ``(N,)`` with a deviation of 1.
+Answers = dict[str, dict[str, list[np.ndarray]]]
+
+
+def answers_of(
     networks: Mapping[str, Sequence[Callable[[], nn.Module]]],
     pixels: Tensor,
     inside: ChestXrayDataset,
     pairs: list[tuple[np.ndarray, np.ndarray]],
-    trained: np.ndarray | None = None,
-) -> list[dict[str, Any]]:
-    """Return what each layer of each network gives away, and averages over layers and networks.
+) -> Answers:
+    """Return what is read out of each layer of each network, and the average over its layers.
 
     Args:
         networks: What weights are called → how each of these networks is built.
         pixels: ``(N, 1, S, S)`` uint8, what the networks are shown.
         inside: Cohen's samples.
         pairs: Positions of the rest and of the held out, a pair per fold.
-        trained: ``(N,)`` answers of the folds' own networks.
     """
     truth = np.array([s.label == "covid19" for s in inside.samples])
-    rows = []
+    every: Answers = {}
     for weights, draws in networks.items():
-        answers: dict[str, list[np.ndarray]] = {layer: [] for layer in (*LAYERS, TOGETHER)}
+        answers = every[weights] = {layer: [] for layer in (*LAYERS, TOGETHER)}
         for build in draws:
             for layer, features in features_of(build(), pixels).items():
                 print(weights, layer)
                 answers[layer].append(zscore(read_out(features, truth, pairs)))
             average = np.mean([answers[layer][-1] for layer in LAYERS], axis=0)
             answers[TOGETHER].append(zscore(average))
-        for several in sorted({1, len(draws)}):
+    return every
+
+
+def together(every: Sequence[Answers]) -> Answers:
+    """Return, of each network, the average over the sizes in which it was shown the images."""
+    return {
+        weights: {
+            TOGETHER: [
+                zscore(np.mean(sizes, axis=0))
+                for sizes in zip(*(answers[weights][TOGETHER] for answers in every), strict=True)
+            ]
+        }
+        for weights in every[0]
+    }
+
+
+def judge_answers(
+    every: Answers,
+    inside: ChestXrayDataset,
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+    trained: np.ndarray | None = None,
+) -> list[dict[str, Any]]:
+    """Return what each layer gives away, of one network and of the average of all.
+
+    Args:
+        every: What was read out.
+        inside: Cohen's samples.
+        pairs: Positions of the rest and of the held out, a pair per fold.
+        trained: ``(N,)`` answers of the folds' own networks.
+    """
+    rows = []
+    for weights, answers in every.items():
+        for several in sorted({1, *map(len, answers.values())}):
             for layer, found in answers.items():
-                together = np.mean(found[:several], axis=0)
-                row = judged(inside, pairs, together, trained)
+                row = judged(inside, pairs, np.mean(found[:several], axis=0), trained)
                 rows.append({"weights": weights, "networks": several, "layer": layer, **row})
     return rows
+
+
+def judge_sizes(
+    networks: Mapping[str, Sequence[Callable[[], nn.Module]]],
+    sizes_px: Sequence[int],
+    inside: ChestXrayDataset,
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+    trained: np.ndarray | None,
+) -> list[dict[str, Any]]:
+    """Return what networks give away of images in each of these sizes, and in all of them."""
+    every = [
+        answers_of(networks, images_of(inside, preprocess=Preprocess(size_px=px)), inside, pairs)
+        for px in sizes_px
+    ]
+    shown = [*([px] for px in sizes_px), list(sizes_px)]
+    return [
+        {"size_px": sizes, **row}
+        for sizes, found in zip(shown, [*every, together(every)], strict=True)
+        for row in judge_answers(found, inside, pairs, trained)
+    ]
 
 
 def main() -> None:
@@ -228,7 +284,12 @@ def main() -> None:
         default="folds_warm_up",
         help="with --warm-up, the result of these folds, such as folds_mixup",
     )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", metavar="PX", help="with --warm-up, sides of the images"
+    )
     options = parser.parse_args()
+    if options.sizes and not options.warm_up:
+        parser.error("--sizes is of networks of warm_up.py: give --warm-up, too.")
     if options.folds != parser.get_default("folds") and not options.warm_up:
         parser.error("--folds is of networks of warm_up.py: give --warm-up, too.")
     if options.warm_up and not options.base:
@@ -239,7 +300,7 @@ def main() -> None:
     about = {
         "folds": len(pairs),
         **said(options.made),
-        "size_px": PREPROCESS.size_px,
+        "size_px": options.sizes or PREPROCESS.size_px,
         "views": VIEWS,
     }
     if options.frame:
@@ -247,7 +308,8 @@ def main() -> None:
             {"hidden": part, **row}
             for part in PARTS
             for pixels in [images_of(inside, part)]
-            for row in read_networks(networks_of(bases, pixels), pixels, inside, pairs)
+            for found in [answers_of(networks_of(bases, pixels), pixels, inside, pairs)]
+            for row in judge_answers(found, inside, pairs)
         ]
         write(options.output, "probes_frame", {**about, "rows": rows})
         return
@@ -259,7 +321,11 @@ def main() -> None:
         networks, folds = {"warm-up": networks["base"]}, options.folds
         suffix = folds.removeprefix("folds")
     trained = answers_of_folds(options.output, inside, folds)
-    rows = read_networks(networks, pixels, inside, pairs, trained)
+    if options.sizes:
+        rows = judge_sizes(networks, options.sizes, inside, pairs, trained)
+        write(options.output, f"probes{suffix}_sizes", {**about, "rows": rows})
+        return
+    rows = judge_answers(answers_of(networks, pixels, inside, pairs), inside, pairs, trained)
     write(options.output, f"probes{suffix}", {**about, "rows": rows})
 
 

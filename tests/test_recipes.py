@@ -1373,6 +1373,19 @@ def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
     mixed = json.loads((tmp_path / "probes_mixup.json").read_text())["rows"]
     assert [r["all"] for r in mixed] == [r["all"] for r in warm]
     assert [r["with_folds"] for r in mixed] != [r["with_folds"] for r in warm]
+    with pytest.raises(SystemExit):
+        run_main(probe, monkeypatch, {"data": data, "base": bases, "sizes": [64, 96]})
+    run_main(probe, monkeypatch, {**options, "base": bases, "sizes": [64, 96]})
+    sized = json.loads((tmp_path / "probes_warm_up_sizes.json").read_text())
+    assert sized["size_px"] == [64, 96]
+    of = {(*r["size_px"], r["networks"], r["layer"]): r["all"]["auroc"] for r in sized["rows"]}
+    every = [(64, n, la) for n in (1, 2) for la in layers]
+    every += [(96, *of_one[1:]) for of_one in every]
+    assert [*of] == [*every, (64, 96, 1, probe.TOGETHER), (64, 96, 2, probe.TOGETHER)]
+    assert [of[64, 1, la] for la in layers] == [r["all"]["auroc"] for r in warm]
+    assert of[64, 96, 2, probe.TOGETHER] == of[64, 96, 1, probe.TOGETHER], "one network twice"
+    sizes = [of[(*px, 1, probe.TOGETHER)]["value"] for px in ((64,), (96,), (64, 96))]
+    assert len(set(sizes)) == 3
     by = {(r["weights"], r["networks"], r["layer"]): r["all"] for r in found["rows"]}
     for layer in layers:
         assert by["base", 2, layer] == by["base", 1, layer], "one network twice"
