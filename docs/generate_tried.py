@@ -134,6 +134,15 @@ def rows_of(result: str, what: str) -> list[list[str]]:
     return rows
 
 
+#: What :func:`read_out` returns.
+READ_OUT = ("All", "Without Hannover's", "Pairs of one website", "All, with the folds' networks")
+
+
+def read_out(row: Mapping[str, Any]) -> list[str]:
+    """Return the four values of a row of readouts."""
+    return [*reached(row), estimate(row["with_folds"]["all"])]
+
+
 def reached(found: Mapping[str, Any]) -> list[str]:
     """Return the three values of a row of relatives in the same folds."""
     whole, rest = found["all"], found["without Hannover's"]
@@ -231,13 +240,10 @@ def sizes_table() -> str:
     shown = [row for row in read("probes_warm_up_sizes")["rows"] if row["layer"] == "all four"]
     rows = []
     for row in shown:
-        one, rest = row["all"], row["without Hannover's"]
-        values = (one["auroc"], rest["auroc"], one["same_website"], row["with_folds"]["all"])
         several = f"average of {row['networks']}" if row["networks"] > 1 else "one network"
         sizes = " and ".join(map(str, row["size_px"]))
-        rows.append((f"{sizes} px", several, *map(estimate, values)))
-    columns = ("Size", "Networks", "All", "Without Hannover's", "Pairs of one website")
-    return table((*columns, "All, with the folds' networks"), rows)
+        rows.append((f"{sizes} px", several, *read_out(row)))
+    return table(("Size", "Networks", *READ_OUT), rows)
 
 
 def crops_note() -> str:
@@ -253,15 +259,11 @@ def probes_table(*names: str) -> str:
     """Return what networks that learned little give away inside Cohen's collection."""
     rows = []
     for name, row in ((n, row) for n in names for row in read(n)["rows"]):
-        one, rest = row["all"], row["without Hannover's"]
-        values = (one["auroc"], rest["auroc"], one["same_website"], row["with_folds"]["all"])
         several = f", average of {row['networks']}" if row["networks"] > 1 else ""
         title = WEIGHTS[row["weights"]] + several + ", first run" * name.endswith("_first")
         layer = row["layer"] if row["layer"] == "all four" else f"`{row['layer']}`"
-        rows.append((title, layer, *map(estimate, values)))
-    columns = ("Weights", "Layer", "All", "Without Hannover's", "Pairs of one website")
-    columns += ("All, with the folds' networks",)
-    return table(columns, rows)
+        rows.append((title, layer, *read_out(row)))
+    return table(("Weights", "Layer", *READ_OUT), rows)
 
 
 def frame_note() -> str:

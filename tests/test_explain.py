@@ -186,11 +186,11 @@ def test_weights_made_random_change_the_map() -> None:
 
     assert similarity(("none of them",)) == pytest.approx(1)
     head, block = "classifier.weight", "features.denseblock4"
-    for made_random in ((head,), (head, block), ("",)):
+    for made_random, most in (((head,), 0.4), ((head, block), 0.4), (("",), 0.2)):
         # What only finds edges of the image, the failure that the paper is about, stays near 1. A
         # single draw says little: its map is alike, or the reverse, by chance.
         alike = [abs(similarity(made_random, seed)) for seed in range(5, 9)]
-        assert np.mean(alike) < 0.4, made_random
+        assert np.mean(alike) < most, made_random
 
 
 def test_heat_is_where_the_network_reads_in_the_geometry_of_the_original(tmp_path: Path) -> None:
