@@ -107,6 +107,11 @@ def honest_rows() -> list[tuple[str, str, str]]:
     return rows
 
 
+def of_all_layers(result: str) -> list[Mapping[str, Any]]:
+    """Return rows of readouts of all four layers together."""
+    return [row for row in read(result)["rows"] if row["layer"] == "all four"]
+
+
 def published_rows(result: str = "recipe_unseen") -> list[Mapping[str, Any]]:
     """Return what the last stage, the frame projected out, reaches by an unseen hospital.
 

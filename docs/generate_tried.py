@@ -10,7 +10,7 @@ from typing import Any
 
 from generate import DOCS, fill, table, wrapped
 from generate_model import paragraphs
-from generate_relatives import estimate, exists, pair, read, untrained
+from generate_relatives import estimate, exists, of_all_layers, pair, read, untrained
 
 
 def write_blocks() -> None:
@@ -79,6 +79,10 @@ def inside_block() -> str:
     )
     rows = [[row["relatives"], *(estimate(row[key]) for key in columns)] for row in found["rows"]]
     rows += [row for name, what in AGAIN.items() if exists(name) for row in rows_of(name, what)]
+    if exists("folds_160px_224px"):
+        both = read("folds_160px_224px")
+        name = f"average of the probabilities of {len(both['runs'])} runs after a warm-up"
+        rows.append([f"{name}, two at 160 px and two at 224 px", *reached(both)])
     before = found["before"]
     note = f"""
         {found["note"]} Where a row does not say otherwise, they were trained on {found["made"]}.
@@ -110,6 +114,7 @@ AGAIN = {
     "from the start on (seed {seed})",
     "folds_mixup": "whole radiographs at {size} px, after the warm-up of seed {seed}, with mixup "
     "{mixup:g}",
+    "folds_224px": "whole radiographs at {size} px, after the warm-up of seed {seed}",
 }
 
 
@@ -127,7 +132,10 @@ def rows_of(result: str, what: str) -> list[list[str]]:
     )
     runs = found.get("runs", [{**found, "seed": training["seed"]}])
     mixup = training.get("mixup", 0)  # older results have none
-    rows = [[name.format(size=size, seed=r["seed"], mixup=mixup), *reached(r)] for r in runs]
+    rows = [
+        [name.format(size=r.get("size_px", size), seed=r["seed"], mixup=mixup), *reached(r)]
+        for r in runs
+    ]
     if len(runs) > 1:
         average = f"the same, average of the probabilities of these {len(runs)} runs"
         rows.append([average, *reached(found)])
@@ -210,11 +218,7 @@ def mixup_note() -> str:
     """Return what folds with mixup reach together with those readouts."""
     found = read("folds_mixup")
     alone, seeds = estimate(found["all"]["auroc"]), [str(run["seed"]) for run in found["runs"]]
-    row = next(
-        row
-        for row in read("probes_mixup")["rows"]
-        if row["networks"] == len(seeds) and row["layer"] == "all four"
-    )
+    row = next(r for r in of_all_layers("probes_mixup") if r["networks"] == len(seeds))
     both = row["with_folds"]
     return f"""
         With mixup of {found["training"]["mixup"]:g} and nothing else changed, the folds' networks
@@ -228,22 +232,40 @@ def sizes_note() -> str:
     """Return in words what was read out of images in several sizes, and how it is judged."""
     found = read("probes_warm_up_sizes")
     networks = max(row["networks"] for row in found["rows"])
-    return f"""
+    text = f"""
         The readouts of all four layers of the last {networks} of these networks again, of images in
         several sizes (`probe_inside.py --sizes`), on {found["made"]}. Settled before any was seen
-        was that the last value of the last row would be judged, of both networks and all sizes,
-        together with the folds' networks, which saw 160 px."""
+        was that the value of the last row together with the folds' networks would be judged, of
+        both networks and all sizes; these folds saw 160 px."""
+    if not exists("probes_224px_sizes"):
+        return text
+    return f"""{text} After that it was settled, before they were trained, that the same would be
+        judged with folds that see 224 px and differ in nothing else (`judge_default.py --sizes`,
+        `probe_inside.py --folds`), on {read("folds_224px")["made"]}; and when one of these two runs
+        had been seen, that the average of all four, two of each size, would be judged next."""
+
+
+#: Results of the same readouts together with other folds, and what their column is called.
+LARGER = {"probes_224px_sizes": "of 224 px", "probes_160px_224px_sizes": "of 160 and 224 px"}
 
 
 def sizes_table() -> str:
     """Return what these readouts give away by the size of the images."""
-    shown = [row for row in read("probes_warm_up_sizes")["rows"] if row["layer"] == "all four"]
-    rows = []
-    for row in shown:
-        several = f"average of {row['networks']}" if row["networks"] > 1 else "one network"
-        sizes = " and ".join(map(str, row["size_px"]))
-        rows.append((f"{sizes} px", several, *read_out(row)))
-    return table(("Size", "Networks", *READ_OUT), rows)
+    head = ["Size", "Networks", *READ_OUT]
+    rows = [
+        [" and ".join(map(str, row["size_px"])) + " px", several(row), *read_out(row)]
+        for row in of_all_layers("probes_warm_up_sizes")
+    ]
+    for name in filter(exists, LARGER):
+        head.append(f"{READ_OUT[-1]} {LARGER[name]}")
+        for row, larger in zip(rows, of_all_layers(name), strict=True):
+            row.append(estimate(larger["with_folds"]["all"]))
+    return table(head, rows)
+
+
+def several(row: Mapping[str, Any]) -> str:
+    """Return in words of how many networks a row is."""
+    return f"average of {row['networks']}" if row["networks"] > 1 else "one network"
 
 
 def crops_note() -> str:
@@ -259,8 +281,8 @@ def probes_table(*names: str) -> str:
     """Return what networks that learned little give away inside Cohen's collection."""
     rows = []
     for name, row in ((n, row) for n in names for row in read(n)["rows"]):
-        several = f", average of {row['networks']}" if row["networks"] > 1 else ""
-        title = WEIGHTS[row["weights"]] + several + ", first run" * name.endswith("_first")
+        more = f", average of {row['networks']}" if row["networks"] > 1 else ""
+        title = WEIGHTS[row["weights"]] + more + ", first run" * name.endswith("_first")
         layer = row["layer"] if row["layer"] == "all four" else f"`{row['layer']}`"
         rows.append((title, layer, *read_out(row)))
     return table(("Weights", "Layer", *READ_OUT), rows)

@@ -10,9 +10,9 @@ pneumonia apart, which COVID-19 is one of. For ``hannover`` three short epochs a
 COVID-19 against other findings of Cohen's, four epochs on Cohen's rows alone. ``folds-lungs``,
 which only runs if it is asked for, does as ``folds`` on crops to the lungs. ``--seed`` does the
 folds once more, start and all, with other chance, and ``--start`` does them from other networks, as
-``warm_up.py`` makes them, and of several judges their average, too, with ``--mixup`` if asked; the
-results stand beside the first. What ``--made`` says of the machine and of the files is kept in the
-results of relatives.
+``warm_up.py`` makes them, and of several judges their average, too, with ``--mixup`` or of images
+in other ``--sizes`` if asked; the results stand beside the first. What ``--made`` says of the
+machine and of the files is kept in the results of relatives.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from train_default import STAGES, open_split
 from chestxray_covid import (
     ChestXrayDataset,
     Classifier,
+    Preprocess,
     Sample,
     Split,
     evaluate,
@@ -232,18 +233,31 @@ def judge_folds(relatives: Relatives, output: Path, *, folds: int = 5) -> None:
 
 
 def judge_warm_folds(
-    runs: Sequence[Relatives], output: Path, *, folds: int = 5, mixup: float = 0.0
+    runs: Sequence[Relatives],
+    output: Path,
+    *,
+    folds: int = 5,
+    mixup: float = 0.0,
+    sizes_px: Sequence[int] = (),
 ) -> None:
-    """As :func:`judge_folds`, of networks with other starts, and of their average probabilities."""
-    config, more = replace(INSIDE, mixup=mixup), "-mixup" if mixup else ""
+    """As :func:`judge_folds`, of networks with other starts, and of their average probabilities.
+
+    Of several sizes of the images all of the networks are averaged.
+    """
+    usual, more = INSIDE.preprocess.size_px, "-mixup" if mixup else ""
     answers, rows = [], []
-    for relatives in runs:
-        begun = load_config(relatives.start).weights_sha256[:8]  # of another start, another run
-        *where, found = answer_folds(relatives, f"fold-{begun}{more}", config, folds)
-        answers.append(found)
-        rows.append({"seed": relatives.seed, **judge_parts(*where, found[:, 2])})
+    for size in sizes_px or (usual,):
+        config = replace(INSIDE, mixup=mixup, preprocess=Preprocess(size_px=size))
+        last = f"{more}-{size}px" if size != usual else more
+        for relatives in runs:
+            begun = load_config(relatives.start).weights_sha256[:8]  # of another start, another run
+            *where, found = answer_folds(relatives, f"fold-{begun}{last}", config, folds)
+            answers.append(found)
+            parts = judge_parts(*where, found[:, 2])
+            rows.append({"seed": relatives.seed, "size_px": size, **parts})
     average = np.mean(answers, axis=0)
-    name = "folds_mixup" if mixup else "folds_warm_up"
+    shown = more + "".join(f"-{size}px" for size in sizes_px)
+    name = f"folds{shown or '-warm-up'}".replace("-", "_")
     how: dict[str, Any] = {"made": runs[0].made, "name": name, "runs": rows, "config": config}
     write_folds(*where, average, output, **how)
 
@@ -321,7 +335,7 @@ def write_folds(
 
     ``made`` says on what machine and from which files, in words; ``name`` is of the results. Of an
     average, ``runs`` is what each of several runs says. ``config`` is what they were trained with,
-    :data:`INSIDE` if not given.
+    :data:`INSIDE` if not given, where sizes differ the last of them.
     """
     parts = judge_parts(inside, pairs, found[:, 2])
     about = {"folds": len(pairs), **said(made), "training": (config or INSIDE).to_dict()}
@@ -433,9 +447,11 @@ def main() -> None:
     start = "checkpoints of warm_up.py that the folds begin with, each with the seed of its own"
     parser.add_argument("--start", type=Path, nargs="+", help=start)
     parser.add_argument("--mixup", type=float, default=0.0, help="of the folds of --start")
+    sizes = "of the images of the folds of --start; the networks of several are averaged"
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="PX", default=(), help=sizes)
     options = parser.parse_args()
-    if options.mixup and not options.start:
-        parser.error("--mixup is of folds with other starts: give --start, too.")
+    if (options.mixup or options.sizes) and not options.start:
+        parser.error("--mixup and --sizes are of folds with other starts: give --start, too.")
     if (options.seed or options.start) and options.what != ["folds"]:
         parser.error("--seed and --start are of other folds: give --what folds, and nothing else.")
     if options.seed and options.start:
@@ -443,7 +459,7 @@ def main() -> None:
     if options.start:
         starts = [(seed_of(start), start) for start in options.start]
         runs = [Relatives(options.data, options.run, options.made, *own) for own in starts]
-        judge_warm_folds(runs, options.output, mixup=options.mixup)
+        judge_warm_folds(runs, options.output, mixup=options.mixup, sizes_px=options.sizes)
         return
     options.output.mkdir(parents=True, exist_ok=True)
     what = options.what or parts

@@ -244,24 +244,19 @@ def judge_answers(
     return rows
 
 
-def judge_sizes(
+def answers_of_sizes(
     networks: Mapping[str, Sequence[Callable[[], nn.Module]]],
     sizes_px: Sequence[int],
     inside: ChestXrayDataset,
     pairs: list[tuple[np.ndarray, np.ndarray]],
-    trained: np.ndarray | None,
-) -> list[dict[str, Any]]:
-    """Return what networks give away of images in each of these sizes, and in all of them."""
+) -> list[tuple[list[int], Answers]]:
+    """Return what is read out of images in each of these sizes, and in all of them."""
     every = [
         answers_of(networks, images_of(inside, preprocess=Preprocess(size_px=px)), inside, pairs)
         for px in sizes_px
     ]
     shown = [*([px] for px in sizes_px), list(sizes_px)]
-    return [
-        {"size_px": sizes, **row}
-        for sizes, found in zip(shown, [*every, together(every)], strict=True)
-        for row in judge_answers(found, inside, pairs, trained)
-    ]
+    return list(zip(shown, [*every, together(every)], strict=True))
 
 
 def main() -> None:
@@ -281,8 +276,9 @@ def main() -> None:
     shown.add_argument("--warm-up", action="store_true", help="networks of warm_up.py, --base")
     parser.add_argument(
         "--folds",
-        default="folds_warm_up",
-        help="with --warm-up, the result of these folds, such as folds_mixup",
+        nargs="+",
+        default=["folds_warm_up"],
+        help="with --warm-up, results of folds, such as folds_mixup; each gives one of readouts",
     )
     parser.add_argument(
         "--sizes", type=int, nargs="+", metavar="PX", help="with --warm-up, sides of the images"
@@ -315,18 +311,23 @@ def main() -> None:
         return
     seen = cropped_to_lungs(inside, relatives.folder / "crops") if options.lungs else inside
     pixels = images_of(seen)
-    networks, suffix = networks_of(bases, pixels), "_lungs" if options.lungs else ""
-    folds = "folds"
+    networks, named = networks_of(bases, pixels), {"folds": "_lungs" if options.lungs else ""}
     if options.warm_up:
-        networks, folds = {"warm-up": networks["base"]}, options.folds
-        suffix = folds.removeprefix("folds")
-    trained = answers_of_folds(options.output, inside, folds)
+        networks = {"warm-up": networks["base"]}
+        named = {folds: folds.removeprefix("folds") for folds in options.folds}
     if options.sizes:
-        rows = judge_sizes(networks, options.sizes, inside, pairs, trained)
-        write(options.output, f"probes{suffix}_sizes", {**about, "rows": rows})
-        return
-    rows = judge_answers(answers_of(networks, pixels, inside, pairs), inside, pairs, trained)
-    write(options.output, f"probes{suffix}", {**about, "rows": rows})
+        every = answers_of_sizes(networks, options.sizes, inside, pairs)
+        named = {folds: f"{suffix}_sizes" for folds, suffix in named.items()}
+    else:
+        every = [([], answers_of(networks, pixels, inside, pairs))]
+    for folds, suffix in named.items():
+        trained = answers_of_folds(options.output, inside, folds)
+        rows = [
+            {**({"size_px": sizes} if sizes else {}), **row}
+            for sizes, found in every
+            for row in judge_answers(found, inside, pairs, trained)
+        ]
+        write(options.output, f"probes{suffix}", {**about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -966,6 +966,7 @@ def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str,
         (["--start", "warm-up"], ["--what", "hannover"]),
         (["--seed", "2", "--start", "warm-up"], ["--what", "folds"]),
         (["--mixup", "0.4"], ["--what", "folds"]),
+        (["--sizes", "224"], ["--what", "folds"]),
     ],
 )
 def test_another_seed_or_start_is_of_other_folds_alone(
@@ -1066,6 +1067,14 @@ def test_a_relative_is_trained_and_read_again(
     mixed = json.loads((tmp_path / "folds_mixup.json").read_text())
     assert mixed["training"] == replace(own.INSIDE, mixup=0.4).to_dict()
     assert mixed["all"] != begun["runs"][0]["all"]
+    judge.judge_warm_folds(warm[:1], tmp_path, folds=2, sizes_px=[48])
+    larger = json.loads((tmp_path / "folds_48px.json").read_text())
+    assert larger["training"] == replace(own.INSIDE, preprocess=Preprocess(size_px=48)).to_dict()
+    assert larger["all"] != begun["runs"][0]["all"]
+    judge.judge_warm_folds(warm[:1], tmp_path, folds=2, sizes_px=[32, 48])
+    both = json.loads((tmp_path / "folds_32px_48px.json").read_text())
+    assert both["runs"] == [begun["runs"][0], larger["runs"][0]], "none is trained again"
+    assert [run["size_px"] for run in both["runs"]] == [32, 48]
     weights = [(s / "model.safetensors").read_bytes() for s in starts]
     assert weights[0] != weights[1]
     rest, _ = judge.folds_inside(relatives, cohen, 2)[1][0]
@@ -1369,7 +1378,10 @@ def test_networks_that_learned_little_are_judged_in_the_folds_of_the_relatives(
     assert [r["all"] for r in warm] == [r["all"] for r in single[5:]], "the same networks"
     assert [r["with_folds"] for r in warm] != [r["with_folds"] for r in single[5:]]
     recipes["judge_default"].write_folds(inside, folds, others[::-1], tmp_path, name="folds_mixup")
-    run_main(probe, monkeypatch, {**options, "base": bases[:1], "folds": "folds_mixup"})
+    (tmp_path / "probes_warm_up.json").unlink()
+    both = ["folds_mixup", "folds_warm_up"]
+    run_main(probe, monkeypatch, {**options, "base": bases[:1], "folds": both})
+    assert json.loads((tmp_path / "probes_warm_up.json").read_text())["rows"] == warm
     mixed = json.loads((tmp_path / "probes_mixup.json").read_text())["rows"]
     assert [r["all"] for r in mixed] == [r["all"] for r in warm]
     assert [r["with_folds"] for r in mixed] != [r["with_folds"] for r in warm]
