@@ -31,6 +31,8 @@ THUMBNAILS = DOCS.parent / "benchmarks" / "results" / "thumbnails.json"
 RUN_FIELDS = ("command", "wall_time_s", "machine", "versions", "date")
 #: Key of the text chunk in a figure that names the file it was drawn from.
 SOURCE_KEY = "Source"
+#: What a table of sources tells of each.
+SOURCE_HEAD = ("Tested on", "Images", "Patients", "Sensitivity", "Specificity", "AUROC")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,16 +217,25 @@ def overall_auroc(report: EvaluationReport) -> str:
 
 
 def source_table(report: EvaluationReport) -> str:
-    return subgroup_table(report, "Tested on", {"all": report.overall, **report.by_source})
+    return table(SOURCE_HEAD, source_rows(report))
+
+
+def source_rows(report: EvaluationReport) -> list[list[str]]:
+    """Return what is reached on all images and on each source's, under :data:`SOURCE_HEAD`."""
+    return subgroup_rows(report, {"all": report.overall, **report.by_source})
 
 
 def subgroup_table(report: EvaluationReport, title: str, parts: Mapping[str, Subgroup]) -> str:
-    metrics = {"sensitivity": "Sensitivity", "specificity": "Specificity", "auroc": "AUROC"}
-    body = []
+    return table((title, *SOURCE_HEAD[1:]), subgroup_rows(report, parts))
+
+
+def subgroup_rows(report: EvaluationReport, parts: Mapping[str, Subgroup]) -> list[list[str]]:
+    rows = []
     for name, part in parts.items():
         own = part.per_class[report.positive]
-        body.append((name, part.n_images, part.n_patients, *(shown(own[m]) for m in metrics)))
-    return table((title, "Images", "Patients", *metrics.values()), body)
+        numbers = (shown(own[metric.lower()]) for metric in SOURCE_HEAD[3:])
+        rows.append([name, str(part.n_images), str(part.n_patients), *numbers])
+    return rows
 
 
 def metric_table(report: EvaluationReport) -> str:

@@ -97,7 +97,9 @@ def test_the_tables_of_the_card_are_those_that_its_recipe_makes_of_the_results(
     recipe = importlib.import_module("write_card")
     measured = json.loads((FOLDER / "measurements.json").read_text(encoding="utf-8"))
     assert measured["tables"] == json.loads(json.dumps(recipe.tables()))
-    assert bundled_models()[DEFAULT_MODEL].provenance["known_failures"] == recipe.failures()
+    told = bundled_models()[DEFAULT_MODEL].provenance
+    assert told["known_failures"] == recipe.failures()
+    assert told["stages"] == recipe.stages()
 
 
 @pytest.mark.parametrize(

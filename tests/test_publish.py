@@ -36,7 +36,7 @@ from chestxray_covid import (
     split_by_patient,
 )
 from chestxray_covid.card import compose, decisions, model_card
-from chestxray_covid.checkpoint import load_checkpoint, load_config, save_checkpoint
+from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, load_config, save_checkpoint
 from chestxray_covid.errors import CheckpointError, ConfigError, ReportError
 from chestxray_covid.evaluation import evaluate_probabilities
 from chestxray_covid.models import to_tensors
@@ -383,6 +383,21 @@ def test_the_card_is_in_the_format_of_the_hub_and_escapes_what_comes_from_data(r
     assert 'timm.create_model("hf-hub:user/model"' in body
 
 
+@pytest.mark.parametrize("license", [None, "mit", "a\n# <b>"])
+def test_the_card_says_both_licences_and_restricts_three_classes_to_two(
+    license: str | None,
+) -> None:
+    config = ModelConfig(classes=("normal", "pneumonia", "covid19"))
+    text = compose(config, Results(contents={}), "user/model", license=license)
+    stated = {None: "not stated", "mit": "mit"}.get(license, "a # &lt;b&gt;")
+    assert f"Of the weights: {stated}. Of chestxray-covid" in text
+    assert "MIT." in text
+    restricted = 'from_pretrained("user/model", classes=["normal", "covid19"])'
+    assert restricted in text
+    of_two = replace(config, classes=("normal", "covid19"))
+    assert restricted not in compose(of_two, Results(contents={}), "user/model"), "it has no others"
+
+
 def test_the_front_matter_keeps_sources_apart_whatever_they_are_called(copied: Path) -> None:
     report = EvaluationReport.load(copied / "evaluation.json")
     (part,) = report.by_source.values()
@@ -455,8 +470,9 @@ def test_a_card_tells_no_paths_of_its_author_and_no_setting_twice(
 @pytest.mark.parametrize("name", ["my model (2)", 'a "b" \\', "überall"])
 def test_the_snippets_name_the_folder_as_it_is_called(checkpoint_folder: Path, name: str) -> None:
     card = model_card(checkpoint_folder, name)
-    calls = re.findall(r"(?:from_pretrained|resolve)\((.*?)\)\)?$", card, re.MULTILINE)
-    assert [ast.literal_eval(argument) for argument in calls] == [name, name]
+    calls = re.findall(r"((?:Classifier\.from_pretrained|resolve)\(.*?\))\)?$", card, re.MULTILINE)
+    asked = [ast.literal_eval(ast.parse(call, mode="eval").body.args[0]) for call in calls]  # type: ignore[attr-defined]
+    assert asked == [name, name, name]
 
 
 def test_the_card_counts_the_images_of_each_side_and_claims_nothing_of_training(

@@ -71,6 +71,7 @@ def compose(
     parts = [
         _front_matter(config, results.evaluation, name, license),
         _introduction(config, name),
+        _licences(config, license),
         _data(config),
         *_measurements(results),
         "\n".join(_results(results.evaluation, figure)),
@@ -91,15 +92,6 @@ def is_generated(card: str) -> bool:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def stated_license(card: str) -> str | None:
-    """Return the licence in a card's front matter, ``None`` if there is none or no front matter."""
-    front = re.match(r"---\r?\n(.*?)\n---\s", card, re.DOTALL)
-    line = re.search(
-        r"^license:[ \t]*(['\"]?)([\w.-]+)\1\s*(#.*)?$", front[1] if front else "", re.M
-    )
-    return line[2] if line else None
 
 
 def calibration_figure(report: EvaluationReport | None) -> bytes | None:
@@ -126,7 +118,7 @@ def _front_matter(
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    stated = license or config.provenance.get("license")
+    stated = _stated(config, license)
     datasets = config.provenance.get("datasets")
     results = []
     if report is not None:
@@ -145,7 +137,7 @@ def _front_matter(
             if _is_defined(part, report.positive, metric)
         ]
     data = ModelCardData(
-        license=_printable(stated if isinstance(stated, str) else "") or "other",
+        license=_printable(stated) or "other",
         library_name="chestxray_covid",
         pipeline_tag="image-classification",
         tags=["chest-x-ray", "covid-19", "densenet", "medical-imaging", "timm", "transformers"],
@@ -174,6 +166,18 @@ modalities and views, and children where the training data have none.
 
 The operating threshold on p(covid19) / (p(covid19) + p(normal)) is {config.threshold:.4g}; it comes
 from: {foreign_text(config.threshold_origin)}."""
+
+
+def _stated(config: ModelConfig, license: str | None) -> str:
+    stated = license or config.provenance.get("license")
+    return stated if isinstance(stated, str) else ""
+
+
+def _licences(config: ModelConfig, license: str | None) -> str:
+    stated = foreign_text(_stated(config, license)) or "not stated"
+    return f"""## Licences
+
+Of the weights: {stated}. Of chestxray-covid, the code that made this card and loads them: MIT."""
 
 
 def _data(config: ModelConfig) -> str:
@@ -336,13 +340,19 @@ classify = pipeline("image-classification", model={quoted})"""
         others = f"""folder = str(chestxray_covid.resolve({quoted}))
 model = timm.create_model(f"local-dir:{{folder}}", pretrained=True).eval()
 classify = pipeline("image-classification", model=folder)"""
+    restricted = ""
+    if {*_QUESTION} < {*config.classes}:
+        restricted = f"""
+
+# COVID-19 or healthy: the same network, its probabilities renormalised over two classes.
+two = Classifier.from_pretrained({quoted}, classes={json.dumps(_QUESTION)})"""
     return f"""## How to load it
 
 ```python
 from chestxray_covid import Classifier
 
 classifier = Classifier.from_pretrained({quoted})
-print(classifier.predict("radiograph.png"))
+print(classifier.predict("radiograph.png")){restricted}
 ```
 
 With timm, and with transformers (these apply neither the input checks nor the threshold):

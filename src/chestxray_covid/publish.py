@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from chestxray_covid._version import __version__
-from chestxray_covid.card import calibration_figure, compose, is_generated, stated_license
+from chestxray_covid.card import calibration_figure, compose, is_generated
 from chestxray_covid.checkpoint import (
     WEIGHTS_NAME,
     ModelConfig,
@@ -233,3 +234,12 @@ def make_card(
     file = FIGURE_NAME if figure else None
     text = compose(config, results, name, license=license, figure=file)
     return {CARD_NAME: text.encode(), **({FIGURE_NAME: figure} if figure else {})}
+
+
+def stated_license(card: str) -> str | None:
+    """Return the licence in a card's front matter, ``None`` if there is none or no front matter."""
+    front = re.match(r"---\r?\n(.*?)\n---\s", card, re.DOTALL)
+    line = re.search(
+        r"^license:[ \t]*(['\"]?)([\w.-]+)\1\s*(#.*)?$", front[1] if front else "", re.M
+    )
+    return line[2] if line else None
