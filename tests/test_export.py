@@ -119,6 +119,24 @@ def test_a_network_of_full_depth_is_exported(format: str, phantoms: Path, tmp_pa
     np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=1e-4)
 
 
+@pytest.mark.real_data
+@pytest.mark.usefixtures("real_depth")
+@pytest.mark.parametrize("format", ["onnx", "openvino", "torch"])
+def test_the_bundled_weights_answer_real_files_as_exported_ones(
+    format: str, real_data: Path, tmp_path: Path
+) -> None:
+    names = (real_data / "originals.txt").read_text().split("\n")
+    paths = [real_data / n for n in names if n and (real_data / n).is_file()][::12]
+    folder = export_model(resolve(), tmp_path / "exported", format=format, images=paths)
+    assert json.loads((folder / "card.json").read_text())["parity"]["images"] == len(paths)
+    classifier = Classifier.from_pretrained(engine="torch", precision="float32")
+    logits = logits_of(format, folder, np.stack([classifier.config.preprocess(p) for p in paths]))
+    expected = classifier.predict_proba(paths)
+    assert len(paths) > 10
+    assert expected.std(axis=0).min() > 0.1
+    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_what_is_exported_depends_on_no_setting_of_torch(phantoms: Path, tmp_path: Path) -> None:
     with shallow_networks():
