@@ -5,17 +5,13 @@
 needs ``pip install "chestxray-covid[bench]"`` and takes two minutes. NNCF is given the same network
 and calibration radiographs, its defaults, and the first and the last layer left out, as here. Both
 are compared with float32 on radiographs of other patients, and timed in turn, two images at a time.
-Starts are whole processes, from the import to the first prediction, without and with a compiled
-model in the cache.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,16 +31,6 @@ from chestxray_covid.int8 import Int8, rounded_results
 
 CALIBRATION, EVALUATION = 50, 125  # images per source
 ROUNDS, TIMED = 5, 100
-START = """
-import sys
-import time
-begun = time.perf_counter()
-import numpy as np
-from chestxray_covid import Classifier
-classifier = Classifier.from_pretrained(engine="openvino", precision=sys.argv[1])
-classifier.predict(np.full((300, 300), 90, np.uint8))
-print(time.perf_counter() - begun)
-"""
 
 
 def nncf_model(model: Any, pixels: NDArray[np.uint8]) -> Any:
@@ -91,20 +77,6 @@ def rates(models: Mapping[str, Any], pixels: NDArray[np.uint8]) -> dict[str, lis
     return found
 
 
-def starts(precision: str) -> dict[str, float]:
-    """Return seconds of a first start, and the median of those after it."""
-    with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-c", START, precision]
-        environment = {**os.environ, "CHESTXRAY_COVID_CACHE": cache}
-        seconds = [
-            float(
-                subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
-            )
-            for _ in range(ROUNDS + 1)
-        ]
-    return {"first_start_s": seconds[0], "start_s": statistics.median(seconds[1:])}
-
-
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
     from collection import once, open_sources
@@ -134,7 +106,6 @@ def main() -> None:
             "largest": float(moved.max()),
             "images_per_s": statistics.median(speed[name]),
             "images_per_s_rounds": speed[name],
-            **({} if name == "NNCF" else starts(name)),
         }
     counts = {"calibration_images": len(calibration), "evaluation_images": len(evaluation)}
     write("int8", {"command": "python benchmarks/int8.py", **counts, "models": rows})

@@ -4,7 +4,7 @@ Called by ``generate.py``; reads what ``recipes/judge_engines.py`` leaves beside
 weights, and what ``benchmarks/predict.py`` leaves in ``benchmarks/results``: ``predict.json`` of a
 processor with AMX, ``predict_no_amx.json`` of one that is faster in bfloat16 without it,
 ``predict_no_amx_faster.json`` of another such, a copy, and ``predict_float32.json`` of one that is
-not.
+not. ``benchmarks/start_up.py`` leaves ``start_up.json``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ SPEED = DOCS.parent / "benchmarks" / "results" / "predict.json"
 NO_AMX = SPEED.with_name("predict_no_amx.json")
 FASTER = SPEED.with_name("predict_no_amx_faster.json")
 PLAIN = SPEED.with_name("predict_float32.json")
+START = SPEED.with_name("start_up.json")
 FIGURE = DOCS / "speed.png"
 BARE = "bare engine"
 INT8 = "OpenVINO, int8"
@@ -41,6 +42,7 @@ def blocks() -> dict[str, str]:
     """Return every block of the page, by its name."""
     return {
         "engines": precision_block(_read(JUDGED)),
+        "start-up": start_block(_read(START)),
         "speed": speed_block(_read(SPEED), figure=True),
         "no-amx": speed_block(_read(NO_AMX)),
         "no-amx-faster": speed_block(_read(FASTER)),
@@ -66,6 +68,28 @@ def precision_block(judged: Mapping[str, Any]) -> str:
     )
     head = ["engine", "difference, 99th percentile", "largest", "change of AUROC"]
     return "\n" + table(head, cells) + "\n"
+
+
+def start_block(result: Mapping[str, Any]) -> str:
+    """Return how long processes take from nothing to one prediction, and in how much memory."""
+    rounds, machine = result["rounds"], result["machine"]
+    cells = (
+        [
+            name.replace("auto", f"`auto` ({result['auto']})"),
+            _spread([run["seconds"] for run in runs], digits=2),
+            f"{median(run['peak_mib'] for run in runs):.0f}",
+        ]
+        for name, runs in rounds.items()
+    )
+    count = len(next(iter(rounds.values())))
+    intro = wrapped(
+        "Whole processes of `chestxray-covid predict one.png`, a radiograph of Hannover's, by the "
+        "bundled weights, first with no compiled model in the cache and then again; beside them a "
+        f"Python that imports torch or nothing: median (and range) of {count} rounds of "
+        f"`{result['command']}` on {machine['cores']} cores ({machine['processor']}), everything "
+        "in the system's file cache."
+    )
+    return "\n" + "\n\n".join([intro, table(["", "seconds", "peak memory, MiB"], cells)]) + "\n"
 
 
 def speed_block(result: Mapping[str, Any] | None, *, figure: bool = False) -> str:
@@ -108,8 +132,9 @@ def speed_block(result: Mapping[str, Any] | None, *, figure: bool = False) -> st
     return "\n" + "\n\n".join([intro, table(head, cells), *shown, ratios, single]) + "\n"
 
 
-def _spread(rates: Sequence[float]) -> str:
-    return f"{median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f})"
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    middle, low, high = (f"{f(values):.{digits}f}" for f in (median, min, max))
+    return f"{middle} ({low}–{high})"
 
 
 def _ratios(kind: str, found: Mapping[str, Any], cores: int) -> str:

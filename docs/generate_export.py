@@ -45,7 +45,7 @@ def int8_block(report: Mapping[str, Any]) -> str:
 
 
 def rounding_block(found: Mapping[str, Any]) -> str:
-    """Return this library's rounding beside NNCF's, as a table, and what a start costs."""
+    """Return this library's rounding beside NNCF's, as a table."""
     machine, models = found["machine"], found["models"]
     said = (
         f"The same beside the post-training quantisation of NNCF {machine['versions']['nncf']} "
@@ -63,14 +63,7 @@ def rounding_block(found: Mapping[str, Any]) -> str:
         for name, row in models.items()
     ]
     moved = ("change of a probability, mean", "99th percentile", "largest")
-    plain, int8 = models["float32"], models["int8"]
-    start = (
-        f"From the import to the first prediction a process took {int8['start_s']:.1f} s in int8 "
-        f"and {plain['start_s']:.1f} s in float32; the first time, when nothing was compiled, "
-        f"{int8['first_start_s']:.1f} and {plain['first_start_s']:.1f} s."
-    )
-    cells = table(("Computed in", *moved, "images/s"), rows)
-    return "\n\n".join([wrapped(said), cells, wrapped(start)])
+    return "\n\n".join([wrapped(said), table(("Computed in", *moved, "images/s"), rows)])
 
 
 def page(page: Path = DOCS / "export.md") -> str:

@@ -30,9 +30,9 @@ def write_page() -> None:
 
 def blocks() -> dict[str, str]:
     """Return every block of the page, by its name."""
-    names = ("training_step", "time_to_auroc", "training_memory")
     return {
-        "training": training_block(*(load(name) for name in names)),
+        "training": "\n" + step_paragraph(load("training_step")) + "\n",
+        "cost": cost_block(load("time_to_auroc"), load("training_memory")),
         "cache": "\n" + cache_paragraph(load("cache")) + "\n",
         "no-amx-training": no_amx_block(
             load("training_step_no_amx"), load("training_step_no_amx_faster")
@@ -48,10 +48,8 @@ def load(name: str) -> Mapping[str, Any]:
     return found
 
 
-def training_block(
-    step: Mapping[str, Any], auroc: Mapping[str, Any], memory: Mapping[str, Any]
-) -> str:
-    """Return speed against plain loops, time to an AUROC, and the cost of checkpointing."""
+def cost_block(auroc: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
+    """Return the time to an AUROC, and what a step takes with and without checkpointing."""
     cells = (
         [
             row["precision"],
@@ -59,7 +57,7 @@ def training_block(
             "yes" if row["checkpointed"] else "no",
             f"{row['step_mib']:.0f}",
             f"{row['step_mib'] / row['kept_mib']:.2f}",
-            f"{row['images_per_s']:.1f}",
+            _middle(row["images_per_s"]),
         ]
         for row in memory["runs"]
     )
@@ -68,15 +66,13 @@ def training_block(
         *("over what it keeps", "images/s"),
     ]
     intro = wrapped(
-        f"Peak memory and best speed of {memory['steps']} steps at {memory['size_px']} px "
-        "(`python benchmarks/training_memory.py`); `--batch-size auto` reckons with what a forward "
-        "pass keeps:"
+        f"Peak memory and speed of {memory['steps']} steps at {memory['size_px']} px, on "
+        f"{memory['machine']['cores']} cores ({memory['machine']['processor']}), median and range "
+        f"of {len(memory['runs'][0]['images_per_s'])} rounds (`python "
+        "benchmarks/training_memory.py`); `--batch-size auto` reckons with what a forward pass "
+        "keeps:"
     )
-    return (
-        "\n"
-        + "\n\n".join([step_paragraph(step), wrapped(_time_to(auroc)), intro, table(head, cells)])
-        + "\n"
-    )
+    return "\n" + "\n\n".join([wrapped(_time_to(auroc)), intro, table(head, cells)]) + "\n"
 
 
 def cache_paragraph(found: Mapping[str, Any]) -> str:
@@ -241,7 +237,12 @@ def draw(result: Mapping[str, Any], source: Path, target: Path) -> None:
 
 
 def _ratio(pairs: Sequence[float]) -> str:
-    return f"{median(pairs):.2f} ({min(pairs):.2f}–{max(pairs):.2f})"
+    return _middle(pairs, digits=2)
+
+
+def _middle(values: Sequence[float], digits: int = 1) -> str:
+    middle, low, high = (f"{f(values):.{digits}f}" for f in (median, min, max))
+    return f"{middle} ({low}–{high})"
 
 
 def _time_to(result: Mapping[str, Any]) -> str:
@@ -255,8 +256,9 @@ def _time_to(result: Mapping[str, Any]) -> str:
         words.append(f"{name} {' and '.join(shown)}")
     return (
         f"Until a validation AUROC of {result['target']} on one source, from random weights, at "
-        f"{result['size_px']} px ({result['images'][0]} images to train on, one run per seed; "
-        f"`python benchmarks/time_to_auroc.py`): {'; '.join(words)}."
+        f"{result['size_px']} px ({result['images'][0]} images to train on, one run per seed, on "
+        f"{result['machine']['cores']} cores, {result['machine']['processor']}; `python "
+        f"benchmarks/time_to_auroc.py`): {'; '.join(words)}."
     )
 
 

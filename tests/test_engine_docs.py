@@ -72,7 +72,7 @@ def test_bfloat16_is_as_fast_as_is_said_of_each_processor(tmp_path: Path) -> Non
 def test_the_page_holds_what_was_measured(generate: ModuleType) -> None:
     page = PAGE.read_text(encoding="utf-8")
     blocks = generate.blocks()
-    assert list(blocks) == ["engines", "speed", "no-amx", "no-amx-faster", "plain"]
+    assert list(blocks) == ["engines", "start-up", "speed", "no-amx", "no-amx-faster", "plain"]
     for block in blocks.values():
         assert block in page, "run python docs/generate.py"
     if generate.SPEED.is_file():
@@ -92,6 +92,18 @@ def test_speed_is_told_with_machine_rounds_and_ratios(generate: ModuleType) -> N
     assert "8.1 ms (engine)" in block
     rows = [line for line in generate.speed_block(measured()).splitlines() if "| 560" in line]
     assert rows == ["| OpenVINO, bfloat16 | 80.0 (77.0–82.0) | 80.0 (77.0–82.0) | 560 |"]
+
+
+def test_a_start_is_told_with_machine_rounds_and_memory(generate: ModuleType) -> None:
+    runs = [{"seconds": 1 + n / 8, "peak_mib": 99.6} for n in (2, 0, 1)]
+    found = {"command": "a command", "auto": "openvino, bfloat16", "machine": {"cores": 2}}
+    found["machine"]["processor"] = "a processor"  # type: ignore[index]
+    block = generate.start_block({**found, "rounds": {"auto, first": runs, "torch, again": runs}})
+    assert "median (and range) of 3 rounds of `a command` on 2 cores (a processor)" in (
+        " ".join(block.split())
+    )
+    assert "| `auto` (openvino, bfloat16), first | 1.12 (1.00–1.25) | 100 |" in block
+    assert "| torch, again | 1.12 (1.00–1.25) | 100 |" in block
 
 
 def test_what_nobody_measured_has_no_numbers(generate: ModuleType) -> None:

@@ -49,14 +49,15 @@ def test_medians_come_with_ranges_and_missed_targets_are_told(generate: ModuleTy
         "trainer_over_bare_pairs": [0.9, 0.95, 1.0],
     }
     auroc: dict[str, Any] = {"target": 0.9, "size_px": 160, "images": [500, 100]}
+    auroc["machine"] = step["machine"]
     auroc |= {"plain": [{"seconds": None}, {"seconds": 81.2}], "recommended": [{"seconds": 40.4}]}
-    memory: dict[str, Any] = {"size_px": 224, "steps": 5, "runs": []}
+    memory: dict[str, Any] = {"size_px": 224, "steps": 5, "runs": [], "machine": step["machine"]}
     for checkpointed, mib in ((False, 999.6), (True, 300.2)):
         run = {"precision": "float32", "batch": 4, "checkpointed": checkpointed}
-        run |= {"step_mib": mib, "kept_mib": 200.0, "images_per_s": 5.04}
+        run |= {"step_mib": mib, "kept_mib": 200.0, "images_per_s": [6, 5.04, 4.2]}
         memory["runs"].append(run)
-    block = generate.training_block(step, auroc, memory)
-    text = " ".join(block.split())
+    block = generate.cost_block(auroc, memory)
+    text = " ".join(f"{generate.step_paragraph(step)} {block}".split())
     assert "are 2.50 (2.00–3.00) times as fast as a plain loop, of float32" in text
     assert "memory kept" not in text
     assert "1.10 (1.00–1.20) times without huge pages" in text
@@ -65,12 +66,12 @@ def test_medians_come_with_ranges_and_missed_targets_are_told(generate: ModuleTy
     kept = {"memory_kept_over_plain_pairs": [2.0, 4.0, 3.0]}
     asked = " ".join(generate.step_paragraph(step | kept).split())
     assert "huge pages, 3.00 (2.00–4.00) times with memory kept; the trainer" in asked
-    never = generate.training_block(step, auroc | {"recommended": [{"seconds": None}]}, memory)
+    never = generate.cost_block(auroc | {"recommended": [{"seconds": None}]}, memory)
     assert "recommended 1 not within the epochs." in " ".join(never.split())
     assert "plain 81 s and 1 not within the epochs; recommended 40 s." in text
     assert (
-        "| float32 | 4 | no | 1000 | 5.00 | 5.0 |\n| float32 | 4 | yes | 300 | 1.50 | 5.0 |"
-        in block
+        "| float32 | 4 | no | 1000 | 5.00 | 5.0 (4.2–6.0) |\n"
+        "| float32 | 4 | yes | 300 | 1.50 | 5.0 (4.2–6.0) |" in block
     )
 
 

@@ -28,7 +28,8 @@ from chestxray_covid.tensors import check_tensors
 
 ENGINES = ("auto", "openvino", "onnx", "torch")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
-#: What each engine computes in; in the order of their speed on a CPU, see ``docs/engines.md``.
+#: What each engine computes in; in the order in which ``"auto"`` takes them on a CPU: the fastest
+#: first, then what needs no torch to be imported, see ``docs/engines.md``.
 _ENGINE_PRECISIONS = {
     "openvino": ("float32", "bfloat16", "int8"),
     "onnx": ("float32",),

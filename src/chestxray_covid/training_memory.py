@@ -30,9 +30,10 @@ FEW_STEPS = 100
 #: Share of a machine's memory that a batch may take on a CPU: decoding, the cache of files and
 #: other programs need the rest, and too large a batch would end in swapping, not in an error.
 _SHARE = 0.5
-#: Peak memory of a step over what its backward pass keeps. Measured for 16 images: 1.1 in both
-#: precisions, 1.4 and 1.65 with gradient checkpointing (benchmarks/results/training_memory.json).
-_OVERHEAD = 1.7
+#: Peak memory of a step over what its backward pass keeps. Measured for 16 images in float32 and
+#: bfloat16: 1.13 and 1.26, with gradient checkpointing 1.51 and 1.70, the most of three rounds
+#: (benchmarks/results/training_memory.json).
+_OVERHEAD = 1.8
 #: Bytes that an image takes at once while it passes, per pixel of the input: in the first dense
 #: block, which is the widest, some 1024 channels of a sixteenth of the pixels in single precision.
 #: Measured with a frozen body at 224 px: 10.5 MiB, of the 12.3 that this says.
