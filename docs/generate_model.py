@@ -7,20 +7,18 @@ and ``recipes/publish_default.py`` leave, and the numbers beside the bundled wei
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from generate import (
     DOCS,
-    SOURCE_KEY,
-    digest,
     fill,
     shown,
     source_table,
     table,
     wrapped,
 )
+from generate_gate import GATE_HEAD, draw_gate, gate_rows, reduction_block, save
 from generate_relatives import (
     GATE_INTERVALS,
     RESULTS,
@@ -36,7 +34,7 @@ from generate_relatives import (
 
 from chestxray_covid import EvaluationReport
 from chestxray_covid.card import DECISIONS, decisions
-from chestxray_covid.lungs import WEIGHTS
+from chestxray_covid.lung_maps import WEIGHTS
 
 
 def write_pages() -> None:
@@ -76,42 +74,6 @@ def calibration_rows() -> list[list[str]]:
     }
     sides = (found["before"], found["after"])
     return [[title, *(estimate(side[k]) for side in sides)] for k, title in names.items()]
-
-
-def gate_rows() -> list[tuple[Any, ...]]:
-    """Return how often the gate flags and refuses held-out images of each kind."""
-    found = read("gate")
-    rows = dict(found["held_out"])
-    for source, part in found["source_left_out"].items():
-        rows[f"frontal, {source}, by a gate that never saw the source (the network did)"] = part
-    return [
-        (what, part["images"], rate(part["flagged"]), rate(part["abstained"]))
-        for what, part in rows.items()
-    ]
-
-
-def reduction_block() -> str:
-    """Return what the gate's page says of radiographs that were reduced first."""
-    found = read("reduction")
-    text = f"""
-        {found["images"]} held-out radiographs of the bundled model, whose input has a side of
-        {found["size_px"]} px; the AUROC is that of COVID-19 against normal
-        ({pair(found["n"])})."""
-    head = ("Shorter side", "Another label than whole", "Refused for something else", "AUROC")
-    rows = [
-        (
-            f"{row['side_px']} px ({row['share']:g})" if row["share"] else "whole",
-            f"{row['changed']:.0%}",
-            f"{row['refused']:.0%}",
-            estimate(row["auroc"]),
-        )
-        for row in found["rows"]
-    ]
-    return f"{wrapped(text)}\n\n{table(head, rows)}"
-
-
-def rate(found: Mapping[str, Any]) -> str:
-    return f"{found['rate']:.1%} ({found['low']:.1%}–{found['high']:.1%})"
 
 
 def model_block() -> str:
@@ -183,11 +145,12 @@ def model_page() -> str:
         met each of them: {met}."""
     threshold = calibration["threshold"]
     calibrated = table(("", "before", "after"), calibration_rows())
-    gate = table(("Held-out images", "N", "flagged", "refused"), gate_rows())
+    gate = table(("Held-out images", *GATE_HEAD), gate_rows())
     fitted = f"""
         [The input gate](gate.md) says what each flag means. It was fitted on other images of the
         kinds that the table names, but for these, which it never met:
-        {", ".join(read("gate")["never_fitted"])}. {GATE_INTERVALS}"""
+        {", ".join(read("gate")["never_fitted"])}. What it nearly flags it looks at again, with the
+        lungs in sight; beside it stands a gate that does not. {GATE_INTERVALS}"""
     temperature = f"""
         The temperature {calibration["temperature"]:.3f} was fitted on validation patients and is
         folded into the last layer, so that every engine and every other library sees the same
@@ -326,7 +289,7 @@ def draw_reliability() -> Path:
         xlabel="probability of the label", ylabel="share that is right", xlim=(0.3, 1), ylim=(0, 1)
     )
     axes.spines[["top", "right"]].set_visible(False)
-    return _save(panel, "reliability", "calibration")
+    return save(panel, "reliability", "calibration")
 
 
 def draw_stages() -> Path:
@@ -351,49 +314,4 @@ def draw_stages() -> Path:
     right.set(xlabel="epoch", ylabel="validation AUROC")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    return _save(panel, "history", "history")
-
-
-def draw_gate() -> Path:
-    """Draw the share of held-out images of each kind that the gate refuses, with intervals."""
-    from matplotlib.figure import Figure
-
-    groups = gate_groups()
-    heights = [len(part) for _, part in groups]
-    panel = Figure(figsize=(7.5, 0.21 * sum(heights) + 1.6), layout="constrained")
-    every = panel.subplots(len(groups), 1, sharex=True, height_ratios=[h + 1 for h in heights])
-    for k, (axes, (title, part)) in enumerate(zip(every, groups, strict=True)):
-        names = sorted(part, key=lambda what: (part[what]["rate"], what), reverse=k > 0)
-        for y, what in enumerate(names):
-            found = part[what]
-            axes.plot([found["low"], found["high"]], [y, y], color=f"C{k}", linewidth=1.5)
-            axes.plot(found["rate"], y, "o", color=f"C{k}", markersize=4)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.4, -0.6))
-        axes.set_title(title, loc="left", fontsize=9)
-        axes.grid(axis="x", color="0.92")
-        axes.spines[["top", "right"]].set_visible(False)
-    every[-1].set_xlabel("share that is refused, with 95 % intervals (Wilson)")
-    return _save(panel, "gate", "gate")
-
-
-def gate_groups() -> list[tuple[str, dict[str, Mapping[str, Any]]]]:
-    """Return title → what → share refused, of what must pass and of what must not."""
-    found = read("gate")
-    held_out = {what: part["abstained"] for what, part in found["held_out"].items()}
-    unseen = found["source_left_out"].items()
-    passing = {what: held_out.pop(what) for what in list(held_out) if what.startswith("frontal, ")}
-    passing |= {f"frontal, {s}, unknown to the gate": part["abstained"] for s, part in unseen}
-    del held_out["frontal"]
-    new = {what: held_out.pop(what) for what in found["never_fitted"]}
-    return [
-        ("Frontal radiographs, which are to pass", passing),
-        ("To be refused: kinds that the gate was fitted on", held_out),
-        ("To be refused: kinds that it never met", new),
-    ]
-
-
-def _save(panel: Any, name: str, source: str) -> Path:
-    target = RESULTS / f"{name}.png"
-    panel.savefig(target, dpi=120, metadata={SOURCE_KEY: digest(RESULTS / f"{source}.json")})
-    return target
+    return save(panel, "history", "history")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from collection import open_sources
 from gate_examples import Example, cohen_others, foreign, frontals, pieced, spoilt
 from numpy.typing import NDArray
 
-from chestxray_covid import Flag, Gate, Split, fit_gate
+from chestxray_covid import Flag, Gate, Split, describe_lungs, fit_gate
 from chestxray_covid.checkpoint import (
     ModelConfig,
     load_attachment,
@@ -28,8 +29,9 @@ from chestxray_covid.checkpoint import (
 )
 from chestxray_covid.engines import Engine, open_engine
 from chestxray_covid.files import write_files
-from chestxray_covid.gate import GATE_NAME
+from chestxray_covid.gate import GATE_NAME, describe
 from chestxray_covid.intervals import wilson_interval
+from chestxray_covid.progress import Bar
 
 SOURCES = ("cohen", "hannover", "kermany", "nih")
 
@@ -60,12 +62,24 @@ def features_of(engine: Engine, examples: Sequence[Example]) -> NDArray[np.float
     return np.concatenate([engine(np.stack([e.pixels for e in batch]))[1] for batch in batches])
 
 
-def fit(examples: Sequence[Example], features: NDArray[np.float32], *, without: str = "") -> Gate:
+def lungs_of(examples: Sequence[Example]) -> NDArray[np.float32]:
+    """Return ``(N, 70)``, what their lungs look like."""
+    return np.stack([describe_lungs(e.pixels) for e in Bar(examples, "lungs", unit="img")])
+
+
+def fit(
+    examples: Sequence[Example],
+    features: NDArray[np.float32],
+    lungs: NDArray[np.float32] | None,
+    *,
+    without: str = "",
+) -> Gate:
     """Return the gate of the examples that are not held out.
 
     Args:
         examples: All of them.
         features: Theirs.
+        lungs: Theirs; ``None`` fits a gate that does not look at them.
         without: A source whose radiographs are left out, save laterals and slices.
     """
     chosen = [
@@ -80,31 +94,51 @@ def fit(examples: Sequence[Example], features: NDArray[np.float32], *, without: 
         kinds=[e.kind for e in taken],
         patients=[e.group for e in taken],
         sources=[e.source for e in taken],
+        lungs=None if lungs is None else lungs[chosen],
     )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a gate made of an example."""
+
+    flags: tuple[Flag, ...]
+    looked_again: bool
+
+
+def check(gate: Gate, example: Example, features: NDArray[np.float32]) -> Checked:
+    """Return what a gate makes of an example, and whether it looked at its lungs for that."""
+    looked_again = False
+    if gate.lungs is not None:
+        inputs = np.concatenate([features, describe(example.pixels)])[np.newaxis]
+        looked_again = bool(gate.lungs.in_doubt(gate.excess(gate.log_odds(inputs)[0])))
+    return Checked(gate.check(features, example.pixels, example.facts), looked_again)
 
 
 def measure(
     gate: Gate, examples: Sequence[Example], features: NDArray[np.float32]
 ) -> dict[str, Any]:
     """Return how often held-out examples are flagged and refused, with Wilson intervals of 95 %."""
-    flags: dict[str, list[tuple[Flag, ...]]] = {}
+    every: dict[str, list[Checked]] = {}
     for example, row in zip(examples, features, strict=True):
         if example.held_out:
-            found = gate.check(row, example.pixels, example.facts)
-            flags.setdefault(example.what, []).append(found)
+            found = check(gate, example, row)
+            every.setdefault(example.what, []).append(found)
             if example.what == "frontal":
-                flags.setdefault(f"frontal, {example.source}", []).append(found)
-    return {what: _summary(found) for what, found in sorted(flags.items())}
+                every.setdefault(f"frontal, {example.source}", []).append(found)
+    return {what: _summary(found) for what, found in sorted(every.items())}
 
 
-def _summary(found: Sequence[tuple[Flag, ...]]) -> dict[str, Any]:
-    names = sorted({flag.name for flags in found for flag in flags})
+def _summary(every: Sequence[Checked]) -> dict[str, Any]:
+    flags = [found.flags for found in every]
+    names = sorted({flag.name for found in flags for flag in found})
     counts = {
-        "flagged": sum(bool(flags) for flags in found),
-        "abstained": sum(any(flag.abstains for flag in flags) for flags in found),
-        **{name: sum(any(f.name == name for f in flags) for flags in found) for name in names},
+        "flagged": sum(bool(found) for found in flags),
+        "abstained": sum(any(flag.abstains for flag in found) for found in flags),
+        "looked_again": sum(found.looked_again for found in every),
+        **{name: sum(any(f.name == name for f in found) for found in flags) for name in names},
     }
-    return {"images": len(found), **{name: _rate(k, len(found)) for name, k in counts.items()}}
+    return {"images": len(every), **{name: _rate(k, len(every)) for name, k in counts.items()}}
 
 
 def _rate(count: int, total: int) -> dict[str, Any]:
@@ -113,16 +147,18 @@ def _rate(count: int, total: int) -> dict[str, Any]:
 
 
 def unseen_sources(
-    examples: Sequence[Example], features: NDArray[np.float32]
+    examples: Sequence[Example],
+    features: NDArray[np.float32],
+    lungs: NDArray[np.float32] | None,
 ) -> dict[str, dict[str, Any]]:
     """Return, for each source, what a gate fitted without it makes of its frontal radiographs."""
     results = {}
     for source in SOURCES:
-        gate = fit(examples, features, without=source)
+        gate = fit(examples, features, lungs, without=source)
         found = [
-            gate.check(row, e.pixels, e.facts)
-            for e, row in zip(examples, features, strict=True)
-            if e.what == "frontal" and e.source == source
+            check(gate, example, row)
+            for example, row in zip(examples, features, strict=True)
+            if example.what == "frontal" and example.source == source
         ]
         results[source] = _summary(found)
     return results
@@ -159,11 +195,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(f"{len(examples)} examples", flush=True)
     features = features_of(open_engine(config, tensors), examples)
-    gate = Gate.from_bytes(fit(examples, features).to_bytes())  # as it will be read
+    lungs = lungs_of(examples)
+    gate = Gate.from_bytes(fit(examples, features, lungs).to_bytes())  # as it will be read
+    looking_once = fit(examples, features, None)
     results = {
         "held_out": measure(gate, examples, features),
         "never_fitted": never_fitted(examples),
-        "source_left_out": unseen_sources(examples, features),
+        "source_left_out": unseen_sources(examples, features, lungs),
+        "without_lungs": {
+            "held_out": measure(looking_once, examples, features),
+            "source_left_out": unseen_sources(examples, features, None),
+        },
         "weights_sha256": config.weights_sha256,
     }
     results["gate_sha256"] = attach(options.checkpoint, gate).attachments[GATE_NAME]

@@ -26,8 +26,9 @@ from chestxray_covid.datasets.base import LABELS
 from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.files import read_json
 from chestxray_covid.intervals import bootstrap_by_group
+from chestxray_covid.lung_maps import SIZE_PX
 from chestxray_covid.lung_network import LungNetwork
-from chestxray_covid.lungs import SIZE_PX, draw_masks, load_network, save_network
+from chestxray_covid.lungs import draw_masks, load_network, save_network
 from chestxray_covid.splits import split_by_patient
 
 STEPS, BATCH, RATE = 1600, 8, 3e-3

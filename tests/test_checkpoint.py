@@ -808,19 +808,20 @@ def in_new_process(code: str, *arguments: object) -> subprocess.CompletedProcess
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from chestxray_covid.checkpoint import load_checkpoint
-from chestxray_covid.errors import CheckpointError
+from chestxray_covid import checkpoint, errors
+
+read, refusal = (getattr(m, name) for m, name in zip((checkpoint, errors), sys.argv[3:]))
 
 def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 def load(folder):
     try:
-        load_checkpoint(folder)
-    except CheckpointError:
+        read(folder)
+    except refusal:
         return True
 
-assert not load(sys.argv[1]) or True
+assert not load(sys.argv[1])
 before = peak_mb()
 assert all([load(folder) for folder in sorted(Path(sys.argv[2]).iterdir())])
 print(peak_mb() - before)
@@ -837,9 +838,30 @@ def test_no_hostile_checkpoint_takes_much_memory(tmp_path: Path, good_file: byte
     endless = plant(tmp_path / "hostile" / "endless", b"") / WEIGHTS_NAME
     with endless.open("r+b") as file:
         file.truncate(20 << 30)  # sparse: 20 GB that take no room
-    done = in_new_process(MEASURE, plant(tmp_path / "good", good_file), tmp_path / "hostile")
+    good, calls = plant(tmp_path / "good", good_file), ("load_checkpoint", "CheckpointError")
+    done = in_new_process(MEASURE, good, tmp_path / "hostile", *calls)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 150
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
+def test_no_hostile_config_takes_much_memory(tmp_path: Path, good_file: bytes) -> None:
+    texts = [content for content, _ in NO_JSON.values()]
+    texts += [json.dumps(valid() | {name: value}).encode() for name, value, _ in HOSTILE_FIELDS]
+    for name, value, _ in HOSTILE_PREPROCESS:
+        data = valid()
+        data["preprocess"][name] = value
+        texts.append(json.dumps(data).encode())
+    texts.append(json.dumps(valid() | {"classes": [f"{n}" for n in range(10**6)]}).encode())
+    assert len(texts) >= 50
+    for number, text in enumerate(texts):
+        folder = tmp_path / "hostile" / f"{number}"
+        folder.mkdir(parents=True)
+        (folder / CONFIG_NAME).write_bytes(text)
+    good, calls = plant(tmp_path / "good", good_file), ("load_config", "ConfigError")
+    done = in_new_process(MEASURE, good, tmp_path / "hostile", *calls)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 50
 
 
 # ---------------------------------------------------------------- nothing is half written

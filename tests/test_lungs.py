@@ -17,9 +17,9 @@ from scipy.ndimage import binary_dilation
 from chestxray_covid import ChestXrayDataset, CohenCovidDataset, SyntheticChestXray, lung_mask
 from chestxray_covid.datasets.base import read_file
 from chestxray_covid.errors import CheckpointError, CheckpointNotFoundError, ImageError
+from chestxray_covid.lung_maps import WEIGHTS, LungMaps, digest_of, read_weights
 from chestxray_covid.lung_network import LungNetwork
 from chestxray_covid.lungs import (
-    WEIGHTS,
     load_network,
     lung_box,
     near_lungs,
@@ -321,6 +321,49 @@ def test_weights_of_another_kind_are_refused(written: Path, defect: str) -> None
     save_network(written, network, {})
     with pytest.raises(CheckpointError, match="finite weights of a lung network"):
         load_network(written)
+
+
+@pytest.mark.parametrize("digest", ["abc", "zz" * 32, 7])
+def test_a_description_without_a_hash_is_refused(written: Path, digest: object) -> None:
+    written.with_suffix(".json").write_text(json.dumps({"sha256": digest}))
+    with pytest.raises(CheckpointError, match=r"own\.json cannot be read"):
+        digest_of(written)
+
+
+# ---------------------------------------------------------------- without torch
+
+
+@pytest.mark.parametrize("side", [128, 64, 192, 47])
+def test_maps_without_torch_are_those_of_torch(side: int) -> None:
+    phantoms = SyntheticChestXray(3, image_size_px=side)
+    noise = np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
+    even = np.full((side, side), 9, np.uint8)
+    images = [*(np.asarray(phantoms[i][0]) for i in range(3)), noise, even]
+    maps, network = LungMaps(read_weights(WEIGHTS)), load_network(WEIGHTS)
+    for pixels in images:
+        picture = Image.fromarray(pixels).resize((128, 128), Image.Resampling.BILINEAR)
+        expected = probabilities(network, np.array(picture)[np.newaxis, np.newaxis])[0, 0]
+        found = maps(pixels[np.newaxis])
+        assert (found.shape, found.dtype) == ((128, 128), np.float32)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_maps_of_random_weights_are_those_of_torch(written: Path) -> None:
+    torch.manual_seed(1)
+    network = LungNetwork().eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)  # type: ignore[operator, union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[operator, union-attr]
+            torch.nn.init.uniform_(module.weight, 0.5, 2)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+    with torch.no_grad():
+        network.head.weight.mul_(10)
+    save_network(written, network, {})
+    pixels = np.random.default_rng(2).integers(0, 256, (1, 128, 128), dtype=np.uint8)
+    expected = probabilities(load_network(written), pixels[np.newaxis])[0, 0]
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(LungMaps(read_weights(written))(pixels), expected, atol=1e-4)
 
 
 # ---------------------------------------------------------------- real radiographs

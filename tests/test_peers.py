@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from chestxray_covid import Classifier, ModelConfig, Preprocess, SyntheticChestXray, load_image
+from chestxray_covid import Classifier, ModelConfig, Preprocess, SyntheticChestXray
 from chestxray_covid.checkpoint import load_checkpoint, save_checkpoint
 from chestxray_covid.hub import BUNDLED, DEFAULT_MODEL
 from chestxray_covid.models import from_tensors, normalise
@@ -26,6 +25,7 @@ from hub_server import REPO, HubServer, hub_environment
 timm = pytest.importorskip("timm")
 
 CLASSES = ("normal", "pneumonia", "covid19")
+SOURCES = ("covid-chestxray-dataset", "chest_xray", "covid-19-image-repository", "nih-subset")
 KINDS = ["single", "half", *sorted(path.name for path in BUNDLED.glob("*") if path.is_dir())]
 
 
@@ -58,16 +58,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return place
 
 
-def files(count: int, folder: Path) -> list[Path]:
-    """Return real radiographs where they are at hand, else phantoms."""
-    place = Path(os.environ.get("CHESTXRAY_COVID_DATA", "")) / "covid-chestxray-dataset" / "images"
-    if os.environ.get("CHESTXRAY_COVID_DATA") and place.is_dir():
-        found = sorted(p for p in place.iterdir() if p.suffix in (".jpg", ".png", ".jpeg"))
-        return found[:: max(1, len(found) // count)][:count]
-    SyntheticChestXray(count, classes=CLASSES, image_size_px=300).save(folder)
-    return sorted(folder.rglob("*.png"))
-
-
 def probabilities(model: Any, batch: torch.Tensor) -> NDArray[np.float64]:
     with torch.inference_mode():
         logits = model(batch)
@@ -94,13 +84,10 @@ def test_the_same_tensor_gives_the_same_probabilities_everywhere(folder: Path) -
     assert list(other.pretrained_cfg["label_names"]) == list(config.classes)
 
 
-@pytest.mark.slow
-def test_twenty_files_give_nearly_the_same_probabilities_everywhere(
-    folder: Path, tmp_path: Path
-) -> None:
+def compare(folder: Path, paths: list[Path]) -> None:
+    """Compare with what the others make of files, which they open themselves."""
     transformers = pytest.importorskip("transformers")
     classifier = Classifier.from_pretrained(folder)
-    paths = files(20, tmp_path)
     assert len(paths) == 20
     ours = classifier.predict_proba(paths)
     with warnings.catch_warnings():
@@ -108,12 +95,40 @@ def test_twenty_files_give_nearly_the_same_probabilities_everywhere(
         pipeline = transformers.pipeline("image-classification", model=str(folder))
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().float()
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-        images = [load_image(path).convert("RGB") for path in paths]
-        answers = [{a["label"]: a["score"] for a in one} for one in pipeline(images)]
+        answers = [{a["label"]: a["score"] for a in one} for one in pipeline([*map(str, paths)])]
     theirs = np.array([[answer[name] for name in classifier.classes] for answer in answers])
     assert np.abs(theirs - ours).max() < 0.02
-    batch = torch.stack([transform(image) for image in images])
+    batch = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     assert np.abs(probabilities(model, batch) - ours).max() < 0.02
+
+
+@pytest.mark.slow
+def test_twenty_phantoms_give_nearly_the_same_probabilities_everywhere(
+    folder: Path, tmp_path: Path
+) -> None:
+    SyntheticChestXray(20, classes=CLASSES, image_size_px=300).save(tmp_path)
+    compare(folder, sorted(tmp_path.rglob("*.png")))
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_twenty_radiographs_give_nearly_the_same_probabilities_everywhere(
+    folder: Path, real_data: Path
+) -> None:
+    paths = []
+    for source in (
+        "covid-chestxray-dataset",
+        "chest_xray",
+        "covid-19-image-repository",
+        "nih-subset",
+    ):
+        found = sorted(
+            path
+            for path in (real_data / source).rglob("*")
+            if path.suffix in (".jpg", ".jpeg", ".png") and "annotations" not in path.parts
+        )
+        paths += found[:: len(found) // 5][:5]
+    compare(folder, paths)
 
 
 BY_NAME = """

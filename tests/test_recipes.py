@@ -66,8 +66,9 @@ def recipes(shallow: None) -> Iterator[dict[str, Any]]:
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path[:] = before
-        for name in (*names, "generate", "generate_relatives", "generate_model", "generate_tried"):
-            sys.modules.pop(name, None)
+        for name in [*sys.modules]:
+            if name in names or name.partition("_")[0] == "generate":
+                del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

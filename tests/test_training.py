@@ -47,7 +47,8 @@ from chestxray_covid.augment import hide_centres, mix_up, swap_backgrounds, swap
 from chestxray_covid.checkpoint import load_checkpoint
 from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.errors import ConfigError, ImageError, TrainingError, TrainingInterrupted
-from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
+from chestxray_covid.lung_maps import WEIGHTS
+from chestxray_covid.lungs import load_network, near_lungs
 from chestxray_covid.models import load_tensors, to_tensors
 from chestxray_covid.training_feed import LateReader
 from chestxray_covid.training_loss import Varied

@@ -81,6 +81,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from chestxray_covid.gate import Flag as Flag
     from chestxray_covid.gate import Gate as Gate
     from chestxray_covid.gate_fit import fit_gate as fit_gate
+    from chestxray_covid.gate_lungs import describe_lungs as describe_lungs
     from chestxray_covid.generalisation import LeftOutSource as LeftOutSource
     from chestxray_covid.generalisation import leave_one_source_out as leave_one_source_out
     from chestxray_covid.heat_shares import LungHeat as LungHeat
@@ -174,6 +175,7 @@ _MODULES = {
     "export": ("export_model",),
     "gate": ("Flag", "Gate"),
     "gate_fit": ("fit_gate",),
+    "gate_lungs": ("describe_lungs",),
     "heatmap": ("Heatmap",),
     "generalisation": ("LeftOutSource", "leave_one_source_out"),
     "hub": ("bundled_models", "resolve"),

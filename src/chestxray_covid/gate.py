@@ -2,14 +2,15 @@
 
 A gate holds what the training radiographs were like, as arrays that travel with the weights. It
 looks at what prediction has at hand anyway: the network's features, the pixels that it was given,
-and the size and colour of the image before.
+and the size and colour of the image before; and, where that leaves it in doubt, at the lungs.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -19,14 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chestxray_covid.errors import CheckpointError
+from chestxray_covid.gate_lungs import LungLook, describe_lungs
+from chestxray_covid.gate_probe import GREY_BINS, KINDS, THUMBNAIL_PX, KindProbe, standardise
 from chestxray_covid.pixels import ImageFacts
 from chestxray_covid.tensors import FEATURE_COUNT, read_tensors
 
 #: Name of the attachment of a checkpoint that holds its gate.
 GATE_NAME = "gate.safetensors"
-#: Kinds of image that a gate is taught, in the order of its rows; the first is what it lets pass.
-#: A gate that was fitted before the last kinds were added has no rows for them.
-KINDS = ("frontal", "lateral", "ct", "inverted", "turned", "foreign", "part")
 #: Kind → flag and reason.
 _KIND_FLAGS = {
     "lateral": ("lateral_view", "looks like a lateral radiograph, the model knows frontal ones"),
@@ -53,13 +53,9 @@ MIN_SIDE, LEAST_SIDE = 0.4, 0.15
 MIN_COLOURED = 0.005
 #: An image is blank if so large a share of its pixels is within so many grey levels of the median.
 MIN_BLANK, BLANK_LEVELS = 0.99, 4
-_THUMBNAIL_PX = 16
-_GREY_BINS = 16
-#: Length of what :func:`describe` returns.
-DESCRIPTORS = _THUMBNAIL_PX**2 + _GREY_BINS + 2
-#: Standardised inputs are cut off here, so that no single one decides about an unheard-of image.
-_MAX_DEVIATION = 4.0
 _MAX_COMPONENTS = 256
+#: What the tensors of the second look are called in a file.
+_LUNGS = "lungs."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +155,11 @@ def describe(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 def _describe(
     pixels: NDArray[np.uint8], image: Image.Image, counts: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    side = (_THUMBNAIL_PX, _THUMBNAIL_PX)
+    side = (THUMBNAIL_PX, THUMBNAIL_PX)
     thumbnail = np.asarray(image.resize(side, Image.Resampling.BOX), np.float32).ravel()
     thumbnail -= thumbnail.mean()
     thumbnail /= max(float(np.sqrt(np.square(thumbnail).mean())), 1.0)  # `std` takes twice as long
-    shares = counts.reshape(_GREY_BINS, -1).sum(1) / pixels.size
+    shares = counts.reshape(GREY_BINS, -1).sum(1) / pixels.size
     levels = np.arange(256)
     mean = counts @ levels / pixels.size
     contrast = max(float(np.sqrt(counts @ (levels - mean) ** 2 / pixels.size)), 1.0)
@@ -180,38 +176,29 @@ def _mean_step(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Gate:
+class Gate(KindProbe):
     """What the training radiographs were like; made by :func:`fit_gate`, stateless.
 
     Attributes:
-        mean: ``(1024 + D,)`` mean of features and description (:func:`describe`) over the images
-            that the gate was fitted on.
-        scale: Their deviation; none is 0.
-        probe: ``(K, 1024 + D)`` weights of a multinomial logistic regression on the standardised
-            input, a row for each of the first K of :data:`KINDS`; K is at least 2.
-        bias: ``(K,)``.
-        min_log_odds: ``(K - 1,)``; the logarithm of how many times more probable than a frontal
-            radiograph each other kind must be to be flagged.
+        mean, scale, probe, bias, min_log_odds: As of :class:`KindProbe`; the inputs are the
+            network's features and a description (:func:`describe`).
         centre: ``(1024,)`` mean of the standardised features of frontal radiographs.
         basis: ``(1024, C)`` orthonormal directions in which those vary most.
         variances: ``(C,)`` in those directions, positive.
         noise: ``(1,)`` variance in each of all others, positive.
         max_distance: ``(1,)`` distance from the centre beyond which an image is flagged.
+        lungs: A second look at images that are nearly flagged; ``None`` of a gate without.
 
     Raises:
         ValueError: If a shape does not fit, or a value is not finite or not positive that must be.
     """
 
-    mean: NDArray[np.float32]
-    scale: NDArray[np.float32]
-    probe: NDArray[np.float32]
-    bias: NDArray[np.float32]
-    min_log_odds: NDArray[np.float32]
     centre: NDArray[np.float32]
     basis: NDArray[np.float32]
     variances: NDArray[np.float32]
     noise: NDArray[np.float32]
     max_distance: NDArray[np.float32]
+    lungs: LungLook | None = None
 
     def __post_init__(self) -> None:
         components = self.basis.shape[1] if self.basis.ndim == 2 else 0
@@ -219,18 +206,18 @@ class Gate:
             raise ValueError(
                 f"basis must be (1024, C) with C in 1 to {_MAX_COMPONENTS}, got {self.basis.shape}"
             )
-        if not 2 <= self.bias.size <= len(KINDS):
-            raise ValueError(
-                f"bias must be (K,) with K in 2 to {len(KINDS)}, got {self.bias.shape}"
-            )
-        for name, shape in _shapes(components, self.bias.size).items():
-            values = getattr(self, name)
-            if values.shape != shape:
-                raise ValueError(f"{name} must be of shape {shape}, got {values.shape}")
-            if not np.isfinite(values).all():
-                raise ValueError(f"{name} has values that are not finite")
-            if name in _POSITIVE and not (values > 0).all():
-                raise ValueError(f"{name} must be positive")
+        super().__post_init__()
+
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
+        components = self.basis.shape[1]
+        return {
+            **super()._shapes(),
+            "centre": (FEATURE_COUNT,),
+            "basis": (FEATURE_COUNT, components),
+            "variances": (components,),
+            "noise": (1,),
+            "max_distance": (1,),
+        }
 
     def check(
         self, features: NDArray[np.float32], pixels: NDArray[np.uint8], facts: ImageFacts
@@ -238,15 +225,18 @@ class Gate:
         """Return all that is odd about an image.
 
         One flag at most says what kind of image it is, the first of: ``blank``; the kind whose
-        odds against a frontal radiograph exceed their threshold most; and, where none does,
-        ``out_of_distribution`` by distance. Their scores are the share of even pixels; the
-        probability of the kind; and d² / (d² + t²) of the distance d and the threshold t, from
-        0.5 on.
+        odds against a frontal radiograph exceed their threshold most, or, where one nearly does,
+        exceed it with the lungs in sight; and, where none does, ``out_of_distribution`` by
+        distance. Their scores are the share of even pixels; the probability of the kind; and
+        d² / (d² + t²) of the distance d and the threshold t, from 0.5 on.
 
         Args:
             features: ``(1024,)`` of the engine.
             pixels: ``(1, S, S)`` uint8, as the model got them.
             facts: Size and colour before.
+
+        Raises:
+            CheckpointError: If the weights of the lung network are damaged, as it is needed.
         """
         image = Image.fromarray(pixels[0])
         counts = _counts(image)
@@ -255,20 +245,18 @@ class Gate:
             return flags
         inputs = np.concatenate([features, _describe(pixels, image, counts)])[np.newaxis]
         standard = standardise(inputs, self.mean, self.scale)
-        kind = self._check_kind(self._log_odds(standard)[0])
+        log_odds = self._log_odds(standard)[0]
+        kind = _most_likely(self, log_odds) or self._look_again(log_odds, inputs, pixels)
         return (*([kind] if kind else self._check_distance(standard)), *flags)
 
-    def _check_kind(self, log_odds: NDArray[np.float64]) -> Flag | None:
-        excess = log_odds[1:] - self.min_log_odds
-        best = int(excess.argmax()) + 1
-        if not excess[best - 1] > 0:
+    def _look_again(
+        self, log_odds: NDArray[np.float64], inputs: NDArray[Any], pixels: NDArray[np.uint8]
+    ) -> Flag | None:
+        look = self.lungs
+        if look is None or not look.fits or not look.in_doubt(self.excess(log_odds)):
             return None
-        name, reason = _KIND_FLAGS[KINDS[best]]
-        odds = np.exp(log_odds - log_odds.max())
-        # Two kinds share a flag: its probability is theirs together.
-        known = KINDS[: len(odds)]
-        alike = [k for k, kind in enumerate(known) if _KIND_FLAGS.get(kind, ("",))[0] == name]
-        return Flag(name=name, reason=reason, score=float(odds[alike].sum() / odds.sum()))
+        seen = np.concatenate([inputs, describe_lungs(pixels)[np.newaxis]], axis=1)
+        return _most_likely(look, look.log_odds(seen)[0])
 
     def _check_distance(self, standard: NDArray[np.float64]) -> list[Flag]:
         distance = float(self._distances(standard[:, :FEATURE_COUNT])[0])
@@ -278,18 +266,6 @@ class Gate:
         reason = f"is {distance / limit:.2f} times as far from the training images as it may be"
         score = distance**2 / (distance**2 + limit**2)
         return [Flag(name="out_of_distribution", reason=reason, score=score)]
-
-    def log_odds(self, inputs: NDArray[Any]) -> NDArray[np.float64]:
-        """Return ``(N, K)`` logarithms of the odds of each kind against the first of them.
-
-        Args:
-            inputs: ``(N, 1024 + D)`` features, and descriptions by :func:`describe`.
-        """
-        return self._log_odds(standardise(inputs, self.mean, self.scale))
-
-    def _log_odds(self, standard: NDArray[np.float64]) -> NDArray[np.float64]:
-        logits = standard @ self.probe.T.astype(np.float64) + self.bias
-        return np.asarray(logits - logits[:, :1], np.float64)
 
     def distances(self, features: NDArray[Any]) -> NDArray[np.float64]:
         """Return ``(N,)`` Mahalanobis distances from the frontal radiographs.
@@ -316,17 +292,12 @@ class Gate:
         return np.asarray(np.sqrt((along**2 / self.variances).sum(1) + across / self.noise))
 
     def to_bytes(self) -> bytes:
-        """Return the gate as a safetensors file, the attachment of a checkpoint: some 160 kB."""
+        """Return the gate as a safetensors file, the attachment of a checkpoint: some 190 kB."""
         from safetensors.numpy import save
 
-        tensors = {
-            # In C order: safetensors writes the memory of an array as it lies.
-            f.name: np.asarray(
-                getattr(self, f.name), np.float16 if f.name in _HALF else np.float32, order="C"
-            )
-            for f in fields(self)
-        }
-        return bytes(save(tensors))
+        second = {} if self.lungs is None else self.lungs.tensors()
+        named = {f"{_LUNGS}{name}": tensor for name, tensor in second.items()}
+        return bytes(save({**self.tensors(), **named}))
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = GATE_NAME) -> Self:
@@ -338,56 +309,41 @@ class Gate:
 
         Raises:
             CheckpointError: If it is damaged, or a tensor is missing, extra, misshapen, of another
-                type, not finite, or not positive that must be.
+                type, not finite, or not positive that must be; or if the description of the lung
+                network, which a second look needs, cannot be read.
+
+        Warns:
+            UserWarning: If its second look was fitted with another lung network than the bundled
+                one. It is left out then, and the first one decides alone.
         """
         tensors = read_tensors(data, Path(name))
-        names = {f.name for f in fields(cls)}
-        if set(tensors) != names:
+        own = {key: t for key, t in tensors.items() if not key.startswith(_LUNGS)}
+        second = {key.removeprefix(_LUNGS): tensors[key] for key in tensors.keys() - own.keys()}
+        expected = cls.names(), LungLook.names() if second else []
+        if (sorted(own), sorted(second)) != tuple(map(sorted, expected)):
+            every = [*expected[0], *(f"{_LUNGS}{key}" for key in expected[1])]
             raise CheckpointError(
-                f"{name} is no gate: expected the tensors {sorted(names)}, got {sorted(tensors)}."
+                f"{name} is no gate: expected the tensors {sorted(every)}, got {sorted(tensors)}."
             )
-        for key, tensor in tensors.items():
-            expected = "float16" if key in _HALF else "float32"
-            if tensor.dtype != expected:
-                raise CheckpointError(
-                    f"{name}: {key} has type {tensor.dtype}, expected {expected}."
-                )
-        try:
-            return cls(**{key: t.astype(np.float32) for key, t in tensors.items()})
-        except ValueError as error:
-            raise CheckpointError(f"{name} is no gate: {error}.") from error
+        lungs = LungLook.from_tensors(second, name) if second else None
+        if lungs is not None and not lungs.fits:
+            warnings.warn(
+                f"{name} was fitted with another lung network than this version has, so images in "
+                "doubt get no second look. Fit it again with fit_gate.",
+                stacklevel=2,
+            )
+        return cls.from_tensors(own, name, lungs=lungs)
 
 
-#: Stored in half precision: what is large, and of the order of 1 or below.
-_HALF = frozenset({"probe", "basis"})
-_POSITIVE = frozenset({"scale", "variances", "noise", "max_distance"})
-
-
-def _shapes(components: int, kinds: int) -> Mapping[str, tuple[int, ...]]:
-    inputs = FEATURE_COUNT + DESCRIPTORS
-    return {
-        "mean": (inputs,),
-        "scale": (inputs,),
-        "probe": (kinds, inputs),
-        "bias": (kinds,),
-        "min_log_odds": (kinds - 1,),
-        "centre": (FEATURE_COUNT,),
-        "basis": (FEATURE_COUNT, components),
-        "variances": (components,),
-        "noise": (1,),
-        "max_distance": (1,),
-    }
-
-
-def standardise(
-    inputs: NDArray[Any], mean: NDArray[Any], scale: NDArray[Any]
-) -> NDArray[np.float64]:
-    """Return ``(N, P)`` inputs less their mean, over their deviation, cut off at ±4.
-
-    Args:
-        inputs: ``(N, P)``.
-        mean: ``(P,)``.
-        scale: ``(P,)``, positive.
-    """
-    standard = (inputs.astype(np.float64) - mean) / scale
-    return np.asarray(np.clip(standard, -_MAX_DEVIATION, _MAX_DEVIATION), np.float64)
+def _most_likely(look: KindProbe, log_odds: NDArray[np.float64]) -> Flag | None:
+    """Return the flag of the kind whose ``(K,)`` log-odds exceed their threshold most, if any."""
+    excess = look.excess(log_odds)
+    best = int(excess.argmax()) + 1
+    if not excess[best - 1] > 0:
+        return None
+    name, reason = _KIND_FLAGS[KINDS[best]]
+    odds = np.exp(log_odds - log_odds.max())
+    # Two kinds share a flag: its probability is theirs together.
+    known = KINDS[: len(odds)]
+    alike = [k for k, kind in enumerate(known) if _KIND_FLAGS.get(kind, ("",))[0] == name]
+    return Flag(name=name, reason=reason, score=float(odds[alike].sum() / odds.sum()))

@@ -7,8 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-#: Channels from the full resolution down to a sixteenth of it.
-WIDTHS = (16, 32, 64, 96, 96)
+from chestxray_covid.lung_maps import WIDTHS
 
 
 class LungNetwork(nn.Module):

@@ -16,29 +16,16 @@ from PIL import Image
 
 from chestxray_covid.datasets.base import ChestXrayDataset, Sample
 from chestxray_covid.datasets.loading import in_batches
-from chestxray_covid.errors import (
-    INSTALL_AGAIN,
-    CheckpointError,
-    CheckpointNotFoundError,
-    ImageError,
-    check_kinds,
-    check_positive,
-    real_number,
-)
+from chestxray_covid.errors import ImageError, check_kinds, check_positive, real_number
 from chestxray_covid.files import expanded, write_files
 from chestxray_covid.image import Preprocess, load_image
 from chestxray_covid.inputs import Item, expand_any, is_single
-from chestxray_covid.tensors import read_tensors
+from chestxray_covid.lung_maps import SIZE_PX, WEIGHTS, read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from chestxray_covid.lung_network import LungNetwork
-
-#: Side of the network's input in pixels; masks are drawn there and enlarged.
-SIZE_PX = 128
-#: The bundled weights; ``lungs.json`` beside them names their SHA-256 and how good they are.
-WEIGHTS = Path(__file__).parent / "weights" / "lungs.safetensors"
 
 
 def lung_mask(sample: Sample) -> NDArray[np.bool_] | None:
@@ -235,32 +222,10 @@ def load_network(path: str | os.PathLike[str]) -> LungNetwork:
     from chestxray_covid.lung_network import LungNetwork
     from chestxray_covid.models import load_tensors
 
-    target = expanded(path)
-    try:
-        data = target.read_bytes()
-        about = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
-        expected = about["sha256"]
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"The weights of the lung network are missing: {error.filename}. "
-            f"{INSTALL_AGAIN}; or train them with recipes/train_lungs.py."
-        ) from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{target} cannot be read: {error!r}. {INSTALL_AGAIN}.") from error
-    if hashlib.sha256(data).hexdigest() != expected:
-        raise CheckpointError(
-            f"{target} is not the file that {target.stem}.json describes: its SHA-256 differs. "
-            "Install the package again."
-        )
-    tensors = read_tensors(data, target)
+    tensors = read_weights(expanded(path))
     check_forked(first_process(), torch.device("cpu"))
     with torch.device("meta"):  # where no random numbers are drawn for weights that nobody uses
         network = LungNetwork()
-    own = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-    if {name: t.shape for name, t in tensors.items()} != own or not all(
-        np.isfinite(t).all() for t in tensors.values()
-    ):
-        raise CheckpointError(f"{target} does not hold the finite weights of a lung network.")
     load_tensors(network, tensors)
     return network.float().eval()
 

@@ -20,8 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 from chestxray_covid.augment import hide_centres, mix_up, swap_backgrounds, swap_frames
 from chestxray_covid.engine_torch import native_bfloat16
 from chestxray_covid.errors import TrainingError
+from chestxray_covid.lung_maps import WEIGHTS
 from chestxray_covid.lung_network import LungNetwork
-from chestxray_covid.lungs import WEIGHTS, load_network, near_lungs
+from chestxray_covid.lungs import load_network, near_lungs
 from chestxray_covid.models import (
     check_moved,
     load_tensors,
