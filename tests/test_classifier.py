@@ -682,6 +682,21 @@ def test_a_stream_raises_at_the_image_that_fails_and_not_before(
         next(stream)
 
 
+def test_one_image_starts_no_thread(
+    clf: Classifier, mixed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise AssertionError(f"{thread.name} was started")
+
+    expected = clf.predict([mixed[0]])[0].probabilities
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert clf.predict(mixed[0]).probabilities == expected
+    assert list(clf.predict_proba(mixed[0])[0]) == list(expected.values())
+    assert clf(mixed[0])
+    with pytest.raises(AssertionError, match="was started"):
+        clf.predict([mixed[0]])
+
+
 @pytest.mark.parametrize("ask", ["predict", "predict_stream"])
 def test_an_error_leaves_no_thread_behind(clf: Classifier, ask: str) -> None:
     images = [noise(1)[0], b"broken", *noise(20)]

@@ -47,6 +47,35 @@ def free_port() -> int:
         return int(place.getsockname()[1])
 
 
+def compare_with_one_process(count: int, run: Path, notes_in: Path, checkpoint: Path) -> None:
+    """Compare what processes did, and the weights in their run, with training in this process."""
+    notes = [json.loads((notes_in / f"{rank}.json").read_text()) for rank in range(count)]
+    read = Counter(name for note in notes for name in note["read"])
+    assert len(read) == VAL
+    assert set(read.values()) == {2}, "each once in each of two epochs"
+    assert notes[0]["written"]
+    assert [note["written"] for note in notes[1:]] == [[]] * (count - 1)
+    assert [note["losses"] for note in notes[1:]] == [notes[0]["losses"]] * (count - 1)
+
+    for rank, note in enumerate(notes):
+        assert any("gloo" in name for name in note["threads"]), "the processes are connected"
+        last = json.loads((notes_in / f"{rank} threads.json").read_text())
+        assert not any("gloo" in name for name in last), "Python may abort where one is left"
+
+    alone = trainer(checkpoint, notes_in / "alone", 16, [])
+    history = alone.fit()
+    losses = [(record.train_loss, record.val_loss) for record in history]
+    assert np.allclose(notes[0]["losses"], losses, rtol=1e-6)
+    expected = load_checkpoint(notes_in / "alone")[1]
+    began = load_checkpoint(checkpoint)[1]
+    moved = 0.0
+    for name, tensor in load_checkpoint(run)[1].items():
+        assert np.abs(tensor - expected[name]).max() <= 1e-6, name
+        if "conv" in name:
+            moved = max(moved, np.abs(tensor - began[name]).max())
+    assert moved > 1e-4, "or nothing was trained"
+
+
 def test_a_run_outlives_a_refusal_and_a_killed_process_and_goes_on_in_four_as_in_one(
     tmp_path: Path, checkpoint_folder: Path
 ) -> None:
@@ -67,31 +96,14 @@ def test_a_run_outlives_a_refusal_and_a_killed_process_and_goes_on_in_four_as_in
     port = ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
     done = launched(*ACCELERATE, 4, *port, WORKER, checkpoint_folder, run, tmp_path, 4)
     assert done.returncode == 0, done.stderr
-    notes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
-    read = Counter(name for note in notes for name in note["read"])
-    assert len(read) == VAL
-    assert set(read.values()) == {2}, "each once in each of two epochs"
-    assert notes[0]["written"]
-    assert [note["written"] for note in notes[1:]] == [[]] * 3
-    assert [note["losses"] for note in notes[1:]] == [notes[0]["losses"]] * 3
+    compare_with_one_process(4, run, tmp_path, checkpoint_folder)
 
-    for rank, note in enumerate(notes):
-        assert any("gloo" in name for name in note["threads"]), "the processes are connected"
-        last = json.loads((tmp_path / f"{rank} threads.json").read_text())
-        assert not any("gloo" in name for name in last), "Python may abort where one is left"
 
-    alone = trainer(checkpoint_folder, tmp_path / "alone", 16, [])
-    history = alone.fit()
-    losses = [(record.train_loss, record.val_loss) for record in history]
-    assert np.allclose(notes[0]["losses"], losses, rtol=1e-6)
-    expected = load_checkpoint(tmp_path / "alone")[1]
-    began = load_checkpoint(checkpoint_folder)[1]
-    moved = 0.0
-    for name, tensor in load_checkpoint(run)[1].items():
-        assert np.abs(tensor - expected[name]).max() <= 1e-6, name
-        if "conv" in name:
-            moved = max(moved, np.abs(tensor - began[name]).max())
-    assert moved > 1e-4, "or nothing was trained"
+def test_two_processes_train_as_one_does(tmp_path: Path, checkpoint_folder: Path) -> None:
+    run = tmp_path / "run"
+    done = launched(*TORCHRUN, 2, WORKER, checkpoint_folder, run, tmp_path, 8)
+    assert done.returncode == 0, done.stderr
+    compare_with_one_process(2, run, tmp_path, checkpoint_folder)
 
 
 def test_the_command_line_trains_in_two_processes_and_speaks_once(tmp_path: Path) -> None:
