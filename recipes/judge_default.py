@@ -54,6 +54,8 @@ from chestxray_covid.splits import folds_by_patient
 
 #: Most images per class of a pairing in which the frame is looked at.
 MOST_PER_CLASS = 150
+#: Starts of which results of folds are named for their training alone.
+FEW_RUNS = 2
 #: Fewest images (not patients) of a class whose AUROC inside one source is measured.
 LEAST_OF_PAIR = 15
 
@@ -242,7 +244,8 @@ def judge_warm_folds(
 ) -> None:
     """As :func:`judge_folds`, of networks with other starts, and of their average probabilities.
 
-    Of several sizes of the images all of the networks are averaged.
+    Of several sizes of the images all of the networks are averaged. Results of more than
+    :data:`FEW_RUNS` starts stand beside those of fewer.
     """
     usual, more = INSIDE.preprocess.size_px, "-mixup" if mixup else ""
     answers, rows = [], []
@@ -257,7 +260,8 @@ def judge_warm_folds(
             rows.append({"seed": relatives.seed, "size_px": size, **parts})
     average = np.mean(answers, axis=0)
     shown = more + "".join(f"-{size}px" for size in sizes_px)
-    name = f"folds{shown or '-warm-up'}".replace("-", "_")
+    shown = (shown or "-warm-up") + (f"-of-{len(runs)}" if len(runs) > FEW_RUNS else "")
+    name = f"folds{shown}".replace("-", "_")
     how: dict[str, Any] = {"made": runs[0].made, "name": name, "runs": rows, "config": config}
     write_folds(*where, average, output, **how)
 

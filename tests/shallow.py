@@ -15,6 +15,7 @@ from chestxray_covid import (
     export,
     gate,
     gate_fit,
+    gate_probe,
     graph,
     tensors,
 )
@@ -32,7 +33,8 @@ def _set_depth(
 ) -> None:
     for module in (tensors, graph):
         change(module, "BLOCKS", blocks)
-    for module in (checkpoint, engine_onnx, engine_openvino, export, gate, gate_fit, tensors):
+    gates = gate, gate_fit, gate_probe
+    for module in (checkpoint, engine_onnx, engine_openvino, export, *gates, tensors):
         change(module, "FEATURE_COUNT", features)
 
 

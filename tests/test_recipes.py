@@ -1076,6 +1076,11 @@ def test_a_relative_is_trained_and_read_again(
     both = json.loads((tmp_path / "folds_32px_48px.json").read_text())
     assert both["runs"] == [begun["runs"][0], larger["runs"][0]], "none is trained again"
     assert [run["size_px"] for run in both["runs"]] == [32, 48]
+    kept = (tmp_path / "folds_warm_up.json").read_bytes()
+    judge.judge_warm_folds([*warm, warm[0]], tmp_path, folds=2)
+    more = json.loads((tmp_path / "folds_warm_up_of_3.json").read_text())
+    assert more["runs"] == [*begun["runs"], begun["runs"][0]]
+    assert (tmp_path / "folds_warm_up.json").read_bytes() == kept
     weights = [(s / "model.safetensors").read_bytes() for s in starts]
     assert weights[0] != weights[1]
     rest, _ = judge.folds_inside(relatives, cohen, 2)[1][0]

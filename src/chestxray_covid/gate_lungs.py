@@ -53,7 +53,7 @@ class LungLook(KindProbe):
         network: ``(4,)`` int64, the SHA-256 of the weights that drew the lungs.
     """
 
-    INPUTS: ClassVar[int] = KindProbe.INPUTS + LUNG_DESCRIPTORS
+    DESCRIBED: ClassVar[int] = KindProbe.DESCRIBED + LUNG_DESCRIPTORS
 
     doubt: NDArray[np.float32]
     network: NDArray[np.int64]

@@ -43,8 +43,8 @@ class KindProbe:
         ValueError: If a shape does not fit, or a value is not finite or not positive that must be.
     """
 
-    #: Number P of inputs: features, and what :func:`gate.describe` returns.
-    INPUTS: ClassVar[int] = FEATURE_COUNT + DESCRIPTORS
+    #: Inputs that follow the features: what :func:`gate.describe` returns.
+    DESCRIBED: ClassVar[int] = DESCRIPTORS
 
     mean: NDArray[np.float32]
     scale: NDArray[np.float32]
@@ -67,7 +67,7 @@ class KindProbe:
                 raise ValueError(f"{name} must be positive")
 
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
-        inputs, kinds = self.INPUTS, self.bias.size
+        inputs, kinds = FEATURE_COUNT + self.DESCRIBED, self.bias.size
         return {
             "mean": (inputs,),
             "scale": (inputs,),
