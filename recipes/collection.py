@@ -49,6 +49,13 @@ def forbids_derivatives(sample: Sample) -> bool:
     return "-ND" in licence(sample).upper()
 
 
+def forbidden(data: Path) -> ChestXrayDataset:
+    """Return Cohen's frontal radiographs in three classes that stay out for their licence."""
+    return CohenCovidDataset(data / "covid-chestxray-dataset", classes=LABELS).filter(
+        forbids_derivatives
+    )
+
+
 def open_cohen(data: Path) -> ChestXrayDataset:
     """Return Cohen's frontal radiographs in three classes, without those that must stay out.
 

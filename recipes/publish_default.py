@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collection import count_by_licence, once
+from collection import count_by_licence, forbidden, once
 from frame import unlearn_frame
 from judge_default import origin_of, score, write
 from train_default import STAGES, open_split
@@ -105,6 +105,7 @@ def main() -> None:
         "train_images": len(split.train),
         "train_patients": len({(s.source, s.patient_id) for s in split.train.samples}),
         "train_licences": count_by_licence(split.train),
+        "left_out_for_licence": count_by_licence(forbidden(options.data)),
         "train_counts": {
             f"{source} {label}": sum(
                 s.source == source and s.label == label for s in split.train.samples

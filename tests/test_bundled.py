@@ -58,7 +58,8 @@ def test_the_weights_are_small_halved_and_gated() -> None:
     assert {t.dtype.name for t in tensors.values()} == {"float16", "int64"}
     assert set(config.attachments) == {GATE_NAME, INT8_NAME, "int8.json"}
     assert config.provenance["license"] == "cc-by-nc-sa-4.0"
-    assert not any("ND" in name.split("-") for name in config.provenance["train_licences"])
+    assert not any("-ND" in name for name in config.provenance["train_licences"])
+    assert all("-ND" in name for name in config.provenance["left_out_for_licence"])
 
 
 def test_what_is_no_radiograph_is_not_judged(classifier: Classifier) -> None:

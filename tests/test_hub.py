@@ -585,31 +585,32 @@ def test_a_download_that_is_cut_again_and_again_finishes(
 # ---------------------------------------------------------------- row 2: wrong bytes
 
 
+@pytest.mark.parametrize(
+    ("name", "good"), [("gate.safetensors", GATE), ("model.safetensors", WEIGHTS)]
+)
 def test_one_wrong_byte_is_fetched_again_once_and_then_refused(
-    worker: Worker, published: HubServer, tmp_path: Path
+    worker: Worker, published: HubServer, tmp_path: Path, name: str, good: bytes
 ) -> None:
-    positions = random.Random(3).sample(range(len(GATE)), 20)
+    positions = random.Random(3).sample(range(len(good)), 20)
     for number, position in enumerate(positions):
         published.forget()
-        wrong = bytearray(GATE)
+        wrong = bytearray(good)
         wrong[position] ^= 1 << (position % 8)
         for_ever = number % 2 == 0
-        published.faults["GET", "gate.safetensors"] = (
-            lambda request, good, w=bytes(wrong), f=for_ever: (
-                replace(good, body=w) if f or request.number == 1 else good
-            )
+        published.faults["GET", name] = lambda request, right, w=bytes(wrong), f=for_ever: (
+            replace(right, body=w) if f or request.number == 1 else right
         )
         cache = tmp_path / str(number)
         if for_ever:
             families, message = worker.refused(cache)
             assert "IntegrityError" in families
-            assert "gate.safetensors gave other bytes than the published ones, twice" in message
-            assert not list(cache.rglob("gate.safetensors"))
+            assert f"{name} gave other bytes than the published ones, twice" in message
+            assert not list(cache.rglob(name))
         else:
             assert_sound(worker.resolve(cache))
-        assert published.payloads("gate.safetensors") == 2
+        assert published.payloads(name) == 2
         assert left_over(cache) == []
-        assert sha256(GATE) not in {p.name for p in cache.rglob("*")} or not for_ever
+        assert sha256(good) not in {p.name for p in cache.rglob("*")} or not for_ever
 
 
 # ---------------------------------------------------------------- row 3: damaged later

@@ -236,7 +236,8 @@ class Gate(KindProbe):
             facts: Size and colour before.
 
         Raises:
-            CheckpointError: If the weights of the lung network are damaged, as it is needed.
+            CheckpointError: If the weights of the lung network, which it needs for an image in
+                doubt, are missing or damaged.
         """
         image = Image.fromarray(pixels[0])
         counts = _counts(image)
