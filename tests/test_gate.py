@@ -437,6 +437,14 @@ def test_a_description_of_lungs_is_that_of_the_map(data: dict[str, Any]) -> None
     assert np.abs(mirrored[:64].reshape(8, 8)[:, ::-1] - found[:64].reshape(8, 8)).max() < 0.2
 
 
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((64, 64), np.uint8), np.zeros((1, 64, 64)), np.zeros((1, 0, 0), np.uint8)]
+)
+def test_lungs_of_other_pixels_are_not_described(pixels: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"pixels must be \(1, S, S\) uint8, got \("):
+        describe_lungs(pixels)
+
+
 def nearly(gate: Gate, row: np.ndarray, image: np.ndarray, short_of: float) -> Gate:
     """Return the gate with its thresholds so far above what the first look says of the image."""
     inputs = np.concatenate([row, describe(image)])[np.newaxis]

@@ -81,7 +81,7 @@ def fit_gate(
         sources: Collection that each image comes from.
         false_alarms: Share of frontal radiographs that may be flagged, in (0, 1).
         components: Directions of the Gaussian that have a variance of their own.
-        lungs: ``(N, L)``, :func:`describe_lungs` of each image; without them no image gets a
+        lungs: ``(N, 70)``, :func:`describe_lungs` of each image; without them no image gets a
             second look.
 
     Raises:

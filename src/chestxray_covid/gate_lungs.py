@@ -22,18 +22,22 @@ _LITTLE = 0.02
 
 
 def describe_lungs(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return ``(L,)`` float32 numbers, what the lungs of an image look like to a gate.
+    """Return ``(70,)`` float32 numbers, what the lungs of an image look like to a gate.
 
     Of the map that the bundled network draws: its mean in 8x8 fields, in all, the share of it that
     is neither lung nor not, relative to what is lung, and its mean along the upper, lower, left
     and right border, where the lungs of a whole chest do not end.
 
     Args:
-        pixels: ``(1, S, S)`` uint8, S at least 16.
+        pixels: ``(1, S, S)`` uint8, as the model gets them.
 
     Raises:
+        ValueError: If they have another shape or type.
         CheckpointError: If the bundled weights of the lung network are missing or damaged.
     """
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 1 or not pixels.size:
+        raise ValueError(f"pixels must be (1, S, S) uint8, got {pixels.shape} {pixels.dtype}")
     lungs = bundled()(pixels)
     side = len(lungs) // _FIELDS
     grid = lungs.reshape(_FIELDS, side, _FIELDS, side).mean((1, 3)).ravel()

@@ -108,8 +108,8 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 class LungMaps:
     """The network of :mod:`lung_network` in NumPy, for an image now and then.
 
-    It needs no torch, whose import takes longer than a thousand of its answers, and no runtime
-    that would have to compile it. For many images torch is faster: :func:`lungs.segment`.
+    It needs no torch, whose import takes as long as dozens of its answers, and no runtime that
+    would have to compile it. For many images torch is faster: :func:`lungs.segment`.
 
     Args:
         tensors: From :func:`read_weights`.
