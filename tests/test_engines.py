@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from chestxray_covid import Classifier, classifier, engine_onnx, engine_openvino, engines
-from chestxray_covid.checkpoint import ModelConfig, load_checkpoint
+from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, save_checkpoint
 from chestxray_covid.cli import main
 from chestxray_covid.engines import (
     ENGINES,
@@ -702,8 +702,9 @@ import chestxray_covid as c
 assert c.__file__.startswith(sys.argv[1]), c.__file__
 for opened in (
     c.Classifier.from_pretrained,
-    lambda: c.Classifier.from_pretrained(sys.argv[2], engine="openvino"),
-    lambda: c.segment(sys.argv[3]),
+    lambda: c.Classifier.from_pretrained(sys.argv[2]),  # whose gate looks at lungs
+    lambda: c.Classifier.from_pretrained(sys.argv[3], engine="openvino"),
+    lambda: c.segment(sys.argv[4]),
 ):
     try:
         opened()
@@ -716,9 +717,11 @@ main(["models"])
 """
     image = tmp_path / "image.png"
     Image.fromarray(pixels()[0, 0]).save(image)
-    command = [sys.executable, "-c", code, *map(str, (archive, resolve(), image))]
+    save_checkpoint(tmp_path / "own", CONFIG, random_tensors(3))
+    given = archive, resolve(), tmp_path / "own", image
+    command = [sys.executable, "-c", code, *map(str, given)]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    names = ("densenet121-v1", "engines.json", "lungs.", "no bundled model")
+    names = ("densenet121-v1", "lungs.json", "engines.json", "lungs.", "no bundled model")
     for line, name in zip(found, names, strict=True):
         assert name in line
         assert "not into a zip archive; in a program that PyInstaller made" in line

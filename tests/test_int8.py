@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,18 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from chestxray_covid.checkpoint import ModelConfig
-from chestxray_covid.engine_openvino import largest_values, openvino_core, openvino_model
+from chestxray_covid.engine_openvino import (
+    OpenVinoEngine,
+    largest_values,
+    openvino_core,
+    openvino_model,
+)
 from chestxray_covid.engines import open_engine
 from chestxray_covid.errors import CheckpointError
 from chestxray_covid.graph import FEATURES, LOGITS, PIXELS, Network, Step, fold
 from chestxray_covid.image import Preprocess
 from chestxray_covid.int8 import Int8, rounded_results
+from chestxray_covid.processor import cores
 from conftest import random_tensors
 
 FIRST = "features.denseblock1.denselayer1"
@@ -267,3 +274,25 @@ def test_openvino_tells_its_makers_nothing(tmp_path: Path) -> None:
     home = {**os.environ, "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=home, check=True)
     assert not list(tmp_path.iterdir()), "where openvino_telemetry keeps who and what it counts"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cores() < 2, reason="with one core there is one copy")
+def test_the_copy_for_many_images_takes_the_place_of_the_other_also_amid_calls(
+    tensors: dict[str, NDArray[Any]], int8: Int8
+) -> None:
+    engine = OpenVinoEngine(tensors, CONFIG.preprocess, precision="int8", int8=int8)
+    images = pixels(16)
+    alone = np.concatenate([engine(image[np.newaxis])[0] for image in images])
+    assert engine._one is not None
+    with ThreadPoolExecutor(6) as pool:  # some for few images, some for many, at the same time
+        parts = [images[k : k + 1] for k in range(16)] + [images] * 4
+        found = list(pool.map(lambda part: engine(part)[0], parts[::-1] + parts))
+    for part, logits in zip(parts[::-1] + parts, found, strict=True):
+        first = int(np.flatnonzero((images == part[0]).all((1, 2, 3)))[0])
+        np.testing.assert_allclose(logits, alone[first : first + len(part)], atol=1e-6)
+    assert engine._one is None
+    assert engine._many is not None
+    exact = OpenVinoEngine(tensors, CONFIG.preprocess, precision="float32")
+    exact(images)
+    assert exact._one is not None

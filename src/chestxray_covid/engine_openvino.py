@@ -179,7 +179,7 @@ class OpenVinoEngine:
 
     def _open(self) -> None:
         compiled, self._model = _compiled(self._core, *self._made_of, self._options(streams=1))
-        self._one = _Lanes(compiled, requests=1, lanes=cores())
+        self._one: _Lanes | None = _Lanes(compiled, requests=1, lanes=cores())
         self._many: _Lanes | None = None
         self._process = os.getpid()  # last: whoever sees it needs no lock
 
@@ -216,16 +216,20 @@ class OpenVinoEngine:
         return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def _lanes(self, count: int) -> _Lanes:
-        """Return the copy of the model for so many images, whatever was computed before."""
-        if count < _MANY:
-            return self._one
+        """Return the copy of the model for so many images, whatever was computed before.
+
+        In int8 the copy for many takes the place of the other: each takes some 0.4 GB.
+        """
+        one, streams = self._one, min(cores(), _MAX_STREAMS)
+        if one is not None and (count < _MANY or streams == 1):
+            return one
         if self._many is not None:
             return self._many
-        streams = min(cores(), _MAX_STREAMS)
-        if streams == 1:
-            return self._one
+        del one
         with self._lock:
             if self._many is None:
+                if self.precision == "int8":
+                    self._one = None  # before the other comes
                 options = self._options(streams=streams)
                 copy = self._core.import_model(self._model, "CPU", options)
                 self._model = b""
