@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import pytest
+import threadpoolctl
 import torch
 from PIL import Image
 from scipy.ndimage import binary_dilation
@@ -346,6 +348,28 @@ def test_maps_without_torch_are_those_of_torch(side: int) -> None:
         found = maps(pixels[np.newaxis])
         assert (found.shape, found.dtype) == ((128, 128), np.float32)
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_maps_are_drawn_in_one_thread_each_and_blas_is_left_as_it_was() -> None:
+    maps = LungMaps(read_weights(WEIGHTS))
+    images = np.random.default_rng(3).integers(0, 256, (6, 1, 96, 96), dtype=np.uint8)
+    expected = [maps(image) for image in images]
+    seen, inner = [], maps._probabilities
+
+    def noted(grey: np.ndarray) -> np.ndarray:
+        seen.append({pool["num_threads"] for pool in threadpool_info("blas")})
+        return inner(grey)
+
+    def threadpool_info(kind: str) -> list[dict[str, Any]]:
+        return [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == kind]
+
+    before = threadpool_info("blas")
+    maps._probabilities = noted  # type: ignore[method-assign]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(maps, [*images, *images]))
+    assert all(np.array_equal(*pair) for pair in zip(found, [*expected, *expected], strict=True))
+    assert seen == [{1}] * 12
+    assert threadpool_info("blas") == before
 
 
 def test_maps_of_random_weights_are_those_of_torch(written: Path) -> None:

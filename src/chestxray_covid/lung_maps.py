@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -116,11 +119,16 @@ class LungMaps:
     """
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        from threadpoolctl import ThreadpoolController
+
         depth = len(WIDTHS)
         self._down = [_block(tensors, f"down.{k}") for k in range(depth)]
         self._up = [_block(tensors, f"up.{k}") for k in range(depth - 1)]
         self._head = tensors["head.weight"].astype(np.float32).reshape(-1)
         self._bias = float(tensors["head.bias"][0])
+        self._blas = ThreadpoolController()
+        #: By process: that of a parent may be held by a thread that is not here.
+        self._locks: dict[int, threading.Lock] = {}
 
     def __call__(self, pixels: NDArray[np.uint8]) -> _Array:
         """Return ``(128, 128)`` float32 probabilities of being lung.
@@ -133,6 +141,20 @@ class LungMaps:
         if image.size != side:
             image = image.resize(side, Image.Resampling.BILINEAR)  # wide enough not to alias
         grey = np.asarray(image, np.float32)[np.newaxis] / np.float32(255)
+        with self._in_one_thread():
+            return self._probabilities(grey)
+
+    @contextmanager
+    def _in_one_thread(self) -> Iterator[None]:
+        """Let BLAS compute in one thread meanwhile: decoding and the engine have the other cores.
+
+        Beside them its threads wait for each other by spinning, and take several times as long.
+        """
+        lock = self._locks.setdefault(os.getpid(), threading.Lock())
+        with lock, self._blas.limit(limits=1, user_api="blas"):
+            yield
+
+    def _probabilities(self, grey: _Array) -> _Array:
         x: _Array = (grey - grey.mean()) / (grey.std(ddof=1) + _LEAST_DEVIATION)
         kept: list[_Array] = []
         for block in self._down:
