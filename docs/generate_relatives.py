@@ -87,6 +87,7 @@ def honest_rows() -> list[tuple[str, str, str]]:
             found = untrained()
             title = "the same, a linear readout of random weights"
             rows.append((title, pair(found["n"]), estimate(found["auroc"])))
+        rows += warmed_rows()
         title = f"{what}, without Hannover's {ALONE}"
         rows.append((title, pair(rest["n"]), estimate(rest["auroc"])))
     for result in filter(exists, ("subsources", "locations")):
@@ -95,7 +96,8 @@ def honest_rows() -> list[tuple[str, str, str]]:
             rows.append((title, pair(row["n"]), estimate(row["auroc"])))
     if exists("hannover"):
         found = read("hannover")
-        title = "Hannover's COVID-19 against NIH's normals, Hannover unseen (shorter relative)"
+        how = "(shorter relative, varied strongly)"
+        title = f"Hannover's COVID-19 against NIH's normals, Hannover unseen {how}"
         rows.append((title, pair(found["n"]), estimate(found["auroc"])))
     for row in published_rows():
         part = f", {100 * row['hidden']:.0f} % hidden" if row["hidden"] else ""
@@ -105,6 +107,27 @@ def honest_rows() -> list[tuple[str, str, str]]:
         title = f"pneumonia against normal inside NIH, NIH unseen {UNSEEN_NIH}"
         rows.append((title, pair(read("recipe_unseen_nih")["n"]), estimate(row["auroc"])))
     return rows
+
+
+#: Readouts of several networks that were warmed up without labels, of images in several sizes.
+MORE_PROBES = "probes_warm_up_of_3_sizes"
+
+
+def warmed_rows() -> list[tuple[str, str, str]]:
+    """Return what readouts of all warmed-up networks and sizes reach, alone and with the folds."""
+    if not exists(MORE_PROBES):
+        return []
+    found = max(of_all_layers(MORE_PROBES), key=lambda r: (len(r["size_px"]), r["networks"]))
+    n = pair(found["all"]["n"])
+    title = (
+        f"the same, linear readouts of {found['networks']} networks that a warm-up without labels "
+        "showed all images, held-out ones too"
+    )
+    both = "the same, together with networks trained in the folds, settled to be judged first"
+    return [
+        (title, n, estimate(found["all"]["auroc"])),
+        (both, n, estimate(found["with_folds"]["all"])),
+    ]
 
 
 def of_all_layers(result: str) -> list[Mapping[str, Any]]:
@@ -245,7 +268,8 @@ def about_countries() -> str:
         for name, n in row["unlearned"].items()
     ]
     text = f"""Countries left out are few patients, with COVID-19 and with other findings: {few};
-        an image of a place that nobody wrote down stays in
+        those with fewer than ten radiographs of other findings were not left out; an image of a
+        place that nobody wrote down stays in
         training{"".join("; " + part for part in unlearned)}."""
     if exists("folds_again") and read("folds_again")["made"] == read("locations")["made"]:
         folds = estimate(read("folds_again")["all"]["auroc"])

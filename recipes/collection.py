@@ -32,6 +32,18 @@ LICENCES = {
     "nih": "NIH Clinical Center, no restriction on use",
 }
 
+#: What each source is, and under which licence.
+COLLECTIONS = {
+    "cohen": "Cohen et al., COVID-19 image data collection, github.com/ieee8023/"
+    "covid-chestxray-dataset; a licence for each image",
+    "hannover": "Winther et al., COVID-19 image repository, Hannover Medical School, "
+    "github.com/ml-workgroup/covid-19-image-repository; CC BY 3.0",
+    "kermany": "Kermany et al., chest X-ray images (pneumonia) of children, Guangzhou, "
+    "doi.org/10.17632/rscbjbr9sj, as Mooney publishes them on Kaggle; CC BY 4.0",
+    "nih": "Wang et al., ChestX-ray of the NIH Clinical Center, a part of it; no restriction on "
+    "use",
+}
+
 #: Of a radiograph's lungs, for networks of up to 256 px.
 CROP = Preprocess(size_px=256)
 

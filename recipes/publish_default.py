@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collection import count_by_licence, forbidden, once
+from collection import COLLECTIONS, count_by_licence, forbidden, once
 from frame import unlearn_frame
 from judge_default import origin_of, score, write
 from train_default import STAGES, open_split
@@ -102,6 +102,7 @@ def main() -> None:
         "license": "cc-by-nc-sa-4.0",
         "use": "research and teaching only",
         "sources": list(split.train.sources),
+        "collections": {source: COLLECTIONS[source] for source in split.train.sources},
         "train_images": len(split.train),
         "train_patients": len({(s.source, s.patient_id) for s in split.train.samples}),
         "train_licences": count_by_licence(split.train),

@@ -50,6 +50,7 @@ ROWS = (
     ("hub", "results"),
     ("audit_verdicts",),
     ("audit_figure",),
+    ("card_metadata",),
     ("card",),
     ("publish",),
     # Here begins torch: layer 4 of the design.

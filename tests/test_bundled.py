@@ -148,6 +148,32 @@ def test_the_gate_that_was_measured_is_the_bundled_one_and_lets_radiographs_pass
     assert found["held_out"]["frontal"]["flagged"]["rate"] <= 0.05
 
 
+@pytest.mark.parametrize(
+    ("what", "flag", "least"),
+    [
+        ("lateral", "lateral_view", 0.9),
+        ("ct", "not_a_chest_radiograph", 0.9),
+        ("photograph", "not_a_chest_radiograph", 0.8),
+        ("noise", "not_a_chest_radiograph", 0.8),
+        ("text", "not_a_chest_radiograph", 0.9),
+        ("inverted", "inverted", 0.95),
+        ("turned by 90°", "out_of_distribution", 0.95),
+        ("turned by 180°", "out_of_distribution", 0.95),
+        ("turned by 270°", "out_of_distribution", 0.95),
+        ("upside down", "out_of_distribution", 0.95),
+        ("phantom", "not_a_chest_radiograph", 0.8),
+    ],
+)
+def test_what_is_no_upright_frontal_radiograph_was_refused_by_its_name(
+    what: str, flag: str, least: float
+) -> None:
+    path = ROOT / "docs" / "results" / "default" / "gate.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["held_out"][what]
+    assert found["images"] >= 11
+    assert found["abstained"]["rate"] >= 0.9
+    assert found[flag]["rate"] >= least
+
+
 def test_the_bundled_gate_looks_again_at_lungs_and_refuses_more_parts_for_it() -> None:
     gate = Classifier.from_pretrained().gate
     assert gate is not None
@@ -184,6 +210,18 @@ def test_pages_hold_what_was_measured(pages: ModuleType) -> None:
     recipe = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     for block in (tried.tried_block(), tried.unseen_block(), tried.inside_block()):
         assert block in recipe
+
+
+def test_the_recipe_that_was_judged_is_the_one_that_trained(
+    pages: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    stages = importlib.import_module("train_default").STAGES
+    for name in ("recipe_unseen", "recipe_unseen_nih"):
+        judged = pages.read(name)["stages"]
+        assert [*judged] == [stage.name for stage in stages]
+        for stage in stages:
+            assert judged[stage.name] == stage.config.to_dict()
 
 
 def test_other_stages_are_judged_as_the_recipe_is(pages: ModuleType) -> None:

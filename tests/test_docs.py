@@ -298,7 +298,7 @@ def test_what_is_said_of_growth_is_what_was_measured(generate: ModuleType) -> No
 def test_every_result_is_read_by_what_writes_the_pages() -> None:
     code = "".join(path.read_text(encoding="utf-8") for path in DOCS.glob("generate*.py"))
     results = [*(DOCS / "results").rglob("*.json"), *(ROOT / "benchmarks/results").glob("*.json")]
-    folds = ("", "_warm_up", "_mixup", "_224px", "_160px_224px")
+    folds = ("", "_warm_up", "_warm_up_of_3", "_mixup", "_224px", "_160px_224px")
     read_by_probes = {f"folds{more}_evaluation" for more in folds}
     names = {path.stem for path in results} - read_by_probes
     assert [name for name in sorted(names) if not re.search(rf'"{name}(\.json)?"', code)] == []

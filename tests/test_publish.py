@@ -36,6 +36,7 @@ from chestxray_covid import (
     split_by_patient,
 )
 from chestxray_covid.card import compose, decisions, model_card
+from chestxray_covid.card_metadata import POOLED, front_matter
 from chestxray_covid.checkpoint import ModelConfig, load_checkpoint, load_config, save_checkpoint
 from chestxray_covid.errors import CheckpointError, ConfigError, ReportError
 from chestxray_covid.evaluation import evaluate_probabilities
@@ -381,6 +382,19 @@ def test_the_card_is_in_the_format_of_the_hub_and_escapes_what_comes_from_data(r
     assert "| Does it need the lungs? | fail | a\\|b # &lt;script" in body
     assert 'Classifier.from_pretrained("user/model")' in body
     assert 'timm.create_model("hf-hub:user/model"' in body
+
+
+def test_the_hub_is_told_where_results_are_of_pooled_sources_of_training(run: Path) -> None:
+    config, report = load_config(run), EvaluationReport.load(run / "evaluation.json")
+    names = []
+    for sources in ([*report.by_source], [*report.by_source][1:], None):
+        known = replace(config, provenance={**config.provenance, "sources": sources})
+        front = front_matter(known, report, "user/model", None).strip("-")
+        results = yaml.safe_load(front)["model-index"][0]["results"]
+        names.append([result["dataset"]["name"] for result in results])
+    assert names[0][0] == POOLED
+    assert names[1][0] == names[2][0] == "overall: all"
+    assert names[0][1:] == names[1][1:] == names[2][1:] != []
 
 
 @pytest.mark.parametrize("license", [None, "mit", "a\n# <b>"])

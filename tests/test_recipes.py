@@ -287,6 +287,26 @@ def test_the_recipe_leads_from_data_to_a_calibrated_checkpoint(
     assert [len(stage["epochs"]) for stage in history["stages"]] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("given", "start"), [(None, False), ("imagenet", True), ("runs/other", "runs/other")]
+)
+def test_the_recipe_starts_where_it_is_told_to(
+    recipes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, start: Any
+) -> None:
+    class AskedError(Exception):
+        pass
+
+    def build(pretrained: Any, **options: Any) -> Any:
+        raise AskedError(pretrained, options["num_classes"])
+
+    train = recipes["train_default"]
+    monkeypatch.setattr(train, "build_densenet121", build)
+    phantoms = SyntheticChestXray(6, classes=LABELS, image_size_px=32)
+    with pytest.raises(AskedError) as asked:
+        train.train_stages(phantoms, phantoms, tmp_path, cache=tmp_path / "cache", pretrained=given)
+    assert asked.value.args == (start, 3)
+
+
 # ---------------------------------------------------------------- what is measured and published
 
 
@@ -945,10 +965,11 @@ def test_rows_of_relatives_are_not_shown_as_if_of_the_weights(recipes: dict[str,
     pages, results = recipes["write_card"].pages, recipes["write_card"].results
     titles = [row[0] for row in results.honest_rows()]
     own = ("held-out patients", "pairs of one website", "no image looked at", "random weights")
+    own += ("held-out ones too", "settled to be judged first")
     pairs = results.read("inside")["pairs"]
     assert pairs
     assert sum(title.endswith(results.OF_TWO) for title in titles) == len(pairs)
-    marks = (results.ALONE, results.UNSEEN, results.UNSEEN_NIH, "(shorter relative)")
+    marks = (results.ALONE, results.UNSEEN, results.UNSEEN_NIH, "varied strongly)")
     assert all(title.endswith((*own, *marks)) for title in titles)
     assert sum(title.endswith(marks) for title in titles) == 13
     about = results.about_relatives()

@@ -9,21 +9,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import count
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from chestxray_covid.audit_report import AuditReport
+from chestxray_covid.card_metadata import METRICS, front_matter, stated_licence
 from chestxray_covid.checkpoint import ModelConfig, load_config
 from chestxray_covid.evaluation_report import EvaluationReport
 from chestxray_covid.intervals import Estimate, proportion
 from chestxray_covid.reporting import CAUTION, counted, foreign_text, told_of
 from chestxray_covid.results import Results, read_results
-from chestxray_covid.subgroups import SMALL, Subgroup
+from chestxray_covid.subgroups import SMALL
 
-_METRICS = ("sensitivity", "specificity", "auroc")
 _QUESTION = ("normal", "covid19")
 _BINS = 10
 #: Longest note to a table: what has to be known of its numbers must not be cut off.
@@ -69,7 +67,7 @@ def compose(
 ) -> str:
     """Return the text of :func:`model_card` for a config and results at hand."""
     parts = [
-        _front_matter(config, results.evaluation, name, license),
+        front_matter(config, results.evaluation, name, license),
         _introduction(config, name),
         _licences(config, license),
         _data(config),
@@ -113,42 +111,6 @@ def calibration_figure(report: EvaluationReport | None) -> bytes | None:
     return stream.getvalue()
 
 
-def _front_matter(
-    config: ModelConfig, report: EvaluationReport | None, name: str, license: str | None
-) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
-    stated = _stated(config, license)
-    datasets = config.provenance.get("datasets")
-    results = []
-    if report is not None:
-        parts = (report.overall, *report.by_source.values())
-        results = [
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=identifier,
-                dataset_name=_printable(f"{part.group}: {part.name}"),
-                metric_type="roc_auc" if metric == "auroc" else metric,
-                metric_value=round(part.per_class[report.positive][metric].value, 4),
-                metric_name=f"{report.positive} {metric}",
-            )
-            for part, identifier in zip(parts, _slugs(p.name for p in parts), strict=True)
-            for metric in _METRICS
-            if _is_defined(part, report.positive, metric)
-        ]
-    data = ModelCardData(
-        license=_printable(stated) or "other",
-        library_name="chestxray_covid",
-        pipeline_tag="image-classification",
-        tags=["chest-x-ray", "covid-19", "densenet", "medical-imaging", "timm", "transformers"],
-        datasets=[_printable(d) for d in datasets] if isinstance(datasets, list | tuple) else None,
-        metrics=["roc_auc", "recall", "specificity"] if results else None,
-        model_name=_printable(name),
-        eval_results=results or None,
-    )
-    return f"---\n{data.to_yaml()}\n---"
-
-
 def _introduction(config: ModelConfig, name: str) -> str:
     return f"""# {foreign_text(name)}
 
@@ -168,13 +130,8 @@ The operating threshold on p(covid19) / (p(covid19) + p(normal)) is {config.thre
 from: {foreign_text(config.threshold_origin)}."""
 
 
-def _stated(config: ModelConfig, license: str | None) -> str:
-    stated = license or config.provenance.get("license")
-    return stated if isinstance(stated, str) else ""
-
-
 def _licences(config: ModelConfig, license: str | None) -> str:
-    stated = foreign_text(_stated(config, license)) or "not stated"
+    stated = foreign_text(stated_licence(config, license)) or "not stated"
     return f"""## Licences
 
 Of the weights: {stated}. Of chestxray-covid, the code that made this card and loads them: MIT."""
@@ -227,10 +184,10 @@ def _results(report: EvaluationReport | None, figure: str | None) -> Iterator[st
     if report.confounded:
         yield f"**{CAUTION}**\n"
     positive = foreign_text(report.positive)
-    yield f"| Tested on | {positive} | Others | Patients | {' | '.join(_METRICS)} |"
-    yield f"| --- | --- | --- | --- |{' --- |' * len(_METRICS)}"
+    yield f"| Tested on | {positive} | Others | Patients | {' | '.join(METRICS)} |"
+    yield f"| --- | --- | --- | --- |{' --- |' * len(METRICS)}"
     for part in report.subgroups:
-        numbers = [_number(part.per_class[report.positive].get(metric)) for metric in _METRICS]
+        numbers = [_number(part.per_class[report.positive].get(metric)) for metric in METRICS]
         where = "all" if part.group == "overall" else f"{part.group}: {part.name}"
         own = part.counts[report.positive]
         counts = [foreign_text(counted(n)) for n in (own, part.n_images - own)]
@@ -369,11 +326,6 @@ Grey radiographs have to be given as three equal channels; {config.preprocess.si
 to a square, mean {config.preprocess.mean:g} and deviation {config.preprocess.std:g}."""
 
 
-def _is_defined(part: Subgroup, positive: str, metric: str) -> bool:
-    estimate = part.per_class[positive].get(metric)
-    return estimate is not None and estimate.value == estimate.value
-
-
 def _number(estimate: Estimate | None) -> str:
     if estimate is None or estimate.value != estimate.value:
         return "–"
@@ -383,18 +335,3 @@ def _number(estimate: Estimate | None) -> str:
 def _quoted(name: str) -> str:
     """Return a name as Python's source code says it."""
     return json.dumps(name, ensure_ascii=not name.isprintable())
-
-
-def _printable(value: Any) -> str:
-    """Return text for the front matter, without what YAML or UTF-8 cannot hold."""
-    return "".join(c for c in str(value) if c.isprintable())[:200]
-
-
-def _slugs(texts: Iterable[str]) -> list[str]:
-    """Return identifiers in lower case, all different: huggingface_hub merges results of one."""
-    found = list[str]()
-    for text in texts:
-        slug = re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")[:60] or "unknown"
-        numbered = (slug if n == 1 else f"{slug}-{n}" for n in count(1))
-        found.append(next(s for s in numbered if s not in found))
-    return found
