@@ -5,7 +5,8 @@
 needs ``pip install "chestxray-covid[bench]"`` and takes two minutes. Whole processes are timed, as
 a shell sees them: ``chestxray-covid predict one.png``, a radiograph of Hannover's, with every
 engine, with no compiled model in the cache and with one, and beside them a Python that imports
-torch alone, or nothing. All are run in turn, so that what slows the machine slows all of them.
+torch or OpenVINO alone, or nothing, or loads the bundled weights. All are run in turn, so that what
+slows the machine slows all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROUNDS = 7
-BARE = {"Python alone": "pass", "import torch": "import torch"}
+BARE = {
+    "Python alone": "pass",
+    "import torch": "import torch",
+    "import openvino": "import openvino",
+}
+#: What loads the bundled weights, and judges nothing.
+LOADED = "from chestxray_covid import Classifier; Classifier.from_pretrained(engine='openvino')"
 #: What a row is called → options of the command.
 ENGINES = {
     "auto": [],
@@ -56,6 +63,9 @@ def measure(radiograph: Path) -> dict[str, list[dict[str, float]]]:
         with tempfile.TemporaryDirectory() as cache:
             for name, code in BARE.items():
                 found.setdefault(name, []).append(run([sys.executable, "-c", code], cache))
+            for when in ("first", "again"):
+                row = run([sys.executable, "-c", LOADED], f"{cache}/loaded")
+                found.setdefault(f"from_pretrained() in OpenVINO, {when}", []).append(row)
             for name, options in ENGINES.items():
                 for when in ("first", "again"):
                     row = run([*predict, *options], cache)

@@ -85,9 +85,9 @@ def start_block(result: Mapping[str, Any]) -> str:
     intro = wrapped(
         "Whole processes of `chestxray-covid predict one.png`, a radiograph of Hannover's, by the "
         "bundled weights, first with no compiled model in the cache and then again; beside them a "
-        f"Python that imports torch or nothing: median (and range) of {count} rounds of "
-        f"`{result['command']}` on {machine['cores']} cores ({machine['processor']}), everything "
-        "in the system's file cache."
+        "Python that imports torch, OpenVINO or nothing, or loads the weights: median (and range) "
+        f"of {count} rounds of `{result['command']}` on {machine['cores']} cores "
+        f"({machine['processor']}), everything in the system's file cache."
     )
     return "\n" + "\n\n".join([intro, table(["", "seconds", "peak memory, MiB"], cells)]) + "\n"
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -117,3 +118,11 @@ def test_the_figure_names_the_result_that_it_shows(generate: ModuleType, tmp_pat
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     with Image.open(target) as figure:
         assert figure.info["Source"] == f"predict.json sha256 {digest}"
+
+
+def test_the_bundled_weights_were_loaded_within_a_second_of_their_engines_import() -> None:
+    path = ROOT / "benchmarks" / "results" / "start_up.json"
+    rounds = json.loads(path.read_text(encoding="utf-8"))["rounds"]
+    took = {name: median(run["seconds"] for run in runs) for name, runs in rounds.items()}
+    for when in ("first", "again"):
+        assert took[f"from_pretrained() in OpenVINO, {when}"] - took["import openvino"] < 1
