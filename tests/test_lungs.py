@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
@@ -370,6 +373,48 @@ def test_maps_are_drawn_in_one_thread_each_and_blas_is_left_as_it_was() -> None:
     assert all(np.array_equal(*pair) for pair in zip(found, [*expected, *expected], strict=True))
     assert seen == [{1}] * 12
     assert threadpool_info("blas") == before
+
+
+#: Many first looks at once, and a fork amid others; says what BLAS has before, after, in the child.
+LOOKS = """
+import os, sys, threading
+import numpy as np
+import threadpoolctl
+from chestxray_covid import lung_maps
+
+def blas():
+    pools = threadpoolctl.threadpool_info()
+    return [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"]
+
+image, barrier = np.zeros((1, 64, 64), np.uint8), threading.Barrier(6)
+
+def look():
+    barrier.wait()
+    for _ in range(5):
+        lung_maps.bundled()(image)
+
+before = blas()
+threads = [threading.Thread(target=look) for _ in range(6)]
+for thread in threads:
+    thread.start()
+for _ in range(4):
+    child = os.fork()
+    if not child:
+        lung_maps.bundled()(image)
+        os._exit(blas() != before)
+    assert os.waitpid(child, 0)[1] == 0, "the child"
+for thread in threads:
+    thread.join()
+assert blas() == before, (before, blas())
+sys.exit("torch" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing to fork")
+def test_many_first_looks_and_a_fork_leave_blas_as_it_was() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", LOOKS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 def test_maps_of_random_weights_are_those_of_torch(written: Path) -> None:

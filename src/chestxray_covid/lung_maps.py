@@ -35,6 +35,17 @@ _EPSILON, _LEAST_DEVIATION = 1e-5, 1e-3
 
 _Array: TypeAlias = NDArray[np.float32]
 
+#: Held while BLAS is limited, which the process has once: of two limits that overlap, the second
+#: would keep for good what the first had set. A fork waits for it, or a child would keep the limit.
+_LIMITING = threading.Lock()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_LIMITING.acquire,
+        after_in_parent=_LIMITING.release,
+        after_in_child=_LIMITING.release,
+    )
+
 
 def digest_of(path: Path) -> str:
     """Return the SHA-256 that the JSON file beside weights names, 64 hex digits.
@@ -127,8 +138,6 @@ class LungMaps:
         self._head = tensors["head.weight"].astype(np.float32).reshape(-1)
         self._bias = float(tensors["head.bias"][0])
         self._blas = ThreadpoolController()
-        #: By process: that of a parent may be held by a thread that is not here.
-        self._locks: dict[int, threading.Lock] = {}
 
     def __call__(self, pixels: NDArray[np.uint8]) -> _Array:
         """Return ``(128, 128)`` float32 probabilities of being lung.
@@ -149,9 +158,9 @@ class LungMaps:
         """Let BLAS compute in one thread meanwhile: decoding and the engine have the other cores.
 
         Beside them its threads wait for each other by spinning, and take several times as long.
+        What else the process asks of BLAS has one thread meanwhile, too.
         """
-        lock = self._locks.setdefault(os.getpid(), threading.Lock())
-        with lock, self._blas.limit(limits=1, user_api="blas"):
+        with _LIMITING, self._blas.limit(limits=1, user_api="blas"):
             yield
 
     def _probabilities(self, grey: _Array) -> _Array:
