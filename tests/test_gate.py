@@ -438,7 +438,13 @@ def test_a_description_of_lungs_is_that_of_the_map(data: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    "pixels", [np.zeros((64, 64), np.uint8), np.zeros((1, 64, 64)), np.zeros((1, 0, 0), np.uint8)]
+    "pixels",
+    [
+        np.zeros((64, 64), np.uint8),
+        np.zeros((1, 64, 64)),
+        np.zeros((1, 0, 0), np.uint8),
+        np.zeros((1, 64, 200), np.uint8),
+    ],
 )
 def test_lungs_of_other_pixels_are_not_described(pixels: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"pixels must be \(1, S, S\) uint8, got \("):
@@ -526,7 +532,7 @@ def test_a_gate_that_looked_with_another_network_warns_and_looks_once(looking: G
     [
         ({"lungs.mean": None}, "expected the tensors .*'lungs.mean'"),
         ({"lungs.more": np.zeros(1, np.float32)}, "expected the tensors"),
-        ({"lungs.mean": np.zeros(3, np.float32)}, "mean must be of shape"),
+        ({"lungs.mean": np.zeros(3, np.float32)}, r"lungs\.\* is no gate: mean must be of shape"),
         ({"lungs.doubt": np.zeros(1, np.float32)}, "doubt must be positive"),
         ({"lungs.network": np.zeros(4, np.float32)}, "network has type float32, expected int64"),
         ({"lungs.network": np.zeros(3, np.int64)}, "network must be of shape"),

@@ -225,7 +225,7 @@ class OpenVinoEngine:
             return one
         if self._many is not None:
             return self._many
-        del one
+        del one  # or it would outlast the one that takes its place
         with self._lock:
             if self._many is None:
                 if self.precision == "int8":

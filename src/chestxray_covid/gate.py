@@ -326,7 +326,7 @@ class Gate(KindProbe):
             raise CheckpointError(
                 f"{name} is no gate: expected the tensors {sorted(every)}, got {sorted(tensors)}."
             )
-        lungs = LungLook.from_tensors(second, name) if second else None
+        lungs = LungLook.from_tensors(second, f"{name}, {_LUNGS}*") if second else None
         if lungs is not None and not lungs.fits:
             warnings.warn(
                 f"{name} was fitted with another lung network than this version has, so images in "

@@ -36,7 +36,8 @@ def describe_lungs(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         CheckpointError: If the bundled weights of the lung network are missing or damaged.
     """
     pixels = np.asarray(pixels)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 1 or not pixels.size:
+    side = pixels.shape[-1] if pixels.ndim else 0
+    if pixels.dtype != np.uint8 or pixels.shape != (1, side, side) or not side:
         raise ValueError(f"pixels must be (1, S, S) uint8, got {pixels.shape} {pixels.dtype}")
     lungs = bundled()(pixels)
     side = len(lungs) // _FIELDS
